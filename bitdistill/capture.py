@@ -1,0 +1,139 @@
+"""Q, K, V and the residual stream of chosen decoder layers, without touching modelling code.
+
+transformers lets a model's attention function be chosen by name. Ours, ``bitdistill_capture``, notes q, k and v as they
+arrive (after their norms and RoPE, k and v before the GQA repeat) and calls transformers' own sdpa function; its mask
+function *is* the sdpa one. Without the latter transformers passes no mask at all under an unknown name: padding and
+Gemma's sliding window would be dropped silently.
+
+    capture = AttentionCapture(student, [-8], require_grad=True)
+    with capture:
+        logits = student(...).logits
+    q_BHTD, k_BGTD, v_BGTD = capture.qkv[-8]
+
+Something is noted only inside the ``with`` block *and* while the decoder's own forward runs. So a backward pass that
+recomputes checkpointed layers inside the block writes nothing, a teacher and a student can be captured in one step, and
+outside the block the model is an ordinary sdpa model that knows nothing of its capture.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from bitdistill.errors import UserError
+
+ATTENTION_NAME = "bitdistill_capture"
+_SLOT = "_bitdistill_capture"  # attribute of an attention module while it is watched: (its AttentionCapture, its name)
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    capture, layer = getattr(module, _SLOT, (None, None))
+    if capture is not None:
+        capture._note(layer, query, key, value)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+class AttentionCapture:
+    """Watches some layers of one model. From now on the model attends through sdpa, bit for bit.
+
+    Args:
+        model: a Hugging Face causal language model of the families Llama, Qwen2, Qwen3 or Gemma3 (text). Under
+            DeepSpeed: the model inside the engine; the engine may run it.
+        layers: decoder layers, from 0; negative ones count from the last.
+        require_grad: refuse tensors without a graph (the student), instead of training on a loss that does nothing.
+
+    Attributes, of the latest forward inside a ``with`` block, until ``clear`` or the next block:
+        qkv: {layer as given: (q_BHTD, k_BGTD, v_BGTD)} in the model's dtype, connected to the graph.
+        residual: (B, T, hidden) the stream that enters the lowest of ``layers``: the anchor of losses.BalancedGamma.
+
+    Raises:
+        UserError: a layer that the model does not have or that is named twice; with ``require_grad``, in the forward
+            pass, when q, k and v come without a graph.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], require_grad: bool = False):
+        assert isinstance(model, PreTrainedModel), "pass the Hugging Face model, not the engine around it"
+        self._decoder = model.get_decoder()
+        count = len(self._decoder.layers)
+        for layer in layers:
+            if not -count <= layer < count:
+                raise UserError(
+                    "relation_layer",
+                    expected=f"a layer from {-count} to {count - 1}; the model has {count}",
+                    got=str(layer),
+                    do="Count from 0, or backwards from -1, the last.",
+                )
+        self._layers = {layer: self._decoder.layers[layer] for layer in layers}
+        if not layers or len({layer % count for layer in layers}) != len(layers):
+            raise UserError(
+                "relation_layer",
+                expected="one or more layers, each named once",
+                got=str(list(layers)),
+                do=f"Mind that -1 and {count - 1} are the same layer.",
+            )
+        self._lowest = self._decoder.layers[min(layer % count for layer in layers)]
+        self._require_grad = require_grad
+        self._running = False
+        self._hooks = []
+        self.clear()
+        model.set_attn_implementation(ATTENTION_NAME)
+        assert model.config._attn_implementation == ATTENTION_NAME, f"{type(model).__name__} fixes its own attention"
+
+    def clear(self) -> None:
+        """Lets go of the captured tensors."""
+        self.qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.residual: Tensor | None = None
+
+    def __enter__(self):
+        assert not self._hooks, "already inside this capture"
+        taken = [layer for layer, module in self._layers.items() if hasattr(module.self_attn, _SLOT)]
+        assert not taken, f"layers {taken} are being captured already"
+        for layer, module in self._layers.items():
+            setattr(module.self_attn, _SLOT, (self, layer))
+        self.clear()
+        self._hooks = [
+            self._decoder.register_forward_pre_hook(self._start),
+            self._decoder.register_forward_hook(self._stop),
+            self._lowest.register_forward_pre_hook(self._note_residual, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._running = False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for module in self._layers.values():
+            delattr(module.self_attn, _SLOT)
+
+    def _start(self, *_) -> None:
+        self.clear()
+        self._running = True
+
+    def _stop(self, *_) -> None:
+        self._running = False
+        assert self.qkv.keys() == self._layers.keys(), f"captured {list(self.qkv)}: were layers dropped or replaced?"
+
+    def _note(self, layer: int, *qkv: Tensor) -> None:
+        if not self._running:
+            return
+        if self._require_grad and not all(x.requires_grad for x in qkv):
+            raise UserError(
+                "gradient_checkpointing_kwargs",
+                expected="q, k and v of the student connected to the graph",
+                got=f"tensors without a gradient{'' if torch.is_grad_enabled() else ' (gradients are switched off)'}",
+                do='Set {"use_reentrant": false} if gradient checkpointing is on; otherwise something holds the '
+                "student frozen or under torch.no_grad.",
+            )
+        self.qkv[layer] = qkv
+
+    def _note_residual(self, _, args: tuple, kwargs: dict) -> None:
+        if self._running:
+            self.residual = args[0] if args else kwargs["hidden_states"]

@@ -1,0 +1,385 @@
+"""The tree of settings: documented, validated dataclasses. recipes/*.yaml are its presets.
+
+Precedence, lowest first: the defaults here, the recipe (`--recipe`, a YAML file of recipes/), `--config FILE`, the command
+line. Names are Hugging Face's where Hugging Face has one. Only entry files read these objects.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from bitdistill.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+STAGE_CHOICES = Literal["all", "base", "teacher", "refine", "pretrain", "distill", "baseline", "evaluate", "export"]
+
+
+@dataclass
+class TrainingConfig:
+    """Optimisation of one training stage, under the names of transformers.TrainingArguments.
+
+    Args:
+        max_steps: optimiser steps; -1 derives them from num_train_epochs.
+        num_train_epochs: passes over the data when max_steps is -1.
+        per_device_train_batch_size: sequences per rank and micro-step.
+        gradient_accumulation_steps: micro-steps per optimiser step.
+        learning_rate: peak learning rate of AdamW.
+        lr_scheduler_type: cosine, linear, constant_with_warmup, ...
+        warmup_steps: steps of linear warm-up; below 1 a share of all steps.
+        weight_decay: AdamW's, applied to matrices only.
+        adam_beta1: AdamW's first decay.
+        adam_beta2: AdamW's second decay.
+        max_grad_norm: gradients are clipped to this global norm; 0 turns it off.
+        gradient_checkpointing: recompute activations in the backward pass.
+        logging_steps: steps between lines of metrics.jsonl.
+        save_steps: steps between checkpoints for --resume; 0 writes none.
+        health_steps: steps between lines of health.jsonl; 0 writes none.
+    """
+
+    max_steps: int = -1
+    num_train_epochs: float = 3.0
+    per_device_train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-5
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.05
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    logging_steps: int = 10
+    save_steps: int = 500
+    health_steps: int = 50
+
+    def validate(self, where: str) -> None:
+        """Raises UserError for a value that cannot work; `where` is the name of the section."""
+        _positive(f"{where}.per_device_train_batch_size", self.per_device_train_batch_size)
+        _positive(f"{where}.gradient_accumulation_steps", self.gradient_accumulation_steps)
+        _positive(f"{where}.logging_steps", self.logging_steps)
+        _positive(f"{where}.learning_rate", self.learning_rate)
+        _at_least_zero(f"{where}.save_steps", self.save_steps)
+        _at_least_zero(f"{where}.health_steps", self.health_steps)
+        _at_least_zero(f"{where}.weight_decay", self.weight_decay)
+        _at_least_zero(f"{where}.warmup_steps", self.warmup_steps)
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(
+                f"{where}.max_steps", expected="a positive number or -1", got=str(self.max_steps), do="Fix it."
+            )
+        if self.max_steps == -1:
+            _positive(f"{where}.num_train_epochs", self.num_train_epochs)
+
+
+@dataclass
+class TeacherConfig(TrainingConfig):
+    """FP16-SFT: the full-precision model fine-tuned on the task. It teaches stage 3 and is the first setting compared.
+
+    Args:
+        model: a teacher's base model (folder or hub id); the run's own base model by default. A larger one may have other
+            widths and head counts, but must share the vocabulary.
+        finetuned: True when `model` is fine-tuned on the task already and is to be used as it is.
+        dtype: the precision in which the teacher is stored, and run on a GPU.
+    """
+
+    model: str | None = None
+    finetuned: bool = False
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+
+@dataclass
+class RefineConfig:
+    """Stage 1, surgery.
+
+    Args:
+        norms: SubLN before o_proj and down_proj (two, the paper) or before all seven projections (all, its authors' code).
+        gain: initial SubLN gain: one, or calibrated to the RMS of the base model's own activations.
+        subln_eps: eps of SubLN; the model's own rms_norm_eps when absent (the authors' code has 1e-8).
+        calibration_blocks: blocks of the corpus that a calibrated gain is measured on.
+    """
+
+    norms: Literal["two", "all"] = "two"
+    gain: Literal["one", "calibrated"] = "calibrated"
+    subln_eps: float | None = None
+    calibration_blocks: int = 16
+
+
+@dataclass
+class PretrainConfig(TrainingConfig):
+    """Stage 2, continued pre-training of the ternary student on a corpus, next-token cross-entropy.
+
+    Args:
+        block_size: tokens per sequence.
+    """
+
+    block_size: int = 512
+
+
+@dataclass
+class DistillConfig(TrainingConfig):
+    """Stage 3, distillation fine-tuning: CE + lambda_logits * logits KL + gamma_attention * relation KL.
+
+    Args:
+        lambda_logits: weight of the logits distillation; 0 turns it off (paper: 10 for classification, 1 for summaries).
+        kd_temperature: softmax temperature of the logits distillation (paper: 5).
+        kd_tau_squared: multiply it by temperature squared (the authors' code does, the paper does not).
+        kd_tokens: distil on the answer's tokens or on all (the authors' code: all).
+        relation: convention of the relation loss (docs/method.md), or none.
+        relation_layers: decoder layers whose Q, K, V relations are matched; negative counts from the end.
+        teacher_relation_layers: the teacher's layers, when it has another depth; the same by default.
+        split_heads: heads that the relations are regrouped to; the model's own when absent.
+        relation_temperature: softmax temperature of alg1 and attention_maps.
+        relation_causal: relations look only backwards.
+        gamma_attention: weight of the relation loss, or `balanced`: rho * |grad CE| / |grad relation|, running mean.
+        gamma_rho: the gradient ratio that `balanced` aims at.
+        gamma_every: steps between measurements of that ratio.
+    """
+
+    lambda_logits: float = 10.0
+    kd_temperature: float = 5.0
+    kd_tau_squared: bool = False
+    kd_tokens: Literal["response", "all"] = "response"
+    relation: Literal["eq12", "alg1", "pr382", "attention_maps", "none"] = "eq12"
+    relation_layers: list[int] = field(default_factory=lambda: [-1])
+    teacher_relation_layers: list[int] | None = None
+    split_heads: int | None = None
+    relation_temperature: float = 1.0
+    relation_causal: bool = False
+    gamma_attention: float | Literal["balanced"] = "balanced"
+    gamma_rho: float = 1.0
+    gamma_every: int = 10
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        _positive(f"{where}.kd_temperature", self.kd_temperature)
+        _positive(f"{where}.gamma_every", self.gamma_every)
+        _at_least_zero(f"{where}.lambda_logits", self.lambda_logits)
+        if self.gamma_attention != "balanced":
+            _at_least_zero(f"{where}.gamma_attention", self.gamma_attention)
+        teacher = self.teacher_relation_layers
+        if self.relation != "none" and (
+            not self.relation_layers or (teacher is not None and len(teacher) != len(self.relation_layers))
+        ):
+            raise UserError(
+                f"{where}.relation_layers",
+                expected="at least one layer, and as many teacher_relation_layers",
+                got=f"{self.relation_layers} and {teacher}",
+                do="List the layers in pairs, or set relation to none.",
+            )
+
+
+@dataclass
+class BaselineConfig:
+    """BitNet-SFT: the base model, ternary without SubLN, fine-tuned on the task with the steps of stage 3.
+
+    Args:
+        enabled: train it. False leaves the table with two settings.
+        learning_rate: its own; that of stage 3 when absent.
+    """
+
+    enabled: bool = True
+    learning_rate: float | None = None
+
+
+@dataclass
+class EvaluateConfig:
+    """Scoring of the settings on the task's validation rows.
+
+    Args:
+        per_device_eval_batch_size: rows at a time.
+        max_rows: validation rows scored; all when absent.
+    """
+
+    per_device_eval_batch_size: int = 64
+    max_rows: int | None = None
+
+
+@dataclass
+class ExportConfig:
+    """The packed file.
+
+    Args:
+        packing: base3 (five trits a byte, 1.6 bits per weight) or 2bit.
+        embedding: stored precision of the embedding and LM head.
+        proof_rows: validation prompts on which the packed file must reproduce the student's logits.
+        speed_tokens: tokens decoded per timing; 0 measures no speed.
+    """
+
+    packing: Literal["base3", "2bit"] = "base3"
+    embedding: Literal["fp16", "int8", "int4"] = "int8"
+    proof_rows: int = 8
+    speed_tokens: int = 64
+
+
+@dataclass
+class RunConfig:
+    """BitNet Distillation of one model on one task.
+
+    Args:
+        recipe: the preset that was the starting point; demo without --model, standard with one.
+        stage: what to run; a stage that is done and unchanged is skipped.
+        output_dir: the run directory.
+        model: base model, a local folder or a hub id; without one the embedded demo makes its own.
+        student: a finished student of another run's stage 2 (RUN/pretrain), to start stage 3 from; skips stages 1 and 2.
+        task: demo, sst2, mnli, qnli, cnndm, or a YAML file of your own.
+        train_file: local JSONL, CSV, TSV or Parquet in place of the hub's training rows.
+        validation_file: likewise for validation.
+        max_train_rows: use only so many training rows, chosen by seed.
+        max_length: tokens of a task row; longer prompts are cut, answers never.
+        corpus: text for stage 2: a hub dataset, or local .txt, .jsonl or .parquet files, a folder or a pattern.
+        corpus_column: its text column, when it is not `text`.
+        seed: of everything random.
+        max_steps: caps every stage, for smoke runs.
+        resume: continue an interrupted stage from its last checkpoint.
+        precision: fp32, or bf16 for the matrix products (master weights stay fp32).
+        zero: DeepSpeed ZeRO stage of the trained model.
+        offload: where ZeRO keeps optimiser state and, at stage 3, parameters.
+        teacher_offload: keep the frozen teacher's parameters there instead of on the device.
+        nvme_path: folder on a fast disk for nvme offload.
+        report_to: trackers, as in transformers: tensorboard, wandb, mlflow, ...
+        base: training of the embedded demo's own base model.
+        teacher: the FP16-SFT teacher.
+        refine: stage 1.
+        pretrain: stage 2.
+        distill: stage 3.
+        baseline: BitNet-SFT.
+        evaluate: scoring.
+        export: the packed file.
+    """
+
+    recipe: str = "demo"
+    stage: STAGE_CHOICES = "all"
+    output_dir: str = "runs/demo"
+    model: str | None = None
+    student: str | None = None
+    task: str = "demo"
+    train_file: str | None = None
+    validation_file: str | None = None
+    max_train_rows: int | None = None
+    max_length: int = 512
+    corpus: str | None = None
+    corpus_column: str | None = None
+    seed: int = 0
+    max_steps: int | None = None
+    resume: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    teacher_offload: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    base: TrainingConfig = field(default_factory=TrainingConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def validate(self) -> None:
+        """Raises UserError for a combination that cannot run; called before anything is loaded."""
+        for name in ("base", "teacher", "pretrain", "distill"):
+            getattr(self, name).validate(name)
+        _positive("pretrain.block_size", self.pretrain.block_size)
+        _positive("max_length", self.max_length)
+        _positive("export.proof_rows", self.export.proof_rows)
+        _at_least_zero("export.speed_tokens", self.export.speed_tokens)
+        if self.max_steps is not None:
+            _positive("max_steps", self.max_steps)
+        demo = self.model is None
+        if demo and self.task != "demo":
+            raise UserError("model", expected="a base model for a real task", got="none", do="Give --model.")
+        if not demo and self.task == "demo":
+            raise UserError(
+                "task",
+                expected="sst2, mnli, qnli, cnndm or a YAML file",
+                got="demo, which is only for the embedded model",
+                do="Give --task.",
+            )
+        if not demo and self.student is None and self.corpus is None and self.stage in ("all", "pretrain"):
+            raise UserError(
+                "corpus",
+                expected="text for stage 2",
+                got="none",
+                do="Give --corpus (a hub dataset, or local files), or --student with a finished stage 2.",
+            )
+        if self.teacher.finetuned and self.teacher.model is None:
+            raise UserError(
+                "teacher.finetuned", expected="teacher.model with it", got="none", do="Give --teacher.model."
+            )
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise UserError(name, expected="a positive number", got=str(value), do="Correct it.")
+
+
+def _at_least_zero(name: str, value: float) -> None:
+    if not value >= 0:
+        raise UserError(name, expected="zero or more", got=str(value), do="Correct it.")
+
+
+def _chosen_recipe(arguments: Sequence[str]) -> str:
+    """The recipe's name must be known before the parser is built, because it provides the parser's defaults."""
+    for index, argument in enumerate(arguments):
+        if argument == "--recipe" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith("--recipe="):
+            return argument.partition("=")[2]
+    has_model = any(argument == "--model" or argument.startswith("--model=") for argument in arguments)
+    return "standard" if has_model else "demo"
+
+
+def build_parser(recipe: str):
+    """A jsonargparse parser whose defaults are those of a recipe."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise UserError(
+            "recipe", expected=f"one of {known}", got=repr(recipe), do="Or give your own with --config FILE."
+        )
+    parser = ArgumentParser(
+        prog="deepspeed bitdistill/train.py",
+        description="BitNet Distillation: full-precision model and task in, 1.58-bit student out.",
+        default_config_files=[str(path)],
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of settings, such as RUN/config.yaml.")
+    parser.add_argument("--local_rank", type=int, default=0, help="Given by the deepspeed launcher; ignored.")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str]:
+    """Settings from a command line.
+
+    Args:
+        arguments: sys.argv[1:] by default.
+
+    Returns: (the validated settings, the same as a YAML text that can be run again with --config).
+
+    Raises:
+        UserError: a value or a name is wrong.
+    """
+    from jsonargparse import ArgumentError
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = ["--resume=true" if argument == "--resume" else argument for argument in arguments]
+    parser = build_parser(_chosen_recipe(arguments))
+    try:
+        namespace = parser.parse_args(arguments)
+    except ArgumentError as error:
+        text = " ".join(str(error).split())
+        raise UserError("command line", expected="known settings", got=text, do="See --help.") from error
+    namespace.pop("config", None)
+    namespace.pop("local_rank", None)
+    namespace.pop("__default_config__", None)
+    config = parser.instantiate_classes(namespace)
+    text = parser.dump(namespace, skip_validation=True, skip_none=False)
+    run = RunConfig(**{name: config[name] for name in RunConfig.__dataclass_fields__})
+    run.validate()
+    return run, text

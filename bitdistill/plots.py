@@ -1,0 +1,395 @@
+"""The figures of the report: plain arrays in, a matplotlib figure out. Nothing here reads a file.
+
+One drawing serves the light page, the dark page and the PNG file. All text and axes are drawn in INK on a transparent
+ground; in the SVG, INK becomes `currentColor`, so that the page's own text colour applies. Data colours are chosen to
+be told apart by colour-blind readers (after Okabe and Ito) and to stand on white and on near-black alike. Text stays
+text in the SVG (small, searchable), and `$` in a token is never taken for mathematics.
+"""
+
+import io
+import re
+import warnings
+
+import numpy as np
+
+INK = "#23272f"
+BLUE, ORANGE, GREEN, PURPLE = "#3d88c7", "#dd7b1e", "#12946f", "#b567a8"
+SETTING_COLOURS = {"FP16-SFT": BLUE, "BitNet-SFT": ORANGE, "BitDistill": GREEN}
+TERM_COLOURS = {"loss": INK, "loss_ce": BLUE, "loss_logits": ORANGE, "loss_attention": PURPLE}
+TERM_NAMES = {
+    "loss": "total",
+    "loss_ce": "cross-entropy",
+    "loss_logits": "logits distillation",
+    "loss_attention": "relations",
+}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MAX_POINTS = 400  # bins of a raw curve; each gives its lowest and its highest value, so that spikes survive
+MAX_TOKENS = 40  # tokens in an attention map whose labels can still be read
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Inter", "Segoe UI", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bitdistill",
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.constrained_layout.w_pad": 0.06,
+}
+
+
+def draw(plot, *args) -> tuple[str, bytes]:
+    """Draws `plot(*args)` once, and returns it as inline SVG (scaling with the page) and as PNG bytes on white."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # Tokens may be in any script: the SVG leaves the glyphs to the browser, the PNG shows a box. Fonts of the list
+        # that are not installed are passed over.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure = plot(*args)
+        svg, png = io.StringIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+        figure.set_layout_engine("none")  # the places are found; finding them again takes longer than drawing
+        figure.savefig(png, format="png", dpi=140, facecolor="white")
+    text = svg.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)  # the viewBox stays: the page sets the size
+    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL), png.getvalue()
+
+
+def _axes(width: float, height: float, rows: int = 1, columns: int = 1, **grid):
+    """A figure of width x height inches and its (rows, columns) array of axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **grid)
+
+
+def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one key, in order of steps."""
+    pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+    keep = np.isfinite(values)
+    return steps[keep], values[keep]
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred mean over a window of a thirtieth of the curve; at the ends, over the part of the window that exists."""
+    window = np.ones(min(len(values), 2 * (len(values) // 60) + 1))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most 2 * MAX_POINTS points: the lowest and the highest of each bin, so that no spike is lost."""
+    if len(values) <= 2 * MAX_POINTS:
+        return steps, values
+    bins = np.array_split(np.arange(len(values)), MAX_POINTS)
+    picked = sorted({index for part in bins for index in (part[values[part].argmin()], part[values[part].argmax()])})
+    return steps[picked], values[picked]
+
+
+def _curve(axis, steps, values, colour: str, label: str | None) -> None:
+    """Raw values light, their smoothed course on top."""
+    raw = thin(steps, values)
+    axis.plot(*raw, color=colour, alpha=0.28, linewidth=0.7)
+    course = smooth(values)
+    stride = max(1, len(course) // MAX_POINTS)
+    dots = {"marker": "o", "markersize": 3} if len(values) < 3 else {}
+    axis.plot(steps[::stride], course[::stride], color=colour, linewidth=1.6, label=label, **dots)
+
+
+def _say(axis, words: str) -> None:
+    axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", alpha=0.6)
+
+
+def _log_if_wide(axis, *arrays) -> None:
+    """A logarithmic axis where positive values span more than a factor of thirty."""
+    values = np.concatenate([*arrays, np.empty(0)])
+    if values.size and values.min() > 0 and values.max() / values.min() > 30:
+        axis.set_yscale("log")
+        _plain_ticks(axis)
+
+
+def _plain_ticks(axis) -> None:
+    """0.001 instead of the mathematics that STYLE switches off for the sake of tokens with a dollar sign."""
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+
+
+def overview(lines: list[dict], metric: str, majority: float | None):
+    """Score with interval, bytes and speed of each line of the comparison table, on one shared axis of settings.
+
+    Args:
+        lines: dicts with `label`, `setting`, `score` (row of scores.json or None), `speed` (row of speed.json or None).
+        metric: name of the score. majority: score in 0..100 of always answering the commonest label, or None.
+    """
+    figure, axes = _axes(10.5, 1.15 + 0.34 * len(lines), 1, 3, sharey=True, width_ratios=(1.25, 1, 1))
+    score_axis, size_axis, speed_axis = axes[0]
+    has_size = has_speed = False
+    for y, line in enumerate(lines):
+        colour, score, speed = SETTING_COLOURS.get(line["setting"], INK), line["score"], line["speed"] or {}
+        if score:
+            low, high = score.get("interval") or (score["score"], score["score"])
+            score_axis.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
+            score_axis.plot(score["score"], y, "o", color=colour, markersize=6)
+        if speed.get("model_bytes"):
+            has_size = True
+            linear = speed.get("linear_bytes") or 0
+            size_axis.barh(y, linear / 1e6, 0.55, color=colour)
+            size_axis.barh(y, (speed["model_bytes"] - linear) / 1e6, 0.55, linear / 1e6, color=colour, alpha=0.4)
+        if speed.get("tokens_per_second"):
+            has_speed = True
+            speed_axis.barh(y, speed["tokens_per_second"], 0.55, color=colour)
+            speed_axis.plot(speed.get("spread") or [], [y, y] if speed.get("spread") else [], color=INK, linewidth=1.2)
+    if majority is not None:
+        score_axis.axvline(majority, color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
+        words = {"fontsize": 8, "va": "top", "alpha": 0.8, "xytext": (3, -2), "textcoords": "offset points"}
+        score_axis.annotate("commonest label", (majority, 1), xycoords=("data", "axes fraction"), **words)
+    score_axis.set(title="Score, 95 % interval", xlabel=f"{metric} (0-100)")
+    score_axis.set_yticks(range(len(lines)), [line["label"] for line in lines])
+    score_axis.set_ylim(len(lines) - 0.5, -0.5)
+    score_axis.margins(x=0.1)
+    size_axis.set(title="File: linears (solid) + rest (light)", xlabel="MB")
+    speed_axis.set(title="Generation, spread as a line", xlabel="tokens per second")
+    for axis, known in ((size_axis, has_size), (speed_axis, has_speed)):
+        if not known:
+            _say(axis, "not run")
+    for axis in axes[0]:
+        axis.grid(visible=False, axis="y")
+        axis.tick_params(axis="y", length=0)
+    return figure
+
+
+def losses(metrics: dict[str, list[dict]]):
+    """Each loss term over the steps, one panel per stage. metrics: stage -> lines of metrics.jsonl."""
+    columns = min(3, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure, axes = _axes(10.5, 2.55 * rows + 0.3, rows, columns)
+    shown = {}
+    for axis, (stage, lines) in zip(axes.flat, metrics.items(), strict=False):
+        curves = {term: _series(lines, term) for term in TERM_NAMES}
+        if np.array_equal(curves["loss"][1], curves["loss_ce"][1]):
+            del curves["loss_ce"]  # the only term: one curve says it
+        for term, (steps, values) in curves.items():
+            if len(values):
+                _curve(axis, steps, values, TERM_COLOURS[term], TERM_NAMES[term])
+        _log_if_wide(axis, *(values for _, values in curves.values()))
+        axis.set(title=stage, xlabel="step")
+        shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("loss (nats)")
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def _quotient(lines: list[dict], above: tuple[str, ...], below: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the product of `above` over `below`, where all were logged and the quotient is finite."""
+    rows = [row for row in lines if all(key in row for key in above) and row.get(below)]
+    return _series([{"step": row["step"], "q": np.prod([row[key] for key in above]) / row[below]} for row in rows], "q")
+
+
+def balance(lines: list[dict]):
+    """What the balancing did: gamma, the pull of the relations against that of cross-entropy, the gradient norm."""
+    norm = "gamma_attention_grad_norm_"
+    ratios = (
+        ("of losses", PURPLE, _quotient(lines, ("gamma_attention", "loss_attention"), "loss_ce")),
+        ("of gradients", GREEN, _quotient(lines, ("gamma_attention", norm + "attention"), norm + "ce")),
+    )
+    panels = (
+        ("Gamma of the relation loss", "gamma", [(None, PURPLE, _series(lines, "gamma_attention"))]),
+        ("Gamma x relations / cross-entropy", "ratio", ratios),
+        ("Norm of the whole gradient", "L2 norm, before clipping", [(None, BLUE, _series(lines, "grad_norm"))]),
+    )
+    figure, axes = _axes(10.5, 2.6, 1, 3)
+    for axis, (title, unit, curves) in zip(axes[0], panels, strict=True):
+        known = [(label, colour, series) for label, colour, series in curves if len(series[1])]
+        for label, colour, series in known:
+            _curve(axis, *series, colour, label)
+        _log_if_wide(axis, *(values for _, _, (_, values) in known))
+        if not known:
+            _say(axis, "not logged")
+        if len(known) > 1:
+            axis.legend()
+        axis.set(title=title, xlabel="step", ylabel=unit)
+    return figure
+
+
+def kind_and_depth(name: str) -> tuple[str, int]:
+    """`model.layers.3.self_attn.q_proj` -> ("q_proj", 3); without a layer number, depth 0."""
+    depth = re.search(r"\.(\d+)\.", name)
+    return name.rsplit(".", 1)[-1], int(depth.group(1)) if depth else 0
+
+
+def _kinds(names) -> list[str]:
+    """Types of projections in the order a token meets them; unknown ones after, as they come."""
+    found = list(dict.fromkeys(kind_and_depth(name)[0] for name in names))
+    return [kind for kind in PROJECTIONS if kind in found] + [kind for kind in found if kind not in PROJECTIONS]
+
+
+def weights(histograms: dict[str, dict]):
+    """Density of weight / weight_scale, all layers and by type of projection, with the rounding boundaries at +-0.5.
+
+    Args:
+        histograms: stage -> content of weights.json, in the order in which the stages ran.
+    """
+    colours = dict(zip(("refine", "pretrain", "distill"), (BLUE, ORANGE, GREEN), strict=True))
+    kinds = _kinds(name for histogram in histograms.values() for name in histogram["layers"])
+    panels = [None, *kinds]
+    rows = -(-len(panels) // 4)
+    figure, axes = _axes(10.5, 2.25 * rows + 0.35, rows, min(4, len(panels)), sharex=True)
+    for axis, kind in zip(axes.flat, panels, strict=False):
+        for stage, histogram in histograms.items():
+            edges = np.asarray(histogram["edges"], dtype=float)
+            chosen = [
+                np.asarray(layer["counts"], dtype=float)
+                for name, layer in histogram["layers"].items()
+                if kind in (None, kind_and_depth(name)[0])
+            ]
+            counts = np.sum(chosen, axis=0) if chosen else np.zeros(len(edges) - 1)
+            density = counts / max(counts.sum(), 1) / np.diff(edges)
+            colour = colours.get(stage, INK)
+            if stage == "refine":
+                axis.stairs(density, edges, fill=True, color=colour, alpha=0.3, label=f"after {stage}")
+            else:
+                axis.stairs(density, edges, color=colour, linewidth=1.4, label=f"after {stage}")
+        for boundary in (-0.5, 0.5):
+            axis.axvline(boundary, color=INK, linewidth=0.9, linestyle=(0, (3, 2)), alpha=0.75)
+        for code, place in (("-1", 0.2), ("0", 0.5), ("+1", 0.8)):
+            axis.text(place, 1, code, transform=axis.transAxes, ha="center", va="top", fontsize=8, alpha=0.6)
+        axis.set_title("all ternary layers" if kind is None else kind)
+        axis.set_xlim(-3, 3)
+        axis.set_xticks(range(-2, 3))
+        axis.margins(y=0.16)
+        axis.set_yticks([])
+        axis.spines["left"].set_visible(False)
+        axis.grid(visible=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("weight / weight_scale")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("density")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
+    return figure
+
+
+def health(lines: list[dict]):
+    """Share of zeros (above) and of flipped codes (below) over the steps: a column per projection, a line per layer."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    names = list(dict.fromkeys(name for line in lines for name in line["layers"]))
+    kinds, deepest = _kinds(names), max(kind_and_depth(name)[1] for name in names)
+    shades = ListedColormap(colormaps["viridis"](np.linspace(0.28, 0.9, 256)))
+    norm = Normalize(0, max(deepest, 1))
+    figure, axes = _axes(10.5, 4.3, 2, len(kinds), sharex=True, sharey="row")
+    smallest = 1.0
+    for name in names:
+        kind, depth = kind_and_depth(name)
+        rows = [{"step": line["step"], **line["layers"][name]} for line in lines if name in line["layers"]]
+        for axis, key in zip(axes[:, kinds.index(kind)], ("zeros", "flips"), strict=True):
+            steps, values = _series(rows, key)
+            if key == "flips" and (values > 0).any():
+                smallest = min(smallest, values[values > 0].min())
+            dots = {"marker": "o", "markersize": 2.5} if len(values) < 3 else {}
+            axis.plot(*thin(steps, values), color=shades(norm(depth)), linewidth=1, alpha=0.9, **dots)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        axis.set_title(kind)
+    for axis in axes[1]:
+        axis.set_yscale("symlog", linthresh=smallest)  # a plain log axis would hide the layers that froze
+        _plain_ticks(axis)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("step")
+    axes[0, 0].set_ylabel("share of codes that are 0")
+    axes[1, 0].set_ylabel("share of codes that\nchange, per step")
+    bar = figure.colorbar(ScalarMappable(norm, shades), ax=axes, fraction=0.015, pad=0.01)
+    bar.set_label("depth (layer number)")
+    bar.outline.set_visible(False)
+    bar.set_ticks(range(0, deepest + 1, max(1, -(-deepest // 6))))
+    return figure
+
+
+def pick_heads(teacher: np.ndarray, student: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(title, teacher map, student map) of the closest, the middling and the farthest head, by mean |difference|.
+
+    Teacher and student may differ in head count; heads then have no partner, and the mean over heads is compared.
+    """
+    if teacher.shape != student.shape:
+        return [("mean of all heads", teacher.mean(0), student.mean(0))]
+    order = np.abs(teacher - student).mean((1, 2)).argsort(kind="stable")
+    words = {int(order[0]): "closest", int(order[len(order) // 2]): "middling", int(order[-1]): "farthest"}
+    return [(f"head {head} ({word})", teacher[head], student[head]) for head, word in words.items()]
+
+
+def attention(teacher: np.ndarray, student: np.ndarray, tokens: list[str]):
+    """Teacher, student and student - teacher, a row per chosen head; the last MAX_TOKENS tokens of the example."""
+    from matplotlib.colors import PowerNorm, TwoSlopeNorm
+
+    start = max(0, len(tokens) - MAX_TOKENS)
+    labels = [_visible(token) for token in tokens[start:]]
+    rows = [
+        (title, *(np.where(np.tri(len(tokens), dtype=bool), a, np.nan)[start:, start:] for a in maps))
+        for title, *maps in pick_heads(teacher, student)
+    ]
+    figure, axes = _axes(10.5, 3.55 * len(rows) + 0.5, len(rows), 3)
+    top = max(np.nanmax(maps) for _, *both in rows for maps in both)
+    far = max(np.nanmax(np.abs(b - a)) for _, a, b in rows) or 1e-6
+    for row, (title, a, b) in zip(axes, rows, strict=True):
+        shades = PowerNorm(0.5, 0, max(top, 1e-6))
+        left = row[0].imshow(a, cmap="viridis", norm=shades, interpolation="nearest")
+        row[1].imshow(b, cmap="viridis", norm=shades, interpolation="nearest")
+        right = row[2].imshow(b - a, cmap="PuOr_r", norm=TwoSlopeNorm(0, -far, far), interpolation="nearest")
+        for axis, what in zip(row, ("teacher", "student", "student - teacher"), strict=True):
+            axis.set_title(f"{title}: {what}")
+            axis.grid(visible=False)
+            axis.tick_params(length=0, pad=1)
+            size = 7 if len(labels) <= 26 else 5.2
+            axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
+            axis.set_yticks(*((range(len(labels)), labels) if axis is row[0] else ((), ())), fontsize=size)
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        row[0].set_ylabel("query token")
+    for axis in axes[-1]:
+        axis.set_xlabel("key token")
+    for mappable, where, label in (
+        (left, axes[:, :2], "attention (square-root shades)"),
+        (right, axes[:, 2], "change"),
+    ):
+        bar = figure.colorbar(mappable, ax=where, orientation="horizontal", fraction=0.03, pad=0.02, aspect=50)
+        bar.set_label(label)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def _visible(token: str) -> str:
+    """A token as a short label: spaces (also as tokenizers mark them) shown as a dot, nothing unprintable."""
+    for mark in "Ġ▁ ":
+        token = token.replace(mark, "·")
+    token = token.replace("Ċ", "\n")
+    token = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in token)
+    return token if len(token) <= 12 else token[:11] + "…"

@@ -1,0 +1,527 @@
+"""ENTRY: the main job.
+
+    deepspeed bitdistill/train.py --stage all                                    the embedded demo
+    deepspeed bitdistill/train.py --model Qwen/Qwen3-0.6B --task sst2 --corpus ...  a real one
+
+Reads the settings, decides which stages must run, gives each stage plain arguments, and keeps the run directory
+(docs/design.md, section 5). All ranks walk the same path; rank 0 prints and writes.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitdistill.capture import attention_maps
+from bitdistill.config import RunConfig, TrainingConfig, parse_config
+from bitdistill.corpus import TokenStream
+from bitdistill.demo import demo_model, make_demo
+from bitdistill.distill import Distillation, fine_tune
+from bitdistill.distributed import launch, presets
+from bitdistill.distributed.checkpoint import full_state_dict
+from bitdistill.distributed.errors import Refusal
+from bitdistill.distributed.teacher import load_teacher
+from bitdistill.errors import UserError
+from bitdistill.evaluation import score_rows, scores_json
+from bitdistill.export.packed import write_packed
+from bitdistill.export.parity import prove_parity
+from bitdistill.health import weight_histograms
+from bitdistill.layers import bit_linears
+from bitdistill.models import load_language_model, load_tokenizer
+from bitdistill.pretrain import pretrain
+from bitdistill.refine import calibrate_gains, load_student, refine, save_student
+from bitdistill.report import comparison_table, write_report
+from bitdistill.runtime import Runtime
+from bitdistill.speed import full_precision_size, full_precision_speed, machine, packed_speed
+from bitdistill.stages import AFTER, RunDirectory, file_identity
+from bitdistill.tasks import encode, encode_prompts, load_rows, load_task, show_example
+from bitdistill.trainer import collate_blocks, release, training_arguments
+from bitdistill.versions import versions
+
+SETTINGS = {"FP16-SFT": "teacher", "BitNet-SFT": "baseline", "BitDistill": "distill"}
+NOT_A_RESULT = ("logging_steps", "save_steps", "health_steps")  # settings that do not change what a stage produces
+
+
+class Job:
+    """One run of the main job.
+
+    Args:
+        config: validated settings. text: the same as YAML, for RUN/config.yaml.
+    """
+
+    def __init__(self, config: RunConfig, text: str):
+        self.config = config
+        self.demo = config.model is None
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        left_out = set() if self.demo else {"base"}
+        left_out |= set() if config.baseline.enabled else {"baseline"}
+        left_out |= {"refine", "pretrain"} if config.student else set()
+        self.directory = RunDirectory(config.output_dir, tuple(stage for stage in AFTER if stage not in left_out))
+        self.root = self.directory.root
+        launch.initialise(self.device)
+        self.deepspeed = self._deepspeed()
+        if launch.is_main():
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / "config.yaml").write_text(text)
+            (self.root / "versions.json").write_text(json.dumps(versions(), indent=1))
+        if self.demo:
+            self._make_demo()
+        self.task = load_task(str(self.train_side("task")))
+        launch.barrier()
+
+    # ------------------------------------------------------------------------------------------------ what is used
+
+    def _deepspeed(self) -> dict[str, Any]:
+        config = self.config
+        device = {"device": self.device, "nvme_path": config.nvme_path}
+        if config.teacher_offload != "none":  # an impossible combination is refused before anything is trained
+            presets.teacher_config(config.teacher_offload, precision=self._teacher_precision(), **device)
+        if "nvme" in (config.offload, config.teacher_offload):
+            launch.require_nvme(config.nvme_path)
+        return presets.deepspeed_config(config.zero, config.offload, precision=config.precision, **device)
+
+    def _teacher_dtype(self) -> torch.dtype:
+        """What the teacher computes in: its stored dtype on a GPU; fp32 on a CPU, where fp16 products are slow."""
+        return getattr(torch, self.config.teacher.dtype) if self.device == "cuda" else torch.float32
+
+    def _teacher_precision(self) -> str:
+        return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self._teacher_dtype()]
+
+    def _make_demo(self) -> None:
+        folder = self.root / "demo"
+        if launch.is_main() and not folder.exists():
+            launch.say("demo: makes its own corpus, tokenizer and task")
+            make_demo(folder, seed=self.config.seed)
+        launch.barrier()
+
+    def train_side(self, what: str) -> str | Path | None:
+        """A setting that the demo fills in itself: task, train_file, validation_file, corpus."""
+        given = getattr(self.config, what)
+        if not self.demo:
+            return given
+        name = {
+            "task": "task.yaml",
+            "train_file": "train.jsonl",
+            "validation_file": "validation.jsonl",
+            "corpus": "corpus.txt",
+        }[what]
+        return given if given not in (None, "demo") else self.root / "demo" / name
+
+    def base_folder(self) -> str | Path:
+        """The base model: the demo's own, or --model."""
+        return self.directory.folder("base") if self.demo else self.config.model
+
+    def student_folder(self) -> str | Path:
+        """Where stage 3 starts."""
+        return self.config.student or self.directory.folder("pretrain")
+
+    def stream(self, block_size: int) -> TokenStream:
+        """The corpus of stage 2."""
+        corpus = self.train_side("corpus")
+        if corpus is None:
+            raise UserError("corpus", expected="text for this stage", got="none", do="Give --corpus.")
+        return TokenStream(
+            str(corpus),
+            load_tokenizer(self._tokenizer_folder()),
+            block_size,
+            text_column=self.config.corpus_column,
+            seed=self.config.seed,
+        )
+
+    def _tokenizer_folder(self) -> str | Path:
+        return self.root / "demo" / "base" if self.demo else self.config.model
+
+    def rows(self, split: str):
+        """The task's rows of a split, from local files or the hub."""
+        limit = self.config.max_train_rows if split == "train" else self.config.evaluate.max_rows
+        file = self.train_side(f"{split}_file")
+        return load_rows(self.task, split, str(file) if file else None, limit, self.config.seed)
+
+    def encoded(self, tokenizer):
+        """The task's training rows as tokens, counts said aloud, one example shown."""
+        rows = self.rows("train")
+        encoded, counts = encode(self.task, rows, tokenizer, self.config.max_length)
+        launch.say(
+            f"{self.task.name}: {counts['rows']:,} training rows, {counts['tokens']:,} tokens, longest "
+            f"{counts['longest_tokens']}; {counts['truncated']:,} prompts cut to {self.config.max_length} tokens"
+        )
+        if launch.is_main():
+            (self.root / "example.txt").write_text(
+                show_example(self.task, rows[0], tokenizer, self.config.max_length) + "\n"
+            )
+        return encoded
+
+    # ------------------------------------------------------------------------------------------------ what it depends on
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """Everything that the result of a stage depends on, besides the results of earlier stages."""
+        config = self.config
+
+        def section(name: str) -> dict[str, Any]:
+            values = dataclasses.asdict(getattr(config, name))
+            return {name: {key: value for key, value in values.items() if key not in NOT_A_RESULT}}
+
+        training = {"seed": config.seed, "precision": config.precision, "max_steps_cap": config.max_steps}
+        model = {} if self.demo else {"model": file_identity(config.model)}
+        corpus = {"corpus": {"source": file_identity(self.train_side("corpus")), "column": config.corpus_column}}
+        train = {"train": {"file": file_identity(self.train_side("train_file")), "max_rows": config.max_train_rows}}
+        validation = {"validation_file": file_identity(self.train_side("validation_file"))}
+        task = {"task": dataclasses.asdict(self.task), "max_length": config.max_length}
+        task["task"]["labels"] = str(task["task"]["labels"])
+        teacher = {"teacher_model": file_identity(config.teacher.model)}
+        student = {"student": file_identity(config.student)} if config.student else {}
+        return {
+            "base": section("base") | training | corpus,
+            "teacher": section("teacher") | training | model | task | train | teacher,
+            "refine": section("refine") | model | (corpus if config.refine.gain == "calibrated" else {}),
+            "pretrain": section("pretrain") | training | corpus,
+            "distill": section("distill") | training | task | train | student,
+            "baseline": section("baseline") | section("distill") | training | model | task | train,
+            "evaluate": section("evaluate") | task | validation,
+            "export": section("export"),
+        }[stage]
+
+    # ------------------------------------------------------------------------------------------------ running
+
+    def run(self) -> None:
+        """Runs the wanted stages in order, skips what is done and unchanged, writes the report."""
+        wanted = self.directory.stages if self.config.stage == "all" else (self.config.stage,)
+        for stage in wanted:
+            if stage not in self.directory.stages:
+                raise UserError(
+                    "stage",
+                    expected=f"one of {', '.join(self.directory.stages)} with these settings",
+                    got=stage,
+                    do="`base` belongs to the demo, `refine` and `pretrain` to a run without --student.",
+                )
+            self.directory.require_inputs(stage)
+            reason = self.directory.reason_to_run(stage, self.settings(stage))
+            if reason is None:
+                launch.say(f"{stage}: done and unchanged, skipped")
+                continue
+            launch.say(f"{stage}: runs ({reason})")
+            getattr(self, stage)()
+            launch.barrier()
+        if launch.is_main():
+            page = write_report(self.root)
+            from rich.console import Console
+
+            console = Console()
+            console.print(comparison_table(self.root))
+            console.print(f"Report: {page}")
+
+    def _train(
+        self, stage: str, section: TrainingConfig, train: Callable[..., Any], save: Callable[..., None], **options: Any
+    ) -> None:
+        """What every training stage shares: arguments, checkpoints that belong to these settings, the atomic result."""
+        checkpoints = self.directory.checkpoints(stage)
+        resume = self._prepare_checkpoints(stage)
+        names = {field.name for field in dataclasses.fields(TrainingConfig)}
+        settings = {name: value for name, value in dataclasses.asdict(section).items() if name in names}
+        arguments = training_arguments(
+            checkpoints,
+            deepspeed=self.deepspeed,
+            seed=self.config.seed,
+            report_to=self.config.report_to,
+            steps_cap=self.config.max_steps,
+            **settings,
+        )
+        trainer, facts = train(
+            arguments=arguments,
+            stage=stage,
+            run_dir=self.root,
+            resume=resume,
+            health_steps=options.pop("health_steps", 0),
+            **options,
+        )
+        model, state = trainer.model, full_state_dict(trainer.model_wrapped)
+        if launch.is_main():
+            with self.directory.result(stage, self.settings(stage), facts) as folder:
+                save(folder, model, state)
+        launch.barrier()
+        release(trainer)
+        if launch.is_main():
+            self._remove(checkpoints)
+        gc.collect()
+
+    def _prepare_checkpoints(self, stage: str) -> bool:
+        """True when there are checkpoints of these very settings and --resume was given; others are removed, said."""
+        folder = self.directory.checkpoints(stage)
+        path = folder / "settings.json"
+        inputs = {name: self.directory.done(name)["id"] for name in self.directory.inputs(stage)}
+        now = json.loads(json.dumps({"settings": self.settings(stage), "inputs": inputs}))
+        known = json.loads(path.read_text()) if path.is_file() else None
+        resume = self.config.resume and known == now
+        launch.barrier()
+        if not resume and folder.exists():
+            why = "their settings differ from those of this run" if self.config.resume else "no --resume was given"
+            if any(folder.glob("checkpoint-*")):
+                launch.say(f"{stage}: earlier checkpoints are removed, because {why}")
+            if launch.is_main():
+                self._remove(folder)
+        if launch.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(now))
+        launch.barrier()
+        return resume
+
+    @staticmethod
+    def _remove(folder: Path) -> None:
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------------------ stages
+
+    def base(self) -> None:
+        """The demo's own full-precision base model, from scratch."""
+        tokenizer = load_tokenizer(self._tokenizer_folder())
+        torch.manual_seed(self.config.seed)
+        model = demo_model(self._tokenizer_folder())
+
+        def save(folder, model, state):
+            model.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+
+        block_size = self.config.pretrain.block_size
+        self._train("base", self.config.base, pretrain, save, model=model, stream=self.stream(block_size))
+
+    def teacher(self) -> None:
+        """FP16-SFT: the full-precision model fine-tuned on the task, stored in half precision."""
+        source = self.config.teacher.model or self.base_folder()
+        tokenizer = load_tokenizer(source)
+        model = load_language_model(source)
+        dtype = getattr(torch, self.config.teacher.dtype)
+
+        def save(folder, model, state):
+            model.to(dtype).save_pretrained(folder, state_dict={key: value.to(dtype) for key, value in state.items()})
+            tokenizer.save_pretrained(folder)
+
+        if self.config.teacher.finetuned:
+            if launch.is_main():
+                with self.directory.result("teacher", self.settings("teacher"), {"steps": 0}) as folder:
+                    save(folder, model, model.state_dict())
+            return
+        self._train(
+            "teacher",
+            self.config.teacher,
+            fine_tune,
+            save,
+            model=model,
+            rows=self.encoded(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    def refine(self) -> None:
+        """Stage 1, surgery."""
+        config = self.config.refine
+        started = time.perf_counter()
+        tokenizer = load_tokenizer(self.base_folder())
+        model = load_language_model(self.base_folder())
+        gains = None
+        if config.gain == "calibrated":
+            blocks = iter(self.stream(self.config.pretrain.block_size))
+            batches = ([next(blocks)] for _ in range(config.calibration_blocks))
+            gains = calibrate_gains(model, (collate_blocks(batch) for batch in batches), config.norms)
+        result = refine(model, config.norms, gains, config.subln_eps)
+        launch.say(f"refine: {result}")
+        if launch.is_main():
+            facts = dataclasses.asdict(result) | {"seconds": round(time.perf_counter() - started, 2), "gains": gains}
+            with self.directory.result("refine", self.settings("refine"), facts) as folder:
+                self._save_ternary(tokenizer)(folder, model, model.state_dict())
+
+    def pretrain(self) -> None:
+        """Stage 2, continued pre-training."""
+        tokenizer = load_tokenizer(self.base_folder())
+        model = load_student(self.directory.folder("refine"))
+        section = self.config.pretrain
+        if section.max_steps == -1 and self.config.max_steps is None:
+            raise UserError(
+                "pretrain.max_steps", expected="a number of steps", got="-1", do="A token stream has no end: set it."
+            )
+        self._train(
+            "pretrain",
+            section,
+            pretrain,
+            self._save_ternary(tokenizer),
+            model=model,
+            stream=self.stream(section.block_size),
+            health_steps=section.health_steps,
+        )
+
+    def distill(self) -> None:
+        """Stage 3, distillation fine-tuning."""
+        section = self.config.distill
+        tokenizer = load_tokenizer(self.student_folder())
+        model = load_student(self.student_folder())
+        teacher = load_teacher(
+            self.directory.folder("teacher"),
+            dtype=self._teacher_dtype(),
+            device=self.device,
+            offload=self.config.teacher_offload,
+            nvme_path=self.config.nvme_path,
+        )
+        names = {field.name for field in dataclasses.fields(TrainingConfig)}
+        options = {name: value for name, value in dataclasses.asdict(section).items() if name not in names}
+        autocast = torch.bfloat16 if self.config.precision == "bf16" else None
+        distillation = Distillation(model, teacher, autocast=autocast, **options)
+        self._train(
+            "distill",
+            section,
+            fine_tune,
+            self._save_ternary(tokenizer),
+            model=model,
+            rows=self.encoded(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            terms=distillation,
+            extra_state=distillation.extra_state(),
+            health_steps=section.health_steps,
+        )
+
+    def baseline(self) -> None:
+        """BitNet-SFT: ternary without SubLN, fine-tuned on the task alone, with the steps of stage 3."""
+        section = dataclasses.replace(self.config.distill)
+        if self.config.baseline.learning_rate is not None:
+            section.learning_rate = self.config.baseline.learning_rate
+        tokenizer = load_tokenizer(self.base_folder())
+        model = load_language_model(self.base_folder())
+        refine(model, norms="none")
+        self._train(
+            "baseline",
+            section,
+            fine_tune,
+            self._save_ternary(tokenizer),
+            model=model,
+            rows=self.encoded(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            health_steps=section.health_steps,
+        )
+
+    @staticmethod
+    def _save_ternary(tokenizer) -> Callable[..., None]:
+        def save(folder, model, state):
+            save_student(folder, model, tokenizer, state)
+            histograms = weight_histograms(state, list(bit_linears(model)))
+            (folder / "weights.json").write_text(json.dumps(histograms))
+
+        return save
+
+    def evaluate(self) -> None:
+        """Scores the settings on the validation rows, and draws what teacher and student attend to. Rank 0 alone."""
+        if not launch.is_main():
+            return
+        started = time.perf_counter()
+        rows = self.rows("validation")
+        options = {"max_length": self.config.max_length, "batch_size": self.config.evaluate.per_device_eval_batch_size}
+        scores, attention = {}, {}
+        for setting, stage in SETTINGS.items():
+            if stage not in self.directory.stages:
+                continue
+            folder = self.directory.folder(stage)
+            model = load_language_model(folder) if stage == "teacher" else load_student(folder)
+            model.to(self.device)
+            tokenizer = load_tokenizer(folder)
+            scores[setting] = score_rows(model, self.task, rows, tokenizer, name=setting, **options)
+            if stage != "baseline":
+                layers = self.config.distill.relation_layers
+                if stage == "teacher":
+                    layers = self.config.distill.teacher_relation_layers or layers
+                prompt = encode_prompts(self.task, rows.select([0]), tokenizer, self.config.max_length)[0][0]
+                attention["teacher" if stage == "teacher" else "student"] = attention_maps(model, prompt, layers[-1])
+        notes = [] if self.device == "cpu" else ["scored on the GPU in fp32"]
+        facts: dict[str, Any] = {}
+        with self.directory.result("evaluate", self.settings("evaluate"), facts) as folder:
+            result = scores_json(self.task, rows, scores, notes)
+            (folder / "scores.json").write_text(json.dumps(result, indent=1))
+            with (folder / "predictions.jsonl").open("w") as file:
+                for i, row in enumerate(rows):
+                    predictions = {name: score.predictions[i] for name, score in scores.items()}
+                    file.write(json.dumps({"row": i, **row, "predictions": predictions}) + "\n")
+            np.savez_compressed(
+                folder / "attention.npz",
+                teacher=attention["teacher"],
+                student=attention["student"],
+                tokens=np.array([tokenizer.decode([token]) for token in prompt]),
+                layer=layers[-1],
+            )
+            facts["seconds"] = round(time.perf_counter() - started, 2)
+
+    def export(self) -> None:
+        """Packs the ternary settings, proves the student's file, and measures decoding on this CPU. Rank 0 alone."""
+        if not launch.is_main():
+            return
+        config, started = self.config.export, time.perf_counter()
+        rows = self.rows("validation")
+        teacher = self.directory.folder("teacher")
+        tokenizer = load_tokenizer(teacher)
+        prompts, _ = encode_prompts(
+            self.task, rows.select(range(min(config.proof_rows, len(rows)))), tokenizer, self.config.max_length
+        )
+        facts: dict[str, Any] = {}
+        with self.directory.result("export", self.settings("export"), facts) as folder:
+            speeds = [full_precision_size(teacher)]
+            if config.speed_tokens:
+                launch.say("export: measures decoding of FP16-SFT by transformers")
+                speeds[0] |= full_precision_speed(teacher, prompts[0], config.speed_tokens)
+            for setting, stage in SETTINGS.items():
+                if stage == "teacher" or stage not in self.directory.stages:
+                    continue
+                path = folder / ("student.safetensors" if stage == "distill" else f"{stage}.safetensors")
+                model = load_student(self.directory.folder(stage))
+                sizes = write_packed(
+                    path,
+                    model,
+                    packing=config.packing,
+                    embedding=config.embedding,
+                    tokenizer_json=(self.directory.folder(stage) / "tokenizer.json").read_bytes(),
+                    metadata={"setting": setting, "task": self.task.name},
+                )
+                launch.say(
+                    f"export: {path.name}, {sizes['file_bytes']:,} bytes, {sizes['bits_per_weight']:.3f} bits a weight"
+                )
+                if stage == "distill":
+                    proof = prove_parity(path, model, prompts)
+                    (folder / "proof.json").write_text(json.dumps(proof, indent=1))
+                    launch.say(
+                        f"export: proved on {proof['tokens']} tokens: codes of {proof['linears']} linears equal, mean KL "
+                        f"{proof['mean_kl']:.1e}, same top-1 {100 * proof['same_top1']:.1f} %"
+                    )
+                row = {
+                    "setting": setting,
+                    "runner": "not measured",
+                    "linear_bytes": sizes["linear_bytes"],
+                    "model_bytes": sizes["file_bytes"],
+                    "bits_per_weight": sizes["bits_per_weight"],
+                    "model_bits_per_parameter": sizes["model_bits_per_parameter"],
+                }
+                if config.speed_tokens:
+                    row |= packed_speed(Runtime(path), prompts[0], config.speed_tokens)
+                speeds.append(row)
+            (folder / "speed.json").write_text(json.dumps({"machine": machine(), "rows": speeds}, indent=1))
+            facts["seconds"] = round(time.perf_counter() - started, 2)
+
+
+def main() -> int:
+    """Parses, runs, and turns a user's mistake into one line and exit status 2."""
+    job = None
+    try:
+        config, text = parse_config(launch.without_local_rank(sys.argv[1:]))
+        job = Job(config, text)
+        job.run()
+    except (UserError, Refusal) as error:
+        print(f"\nbitdistill: {error}", file=sys.stderr)
+        return 2
+    launch.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

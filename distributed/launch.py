@@ -1,0 +1,192 @@
+"""The process group: one call before anything else, the same under `deepspeed`, `torchrun` and plain `python`.
+
+    deepspeed train.py                as many ranks as GPUs; without a GPU one (or one per NUMA node, if numactl exists)
+    deepspeed --num_gpus 2 train.py   two ranks; on a machine without GPU two gloo processes
+    python train.py                   one rank
+
+DeepSpeed's launcher passes `--local_rank=N` to the script: `without_local_rank(sys.argv[1:])` takes it away again.
+
+**No rank may hang because another one failed.** A rank that fails must end: let the exception leave the process, never
+catch it to carry on. The launcher looks once a second, ends all other ranks when one has ended with a non-zero code and
+hands that code on. So a check that only rank 0 can make is made on rank 0, and raised there.
+
+**Nothing is compiled.** On CPU DeepSpeed builds a shared-memory extension with c++ and ninja while it initialises
+(36-75 s; a killed build leaves a lock on which the next run hangs). `initialise` marks it as unavailable before; gloo
+alone gives the same numbers.
+"""
+
+import logging
+import os
+import socket
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+# How long a rank waits for the others: rank 0 may tokenise a corpus in that time. A *failed* rank is noticed by the
+# launcher within a second, this only bounds a silent hang.
+PATIENCE = timedelta(hours=2)
+
+
+def initialise(device: str) -> None:
+    """Makes this process a rank of its group, sized to its share of the machine, and quiet unless it is rank 0.
+
+    Call it once, before a Trainer, `TrainingArguments` or a teacher is made. Afterwards: the process group exists,
+    torch uses cores / local ranks threads (unless OMP_NUM_THREADS is set), stdout of all ranks but 0 is discarded
+    (stderr, and with it every traceback, is kept), and the libraries' INFO lines are off.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (nccl; the device number is LOCAL_RANK).
+
+    Raises:
+        ValueError: device "cuda" without a GPU for this rank.
+    """
+    assert device in ("cpu", "cuda"), device
+    assert not dist.is_initialized(), "initialise() is called once, before everything else"
+    under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not under_launcher:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    local_rank = int(os.environ["LOCAL_RANK"])
+    # LOCAL_SIZE is DeepSpeed's name, LOCAL_WORLD_SIZE torchrun's.
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+    if device == "cuda":
+        if torch.cuda.device_count() <= local_rank:
+            raise ValueError(
+                f"device: expected a GPU for each of {local_ranks} local ranks; got {torch.cuda.device_count()}. "
+                "Start fewer ranks (deepspeed --num_gpus N), or set the device to cpu."
+            )
+        torch.cuda.set_device(local_rank)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed takes a GPU that happens to be there
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes
+        torch.set_num_threads(threads)
+    _quieten(is_rank_0=os.environ["RANK"] == "0")
+
+    import deepspeed
+
+    if device == "cpu":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, timeout=PATIENCE, verbose=False
+    )
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one. At the end of an entry point, after a success only."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def without_local_rank(arguments: list[str]) -> list[str]:
+    """The command line without the `--local_rank=N` that DeepSpeed's launcher puts in front of it."""
+    return [argument for argument in arguments if not argument.startswith("--local_rank=")]
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0: the one that prints and writes files."""
+    return rank() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line on rank 0, above any progress bar."""
+    if is_main():
+        from tqdm.auto import tqdm
+
+        tqdm.write(text)
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(value: float | Tensor) -> float | Tensor:
+    """The sum over all ranks of a number (summed in fp64) or of a tensor (same shape and dtype on each rank).
+
+    Returns: a float or a new tensor; the same on every rank. The argument is not changed.
+    """
+    if isinstance(value, Tensor):
+        total = value.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total
+    return float(all_reduce_sum(torch.tensor(value, dtype=torch.float64, device=_device())))
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's picklable `value`, on every rank. What the other ranks pass is ignored."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0, device=_device())
+    return box[0]
+
+
+def require_nvme(nvme_path: str | Path) -> None:
+    """Checks that parameters or optimizer state can be offloaded to `nvme_path`.
+
+    DeepSpeed's async_io extension is the one thing that is compiled, on first use (up to five minutes): it needs libaio
+    with its header, a C++ compiler and ninja.
+
+    Raises:
+        ValueError: the folder cannot be written to, or async_io cannot be built: what to install.
+    """
+    path = Path(nvme_path)
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        raise ValueError(f"nvme_path: expected a writable folder; got {path}. Create it on the fast disk.")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(
+            "offload: expected DeepSpeed's async_io for 'nvme'; got a machine on which it cannot be built. "
+            "Install libaio (Debian, Ubuntu: apt install libaio-dev; Fedora: dnf install libaio-devel), g++ and ninja, "
+            "or use offload 'cpu'."
+        )
+
+
+def _device() -> str:
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
+def _quieten(is_rank_0: bool) -> None:
+    """Progress bars and tables are what the user came for: the libraries speak from WARNING on, ranks > 0 on stderr."""
+    import transformers
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("torch.distributed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_warning()
+    # DeepSpeed calls collectives that torch renamed: one warning per call, many per step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not is_rank_0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- for the life of the process
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        warnings.simplefilter("ignore")

@@ -1,0 +1,21 @@
+"""The constants and rounding rules that every backend shares. Plain Python numbers: no torch, no numpy.
+
+Rules, pinned (docs/method.md, section 1):
+
+* Rounding is half to even, everywhere (``torch.round``, ``numpy.rint``).
+* All quantizer arithmetic is in fp32, whatever the dtype of the input.
+* ``weight_scale = max(mean|W|, EPSILON)``. The sum runs in fp64 and is rounded to fp32 once, so that order of summation,
+  thread count and device do not move the scale, and no code flips at the 0.5 boundary between two runs.
+* ``weight_codes = clip(round(W / weight_scale), -1, 1)``: a true division, not a product with the reciprocal.
+* ``act_codes = clip(round(x * (127 / m)), -128, 127)`` and ``act_scale = m / 127``, with ``m = max(max|x|, EPSILON)`` per
+  token: both true divisions. (``127 / m`` written with a Python scalar is ``reciprocal(m) * 127`` in torch and differs
+  in a quarter of the values: divide tensor by tensor.)
+* Products are summed in int32 (exact in fp32 too while ``127 * in_features < 2**24``), then scaled once:
+  ``y = acc * (act_scale * weight_scale) + bias``.
+"""
+
+ACT_MAX = 127  # the largest int8 activation code in magnitude; -128 is allowed by the paper's clip but never produced
+EPSILON = 1e-5  # lower clamp of both scales before use, as in the authors' code; the paper names no value
+
+# Largest in_features for which an fp32 sum of act_code * weight_code is still an exact integer.
+MAX_EXACT_IN_FEATURES = (2**24 - 1) // 128

@@ -1,0 +1,136 @@
+"""The specification: quantizers, ternary product and SubLN in plain PyTorch, short enough to check by eye.
+
+Every kernel is tested against this file: codes, scales and integer accumulators bit for bit.
+Rounding rules and constants are pinned in numerics.py. Shape suffixes: N tokens, I in_features, O out_features.
+
+Source: BitNet Distillation, arXiv 2510.13998, equations 1-3; BitNet b1.58, arXiv 2402.17764.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitdistill.kernels.numerics import ACT_MAX, EPSILON, MAX_EXACT_IN_FEATURES
+
+
+def weight_scale(weight: Tensor) -> Tensor:
+    """``max(mean|W|, EPSILON)``: the absmean scale of a whole tensor.
+
+    Args:
+        weight: any shape, any float dtype; on a ZeRO-3 shard the result would be the wrong mean, so an empty
+            (partitioned) tensor is refused.
+
+    Returns: fp32 scalar tensor, shape (). Numerics: summed in fp64, rounded to fp32 once, so independent of order.
+
+    Raises:
+        ValueError: the tensor has no elements.
+    """
+    if weight.numel() == 0:
+        raise ValueError("weight: expected at least one element; got none. Under ZeRO-3 gather the parameter first.")
+    total = weight.detach().float().abs().sum(dtype=torch.float64)
+    return (total / weight.numel()).float().clamp_min(EPSILON)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Ternary codes and scale of a weight: ``clip(round(W / s), -1, 1)``, ``s = weight_scale(W)`` (eq. 1-2).
+
+    Args:
+        weight: (O, I), any float dtype; arithmetic in fp32.
+
+    Returns: (codes int8 (O, I) in {-1, 0, 1}, weight_scale fp32 ()). ``W ~ weight_scale * codes``.
+    """
+    scale = weight_scale(weight)
+    codes = torch.round(weight.detach().float() / scale).clamp_(-1, 1).to(torch.int8)
+    return codes, scale
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-token absmax int8: ``clip(round(x * (127 / m)), -128, 127)``, ``m = max(max|x|, EPSILON)`` (eq. 3).
+
+    Args:
+        x: (..., I), any float dtype; arithmetic in fp32.
+
+    Returns: (codes int8 (..., I), act_scale fp32 (..., 1) = m / 127). ``x ~ act_scale * codes``.
+    """
+    x = x.detach().float()
+    if x.shape[-1] == 0:
+        raise ValueError("x: expected a last dimension of at least 1; got 0")
+    peak = x.abs().amax(dim=-1, keepdim=True).clamp_min(EPSILON)
+    codes = torch.round(x * (torch.full_like(peak, ACT_MAX) / peak)).clamp_(-128, 127).to(torch.int8)
+    return codes, peak / torch.full_like(peak, ACT_MAX)
+
+
+def ternary_accumulate(act_codes: Tensor, weight_codes: Tensor) -> Tensor:
+    """``acc = act_codes @ weight_codes.T`` as exact integers, int32 (..., O).
+
+    Args:
+        act_codes: int8 (..., I). weight_codes: int8 (O, I).
+    """
+    return _accumulate_fp32(act_codes, weight_codes).to(torch.int32)
+
+
+def _accumulate_fp32(act_codes: Tensor, weight_codes: Tensor) -> Tensor:
+    """The integers of ``ternary_accumulate`` held in fp32, where BLAS is fast. Exact: every partial sum is < 2**24."""
+    if act_codes.shape[-1] > MAX_EXACT_IN_FEATURES:
+        return F.linear(act_codes.double(), weight_codes.double())
+    return F.linear(act_codes.float(), weight_codes.float())
+
+
+class _BitLinear(torch.autograd.Function):
+    """Quantized forward, straight-through backward: both quantizers are the identity for the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, out_dtype):
+        # Autocast off: it would round the exact integer accumulators to bf16.
+        with torch.autocast(x.device.type, enabled=False):
+            act_codes, act_scale = quantize_activation(x)
+            weight_codes, scale = quantize_weight(weight)
+            y = _accumulate_fp32(act_codes, weight_codes).float() * (act_scale * scale)
+            if bias is not None:
+                y = y + bias.float()
+        ctx.save_for_backward(act_codes, act_scale, weight_codes, scale)
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        return y.to(out_dtype)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        act_codes, act_scale, weight_codes, scale = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        dtype = grad_y.dtype
+        with torch.autocast(grad_y.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_x = ((grad_y @ weight_codes.to(dtype)) * scale.to(dtype)).to(ctx.x_dtype)
+            if ctx.needs_input_grad[1]:
+                scaled = (grad_y.float() * act_scale).to(dtype).flatten(0, -2)
+                grad_weight = (scaled.T @ act_codes.to(dtype).flatten(0, -2)).to(ctx.weight_dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = grad_y.float().flatten(0, -2).sum(0).to(ctx.weight_dtype)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def bit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y = (q(x) @ q(W).T) * (act_scale * weight_scale) + bias`` with the straight-through gradient.
+
+    Forward: integers exact, one fp32 scaling. Backward, with ``x~ = act_scale * act_codes`` and
+    ``W~ = weight_scale * weight_codes``: ``dX = dY W~``, ``dW = dY^T x~``, ``db = sum(dY)``; matrix products in
+    ``dY.dtype``.
+
+    Args:
+        x: (..., I) float, at least two dimensions. weight: (O, I), the fp32 master. bias: (O,) or None.
+
+    Returns: (..., O) in ``x.dtype``, or in the autocast dtype under torch.autocast, as ``nn.Linear`` does.
+
+    Raises:
+        ValueError: the widths of x and weight differ.
+    """
+    if x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"x: expected a last dimension of {weight.shape[-1]} (in_features); got {tuple(x.shape)}")
+    device = x.device.type
+    out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return _BitLinear.apply(x, weight, bias, out_dtype)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * gain`` over the last dimension, in fp32, returned in ``x.dtype``: SubLN."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps) * gain.float()).to(x.dtype)

@@ -1,0 +1,55 @@
+"""Packaging. `kernels/` and `distributed/` stay at the top level of the repository, and are installed as
+`bitdistill.kernels` and `bitdistill.distributed`, because the bare names belong to other people's packages."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "bitdistill/__init__.py").read_text()).group(1)
+
+TEST = ["pytest>=8", "pytest-timeout", "hypothesis>=6.100"]
+
+setup(
+    name="bitdistill",
+    version=VERSION,
+    description="BitNet Distillation: turn a full-precision Hugging Face language model into a 1.58-bit student",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        "bitdistill",
+        "bitdistill.export",
+        "bitdistill.kernels",
+        "bitdistill.distributed",
+    ],
+    package_dir={"bitdistill.kernels": "kernels", "bitdistill.distributed": "distributed"},
+    package_data={"bitdistill": ["recipes/*.yaml", "recipes/tasks/*.yaml", "templates/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.17",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "deepspeed>=0.18",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "numpy>=2.0",
+        "numba>=0.61",
+        "jsonargparse[signatures]>=4.40",
+        "pyyaml>=6",
+        "rich>=13",
+        "tqdm>=4.66",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "scikit-learn>=1.5",
+        "scipy>=1.13",
+        "rouge-score>=0.1.2",
+        "sacrebleu>=2.4",
+        "tensorboard>=2.17",
+    ],
+    extras_require={"test": TEST, "dev": [*TEST, "asv>=0.6.4", "ruff", "pre-commit"]},
+    entry_points={"console_scripts": ["bitdistill=bitdistill.cli:main"]},
+)

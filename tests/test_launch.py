@@ -1,0 +1,113 @@
+"""The process group: under the launcher, without it, and when one rank fails."""
+
+import os
+
+import pytest
+import ranks
+
+from bitdistill.distributed import launch
+
+HELLO = """
+import json, os, sys
+from pathlib import Path
+from bitdistill.distributed import launch
+
+launch.initialise("cpu")
+import torch
+print(f"printed by {launch.rank()}")
+numbers = torch.tensor([launch.rank(), 10], dtype=torch.int64)
+total = launch.all_reduce_sum(numbers)
+found = {
+    "world_size": launch.world_size(),
+    "is_main": launch.is_main(),
+    "sum": launch.all_reduce_sum(launch.rank() + 1e-9),
+    "tensor": total.tolist(),
+    "unchanged": numbers.tolist(),
+    "object": launch.broadcast_object({"from": launch.rank()}),
+    "mains": launch.all_reduce_sum(float(launch.is_main())),
+    "threads": torch.get_num_threads(),
+    "arguments": launch.without_local_rank(sys.argv[1:-1]),
+    "backend": torch.distributed.get_backend(),
+}
+launch.barrier()
+if launch.is_main():
+    Path(sys.argv[-1]).write_text(json.dumps(found))
+if "fail" in sys.argv:
+    launch.barrier()
+    if launch.rank() == 1:
+        raise RuntimeError("rank 1 had an accident")
+    launch.barrier()  # rank 0 waits here for a rank that will never come
+launch.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_one_failing_rank_ends_the_others_and_its_error_is_seen(tmp_path):
+    """Two ranks: all that works is found, then rank 1 fails while rank 0 waits for it."""
+    outcome = ranks.run(tmp_path, HELLO, "fail", check=False)
+    assert outcome.code == 1
+    assert "RuntimeError: rank 1 had an accident" in outcome.stderr
+    assert "printed by 0" in outcome.stdout
+    assert "printed by 1" not in outcome.stdout
+    found = outcome.found
+    assert found["world_size"] == 2
+    assert found["sum"] == pytest.approx(1 + 2e-9, abs=1e-15)  # fp64
+    assert found["tensor"] == [1, 20]
+    assert found["unchanged"] == [0, 10]
+    assert found["object"] == {"from": 0}
+    assert found["mains"] == 1
+    assert found["arguments"] == ["fail"]
+    assert found["backend"] == "gloo"
+
+
+@pytest.mark.slow
+def test_plain_python_is_one_rank(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    outcome = ranks.run(tmp_path, HELLO, "--stage", "all", ranks=None, threads=None)
+    assert outcome.found["world_size"] == 1
+    assert outcome.found["sum"] == 1e-9
+    assert outcome.found["object"] == {"from": 0}
+    assert outcome.found["arguments"] == ["--stage", "all"]
+    assert outcome.found["threads"] == len(os.sched_getaffinity(0))
+    assert "printed by 0" in outcome.stdout
+    assert "WARNING" not in outcome.stdout + outcome.stderr
+
+
+def test_without_a_group_every_function_is_the_identity():
+    assert launch.rank() == 0
+    assert launch.is_main()
+    assert launch.world_size() == 1
+    assert launch.all_reduce_sum(2.5) == 2.5
+    assert launch.broadcast_object("x") == "x"
+    launch.barrier()
+    launch.shutdown()
+
+
+def test_cuda_without_gpu_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # restored afterwards
+    with pytest.raises(ValueError, match=r"^device: expected a GPU for each of .+; got 0\. .+ cpu\.$"):
+        launch.initialise("cuda")
+
+
+def test_nvme_folder_must_exist(tmp_path):
+    with pytest.raises(ValueError, match=r"^nvme_path: expected a writable folder"):
+        launch.require_nvme(tmp_path / "absent")
+
+
+@pytest.mark.slow
+def test_nvme_says_what_to_install(tmp_path, monkeypatch):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        launch.require_nvme(tmp_path)
+    else:
+        with pytest.raises(ValueError, match="apt install libaio-dev"):
+            launch.require_nvme(tmp_path)
+
+
+def test_local_rank_is_taken_away_and_nothing_else():
+    assert launch.without_local_rank(["--local_rank=3", "--stage", "all", "--zero=2"]) == ["--stage", "all", "--zero=2"]

@@ -1,0 +1,115 @@
+"""The house: no import cycle, no arrow upward, nobody imports an entry file, kernels/ stays inert."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENTRIES = {"bitdistill.train", "bitdistill.cli"}
+
+
+def module_files():
+    files = {}
+    for folder, package in (
+        ("bitdistill", "bitdistill"),
+        ("kernels", "bitdistill.kernels"),
+        ("distributed", "bitdistill.distributed"),
+    ):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            files[".".join((package, *parts))] = path
+    return files
+
+
+def imports(path, known):
+    """Modules of this project that a file imports anywhere, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+        else:
+            continue
+        found |= {name for name in names if name in known}
+    return found - {"bitdistill", "bitdistill.kernels", "bitdistill.distributed", "bitdistill.export"}
+
+
+FILES = module_files()
+GRAPH = {name: imports(path, FILES) for name, path in FILES.items()}
+
+
+def test_there_is_something_to_walk():
+    assert len(GRAPH) > 20
+    assert "bitdistill.kernels.reference" in GRAPH["bitdistill.layers"]
+
+
+def test_no_cycle():
+    done, active = set(), []
+
+    def visit(name):
+        assert name not in active, " -> ".join([*active, name])
+        if name in done:
+            return
+        active.append(name)
+        for other in sorted(GRAPH[name]):
+            visit(other)
+        active.pop()
+        done.add(name)
+
+    for name in GRAPH:
+        visit(name)
+
+
+def test_kernels_and_distributed_import_nothing_above_or_beside():
+    for name, others in GRAPH.items():
+        for room in ("bitdistill.kernels", "bitdistill.distributed"):
+            if name.startswith(room):
+                assert all(other.startswith(room) for other in others), f"{name} imports {others}"
+
+
+def test_nobody_imports_an_entry_file():
+    for name, others in GRAPH.items():
+        assert not others & ENTRIES, f"{name} imports {others & ENTRIES}"
+
+
+def test_only_entries_read_config():
+    readers = {name for name, others in GRAPH.items() if "bitdistill.config" in others}
+    assert readers <= ENTRIES
+
+
+def test_package_inits_are_inert():
+    for name in ("bitdistill", "bitdistill.kernels", "bitdistill.distributed", "bitdistill.export"):
+        for node in ast.parse(FILES[name].read_text()).body:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            version = isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
+            assert docstring or version, f"{name} does something: {ast.unparse(node)}"
+
+
+def test_no_module_shadows_a_library():
+    """`deepspeed bitdistill/train.py` puts bitdistill/ first on sys.path."""
+    names = {path.stem for path in (ROOT / "bitdistill").glob("*.py")} - {"__init__"}
+    names |= {path.name for path in (ROOT / "bitdistill").iterdir() if path.is_dir()}
+    assert not names & set(sys.stdlib_module_names)
+    script = (
+        "import importlib.metadata as m, json;"
+        "print(json.dumps(sorted({f.parts[0].removesuffix('.py') for d in m.distributions() "
+        "if d.metadata['Name'] != 'bitdistill' for f in d.files or [] if len(f.parts) <= 2 and f.suffix == '.py'})))"
+    )
+    import json
+
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert not names & set(json.loads(output.stdout))
+
+
+def test_public_functions_have_docstrings():
+    missing = []
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if public and ast.get_docstring(node) is None:
+                missing.append(f"{name}.{node.name}")
+    assert not missing

@@ -1,0 +1,402 @@
+"""The packed file: what is in it, what is refused, and that the proof of parity can fail."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from tiny_students import CONFIGS, prompt, student
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from bitdistill.errors import UserError
+from bitdistill.export import packed as packed_file
+from bitdistill.export.packed import encode_int4, encode_int8, read_packed, write_packed
+from bitdistill.export.parity import prove_parity
+from bitdistill.kernels.reference import quantize_weight
+from bitdistill.layers import bit_linears
+from bitdistill.refine import refine
+
+DATA = Path(os.environ.get("BITDISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+PROMPTS = [prompt(20), prompt(1, seed=1), prompt(40, seed=2)]
+TOKENIZER = Tokenizer(WordLevel({"ünicode": 0, "?": 1}, unk_token="?")).to_str().encode()
+
+
+@pytest.fixture
+def qwen3(tmp_path):
+    model = student("qwen3")
+    path = tmp_path / "student.safetensors"
+    sizes = write_packed(path, model, tokenizer_json=TOKENIZER, metadata={"stage": "distill", "loss": 0.25})
+    return path, model, sizes
+
+
+def rewritten(path, tensors=None, **changes):
+    """The file again, with other tensors or header entries; checksums stay right unless they are named."""
+    with safe_open(path, framework="np") as file:
+        header = file.metadata()
+    tensors = load_file(path) if tensors is None else tensors
+    header.update({key: value for key, value in changes.items() if value is not None})
+    header["data_sha256"] = changes.get("data_sha256", packed_file._data_checksum(tensors))
+    header["config_sha256"] = changes.get("config_sha256", packed_file._config_checksum(header))
+    save_file(
+        tensors, path, metadata={key: value for key, value in header.items() if key not in changes or changes[key]}
+    )
+
+
+# --- what is in the file ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", ["2bit", "base3"])
+@pytest.mark.parametrize("norms", ["two", "all", "none"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensors_are_the_students(tmp_path, name, norms, packing):
+    model = student(name, norms)
+    write_packed(tmp_path / "s", model, packing=packing)
+    got = read_packed(tmp_path / "s")
+    assert got.config.model_type == model.config.model_type
+    assert got.config.packing == packing
+    assert list(got.config.linears) == list(bit_linears(model))
+    for key, layer in bit_linears(model).items():
+        codes, scale = quantize_weight(layer.weight)
+        np.testing.assert_array_equal(got.weight_codes(key), codes.numpy())
+        assert got.tensors[f"{key}.weight_scale"] == scale.numpy()
+        assert (f"{key}.bias" in got.tensors) == (layer.bias is not None)
+        assert (f"{key}.subln" in got.tensors) == (layer.subln is not None)
+        if layer.bias is not None:
+            np.testing.assert_array_equal(got.tensors[f"{key}.bias"], layer.bias.detach().numpy())
+        if layer.subln is not None:
+            np.testing.assert_array_equal(got.tensors[f"{key}.subln"], layer.subln.weight.detach().numpy())
+            assert got.config.linears[key].subln_eps == layer.subln.eps
+    norm = model.model.layers[1].post_attention_layernorm.weight.detach().numpy()
+    want = norm + np.float32(1) if name == "gemma3" else norm
+    np.testing.assert_array_equal(got.tensors["model.layers.1.post_attention_layernorm.gain"], want)
+    assert not any(tensor.flags.writeable for tensor in got.tensors.values())
+
+
+def test_sizes_add_up(qwen3):
+    path, model, sizes = qwen3
+    assert sizes["file_bytes"] == path.stat().st_size
+    assert sizes["linear_bytes"] + sizes["embedding_bytes"] + sizes["other_bytes"] == sizes["file_bytes"]
+    shapes = [layer.weight.shape for layer in bit_linears(model).values()]
+    assert sizes["linear_weights"] == sum(rows * columns for rows, columns in shapes)
+    assert sizes["linear_bytes"] == sum(-(-rows * columns // 5) + 4 for rows, columns in shapes)
+    assert sizes["bits_per_weight"] == 8 * sizes["linear_bytes"] / sizes["linear_weights"]
+    assert sizes["embedding_bytes"] == 97 * 64 * 2
+    assert sizes["parameters"] == sum(p.numel() for p in model.parameters())
+    assert sizes["model_bits_per_parameter"] == 8 * sizes["file_bytes"] / sizes["parameters"]
+    untied = write_packed(path, student("llama"), embedding="int4", packing="2bit")
+    assert untied["embedding_bytes"] == 2 * (97 * 32 + 97 * 2 * 2)
+
+
+def test_tokenizer_and_metadata_travel(qwen3, tmp_path):
+    got = read_packed(qwen3[0])
+    assert got.tokenizer_json() == TOKENIZER.decode()
+    assert got.metadata == {"stage": "distill", "loss": 0.25}
+    assert got.config.eos_token_ids == [2]
+    write_packed(tmp_path / "bare", student("qwen3"))
+    assert read_packed(tmp_path / "bare").tokenizer_json() is None
+
+
+def test_written_atomically(qwen3):
+    path, model, _ = qwen3
+    write_packed(path, model, packing="2bit")  # over the old one
+    assert read_packed(path).config.packing == "2bit"
+    (path.parent / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_packed(path.parent / "taken", model)
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["student.safetensors", "taken"]
+
+
+# --- formats of the embedding -----------------------------------------------------------------------------------------
+
+FLOATS = st.floats(-8, 8, width=32).map(lambda x: 0.0 if abs(x) < 1e-3 else x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.sampled_from([32, 64, 96])), elements=FLOATS))
+def test_embedding_codecs_against_plain_loops(table):
+    codes, scale = encode_int8(table)
+    back8 = packed_file.decode_int8(codes, scale)
+    packed4, scale4 = encode_int4(table)
+    back4 = packed_file.decode_int4(packed4, scale4)
+    assert (packed4.shape, scale4.shape) == ((len(table), table.shape[1] // 2), (len(table), table.shape[1] // 32))
+    for row in range(len(table)):
+        step = np.float32(max(abs(x) for x in table[row])) / np.float32(127)
+        for column, x in enumerate(table[row]):
+            want = round(float(x / step)) if step else 0  # Python rounds half to even
+            assert codes[row, column] == want
+            assert back8[row, column] == np.float32(want) * step
+        for group in range(0, table.shape[1], 32):
+            values = table[row, group : group + 32]
+            step = np.float16(max(values, key=abs) / np.float32(-8))
+            assert scale4[row, group // 32] == step
+            for offset, x in enumerate(values):
+                want = min(7, max(-8, round(float(x / np.float32(step))))) if step else 0
+                byte = int(packed4[row, group // 2 + offset % 16])
+                assert (byte >> 4 if offset >= 16 else byte & 15) - 8 == want
+                assert back4[row, group + offset] == np.float32(want) * np.float32(step)
+
+
+@pytest.mark.parametrize("embedding", ["fp16", "int8", "int4"])
+def test_table_rows_equal_rows_of_the_table(tmp_path, embedding):
+    model = student("llama")
+    write_packed(tmp_path / "s", model, embedding=embedding)
+    got = read_packed(tmp_path / "s")
+    rows = np.array([5, 5, 96, 0])
+    for name, weight in (("model.embed_tokens", model.model.embed_tokens.weight), ("lm_head", model.lm_head.weight)):
+        table, want = got.table(name), weight.detach().numpy()
+        assert table.dtype == np.float32
+        np.testing.assert_array_equal(got.table(name, rows), table[rows])
+        if embedding == "fp16":
+            np.testing.assert_array_equal(table, want.astype(np.float16).astype(np.float32))
+        relative = np.sqrt(((table - want) ** 2).mean() / (want**2).mean())
+        assert relative < {"fp16": 3e-4, "int8": 0.01, "int4": 0.11}[embedding]
+
+
+# --- what is refused when writing -------------------------------------------------------------------------------------
+
+
+def refused(field, call):
+    with pytest.raises(UserError) as caught:
+        call()
+    assert caught.value.field == field, caught.value
+    return str(caught.value)
+
+
+def test_writing_refuses(tmp_path):
+    path = tmp_path / "s"
+    refused("packing", lambda: write_packed(path, student("qwen3"), packing="1bit"))
+    refused("embedding", lambda: write_packed(path, student("qwen3"), embedding="int3"))
+    refused("path", lambda: write_packed(tmp_path / "no" / "s", student("qwen3")))
+    plain = AutoModelForCausalLM.from_config(CONFIGS["qwen3"])
+    refused("model", lambda: write_packed(path, plain))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    message = refused(name, lambda: write_packed(path, student("qwen3").bfloat16()))
+    assert "bfloat16" in message
+    model = student("qwen3")
+    model.get_parameter(name).data[3, 3] = torch.nan
+    refused(name, lambda: write_packed(path, model))
+    model = student("qwen3")
+    model.model.norm.weight.data[3] = torch.inf
+    refused("model.norm", lambda: write_packed(path, model))
+    model = student("qwen3")
+    model.model.embed_tokens.weight.data[3] = 70000.0
+    refused("embedding", lambda: write_packed(path, model))
+    write_packed(path, model, embedding="int8")
+    narrow = LlamaConfig(vocab_size=9, hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(narrow)
+    refine(model)
+    refused("embedding", lambda: write_packed(path, model, embedding="int4"))
+
+
+def test_writing_refuses_what_the_runtime_lacks(tmp_path):
+    model = student("gemma3")
+    model.config.final_logit_softcapping = 30.0
+    refused("final_logit_softcapping", lambda: write_packed(tmp_path / "s", model))
+    config = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "hidden_act": "relu"})
+    model = AutoModelForCausalLM.from_config(config)
+    refine(model)
+    refused("hidden_act", lambda: write_packed(tmp_path / "s", model))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**CONFIGS["llama"].to_dict(), "rope_parameters": rope}))
+    refine(model)
+    refused("rope_parameters", lambda: write_packed(tmp_path / "s", model))
+    model = student("llama")
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.bfloat16()
+    assert "bfloat16" in refused("model", lambda: write_packed(tmp_path / "s", model))
+    assert not list(tmp_path.iterdir())
+
+
+# --- what is refused when reading -------------------------------------------------------------------------------------
+
+
+def test_reading_refuses_other_files(tmp_path, qwen3):
+    path = qwen3[0]
+    assert "no such file" in refused("file", lambda: read_packed(tmp_path / "absent"))
+    refused("file", lambda: read_packed(tmp_path))
+    (tmp_path / "empty").touch()
+    refused("file", lambda: read_packed(tmp_path / "empty"))
+    (tmp_path / "text").write_text("not safetensors, but long enough to have a header length")
+    refused("file", lambda: read_packed(tmp_path / "text"))
+    save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "foreign")
+    assert "something else" in refused("file", lambda: read_packed(tmp_path / "foreign"))
+    rewritten(path, version="2")
+    assert "Update bitdistill" in refused("file", lambda: read_packed(path))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.999])
+def test_reading_notices_truncation(qwen3, share):
+    path = qwen3[0]
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert "truncated" in refused("file", lambda: read_packed(path))
+
+
+def test_reading_notices_every_flipped_bit(qwen3):
+    """One bit anywhere: in the header it may also break the JSON or the format's name, but it never passes."""
+    path = qwen3[0]
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    places = [*np.random.default_rng(0).integers(0, len(data), 60).tolist(), 3, 8, start - 1, start, len(data) - 1]
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        if damaged[place : place + 1] == b" " or data[place : place + 1] == b" ":
+            continue  # white space that pads the header carries nothing
+        path.write_bytes(damaged)
+        refused("file", lambda: read_packed(path))
+
+
+def test_reading_names_missing_extra_and_misshapen_tensors(qwen3):
+    path = qwen3[0]
+    whole = load_file(path)
+    name = "model.layers.1.mlp.down_proj.subln"
+    rewritten(path, {key: value for key, value in whole.items() if key != name})
+    message = refused("file", lambda: read_packed(path))
+    assert f"1 missing: {name}" in message
+    rewritten(path, {**whole, "model.layers.9.bias": np.zeros(3, np.float32)})
+    assert "1 extra: model.layers.9.bias" in refused("file", lambda: read_packed(path))
+    for other in (whole[name][:-1], whole[name].astype(np.float16), whole[name].astype(np.float64)):
+        rewritten(path, {**whole, name: other})
+        assert f"1 of another dtype or shape: {name}" in refused("file", lambda: read_packed(path))
+    rewritten(path, whole)
+    read_packed(path)
+
+
+def test_reading_notices_edits(qwen3):
+    path = qwen3[0]
+    with safe_open(path, framework="np") as file:
+        header = file.metadata()
+    config = json.loads(header["config"])
+    edited = json.dumps({**config, "rms_norm_eps": 1e-3})
+    rewritten(path, config=edited, config_sha256=header["config_sha256"])
+    assert "damaged or edited" in refused("file", lambda: read_packed(path))
+    rewritten(path, config=header["config"], config_sha256=None)
+    assert "damaged or edited" in refused("file", lambda: read_packed(path))
+
+
+# --- the proof of parity ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("norms", "packing", "embedding"), [("two", "base3", "fp16"), ("all", "2bit", "int8"), ("none", "base3", "int4")]
+)
+def test_parity_holds(tmp_path, name, norms, packing, embedding):
+    model = student(name, norms)
+    model.train(embedding == "int4")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    write_packed(tmp_path / "s", model, packing=packing, embedding=embedding)
+    proof = prove_parity(tmp_path / "s", model, PROMPTS)
+    assert proof["linears"] == 21
+    assert proof["tokens"] == 61
+    assert proof["unrounded_max_diff"] < 1e-4
+    assert proof["embedding_mean_kl"] > 0
+    json.dumps(proof)
+    # the model is as it was
+    assert model.training == (embedding == "int4")
+    assert model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all("forward" not in vars(layer) for layer in bit_linears(model).values())
+
+
+def _flip_code(model):
+    weight = bit_linears(model)["model.layers.2.mlp.up_proj"].weight.data
+    weight[4, 4] = -weight[4, 4] if quantize_weight(weight)[0][4, 4] else weight.abs().mean() * 2
+
+
+def _double_weight(model):
+    bit_linears(model)["model.layers.0.self_attn.k_proj"].weight.data *= 2
+
+
+def _swap_rows(model):
+    weight = model.model.embed_tokens.weight.data
+    weight[[3, 4]] = weight[[4, 3]].clone()
+
+
+def _shift_subln(model):
+    bit_linears(model)["model.layers.2.mlp.down_proj"].subln.weight.data[5] += 0.05
+
+
+def _shift_norm(model):
+    model.model.layers[0].input_layernorm.weight.data *= 1.001
+
+
+def _shift_bias(model):
+    bit_linears(model)["model.layers.1.self_attn.v_proj"].bias.data[0] += 0.02
+
+
+def _other_rope(model):
+    model.model.rotary_emb.inv_freq *= 1.01
+
+
+def _other_window(model):
+    model.config.sliding_window = 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_flip_code, "1 of 6272 weight codes differ"),
+        (_double_weight, "weight_scale differs"),
+        (_swap_rows, "model.embed_tokens: an entry"),
+        (_shift_subln, "another function"),
+        (_shift_norm, "another function"),
+        (_shift_bias, "another function"),
+        (_other_rope, "another function"),
+        (_other_window, "another function"),
+    ],
+)
+def test_parity_fails_on_another_student(tmp_path, change, message):
+    model = student("qwen2")
+    write_packed(tmp_path / "s", model)
+    change(model)
+    with pytest.raises(RuntimeError, match=message):
+        prove_parity(tmp_path / "s", model, PROMPTS)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_parity_fails_on_a_wrong_activation_quantizer(tmp_path, monkeypatch):
+    """Truncation instead of rounding: weights, tables and the unrounded function are all right."""
+    from bitdistill import runtime
+
+    def truncating(x):
+        peak = np.abs(x).max(axis=-1, keepdims=True)
+        return (x * (127 / peak)).astype(np.int8), peak / np.float32(127)
+
+    model = student("qwen3")
+    write_packed(tmp_path / "s", model)
+    monkeypatch.setattr(runtime, "quantize_activation", truncating)
+    with pytest.raises(RuntimeError, match="quantized product"):
+        prove_parity(tmp_path / "s", model, PROMPTS)
+
+
+def test_parity_needs_prompts_and_fp32(qwen3):
+    path, model, _ = qwen3
+    refused("prompts", lambda: prove_parity(path, model, []))
+    refused("prompts", lambda: prove_parity(path, model, [[3], []]))
+    refused("prompts", lambda: prove_parity(path, model, [[3] * 65]))
+    refused("model", lambda: prove_parity(path, model.bfloat16(), PROMPTS))
+
+
+@pytest.mark.parametrize("name", ["stories260K-hf", "base-6m"])
+def test_parity_of_real_models(tmp_path, name):
+    folder = DATA / "models" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent; set BITDISTILL_DATA to the folder with the real models")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    refine(model)
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    sizes = write_packed(tmp_path / "s", model, tokenizer_json=tokenizer, embedding="int8")
+    text = "One day, a little girl named Lily found a needle in her room. She knew it was difficult to play with it."
+    proof = prove_parity(tmp_path / "s", model, [AutoTokenizer.from_pretrained(folder)(text).input_ids])
+    assert 1.6 <= sizes["bits_per_weight"] < 1.606
+    assert proof["unrounded_max_diff"] < 1e-4
+    assert proof["same_top1"] >= 0.9
