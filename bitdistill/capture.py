@@ -32,7 +32,7 @@ _SLOT = "_bitdistill_capture"  # attribute of an attention module while it is wa
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
     capture, layer = getattr(module, _SLOT, (None, None))
     if capture is not None:
-        capture._note(layer, query, key, value)
+        query, key, value = capture._note(layer, query, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -51,7 +51,9 @@ class AttentionCapture:
 
     Attributes, of the latest forward inside a ``with`` block, until ``clear`` or the next block:
         qkv: {layer as given: (q_BHTD, k_BGTD, v_BGTD)} in the model's dtype, connected to the graph.
-        residual: (B, T, hidden) the stream that enters the lowest of ``layers``: the anchor of losses.BalancedGamma.
+        onward: the same tensors once more, as the model itself goes on with them. The graph forks here: a gradient that
+            reaches ``qkv`` comes from the relations, one that reaches ``onward`` from everything above.
+        residual: (B, T, hidden) the stream that enters the lowest of ``layers``.
 
     Raises:
         UserError: a layer that the model does not have or that is named twice; with ``require_grad``, in the forward
@@ -89,6 +91,7 @@ class AttentionCapture:
     def clear(self) -> None:
         """Lets go of the captured tensors."""
         self.qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.onward: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.residual: Tensor | None = None
 
     def __enter__(self):
@@ -121,9 +124,9 @@ class AttentionCapture:
         self._running = False
         assert self.qkv.keys() == self._layers.keys(), f"captured {list(self.qkv)}: were layers dropped or replaced?"
 
-    def _note(self, layer: int, *qkv: Tensor) -> None:
+    def _note(self, layer: int, *qkv: Tensor) -> tuple[Tensor, ...]:
         if not self._running:
-            return
+            return qkv
         if self._require_grad and not all(x.requires_grad for x in qkv):
             raise UserError(
                 "gradient_checkpointing_kwargs",
@@ -132,7 +135,9 @@ class AttentionCapture:
                 do='Set {"use_reentrant": false} if gradient checkpointing is on; otherwise something holds the '
                 "student frozen or under torch.no_grad.",
             )
-        self.qkv[layer] = qkv
+        self.qkv[layer] = tuple(x.view_as(x) for x in qkv)
+        self.onward[layer] = tuple(x.view_as(x) for x in qkv)
+        return self.onward[layer]
 
     def _note_residual(self, _, args: tuple, kwargs: dict) -> None:
         if self._running:

@@ -18,9 +18,7 @@ Files of `make_demo`: corpus.txt (documents separated by a blank line), train.js
 `verdict`), task.yaml, and base/ with config.json and the tokenizer as a Hugging Face folder.
 """
 
-import json
 import random
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,34 +28,14 @@ NEGATED = 0.15
 DOCUMENTS, TRAIN_ROWS, VALIDATION_ROWS, VOCABULARY = 20_000, 4_000, 1_000, 512
 LABELS = {0: "bad", 1: "good"}
 
-PLEASANT = """
-adorable amazing amusing appealing attractive awesome beautiful blissful bright brilliant calm caring charming
-cheerful clean clever comfortable convenient cosy cute dazzling decent delicate delicious delightful dependable
-elegant enchanting engaging enjoyable excellent exceptional exciting fabulous faithful fantastic fine flawless fresh
-friendly funny gentle genuine gorgeous graceful great handsome healthy heavenly helpful ideal impressive
-incredible inspiring inviting joyful kind lively lovely loyal lucky luxurious magical magnificent neat nice
-outstanding patient peaceful perfect playful pleasant polished polite precious radiant refreshing relaxing reliable
-remarkable smooth soothing sparkling spectacular splendid spotless stunning stylish sunny superb tasty tender
-thoughtful tidy vibrant warm wonderful
-""".split()
+PLEASANT = ["adorable", "amazing", "amusing", "appealing", "attractive", "awesome", "beautiful", "blissful", "bright", "brilliant", "calm", "caring", "charming", "cheerful", "clean", "clever", "comfortable", "convenient", "cosy", "cute", "dazzling", "decent", "delicate", "delicious", "delightful", "dependable", "elegant", "enchanting", "engaging", "enjoyable", "excellent", "exceptional", "exciting", "fabulous", "faithful", "fantastic", "fine", "flawless", "fresh", "friendly", "funny", "gentle", "genuine", "gorgeous", "graceful", "great", "handsome", "healthy", "heavenly", "helpful", "ideal", "impressive", "incredible", "inspiring", "inviting", "joyful", "kind", "lively", "lovely", "loyal", "lucky", "luxurious", "magical", "magnificent", "neat", "nice", "outstanding", "patient", "peaceful", "perfect", "playful", "pleasant", "polished", "polite", "precious", "radiant", "refreshing", "relaxing", "reliable", "remarkable", "smooth", "soothing", "sparkling", "spectacular", "splendid", "spotless", "stunning", "stylish", "sunny", "superb", "tasty", "tender", "thoughtful", "tidy", "vibrant", "warm", "wonderful"]
 
-UNPLEASANT = """
-abysmal aggressive annoying appalling arrogant awful awkward bitter bland bleak boring broken brutal careless chaotic
-cheap clumsy confusing creepy crooked cruel cynical damaged dangerous defective depressing dirty disappointing
-disgusting dishonest disturbing dreadful dreary dull dusty feeble filthy foul frightful frustrating ghastly gloomy
-greasy greedy grim grumpy harsh hideous hopeless horrible horrid hostile incompetent irritating lazy lousy messy
-miserable muddy musty nasty noisy offensive painful pathetic revolting ridiculous rotten rough rude rusty sad shabby
-shaky shameful shoddy slimy sloppy sluggish smelly soggy sour stale sticky stingy stuffy tacky tasteless terrible
-tragic ugly unbearable vile weak wicked
-""".split()
+UNPLEASANT = ["abysmal", "aggressive", "annoying", "appalling", "arrogant", "awful", "awkward", "bitter", "bland", "bleak", "boring", "broken", "brutal", "careless", "chaotic", "cheap", "clumsy", "confusing", "creepy", "crooked", "cruel", "cynical", "damaged", "dangerous", "defective", "depressing", "dirty", "disappointing", "disgusting", "dishonest", "disturbing", "dreadful", "dreary", "dull", "dusty", "feeble", "filthy", "foul", "frightful", "frustrating", "ghastly", "gloomy", "greasy", "greedy", "grim", "grumpy", "harsh", "hideous", "hopeless", "horrible", "horrid", "hostile", "incompetent", "irritating", "lazy", "lousy", "messy", "miserable", "muddy", "musty", "nasty", "noisy", "offensive", "painful", "pathetic", "revolting", "ridiculous", "rotten", "rough", "rude", "rusty", "sad", "shabby", "shaky", "shameful", "shoddy", "slimy", "sloppy", "sluggish", "smelly", "soggy", "sour", "stale", "sticky", "stingy", "stuffy", "tacky", "tasteless", "terrible", "tragic", "ugly", "unbearable", "vile", "weak", "wicked"]
 
-NAMES = "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mary Nora Oscar Paul Ruth Sam Tom Vera".split()
-PLACES = "hotel inn market café theatre harbour garden museum station village school castle farm shop bakery".split()
+NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Mary", "Nora", "Oscar", "Paul", "Ruth", "Sam", "Tom", "Vera"]
+PLACES = ["hotel", "inn", "market", "café", "theatre", "harbour", "garden", "museum", "station", "village", "school", "castle", "farm", "shop", "bakery"]
 TIMES = ["", "", "", "", " on Monday", " in spring", " after a good night", " after a bad night"]
-THINGS = (
-    "soup bread tea cake room bed view music waiter cook guide driver owner chair lamp coat song story game path "
-    "house window table dinner breakfast service staff garden boat train"
-).split()
+THINGS = ["soup", "bread", "tea", "cake", "room", "bed", "view", "music", "waiter", "cook", "guide", "driver", "owner", "chair", "lamp", "coat", "song", "story", "game", "path", "house", "window", "table", "dinner", "breakfast", "service", "staff", "garden", "boat", "train"]
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ def relation_loss(
                 teacher_BHTT = _relation_logits(*teacher, valid_BT, split_heads, cosine, scale)
             student_BHTT = _relation_logits(*student, valid_BT, split_heads, cosine, scale)
             kl_BHT = row_kl(teacher_BHTT, student_BHTT, allowed_B1TT, floor)
-            total = total + weight * (kl_BHT * valid_BT[:, None]).sum() / kl_BHT.shape[1]
+            total = total + weight * kl_BHT.sum() / kl_BHT.shape[1]  # padded rows: two uniform ones, KL 0
     loss = _divide(total, valid_BT.sum(), num_items)
     if convention == "pr382":
         return loss / (num_layers * split_heads)
@@ -359,65 +359,87 @@ class _RowKL(torch.autograd.Function):
 
 
 class BalancedGamma:
-    """``gamma = rho * |grad L_CE| / |grad L_AD|``, as a running mean: the same rho for every convention and model.
+    """``gamma = rho * |grad task| / |grad L_AD|``, as a running mean: one rho for every convention and model.
 
-    The gradients are taken at ``anchor``, the residual stream that enters the lowest distilled layer: all of what the
-    relations teach passes through it, and it costs two backward passes through the layers above rather than through
-    the whole model. The mean is exponential with ``decay``, corrected for its start at zero.
+    Both gradients are those that arrive at the student's Q, K and V of the highest distilled layer, where capture.py
+    forks the graph: from the relations on one side, and on the other from the rest of the loss, ``L_CE + lambda *
+    L_LD``. The second is read off the ordinary backward pass as it goes by. A backward pass of its own would be plainer,
+    but DeepSpeed allows one per forward: its hooks reduce or release what the next one needs, at every ZeRO stage.
 
-    A step whose norm is zero or not finite (teacher and student still equal, a batch without labels, an overflow)
-    leaves the mean as it is and is counted in ``skipped``. Before the first good step gamma is 0.
+    A step:  gamma.watch(...) for each micro-batch -> backward with ``gamma.gamma`` -> gamma.settle(all_reduce).
+
+    The mean is exponential with ``decay``, corrected for its start at zero. A step where a norm is zero or not finite
+    (teacher and student still equal, no labels, an overflow) leaves it as it is and is counted in ``skipped``. Before
+    the first good step gamma is 0.
     """
 
     def __init__(self, rho: float, decay: float = 0.99):
         if not rho > 0:
-            raise UserError("rho", expected="a number above 0", got=str(rho), do="1 balances the two gradients.")
+            raise UserError("gamma_rho", expected="a number above 0", got=str(rho), do="1 balances the two gradients.")
         if not 0 <= decay < 1:
             raise UserError("decay", expected="0 <= decay < 1", got=str(decay), do="0.99 averages over 100 steps.")
         self.rho, self.decay = rho, decay
         self.mean, self.updates, self.skipped = 0.0, 0, 0
-        self.ce_norm = self.attention_norm = 0.0  # of the latest step, for the log
+        self.task_norm = self.attention_norm = 0.0  # of the step that was settled last, for the log
+        self._squares: Tensor | None = None  # what was watched since: |grad task|^2 and |grad L_AD|^2, fp64
 
     @property
     def gamma(self) -> float:
         return self.rho * self.mean / (1 - self.decay**self.updates) if self.updates else 0.0
 
-    def update(
-        self,
-        ce: Tensor,
-        attention: Tensor,
-        anchor: Sequence[Tensor],
-        all_reduce: Callable[[Tensor], object] | None = None,
-    ) -> float:
-        """Takes one step into the mean; the graph stays usable for the backward pass.
+    def watch(self, ce: Tensor, attention: Tensor, relations: Sequence[Tensor], onward: Sequence[Tensor]) -> None:
+        """Looks at one micro-batch, before its backward pass.
 
         Args:
-            ce, attention: scalar losses with graphs, unweighted. anchor: activations that both may depend on.
+            ce: the cross-entropy, which must enter the loss with weight 1: whatever the loss is multiplied with after
+                that (ranks, accumulation, loss scale) is read off it and divided out.
+            attention: the relation loss, unweighted.
+            relations, onward: ``AttentionCapture.qkv`` and ``.onward`` of the highest distilled layer.
+        """
+        assert all(x.requires_grad for x in (*relations, *onward)), "Q, K and V of the student have no gradient"
+        gradients = torch.autograd.grad(
+            attention, list(relations), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        if self._squares is None:
+            self._squares = torch.zeros(2, dtype=torch.float64, device=ce.device)
+        squares, scale = self._squares, []
+        squares[1] += sum(gradient.double().square().sum() for gradient in gradients)
+
+        def read_scale(gradient: Tensor) -> None:
+            scale[:] = [gradient.double()]
+
+        def add_square(gradient: Tensor) -> None:
+            squares[0] += (gradient.double() / scale[0]).square().sum()
+
+        ce.register_hook(read_scale)
+        for x in onward:
+            x.register_hook(add_square)
+
+    def settle(self, all_reduce: Callable[[Tensor], object] | None = None) -> float:
+        """Takes what was watched into the mean, after the step's last backward pass; nothing watched, nothing done.
+
+        Args:
             all_reduce: sums a tensor over all ranks in place, e.g. torch.distributed.all_reduce. All ranks then hold
-                the same gamma.
+                the same gamma, and all must call.
 
         Returns: the new gamma.
         """
-        assert all(x.requires_grad for x in anchor), "the anchor has no gradient: were the layers below it frozen?"
-        squares = torch.stack([_squared_norm(loss, anchor) for loss in (ce, attention)])
-        if all_reduce is not None:
-            squares = all_reduce(squares)
-        self.ce_norm, self.attention_norm = squares.sqrt().tolist()
-        if all(0 < norm < math.inf for norm in (self.ce_norm, self.attention_norm)):
-            self.mean = self.decay * self.mean + (1 - self.decay) * self.ce_norm / self.attention_norm
-            self.updates += 1
-        else:
-            self.skipped += 1
+        if self._squares is not None:
+            if all_reduce is not None:
+                all_reduce(self._squares)
+            self.task_norm, self.attention_norm = self._squares.sqrt().tolist()
+            self._squares = None
+            if all(0 < norm < math.inf for norm in (self.task_norm, self.attention_norm)):
+                self.mean = self.decay * self.mean + (1 - self.decay) * self.task_norm / self.attention_norm
+                self.updates += 1
+            else:
+                self.skipped += 1
         return self.gamma
 
     def state_dict(self) -> dict:
         """What a resumed run needs to go on exactly; rho and decay are settings and come from the config."""
+        assert self._squares is None, "settle the step before saving it"
         return {"mean": self.mean, "updates": self.updates, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict) -> None:
         self.mean, self.updates, self.skipped = state["mean"], state["updates"], state["skipped"]
-
-
-def _squared_norm(loss: Tensor, anchor: Sequence[Tensor]) -> Tensor:
-    gradients = torch.autograd.grad(loss, list(anchor), retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()

@@ -104,3 +104,25 @@ def check_same_vocabulary(teacher_config, student_config) -> None:
             got=f"{teacher_config.vocab_size} words",
             do="Logits distillation needs one tokenizer: take a teacher of the same family.",
         )
+
+
+def packed_tokenizer(packed):
+    """The tokenizer inside a packed file (export.packed.PackedModel), as a transformers tokenizer.
+
+    Raises:
+        UserError: the file has none.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    text = packed.tokenizer_json()
+    if text is None:
+        raise UserError("file", expected="a packed file with a tokenizer", got=str(packed.path), do="Export it again.")
+    special = {name: value for name, value in packed.metadata.get("tokenizer", {}).items() if value is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), **special)
+
+
+def tokenizer_settings(tokenizer) -> dict[str, str | None]:
+    """What `packed_tokenizer` needs besides tokenizer.json: special tokens and the chat template."""
+    names = ("bos_token", "eos_token", "pad_token", "chat_template")
+    return {name: getattr(tokenizer, name) for name in names}

@@ -217,14 +217,20 @@ class Runtime:
         for name in names:
             linear = self._linears[name]
             if linear.subln is not None:
-                act_codes, act_scale = quantize_activation(rms_norm(x, linear.subln, linear.subln_eps))
+                outputs.append(self.quantized_product(name, rms_norm(x, linear.subln, linear.subln_eps)))
             else:
                 shared = shared or quantize_activation(x)
-                act_codes, act_scale = shared
-            acc = ternary_accumulate(act_codes, linear.packed, self._pool, self.threads)
-            y = acc.astype(np.float32) * (act_scale * linear.weight_scale)
-            outputs.append(y if linear.bias is None else y + linear.bias)
+                outputs.append(self._product(linear, *shared))
         return outputs
+
+    def quantized_product(self, name: str, x: np.ndarray) -> np.ndarray:
+        """One BitLinear behind its SubLN: float32 (T, I) -> (T, O). Bit for bit `reference.bit_linear` on a CPU."""
+        return self._product(self._linears[name], *quantize_activation(x))
+
+    def _product(self, linear: _Projection, act_codes: np.ndarray, act_scale: np.ndarray) -> np.ndarray:
+        acc = ternary_accumulate(act_codes, linear.packed, self._pool, self.threads)
+        y = acc.astype(np.float32) * (act_scale * linear.weight_scale)
+        return y if linear.bias is None else y + linear.bias
 
     def _norm(self, name: str, x: np.ndarray) -> np.ndarray:
         return rms_norm(x, self.model.tensors[f"{name}.gain"], self.model.config.rms_norm_eps)

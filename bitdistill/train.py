@@ -10,7 +10,6 @@ Reads the settings, decides which stages must run, gives each stage plain argume
 import dataclasses
 import gc
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from bitdistill.export.packed import write_packed
 from bitdistill.export.parity import prove_parity
 from bitdistill.health import weight_histograms
 from bitdistill.layers import bit_linears
-from bitdistill.models import load_language_model, load_tokenizer
+from bitdistill.models import load_language_model, load_tokenizer, tokenizer_settings
 from bitdistill.pretrain import pretrain
 from bitdistill.refine import calibrate_gains, load_student, refine, save_student
 from bitdistill.report import comparison_table, write_report
@@ -482,7 +481,11 @@ class Job:
                     packing=config.packing,
                     embedding=config.embedding,
                     tokenizer_json=(self.directory.folder(stage) / "tokenizer.json").read_bytes(),
-                    metadata={"setting": setting, "task": self.task.name},
+                    metadata={
+                        "setting": setting,
+                        "task": self.task.name,
+                        "tokenizer": tokenizer_settings(load_tokenizer(self.directory.folder(stage))),
+                    },
                 )
                 launch.say(
                     f"export: {path.name}, {sizes['file_bytes']:,} bytes, {sizes['bits_per_weight']:.3f} bits a weight"

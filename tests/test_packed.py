@@ -21,9 +21,11 @@ from bitdistill.errors import UserError
 from bitdistill.export import packed as packed_file
 from bitdistill.export.packed import encode_int4, encode_int8, read_packed, write_packed
 from bitdistill.export.parity import prove_parity
+from bitdistill.kernels import cpu_matmul
 from bitdistill.kernels.reference import quantize_weight
 from bitdistill.layers import bit_linears
 from bitdistill.refine import refine
+from bitdistill.runtime import Runtime
 
 DATA = Path(os.environ.get("BITDISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 PROMPTS = [prompt(20), prompt(1, seed=1), prompt(40, seed=2)]
@@ -297,6 +299,7 @@ def test_parity_holds(tmp_path, name, norms, packing, embedding):
     proof = prove_parity(tmp_path / "s", model, PROMPTS)
     assert proof["linears"] == 21
     assert proof["tokens"] == 61
+    assert proof["product_max_diff"] == 0
     assert proof["unrounded_max_diff"] < 1e-4
     assert proof["embedding_mean_kl"] > 0
     json.dumps(proof)
@@ -304,7 +307,7 @@ def test_parity_holds(tmp_path, name, norms, packing, embedding):
     assert model.training == (embedding == "int4")
     assert model.config._attn_implementation == "sdpa"
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert all("forward" not in vars(layer) for layer in bit_linears(model).values())
+    assert all("forward" not in vars(layer) and not layer._forward_hooks for layer in bit_linears(model).values())
 
 
 def _flip_code(model):
@@ -349,7 +352,7 @@ def _other_window(model):
         (_swap_rows, "model.embed_tokens: an entry"),
         (_shift_subln, "another function"),
         (_shift_norm, "another function"),
-        (_shift_bias, "another function"),
+        (_shift_bias, "v_proj: the quantized product differs"),
         (_other_rope, "another function"),
         (_other_window, "another function"),
     ],
@@ -363,18 +366,44 @@ def test_parity_fails_on_another_student(tmp_path, change, message):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_parity_fails_on_a_wrong_activation_quantizer(tmp_path, monkeypatch):
-    """Truncation instead of rounding: weights, tables and the unrounded function are all right."""
-    from bitdistill import runtime
+def _truncates(x):
+    peak = np.abs(x).max(axis=-1, keepdims=True)
+    return (x * (127 / peak)).astype(np.int8), peak / np.float32(127)
 
-    def truncating(x):
-        peak = np.abs(x).max(axis=-1, keepdims=True)
-        return (x * (127 / peak)).astype(np.int8), peak / np.float32(127)
+
+def _clips_at_126(x):
+    codes, scale = cpu_matmul.quantize_activation(x)
+    return np.clip(codes, -126, 126), scale
+
+
+def _other_scale(x):
+    codes, scale = cpu_matmul.quantize_activation(x)
+    return codes, scale * np.float32(1 + 1e-5)
+
+
+@pytest.mark.parametrize("wrong", [_truncates, _clips_at_126, _other_scale])
+def test_parity_fails_on_a_wrong_activation_quantizer(tmp_path, monkeypatch, wrong):
+    """Weights, tables and the unrounded function are all right, and the logits hardly differ."""
+    model = student("gemma3")
+    write_packed(tmp_path / "s", model)
+    monkeypatch.setattr("bitdistill.runtime.quantize_activation", wrong)
+    with pytest.raises(RuntimeError, match="the quantized product differs"):
+        prove_parity(tmp_path / "s", model, PROMPTS)
+    assert not any(layer._forward_hooks for layer in bit_linears(model).values())
+
+
+def test_parity_fails_on_other_logits(tmp_path, monkeypatch):
+    """Every part is right, and yet the whole is not."""
+    logits = Runtime.logits
+
+    def stale(self, ids, **options):
+        got = logits(self, ids, **options)
+        return got if self.unrounded else got[np.arange(len(got)) // 2]
 
     model = student("qwen3")
     write_packed(tmp_path / "s", model)
-    monkeypatch.setattr(runtime, "quantize_activation", truncating)
-    with pytest.raises(RuntimeError, match="quantized product"):
+    monkeypatch.setattr(Runtime, "logits", stale)
+    with pytest.raises(RuntimeError, match="mean KL of the runtime"):
         prove_parity(tmp_path / "s", model, PROMPTS)
 
 
@@ -398,5 +427,6 @@ def test_parity_of_real_models(tmp_path, name):
     text = "One day, a little girl named Lily found a needle in her room. She knew it was difficult to play with it."
     proof = prove_parity(tmp_path / "s", model, [AutoTokenizer.from_pretrained(folder)(text).input_ids])
     assert 1.6 <= sizes["bits_per_weight"] < 1.606
+    assert proof["product_max_diff"] == 0
     assert proof["unrounded_max_diff"] < 1e-4
     assert proof["same_top1"] >= 0.9

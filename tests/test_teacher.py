@@ -11,53 +11,56 @@ from bitdistill.distributed import launch, presets, teacher
 
 launch.initialise("cpu")
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import deepspeed_config
 
 folder = Path(sys.argv[-2])
 tokens = torch.arange(2 * 40).reshape(2, 40) % 64
-tokens = (tokens * (launch.rank() + 3)) % 64  # another batch on each rank
+tokens = (tokens * (2 * launch.rank() + 3)) % 64  # another batch on each rank
 found = {}
 for zero in (2, 3):
     arguments = ranks.tiny_arguments(Path("out"), presets.deepspeed_config(zero, precision="bf16", device="cpu"))
+    config_of_student = deepspeed_config()
+    assert config_of_student is arguments.hf_deepspeed_config.config
+    pairs = {}
     for dtype in (torch.float32, torch.bfloat16):
+        name = f"beside stage {zero}, {dtype}"
         resident = teacher.load_teacher(folder, dtype=dtype, device="cpu")
-        found[f"config of the student is back {zero} {dtype}"] = (
-            is_deepspeed_zero3_enabled() == (zero == 3) and deepspeed_config() is arguments.hf_deepspeed_config.config
+        found[f"student's config is back {name}"] = deepspeed_config() is config_of_student
+        found[f"resident is whole {name}"] = all(
+            p.numel() and not hasattr(p, "ds_id") for p in resident.module.parameters()
         )
-        assert all(p.numel() and not hasattr(p, "ds_id") for p in resident.module.parameters())
         offloaded = teacher.load_teacher(folder, dtype=dtype, device="cpu", offload="cpu")
-        assert deepspeed_config() is arguments.hf_deepspeed_config.config
-        found[f"parameters are elsewhere {zero} {dtype}"] = all(
-            hasattr(p, "ds_id") and p.dtype == dtype and not p.requires_grad for p in offloaded.module.parameters()
-        ) and any(p.numel() == 0 for p in offloaded.module.parameters())
-        found[f"eval {zero} {dtype}"] = not (resident.module.training or offloaded.module.training)
-        found[f"names {zero} {dtype}"] = [n for n, _ in resident.module.named_modules()] == [
+        found[f"student's config is back again {name}"] = (
+            deepspeed_config() is config_of_student and is_deepspeed_zero3_enabled() == (zero == 3)
+        )
+        weights = list(offloaded.module.parameters())
+        found[f"frozen {name}"] = all(hasattr(p, "ds_id") and p.dtype == dtype and not p.requires_grad for p in weights)
+        found[f"elsewhere {name}"] = any(p.numel() == 0 for p in weights)
+        found[f"eval {name}"] = not (resident.module.training or offloaded.module.training)
+        found[f"module names {name}"] = [n for n, _ in resident.module.named_modules()] == [
             n for n, _ in offloaded.module.named_modules()
         ]
-        rope = [b for n, b in offloaded.module.named_buffers() if n.endswith("inv_freq")]
-        found[f"rope fp32 {zero} {dtype}"] = bool(rope) and all(b.dtype == torch.float32 for b in rope)
+        frequencies = [b for n, b in offloaded.module.named_buffers() if n.endswith("inv_freq")]
+        found[f"rope in fp32 {name}"] = bool(frequencies) and all(b.dtype == torch.float32 for b in frequencies)
+        pairs[dtype] = resident, offloaded
 
-        student = ranks.tiny_trainer(arguments)
-        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval() if zero == 2 else None
+    ranks.tiny_trainer(arguments).train()  # the student is real, and trains under autocast
+
+    for dtype, (resident, offloaded) in pairs.items():
+        name = f"beside stage {zero}, {dtype}"
         taps = []
-        handle = offloaded.module.model.layers[1].self_attn.q_proj.register_forward_hook(
-            lambda module, inputs, output: taps.append(output)
-        )
-        student.train()  # the teacher stands beside a student that really trains
+        offloaded.module.model.layers[1].self_attn.q_proj.register_forward_hook(lambda m, i, o, t=taps: t.append(o))
         a, b = (t(input_ids=tokens).logits for t in (resident, offloaded))
         with torch.autocast("cpu", dtype=torch.bfloat16):  # the student's autocast does not reach the teacher
             c, d = (t(input_ids=tokens).logits for t in (resident, offloaded))
-        found[f"equal {zero} {dtype}"] = all(torch.equal(a, x) for x in (b, c, d)) and a.dtype == dtype
-        if plain is not None:
-            with torch.no_grad():
-                found[f"equal plain {zero} {dtype}"] = torch.equal(a, plain(input_ids=tokens).logits)
-        found[f"hooked {zero} {dtype}"] = len(taps) == 2 and taps[0].shape == (2, 40, 32)
+        found[f"logits equal {name}"] = all(torch.equal(a, x) for x in (b, c, d)) and a.dtype == dtype
+        found[f"hooked {name}"] = len(taps) == 2 and taps[0].shape == (2, 40, 32)
         weight = torch.ones(64, requires_grad=True)
         (b.float() * weight).sum().backward()  # usable in a loss, and without a graph of its own
-        found[f"in a loss {zero} {dtype}"] = not b.requires_grad and weight.grad is not None
-        handle.remove()
+        found[f"in a loss {name}"] = not b.requires_grad and weight.grad is not None
+        if launch.is_main():
+            torch.save(a, f"logits-{zero}-{dtype}.pt")
 everywhere = launch.all_reduce_sum(float(all(found.values())))
 found["on every rank"] = everywhere == launch.world_size() == 2
 if launch.is_main():
@@ -68,10 +71,24 @@ launch.shutdown()
 
 @pytest.mark.slow
 def test_offloaded_equals_resident_beside_a_student(tmp_path):
-    teacher = ranks.tiny_model(seed=5)
-    for parameter in teacher.parameters():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    made = ranks.tiny_model(seed=5)
+    for parameter in made.parameters():
         parameter.data.mul_(8)  # logits far from uniform
-    teacher.save_pretrained(tmp_path / "teacher")
+    made.save_pretrained(tmp_path / "teacher")
     found = ranks.run(tmp_path, SCRIPT, str(tmp_path / "teacher")).found
     assert [name for name, good in found.items() if not good] == []
-    assert len(found) > 20
+    assert len(found) == 2 * 2 * 11 + 1
+
+    tokens = (torch.arange(2 * 40).reshape(2, 40) % 64 * 3) % 64
+    for dtype in (torch.float32, torch.bfloat16):  # and both equal a model that never met DeepSpeed
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=dtype).eval()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            logits = plain(input_ids=tokens).logits
+        torch.set_num_threads(threads)
+        for zero in (2, 3):
+            assert torch.equal(torch.load(tmp_path / f"logits-{zero}-{dtype}.pt"), logits)
