@@ -46,6 +46,7 @@ setup(
         "jinja2>=3.1",
         "scikit-learn>=1.5",
         "scipy>=1.13",
+        "threadpoolctl>=3.5",
         "rouge-score>=0.1.2",
         "sacrebleu>=2.4",
         "tensorboard>=2.17",

@@ -17,6 +17,7 @@ outside the block the model is an ordinary sdpa model that knows nothing of its 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -142,3 +143,26 @@ class AttentionCapture:
     def _note_residual(self, _, args: tuple, kwargs: dict) -> None:
         if self._running:
             self.residual = args[0] if args else kwargs["hidden_states"]
+
+
+@torch.no_grad()
+def attention_maps(model: PreTrainedModel, input_ids: Sequence[int], layer: int) -> np.ndarray:
+    """What each head of a layer attends to: ``softmax(Q K^T * scale)``, causal, keys repeated for GQA; for pictures.
+
+    Args:
+        model: left as it was. input_ids: T tokens of one text. layer: as in AttentionCapture. A sliding window is drawn
+            as if the layer saw everything.
+
+    Returns: float32 (H, T, T), rows sum to 1.
+    """
+    before, training = model.config._attn_implementation, model.training
+    capture = AttentionCapture(model.eval(), [layer])
+    with capture:
+        model(input_ids=torch.tensor([list(input_ids)], device=model.device), use_cache=False)
+    query, key, _ = (x[0].float() for x in capture.qkv[layer])
+    key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
+    scores = query @ key.transpose(1, 2) * model.get_decoder().layers[layer].self_attn.scaling
+    causal = torch.ones_like(scores[0], dtype=torch.bool).tril()
+    model.set_attn_implementation(before)
+    model.train(training)
+    return scores.masked_fill(~causal, -torch.inf).softmax(-1).cpu().numpy()

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -26,7 +25,7 @@ from bitdistill.health import HealthLog
 from bitdistill.losses import BalancedGamma, cross_entropy, logits_distillation, next_tokens, relation_loss
 from bitdistill.models import check_same_vocabulary
 from bitdistill.tasks import collate
-from bitdistill.trainer import Counts, StageTrainer, Terms
+from bitdistill.trainer import Counts, Objective, StageTrainer
 
 
 def answer_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,16 +39,21 @@ def answer_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     return positions, targets_BT[:, positions]
 
 
-def answer_terms(model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
+class Answers(Objective):
     """``L = CE`` over the answers' tokens: plain supervised fine-tuning."""
-    positions, targets_BP = answer_positions(batch["labels"])
-    output = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=positions, use_cache=False
-    )
-    return {"ce": (1.0, cross_entropy(output.logits, targets_BP, counts.answer_tokens))}
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
+        positions, targets_BP = answer_positions(batch["labels"])
+        output = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            logits_to_keep=positions,
+            use_cache=False,
+        )
+        return {"ce": (1.0, cross_entropy(output.logits, targets_BP, counts.answer_tokens))}
 
 
-class Distillation:
+class Distillation(Objective):
     """The loss terms of stage 3.
 
     Args:
@@ -58,8 +62,7 @@ class Distillation:
         lambda_logits, kd_temperature, kd_tau_squared, kd_tokens: logits distillation; lambda 0 turns it off.
         relation: convention, or "none". relation_layers: of the student; teacher_relation_layers: of the teacher.
         split_heads, relation_temperature, relation_causal: of the relations.
-        gamma_attention: a number, or "balanced" with gamma_rho, measured every gamma_every micro-batches.
-        autocast: dtype of the student's matrix products when they are not fp32, for the measurement of gamma.
+        gamma_attention: a number, or "balanced" with gamma_rho, measured every gamma_every steps.
     """
 
     def __init__(
@@ -80,20 +83,19 @@ class Distillation:
         gamma_attention: float | str,
         gamma_rho: float,
         gamma_every: int,
-        autocast: torch.dtype | None = None,
     ):
         check_same_vocabulary(teacher.module.config, student.config)
-        self.student, self.teacher, self.autocast = student, teacher, autocast
+        self.teacher, self.depth = teacher, student.config.num_hidden_layers
         self.lambda_logits = lambda_logits
         self.everywhere = lambda_logits > 0 and kd_tokens == "all"
         self.logits_loss = partial(logits_distillation, temperature=kd_temperature, tau_squared=kd_tau_squared)
-        self.student_logits: Tensor | None = None
-        self.relation, self.gamma_every, self.calls = relation, gamma_every, 0
+        self.relation, self.gamma_every = relation, gamma_every
         self.student_capture = self.teacher_capture = None
         if relation == "none":
             self.gamma = 0.0
             return
         self.gamma = BalancedGamma(gamma_rho) if gamma_attention == "balanced" else gamma_attention
+        self.gamma_used = 0.0  # in the step that is being logged; the balanced one has moved on by then
         self.student_layers = relation_layers
         self.teacher_layers = relation_layers if teacher_relation_layers is None else teacher_relation_layers
         self.student_capture = AttentionCapture(student, relation_layers, require_grad=True)
@@ -107,21 +109,27 @@ class Distillation:
             options["num_layers"] = len(relation_layers)
         self.relation_loss: Callable[..., Tensor] = partial(relation_loss, convention=relation, **options)
 
-    def extra_state(self) -> dict[str, Any]:
-        """What a resumed run needs besides weights and optimiser."""
-        return {"gamma_attention": self} if isinstance(self.gamma, BalancedGamma) else {}
-
     def state_dict(self) -> dict[str, Any]:
-        return {"gamma": self.gamma.state_dict(), "calls": self.calls}
+        """What a resumed run needs besides weights and optimiser."""
+        return self.gamma.state_dict() if isinstance(self.gamma, BalancedGamma) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.gamma.load_state_dict(state["gamma"])
-        self.calls = state["calls"]
+        if isinstance(self.gamma, BalancedGamma):
+            self.gamma.load_state_dict(state)
+
+    def settle(self) -> None:
+        """After the last backward pass of an optimiser step, on every rank: takes what was watched into gamma."""
+        if isinstance(self.gamma, BalancedGamma):
+            self.gamma.settle(launch.all_reduce_sum)
 
     def logged(self) -> dict[str, float]:
-        """Beside each line of metrics.jsonl: the balanced gamma and the two gradient norms it comes from."""
-        gamma = self.gamma
-        return {"": gamma.gamma, "grad_norm_ce": gamma.ce_norm, "grad_norm_attention": gamma.attention_norm}
+        """Beside each line of metrics.jsonl: gamma, and when it is balanced the two gradient norms it comes from."""
+        if self.relation == "none":
+            return {}
+        if not isinstance(self.gamma, BalancedGamma):
+            return {"gamma_attention": self.gamma}
+        norms = {"grad_norm_task": self.gamma.task_norm, "grad_norm_attention": self.gamma.attention_norm}
+        return {"gamma_attention": self.gamma_used, **norms}
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
         positions, targets_BP = answer_positions(batch["labels"])
@@ -132,45 +140,36 @@ class Distillation:
             needed = self.lambda_logits > 0 or self.teacher_capture is not None
             teacher_logits = self.teacher(**inputs).logits if needed else None
 
-        def losses(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-            with self.student_capture if self.student_capture else nullcontext():
-                self.student_logits = model(**inputs).logits
-            logits = self.student_logits[:, positions] if self.everywhere else self.student_logits
-            ce = cross_entropy(logits, targets_BP, counts.answer_tokens)
-            return ce, self._relations(batch["attention_mask"], counts) if self.student_capture else None
-
-        if isinstance(self.gamma, BalancedGamma):
-            if self.calls % self.gamma_every == 0:
-                self._measure_gamma(losses)
-            self.calls += 1
-        ce, attention = losses(model)
+        with self.student_capture if self.student_capture else nullcontext():
+            student_logits = model(**inputs).logits
+        at_answers = student_logits[:, positions] if self.everywhere else student_logits
+        ce = cross_entropy(at_answers, targets_BP, counts.answer_tokens)
         terms = {"ce": (1.0, ce)}
         if self.lambda_logits > 0:
             rows_BT = batch["attention_mask"].bool() if self.everywhere else targets_BP != -100
             items = counts.tokens if self.everywhere else counts.answer_tokens
-            loss = self.logits_loss(self.student_logits, teacher_logits, rows_BT, num_items=items)
+            loss = self.logits_loss(student_logits, teacher_logits, rows_BT, num_items=items)
             terms["logits"] = (self.lambda_logits, loss)
-        if attention is not None:
-            gamma = self.gamma.gamma if isinstance(self.gamma, BalancedGamma) else self.gamma
-            terms["attention"] = (gamma, attention)
-        self.student_logits = None
+        if self.student_capture:
+            terms["attention"] = self._relations(ce, batch["attention_mask"], counts)
         return terms
 
-    def _relations(self, mask_BT: Tensor, counts: Counts) -> Tensor:
+    def _relations(self, ce: Tensor, mask_BT: Tensor, counts: Counts) -> tuple[float, Tensor]:
         items = counts.positions if self.relation == "pr382" else counts.tokens
-        return sum(
+        attention = sum(
             self.relation_loss(
                 self.teacher_capture.qkv[of_teacher], self.student_capture.qkv[of_student], mask_BT, num_items=items
             )
             for of_teacher, of_student in zip(self.teacher_layers, self.student_layers, strict=True)
         )
-
-    def _measure_gamma(self, losses: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> None:
-        """One more forward pass, of the bare model: DeepSpeed forbids a second backward pass through its engine."""
-        device = next(self.student.parameters()).device.type
-        with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            ce, attention = losses(self.student)
-        self.gamma.update(ce, attention, [self.student_capture.residual], all_reduce=launch.all_reduce_sum)
+        if not isinstance(self.gamma, BalancedGamma):
+            return self.gamma, attention
+        if counts.step % self.gamma_every == 0:
+            highest = max(self.student_layers, key=lambda layer: layer % self.depth)
+            capture = self.student_capture
+            self.gamma.watch(ce, attention, capture.qkv[highest], capture.onward[highest])
+        self.gamma_used = self.gamma.gamma
+        return self.gamma_used, attention
 
 
 def fine_tune(
@@ -182,11 +181,10 @@ def fine_tune(
     stage: str,
     run_dir: Path,
     resume: bool,
-    terms: Terms = answer_terms,
-    extra_state: dict[str, Any] | None = None,
+    objective: Objective | None = None,
     health_steps: int = 0,
 ) -> tuple[StageTrainer, dict[str, Any]]:
-    """Trains on encoded task rows; with `terms=Distillation(...)` this is stage 3, else plain fine-tuning.
+    """Trains on encoded task rows; with `objective=Distillation(...)` this is stage 3, else plain fine-tuning.
 
     Args:
         model: fp32 masters, ternary or full precision.
@@ -198,10 +196,9 @@ def fine_tune(
     """
     callbacks = [HealthLog(run_dir / "health.jsonl", stage, health_steps)] if health_steps else []
     trainer = StageTrainer(
-        terms=terms,
+        objective=objective or Answers(),
         stage=stage,
         run_dir=run_dir,
-        extra_state=extra_state,
         model=model,
         args=arguments,
         train_dataset=rows,

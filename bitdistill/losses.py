@@ -415,18 +415,17 @@ class BalancedGamma:
         for x in onward:
             x.register_hook(add_square)
 
-    def settle(self, all_reduce: Callable[[Tensor], object] | None = None) -> float:
+    def settle(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> float:
         """Takes what was watched into the mean, after the step's last backward pass; nothing watched, nothing done.
 
         Args:
-            all_reduce: sums a tensor over all ranks in place, e.g. torch.distributed.all_reduce. All ranks then hold
-                the same gamma, and all must call.
+            all_reduce: returns the sum of a tensor over all ranks. All ranks then hold the same gamma, and all must call.
 
         Returns: the new gamma.
         """
         if self._squares is not None:
             if all_reduce is not None:
-                all_reduce(self._squares)
+                self._squares = all_reduce(self._squares)
             self.task_norm, self.attention_norm = self._squares.sqrt().tolist()
             self._squares = None
             if all(0 < norm < math.inf for norm in (self.task_norm, self.attention_norm)):

@@ -213,10 +213,10 @@ def _quotient(lines: list[dict], above: tuple[str, ...], below: str) -> tuple[np
 
 def balance(lines: list[dict]):
     """What the balancing did: gamma, the pull of the relations against that of cross-entropy, the gradient norm."""
-    norm = "gamma_attention_grad_norm_"
+    norm = "grad_norm_"
     ratios = (
         ("of losses", PURPLE, _quotient(lines, ("gamma_attention", "loss_attention"), "loss_ce")),
-        ("of gradients", GREEN, _quotient(lines, ("gamma_attention", norm + "attention"), norm + "ce")),
+        ("of gradients", GREEN, _quotient(lines, ("gamma_attention", norm + "attention"), norm + "task")),
     )
     panels = (
         ("Gamma of the relation loss", "gamma", [(None, PURPLE, _series(lines, "gamma_attention"))]),

@@ -15,13 +15,15 @@ from transformers import TrainingArguments
 from bitdistill.corpus import TokenStream
 from bitdistill.health import HealthLog
 from bitdistill.losses import cross_entropy, next_tokens
-from bitdistill.trainer import Counts, StageTrainer, collate_blocks
+from bitdistill.trainer import Counts, Objective, StageTrainer, collate_blocks
 
 
-def next_token_terms(model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
+class NextToken(Objective):
     """``L = CE`` over every position of every block."""
-    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return {"ce": (1.0, cross_entropy(logits_BTV, next_tokens(batch["labels"]), counts.answer_tokens))}
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
+        logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return {"ce": (1.0, cross_entropy(logits_BTV, next_tokens(batch["labels"]), counts.answer_tokens))}
 
 
 def pretrain(
@@ -47,7 +49,7 @@ def pretrain(
     """
     callbacks = [HealthLog(run_dir / "health.jsonl", stage, health_steps)] if health_steps else []
     trainer = StageTrainer(
-        terms=next_token_terms,
+        objective=NextToken(),
         stage=stage,
         run_dir=run_dir,
         stream=stream,

@@ -22,7 +22,6 @@ import torch
 from bitdistill.capture import attention_maps
 from bitdistill.config import RunConfig, TrainingConfig, parse_config
 from bitdistill.corpus import TokenStream
-from bitdistill.demo import demo_model, make_demo
 from bitdistill.distill import Distillation, fine_tune
 from bitdistill.distributed import launch, presets
 from bitdistill.distributed.checkpoint import full_state_dict
@@ -98,6 +97,8 @@ class Job:
         folder = self.root / "demo"
         if launch.is_main() and not folder.exists():
             launch.say("demo: makes its own corpus, tokenizer and task")
+            from bitdistill.demo import make_demo
+
             make_demo(folder, seed=self.config.seed)
         launch.barrier()
 
@@ -284,6 +285,8 @@ class Job:
         """The demo's own full-precision base model, from scratch."""
         tokenizer = load_tokenizer(self._tokenizer_folder())
         torch.manual_seed(self.config.seed)
+        from bitdistill.demo import demo_model
+
         model = demo_model(self._tokenizer_folder())
 
         def save(folder, model, state):
@@ -370,8 +373,6 @@ class Job:
         )
         names = {field.name for field in dataclasses.fields(TrainingConfig)}
         options = {name: value for name, value in dataclasses.asdict(section).items() if name not in names}
-        autocast = torch.bfloat16 if self.config.precision == "bf16" else None
-        distillation = Distillation(model, teacher, autocast=autocast, **options)
         self._train(
             "distill",
             section,
@@ -380,8 +381,7 @@ class Job:
             model=model,
             rows=self.encoded(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
-            terms=distillation,
-            extra_state=distillation.extra_state(),
+            objective=Distillation(model, teacher, **options),
             health_steps=section.health_steps,
         )
 

@@ -1,7 +1,6 @@
 """The transformers.Trainer that every training stage shares: named loss terms, honest averages, one JSON line a step.
 
-A stage gives a function `terms(model, batch, counts) -> dict[str, (weight, loss)]`. Each loss is a *sum over this rank's
-rows divided by the count of the whole optimiser step* (all micro-batches, all ranks), so that one rank with 32 rows, two
+A stage brings an `Objective`: named loss terms with weights. Each loss is a *sum over this rank's rows divided by the count of the whole optimiser step* (all micro-batches, all ranks), so that one rank with 32 rows, two
 ranks with 16, and four micro-batches of 8 give the same number. DeepSpeed averages gradients over ranks, hence the one
 multiplication by world size below.
 """
@@ -10,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,29 @@ class Counts:
     answer_tokens: int  # labels that are predicted: shifted, not -100
     tokens: int  # unpadded positions
     positions: int  # all positions, padding included
+    step: int  # the optimiser steps done before this one
 
 
-Terms = Callable[[nn.Module, dict[str, Tensor], Counts], dict[str, tuple[float, Tensor]]]
+class Objective:
+    """What a stage minimises: ``sum(weight * loss)`` over named terms."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
+        """The terms of one micro-batch, by name: (weight, loss). `model` is what DeepSpeed wrapped around the model."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Called on every rank after the last backward pass of an optimiser step."""
+
+    def logged(self) -> dict[str, float]:
+        """Further numbers for each line of metrics.jsonl."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights and optimiser, for JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a `state_dict` back."""
 
 
 def training_arguments(
@@ -92,32 +111,29 @@ class StageTrainer(Trainer):
     """One training stage.
 
     Args:
-        terms: the stage's loss terms.
+        objective: what the stage minimises.
         stage: its name in metrics.jsonl and on the progress bar.
         run_dir: where metrics.jsonl and tensorboard/ are.
-        extra_state: objects with state_dict(), load_state_dict() and logged() (numbers for each log line) that a resumed
-            run needs: the balanced gamma.
         stream: a corpus.TokenStream when the data is one: it resumes without replay.
     """
 
     def __init__(
         self,
         *,
-        terms: Terms,
+        objective: Objective,
         stage: str,
         run_dir: Path,
-        extra_state: dict[str, Any] | None = None,
         stream=None,
         **kwargs,
     ):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard" / stage)
         super().__init__(**kwargs)
         assert_fp32_masters(self.model)
-        self.terms, self.stage, self.extra_state, self.stream = terms, stage, extra_state or {}, stream
+        self.objective, self.stage, self.stream = objective, stage, stream
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step: no division by micro-steps
         if hasattr(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = True
-        self._counts = Counts(0, 0, 0)
+        self._counts = Counts(0, 0, 0, 0)
         self._sums: dict[str, float] = {}
         self._steps_summed, self._tokens_summed, self._since = 0, 0, time.perf_counter()
         for callback in (PrinterCallback, ProgressCallback):
@@ -141,7 +157,7 @@ class StageTrainer(Trainer):
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         positions = sum(batch["labels"].numel() for batch in batches)
         totals = launch.all_reduce_sum(torch.tensor([answers, tokens, positions], device=self.args.device))
-        self._counts = Counts(*totals.tolist())
+        self._counts = Counts(*totals.tolist(), step=self.state.global_step)
         self._steps_summed += 1
         self._tokens_summed += self._counts.tokens
         return batches, self._counts.answer_tokens
@@ -149,7 +165,7 @@ class StageTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         assert not return_outputs
         total = 0.0
-        for name, (weight, loss) in self.terms(model, inputs, self._counts).items():
+        for name, (weight, loss) in self.objective(model, inputs, self._counts).items():
             value = loss.item()
             if not math.isfinite(value):
                 raise UserError(
@@ -170,8 +186,7 @@ class StageTrainer(Trainer):
             sums = launch.all_reduce_sum(self._tensor(self._sums[name] for name in names))
             for name, value in zip(names, sums.tolist(), strict=True):
                 logs[f"loss_{name}"] = value / self._steps_summed
-            for name, item in self.extra_state.items():
-                logs |= {f"{name}_{key}".rstrip("_"): value for key, value in item.logged().items()}
+            logs |= self.objective.logged()
             logs["tokens_per_second"] = self._tokens_summed / seconds
             self._sums, self._steps_summed, self._tokens_summed = {}, 0, 0
             self._since = time.perf_counter()
@@ -189,8 +204,7 @@ class StageTrainer(Trainer):
         checkpoint = latest_checkpoint(folder) if resume else None
         if checkpoint is not None:
             extra = json.loads((checkpoint / EXTRA_STATE).read_text())
-            for name, item in self.extra_state.items():
-                item.load_state_dict(extra[name])
+            self.objective.load_state_dict(extra["objective"])
             if self.stream is not None:
                 self.stream.load_state(extra["stream"])
                 self.args.ignore_data_skip = True
@@ -212,7 +226,7 @@ class StageTrainer(Trainer):
 
 
 class _Files(TrainerCallback):
-    """metrics.jsonl, and what our own objects need beside each checkpoint."""
+    """Settles the objective once a step; metrics.jsonl; what our own objects need beside each checkpoint."""
 
     def __init__(self, trainer: StageTrainer, path: Path):
         self.trainer, self.path = trainer, path
@@ -223,6 +237,9 @@ class _Files(TrainerCallback):
                 drop_lines(path, self.trainer.stage, after_step=state.global_step)
         self.trainer._since = time.perf_counter()
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.objective.settle()
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if launch.is_main() and logs and "loss" in logs:
             line = {"stage": self.trainer.stage, "step": state.global_step, "time": time.time(), **logs}
@@ -232,7 +249,7 @@ class _Files(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if launch.is_main():
-            extra = {name: item.state_dict() for name, item in self.trainer.extra_state.items()}
+            extra = {"objective": self.trainer.objective.state_dict()}
             if self.trainer.stream is not None:
                 extra["stream"] = self.trainer.stream.state_for(state.global_step * self.trainer.step_rows())
             (folder / EXTRA_STATE).write_text(json.dumps(extra))

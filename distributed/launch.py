@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from bitdistill.distributed.errors import Refusal
+
 # How long a rank waits for the others: rank 0 may tokenise a corpus in that time. A *failed* rank is noticed by the
 # launcher within a second, this only bounds a silent hang.
 PATIENCE = timedelta(hours=2)
@@ -43,7 +45,7 @@ def initialise(device: str) -> None:
         device: "cpu" (gloo) or "cuda" (nccl; the device number is LOCAL_RANK).
 
     Raises:
-        ValueError: device "cuda" without a GPU for this rank.
+        Refusal: device "cuda" without a GPU for this rank.
     """
     assert device in ("cpu", "cuda"), device
     assert not dist.is_initialized(), "initialise() is called once, before everything else"
@@ -57,9 +59,11 @@ def initialise(device: str) -> None:
 
     if device == "cuda":
         if torch.cuda.device_count() <= local_rank:
-            raise ValueError(
-                f"device: expected a GPU for each of {local_ranks} local ranks; got {torch.cuda.device_count()}. "
-                "Start fewer ranks (deepspeed --num_gpus N), or set the device to cpu."
+            raise Refusal(
+                "device",
+                f"a GPU for each of {local_ranks} local ranks",
+                str(torch.cuda.device_count()),
+                "Start fewer ranks (deepspeed --num_gpus N), or set the device to cpu.",
             )
         torch.cuda.set_device(local_rank)
     else:
@@ -157,18 +161,20 @@ def require_nvme(nvme_path: str | Path) -> None:
     with its header, a C++ compiler and ninja.
 
     Raises:
-        ValueError: the folder cannot be written to, or async_io cannot be built: what to install.
+        Refusal: the folder cannot be written to, or async_io cannot be built: what to install.
     """
     path = Path(nvme_path)
     if not path.is_dir() or not os.access(path, os.W_OK):
-        raise ValueError(f"nvme_path: expected a writable folder; got {path}. Create it on the fast disk.")
+        raise Refusal("nvme_path", "a writable folder", str(path), "Create it on the fast disk.")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ValueError(
-            "offload: expected DeepSpeed's async_io for 'nvme'; got a machine on which it cannot be built. "
+        raise Refusal(
+            "offload",
+            "DeepSpeed's async_io for 'nvme'",
+            "a machine on which it cannot be built",
             "Install libaio (Debian, Ubuntu: apt install libaio-dev; Fedora: dnf install libaio-devel), g++ and ninja, "
-            "or use offload 'cpu'."
+            "or use offload 'cpu'.",
         )
 
 

@@ -20,6 +20,8 @@ What is moved off the device by `offload`:
     3       optimizer state and parameters          optimizer state and parameters
 """
 
+from bitdistill.distributed.errors import Refusal
+
 STAGES = (0, 1, 2, 3)
 OFFLOADS = ("none", "cpu", "nvme")
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
@@ -45,21 +47,21 @@ def deepspeed_config(
     Returns: a new dict, JSON-serialisable.
 
     Raises:
-        ValueError: a combination that DeepSpeed does not support or gets wrong: which, and what to do.
+        Refusal: a combination that DeepSpeed does not support or gets wrong: which, and what to do.
     """
     if zero not in STAGES:
-        raise _refusal("zero", f"one of {STAGES}", repr(zero), "Use 2 when unsure, 3 when the model does not fit.")
+        raise Refusal("zero", f"one of {STAGES}", repr(zero), "Use 2 when unsure, 3 when the model does not fit.")
     if precision not in ("fp32", *AUTOCAST):
-        raise _refusal("precision", "fp32, bf16 or fp16", repr(precision), "Use bf16 when unsure, fp32 on CPU.")
+        raise Refusal("precision", "fp32, bf16 or fp16", repr(precision), "Use bf16 when unsure, fp32 on CPU.")
     if device not in ("cpu", "cuda"):
-        raise _refusal("device", "cpu or cuda", repr(device), "Choose the device that the student trains on.")
+        raise Refusal("device", "cpu or cuda", repr(device), "Choose the device that the student trains on.")
     if precision == "fp16" and device == "cpu":
-        raise _refusal("precision", "fp32 or bf16 on CPU", "'fp16'", "fp16 needs loss scaling on a GPU; use bf16.")
+        raise Refusal("precision", "fp32 or bf16 on CPU", "'fp16'", "fp16 needs loss scaling on a GPU; use bf16.")
     _check_offload(offload, nvme_path)
     if offload != "none" and zero == 0:
-        raise _refusal("offload", "'none' with zero 0", repr(offload), "Stage 0 partitions nothing; set zero to 2.")
+        raise Refusal("offload", "'none' with zero 0", repr(offload), "Stage 0 partitions nothing; set zero to 2.")
     if offload == "nvme" and zero != 3:
-        raise _refusal("offload", f"'none' or 'cpu' with zero {zero}", "'nvme'", "Set zero to 3 for NVMe.")
+        raise Refusal("offload", f"'none' or 'cpu' with zero {zero}", "'nvme'", "Set zero to 3 for NVMe.")
 
     zero_optimization = {
         "stage": zero,
@@ -111,11 +113,11 @@ def teacher_config(offload: str, *, precision: str, device: str, nvme_path: str 
     Returns: a new dict for `deepspeed.initialize(config=...)`.
 
     Raises:
-        ValueError: offload "none", or no nvme_path for "nvme".
+        Refusal: offload "none", or no nvme_path for "nvme".
     """
     _check_offload(offload, nvme_path)
     if offload == "none":
-        raise _refusal("offload", "'cpu' or 'nvme'", "'none'", "Load the teacher resident on its device instead.")
+        raise Refusal("offload", "'cpu' or 'nvme'", "'none'", "Load the teacher resident on its device instead.")
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for one; a teacher's batches may have any size
         "zero_optimization": {"stage": 3, "offload_param": _offload_section(offload, device, nvme_path)},
@@ -127,16 +129,11 @@ def teacher_config(offload: str, *, precision: str, device: str, nvme_path: str 
 
 def _check_offload(offload: str, nvme_path: str | None) -> None:
     if offload not in OFFLOADS:
-        raise _refusal("offload", f"one of {OFFLOADS}", repr(offload), "Use 'none' when the model fits.")
+        raise Refusal("offload", f"one of {OFFLOADS}", repr(offload), "Use 'none' when the model fits.")
     if offload == "nvme" and nvme_path is None:
-        raise _refusal("nvme_path", "a folder on a fast disk, for offload 'nvme'", "none", "Set it, or use 'cpu'.")
+        raise Refusal("nvme_path", "a folder on a fast disk, for offload 'nvme'", "none", "Set it, or use 'cpu'.")
 
 
 def _offload_section(offload: str, device: str, nvme_path: str | None) -> dict:
     section = {"device": offload, "pin_memory": device == "cuda"}
     return section | {"nvme_path": str(nvme_path)} if offload == "nvme" else section
-
-
-def _refusal(field: str, expected: str, got: str, do: str) -> ValueError:
-    """The four parts of bitdistill.errors.UserError; this room does not import upward."""
-    return ValueError(f"{field}: expected {expected}; got {got}. {do}")

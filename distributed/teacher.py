@@ -67,7 +67,7 @@ def load_teacher(
     Returns: the Teacher.
 
     Raises:
-        ValueError: see presets.teacher_config and launch.require_nvme.
+        Refusal: see presets.teacher_config and launch.require_nvme.
     """
     from transformers import AutoModelForCausalLM
 

@@ -2,6 +2,11 @@
 
 import gc
 import json
+import math
+import os
+import socket
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -158,9 +163,10 @@ def all_gradients(model, teacher_qkv, *, checkpointing, backward_inside):
     ce = cross_entropy(logits, next_tokens(tokens.where(PADDINGS["left"].bool(), -100)))
     relations = relation_loss(teacher_qkv, captured, PADDINGS["left"], split_heads=2)
     gamma = BalancedGamma(1.0)
-    value = gamma.update(ce, relations, [capture.residual])
-    assert gamma.skipped == 0
-    (ce + value * relations).backward()
+    gamma.watch(ce, relations, captured, capture.onward[-2])
+    (ce + 0.3 * relations).backward()
+    value = gamma.settle()
+    assert gamma.updates == 1
     assert capture.qkv[-2] is captured
     return value, {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -177,6 +183,34 @@ def test_gradient_checkpointing_changes_nothing(family):
     torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
     alone = all_gradients(tiny(family), teacher_qkv, checkpointing=True, backward_inside=False)
     torch.testing.assert_close(alone, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_the_graph_forks_at_qkv():
+    """The two branches part the gradient: the task's alone onward, the relations' alone at qkv, both below."""
+    model, tokens = tiny("qwen3"), batch()
+    capture = AttentionCapture(model, [1], require_grad=True)
+    with capture:
+        logits = model(tokens).logits
+    assert all(torch.equal(a, b) for a, b in zip(capture.qkv[1], capture.onward[1], strict=True))
+    ce = cross_entropy(logits, next_tokens(tokens))
+    relations = sum(x.square().sum() for x in capture.qkv[1])
+    seen = {}
+    for name in ("qkv", "onward"):
+        for index, x in enumerate(getattr(capture, name)[1]):
+            x.register_hook(lambda g, key=(name, index): seen.update({key: g}))
+    gamma = BalancedGamma(1.0)
+    gamma.watch(ce, relations, capture.qkv[1], capture.onward[1])
+    alone = torch.autograd.grad(ce, capture.onward[1], retain_graph=True)
+    seen.clear()
+    gamma._squares[0] = 0  # the pass above went through the hooks too
+    (5 * (ce + 2 * relations)).backward()
+    for index in range(3):
+        torch.testing.assert_close(seen["onward", index], 5 * alone[index])
+        torch.testing.assert_close(seen["qkv", index], 20 * capture.qkv[1][index])
+    gamma.settle()
+    assert gamma.task_norm == pytest.approx(math.sqrt(sum(g.double().square().sum() for g in alone)), rel=1e-5)
+    expected = 2 * math.sqrt(sum(x.detach().double().square().sum() for x in capture.qkv[1]))
+    assert gamma.attention_norm == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_relations_reach_only_the_layers_below():
@@ -255,11 +289,10 @@ def test_nothing_is_kept_alive():
     capture = AttentionCapture(model, [1])
     with capture:
         model(batch())
-    q, residual = weakref.ref(capture.qkv[1][0]), weakref.ref(capture.residual)
+    kept = [weakref.ref(x) for x in (*capture.qkv[1], *capture.onward[1], capture.residual)]
     capture.clear()
     gc.collect()
-    assert q() is None
-    assert residual() is None
+    assert all(x() is None for x in kept)
     with capture:
         model(batch())
     q = weakref.ref(capture.qkv[1][0])
@@ -318,3 +351,69 @@ def test_nesting_is_refused():
     with other, torch.no_grad():
         model(batch())
     assert other.qkv.keys() == {0, 1}
+
+
+DEEPSPEED = """
+import sys
+import deepspeed.ops
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+import deepspeed
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_capture import PADDINGS, batch, tiny
+from bitdistill.capture import AttentionCapture
+from bitdistill.losses import BalancedGamma, cross_entropy, next_tokens, relation_loss
+
+deepspeed.init_distributed("gloo")
+for stage in (0, 2, 3):
+    for checkpointing in (False, True):
+        teacher, model = tiny("qwen3", seed=5), tiny("qwen3").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+            config={
+                "train_micro_batch_size_per_gpu": 2,
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+                "zero_allow_untested_optimizer": True,
+            },
+        )
+        theirs, ours = AttentionCapture(teacher, [-2]), AttentionCapture(engine.module, [-2], require_grad=True)
+        gamma, mask = BalancedGamma(1.0), PADDINGS["left"]
+        for step in range(2):
+            tokens = batch(step)
+            with theirs, torch.no_grad():
+                teacher(tokens, attention_mask=mask)
+            with ours:
+                logits = engine(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+            ce = cross_entropy(logits, next_tokens(tokens.where(mask.bool(), -100)))
+            relations = relation_loss(theirs.qkv[-2], ours.qkv[-2], mask, split_heads=2)
+            gamma.watch(ce, relations, ours.qkv[-2], ours.onward[-2])
+            engine.backward(ce + gamma.gamma * relations)
+            gamma.settle()
+            engine.step()
+        print("RESULT", stage, checkpointing, ce.item(), relations.item(), gamma.task_norm, gamma.attention_norm)
+"""
+
+
+@pytest.mark.slow
+def test_under_deepspeed_every_stage_measures_the_same():
+    """Hooks of the engine allow one backward pass per forward: the balanced gamma must do with that one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    result = subprocess.run(
+        [sys.executable, "-c", DEEPSPEED, os.path.dirname(__file__)],
+        env=os.environ | environment | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    lines = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("RESULT")]
+    assert len(lines) == 6, result.stderr[-3000:]
+    numbers = torch.tensor([[float(x) for x in line[2:]] for line in lines])
+    torch.testing.assert_close(numbers, numbers[:1].expand_as(numbers), rtol=1e-5, atol=0)
+    assert (numbers > 0).all()

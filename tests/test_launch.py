@@ -3,9 +3,10 @@
 import os
 
 import pytest
-import ranks
 
+import ranks
 from bitdistill.distributed import launch
+from bitdistill.distributed.errors import Refusal
 
 HELLO = """
 import json, os, sys
@@ -88,12 +89,12 @@ def test_cuda_without_gpu_says_what_to_do(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")  # restored afterwards
-    with pytest.raises(ValueError, match=r"^device: expected a GPU for each of .+; got 0\. .+ cpu\.$"):
+    with pytest.raises(Refusal, match=r"^device: expected a GPU for each of .+; got 0\. .+ cpu\.$"):
         launch.initialise("cuda")
 
 
 def test_nvme_folder_must_exist(tmp_path):
-    with pytest.raises(ValueError, match=r"^nvme_path: expected a writable folder"):
+    with pytest.raises(Refusal, match=r"^nvme_path: expected a writable folder"):
         launch.require_nvme(tmp_path / "absent")
 
 
@@ -105,7 +106,7 @@ def test_nvme_says_what_to_install(tmp_path, monkeypatch):
     if AsyncIOBuilder().is_compatible(verbose=False):
         launch.require_nvme(tmp_path)
     else:
-        with pytest.raises(ValueError, match="apt install libaio-dev"):
+        with pytest.raises(Refusal, match="apt install libaio-dev"):
             launch.require_nvme(tmp_path)
 
 

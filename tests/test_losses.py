@@ -512,77 +512,105 @@ def test_vocabularies_must_agree():
 # ------------------------------------------------------------------------------------------- gamma
 
 
+def task_step(gamma, x, a, b, scale=1.0, weight=None):
+    """One micro-batch over x: CE a * sum(x), relations b * sum(x^2), the graph forked as the capture forks it."""
+    relations, onward = x.view_as(x), x.view_as(x)
+    ce, attention = a * onward.sum(), b * relations.square().sum()
+    gamma.watch(ce, attention, [relations], [onward])
+    loss = scale * (ce + (gamma.gamma if weight is None else weight) * attention)
+    return torch.autograd.grad(loss, x)[0]
+
+
 def test_balanced_gamma_by_hand():
-    anchor = [torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([[3.0]], requires_grad=True)]
     gamma, mean = BalancedGamma(rho=0.5, decay=0.9), 0.0
-    for step, (a, b) in enumerate([(3.0, 1.0), (2.0, 4.0), (0.1, 7.0)], start=1):
-        ce = a * anchor[0].sum() + 2 * anchor[1].sum()  # gradient (a, a, 2)
-        attention = b * (anchor[0] ** 2).sum()  # gradient b * (2, 4), and none for the second
-        value = gamma.update(ce, attention, anchor)
-        ratio = math.sqrt(2 * a * a + 4) / (b * math.sqrt(20))
-        mean = 0.9 * mean + 0.1 * 0.5 * ratio
-        assert value == pytest.approx(mean / (1 - 0.9**step), rel=1e-6)
-        assert value == gamma.gamma
-        assert gamma.ce_norm == pytest.approx(math.sqrt(2 * a * a + 4), rel=1e-6)
-        assert gamma.attention_norm == pytest.approx(b * math.sqrt(20), rel=1e-6)
-        (ce + value * attention).backward()  # the graph is still there
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert gamma.gamma == 0.0
+    for step, (a, b, scale) in enumerate([(3.0, 1.0, 1.0), (2.0, 4.0, 8.0), (-0.1, 7.0, 0.25)], start=1):
+        before = gamma.gamma
+        gradient = task_step(gamma, x, a, b, scale)
+        torch.testing.assert_close(gradient, scale * (a + before * b * 2 * x.detach()))  # watching changes nothing
+        assert gamma.gamma == before
+        value = gamma.settle()
+        ce_norm, attention_norm = math.sqrt(2) * abs(a), b * math.sqrt(4 + 16)  # whatever the loss was scaled with
+        mean = 0.9 * mean + 0.1 * ce_norm / attention_norm
+        assert value == gamma.gamma == pytest.approx(0.5 * mean / (1 - 0.9**step), rel=1e-6)
+        assert gamma.task_norm == pytest.approx(ce_norm, rel=1e-6)
+        assert gamma.attention_norm == pytest.approx(attention_norm, rel=1e-6)
+    assert (gamma.updates, gamma.skipped) == (3, 0)
+    assert gamma.settle() == value  # nothing was watched
     assert (gamma.updates, gamma.skipped) == (3, 0)
 
 
+def test_balanced_gamma_counts_all_but_the_relations_as_the_task():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    relations, onward = x.view_as(x), x.view_as(x)
+    gamma = BalancedGamma(rho=1.0)
+    ce, logits, attention = onward[0] * 3, onward[1] * 0.4, relations.square().sum()
+    gamma.watch(ce, attention, [relations, x.view_as(x)], [onward])  # the second relation tensor is in no loss
+    (ce + 10 * logits + 1e6 * attention).backward()
+    gamma.settle()
+    assert gamma.task_norm == pytest.approx(5.0)
+    assert gamma.attention_norm == pytest.approx(math.sqrt(20))
+
+
 def test_balanced_gamma_balances():
-    """gamma * |grad AD| = rho * |grad CE|, whatever the scale of the relation loss."""
+    """gamma * |grad AD| = rho * |grad task|, whatever the scale of the relation loss."""
     x = torch.randn(2, 3, 4, requires_grad=True)
     for scale in (1e-6, 1.0, 1e5):
         gamma = BalancedGamma(rho=2.0)
-        value = gamma.update(x.sin().sum(), scale * x.square().sum(), [x])
-        assert value * gamma.attention_norm == pytest.approx(2 * gamma.ce_norm)
+        task_step(gamma, x, 1.0, scale)
+        assert gamma.settle() * gamma.attention_norm == pytest.approx(2 * gamma.task_norm)
 
 
 def test_balanced_gamma_skips_and_counts():
     x = torch.ones(3, requires_grad=True)
     gamma = BalancedGamma(rho=1.0)
-    assert gamma.update(x.sum(), 0 * x.sum(), [x]) == 0.0  # before the first good step
-    good = gamma.update(x.sum(), 4 * x.sum(), [x])
+    task_step(gamma, x, 1.0, 0.0)
+    assert gamma.settle() == 0.0  # before the first good step
+    task_step(gamma, x, 1.0, 2.0)
+    good = gamma.settle()
     assert good == pytest.approx(0.25)
-    assert gamma.update(0 * x.sum(), x.sum(), [x]) == good
-    assert gamma.update(math.inf * x.sum(), x.sum(), [x]) == good
-    assert gamma.update(x.sum(), math.nan * x.sum(), [x]) == good
+    for a, b in ((0.0, 1.0), (math.inf, 1.0), (1.0, math.nan)):
+        task_step(gamma, x, a, b, weight=0.0)
+        assert gamma.settle() == good
     assert (gamma.updates, gamma.skipped) == (1, 4)
 
 
 def test_balanced_gamma_resumes_exactly():
     x = torch.randn(5, requires_grad=True)
 
-    def steps(gamma, seeds):
-        torch.manual_seed(seeds)
-        return [gamma.update((x * torch.randn(5)).sum(), (x * torch.randn(5)).sum(), [x]) for _ in range(4)]
+    def steps(gamma, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for a, b in torch.rand(4, 2, generator=generator).tolist():
+            task_step(gamma, x, a, b)
+            yield gamma.settle()
 
     whole = BalancedGamma(1.0)
-    steps(whole, 0)
+    list(steps(whole, 0))
     resumed = BalancedGamma(1.0)
     resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
-    assert steps(resumed, 1) == steps(whole, 1)
+    assert list(steps(resumed, 1)) == list(steps(whole, 1))
     assert resumed.state_dict() == whole.state_dict()
+    task_step(whole, x, 1.0, 1.0)
+    with pytest.raises(AssertionError, match="settle"):
+        whole.state_dict()
 
 
-def test_balanced_gamma_over_ranks_equals_one_rank():
+def test_balanced_gamma_over_micro_batches_and_ranks_equals_one_batch():
     x = torch.randn(4, 3, requires_grad=True)
-    one = BalancedGamma(1.0).update(x.sin().sum(), x.square().sum(), [x])
     halves = [x[:2].detach().requires_grad_(), x[2:].detach().requires_grad_()]
-    squares = []
-
-    def collect(tensor):
-        squares.append(tensor.clone())
-
+    one, micro = BalancedGamma(1.0), BalancedGamma(1.0)
+    task_step(one, x, 1.5, 0.3)
     for half in halves:
-        BalancedGamma(1.0).update(half.sin().sum(), half.square().sum(), [half], all_reduce=collect)
+        task_step(micro, half, 1.5, 0.3)
+    assert micro.settle() == pytest.approx(one.settle())
 
-    def summed(tensor):
-        tensor.copy_(sum(squares))
-
-    for half in halves:
-        gamma = BalancedGamma(1.0)
-        assert gamma.update(half.sin().sum(), half.square().sum(), [half], all_reduce=summed) == pytest.approx(one)
+    ranks, sums = [BalancedGamma(1.0), BalancedGamma(1.0)], torch.zeros(2, dtype=torch.float64)
+    for rank, half in zip(ranks, halves, strict=True):
+        task_step(rank, half, 1.5, 0.3, scale=2.0)  # the loss of each of two ranks is doubled, then averaged
+        sums += rank._squares
+    for rank in ranks:
+        assert rank.settle(all_reduce=lambda tensor: sums) == pytest.approx(one.gamma)
 
 
 def test_balanced_gamma_settings():

@@ -92,8 +92,8 @@ def _metrics(rng):
                     "loss_logits": logits,
                     "loss_attention": relations,
                     "gamma_attention": gamma,
-                    "gamma_attention_grad_norm_ce": 1.0,
-                    "gamma_attention_grad_norm_attention": math.exp(rng.normal(0, 0.2)) / gamma,
+                    "grad_norm_task": 1.0,
+                    "grad_norm_attention": math.exp(rng.normal(0, 0.2)) / gamma,
                 }
                 line["loss"] = ce + 10 * logits + gamma * relations
             yield line

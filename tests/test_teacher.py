@@ -1,6 +1,7 @@
 """The offloaded teacher gives the resident one's logits, bit for bit, beside students of stage 2 and 3."""
 
 import pytest
+
 import ranks
 
 SCRIPT = """

@@ -1,0 +1,270 @@
+"""The main job as a user starts it: real processes, real files, a tiny model.
+
+One reference run is made once; the tests look at it, disturb copies of it, and compare.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = str(ROOT / "bitdistill" / "train.py")
+DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed"))]
+pytestmark = pytest.mark.slow
+
+SETTINGS = """
+precision: fp32
+max_length: 32
+report_to: [tensorboard]
+teacher: {max_steps: 12, per_device_train_batch_size: 8, learning_rate: 3.0e-3, save_steps: 4, logging_steps: 1}
+refine: {gain: calibrated, calibration_blocks: 4}
+pretrain: {max_steps: 16, per_device_train_batch_size: 8, learning_rate: 3.0e-3, block_size: 16, save_steps: 4,
+           logging_steps: 1, health_steps: 4}
+distill: {max_steps: 16, per_device_train_batch_size: 8, learning_rate: 3.0e-3, save_steps: 4, logging_steps: 1,
+          health_steps: 4, gamma_every: 3, relation_layers: [-1]}
+export: {proof_rows: 2, speed_tokens: 8}
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base model with its tokenizer, a task, its rows and a corpus, all tiny."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("world")
+    draw = random.Random(0)
+    words = ["red", "green", "blue", "tall", "small", "round", "old", "new", "house", "tree", "river", "stone", "bird", "fish", "boat", "hill"]
+    corpus = [" ".join(draw.choices(words, k=12)) + "." for _ in range(400)]
+    (folder / "corpus.txt").write_text("\n".join(corpus))
+    for name, count in (("train", 200), ("validation", 60)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for _ in range(count):
+                label = draw.randrange(2)
+                text = " ".join(draw.choices(words, k=draw.randrange(2, 8)) + ["red" if label else "blue"])
+                file.write(json.dumps({"text": text, "kind": label}) + "\n")
+    (folder / "task.yaml").write_text(
+        "kind: classification\nprompt: 'Text: {text}\\nKind:'\ntruncate_column: text\nlabel_column: kind\n"
+        "labels: {0: cold, 1: warm}\n"
+    )
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    special = ["<eos>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([*corpus, "Text: Kind: cold warm cold warm"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            eos_token_id=0,
+            bos_token_id=None,
+        )
+    )
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "settings.yaml").write_text(SETTINGS)
+    return folder
+
+
+def command(world, run, *options, ranks=1):
+    launcher = [*DEEPSPEED, "--master_port", str(free_port()), "--num_gpus", str(ranks), TRAIN]
+    given = {"model": "base", "task": "task.yaml", "train_file": "train.jsonl", "corpus": "corpus.txt"}
+    given |= {"validation_file": "validation.jsonl", "config": "settings.yaml"}
+    launcher += ["--recipe", "quick"]
+    arguments = [part for name, value in given.items() for part in (f"--{name}", str(world / value))]
+    return [*launcher, *arguments, "--output_dir", str(run), *options]
+
+
+def free_port():
+    from bitdistill.distributed.launch import free_port
+
+    return free_port()
+
+
+def job(world, run, *options, ranks=1, code=0):
+    result = subprocess.run(
+        command(world, run, *options, ranks=ranks), capture_output=True, text=True, timeout=400, cwd=world
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == code, output[-6000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory):
+    run = tmp_path_factory.mktemp("reference") / "run"
+    return run, job(world, run, "--stage", "all")
+
+
+def losses(run, stage):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if line["stage"] == stage}
+
+
+def test_it_leaves_everything(reference):
+    run, output = reference
+    for name in ["config.yaml", "versions.json", "metrics.jsonl", "health.jsonl", "report.html", "table.txt", "example.txt", "teacher/model.safetensors", "distill/weights.json", "evaluate/scores.json", "evaluate/predictions.jsonl", "evaluate/attention.npz", "export/proof.json", "export/student.safetensors", "export/baseline.safetensors", "export/speed.json"]:
+        assert (run / name).stat().st_size > 0, name
+    assert list((run / "tensorboard" / "distill").glob("events*"))
+    assert not list((run / "checkpoints").glob("*/checkpoint-*"))
+    assert "14 of 15 linears ternary, kept in full precision: lm_head; 4 SubLN added" in output
+    assert "FP16-SFT" in output
+    assert "BitDistill" in output
+    assert "codes of 14 linears equal" in output
+
+
+def test_every_term_is_logged(reference):
+    run, _ = reference
+    for stage, names in (("teacher", {"ce"}), ("pretrain", {"ce"}), ("distill", {"ce", "logits", "attention"})):
+        lines = losses(run, stage)
+        assert sorted(lines) == list(range(1, (12 if stage == "teacher" else 16) + 1))
+        for line in lines.values():
+            assert {name.removeprefix("loss_") for name in line if name.startswith("loss_")} == names
+    line = losses(run, "distill")[16]
+    total = line["loss_ce"] + 10 * line["loss_logits"] + line["gamma_attention"] * line["loss_attention"]
+    assert line["loss"] == pytest.approx(total, rel=1e-3)
+    health = [json.loads(line) for line in (run / "health.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in health if line["stage"] == "pretrain"} == {4, 8, 12, 16}
+    assert all(len(line["layers"]) == 14 and "flips" in next(iter(line["layers"].values())) for line in health)
+
+
+def test_half_precision_teacher_and_fp32_masters(reference):
+    run, _ = reference
+    assert {t.dtype for t in load_file(run / "teacher" / "model.safetensors").values()} == {torch.float16}
+    assert {t.dtype for t in load_file(run / "distill" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_unchanged_is_skipped_and_a_change_reruns_what_follows(world, reference, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(reference[0], run)
+    output = job(world, run, "--distill.lambda_logits", "3")
+    for stage in ("teacher", "refine", "pretrain", "baseline"):
+        assert f"{stage}: done and unchanged, skipped" in output or stage == "baseline"
+    assert "distill: runs (distill.lambda_logits changed from 10.0 to 3.0)" in output
+    assert "evaluate: runs (" in output
+    assert "export: runs (" in output
+
+
+def test_resolved_config_runs_again(reference, tmp_path):
+    """config.yaml as it was written, nothing else: everything is done already."""
+    run = reference[0]
+    result = subprocess.run(
+        [*DEEPSPEED, "--master_port", str(free_port()), TRAIN, "--config", str(run / "config.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("done and unchanged, skipped") == 7
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_killed_and_resumed_reaches_the_same_weights(world, reference, tmp_path, stage):
+    run = tmp_path / "run"
+    shutil.copytree(reference[0], run)
+    shutil.rmtree(run / stage)
+    process = subprocess.Popen(
+        command(world, run, "--stage", stage),
+        cwd=world,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoint = run / "checkpoints" / stage / "checkpoint-8" / "complete.json"
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    assert not (run / stage).exists(), "the stage finished before it was killed"
+    output = job(world, run, "--stage", stage, "--resume")
+    assert f"{stage}: continues at checkpoint-" in output
+    ours, theirs = (load_file(folder / stage / "model.safetensors") for folder in (run, reference[0]))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    a, b = losses(run, stage), losses(reference[0], stage)
+    assert sorted(a) == sorted(b)
+    assert all(a[step]["loss"] == b[step]["loss"] for step in b)
+    assert json.loads((run / stage / "done.json").read_text())["resumed_from"].startswith("checkpoint-")
+
+
+@pytest.mark.parametrize("options", [["--zero", "0"], ["--zero", "2", "--teacher_offload", "cpu"], ["--zero", "3"]])
+def test_two_ranks_equal_one(world, reference, tmp_path, options):
+    """Half the rows a rank, two ranks: every loss of every training stage within float noise, at three ZeRO stages."""
+    halves = [f"--{stage}.per_device_train_batch_size=4" for stage in ("teacher", "pretrain", "distill")]
+    run = tmp_path / "run"
+    job(world, run, "--max_steps", "6", "--baseline.enabled", "false", *halves, *options, ranks=2)
+    one = tmp_path / "one"
+    job(world, one, "--max_steps", "6", "--baseline.enabled", "false", "--export.speed_tokens", "0")
+    for stage in ("teacher", "pretrain", "distill"):
+        a, b = losses(run, stage), losses(one, stage)
+        assert sorted(a) == sorted(b) == list(range(1, 7))
+        for step in b:
+            for name in (name for name in b[step] if name.startswith("loss")):
+                assert a[step][name] == pytest.approx(b[step][name], rel=2e-3, abs=1e-6), (stage, step, name)
+
+
+def test_student_of_another_run(world, reference, tmp_path):
+    run = tmp_path / "run"
+    student = ["--student", str(reference[0] / "pretrain")]
+    output = job(world, run, *student, "--max_steps", "2", "--export.speed_tokens", "0")
+    assert "refine" not in output
+    assert (run / "export" / "student.safetensors").exists()
+
+
+def test_a_mistake_is_one_line(world, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a", "kind": 7}\n')
+    output = job(world, tmp_path / "run", "--train_file", str(tmp_path / "bad.jsonl"), code=2)
+    assert "bitdistill: " in output
+    assert "got 7 in row 1" in output
+    assert "Traceback" not in output
+    output = job(world, tmp_path / "run2", "--zero", "0", "--offload", "cpu", code=2)
+    assert "offload: expected" in output
+    assert "Traceback" not in output
+
+
+def test_command_line_tool(reference):
+    run = reference[0]
+    tool = str(Path(sys.executable).with_name("bitdistill"))
+
+    def call(*arguments):
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=200)
+
+    text = call("generate", str(run), "Text: red", "--max_new_tokens", "5")
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("Text: red")
+    assert "new ones" in text.stderr
+    scored = call("eval", str(run))
+    assert scored.returncode == 0, scored.stderr
+    expected = json.loads((run / "evaluate" / "scores.json").read_text())["rows"][-1]
+    assert expected["setting"] == "BitDistill"
+    accuracy = float(scored.stdout.split("accuracy ")[1].split()[0])
+    assert accuracy == pytest.approx(expected["score"], abs=3.4)  # int8 embedding: two of 60 rows may differ
+    assert call("report", str(run)).returncode == 0
+    assert "torch" in call("env").stdout
+    wrong = call("generate", str(run / "nowhere"), "x")
+    assert wrong.returncode == 2
+    assert "RUN_OR_FILE" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
