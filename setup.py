@@ -9,7 +9,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "bitdistill/__init__.py").read_text()).group(1)
 
-TEST = ["pytest>=8", "pytest-timeout", "hypothesis>=6.100"]
+TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 
 setup(
     name="bitdistill",

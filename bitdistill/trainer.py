@@ -1,8 +1,9 @@
 """The transformers.Trainer that every training stage shares: named loss terms, honest averages, one JSON line a step.
 
-A stage brings an `Objective`: named loss terms with weights. Each loss is a *sum over this rank's rows divided by the count of the whole optimiser step* (all micro-batches, all ranks), so that one rank with 32 rows, two
-ranks with 16, and four micro-batches of 8 give the same number. DeepSpeed averages gradients over ranks, hence the one
-multiplication by world size below.
+A stage brings an `Objective`: named loss terms with weights. Each loss is a *sum over this rank's rows divided by the
+count of the whole optimiser step* (all micro-batches, all ranks), so that one rank with 32 rows, two ranks with 16, and
+four micro-batches of 8 give the same number. DeepSpeed averages gradients over ranks, hence the one multiplication by
+world size below.
 """
 
 import json

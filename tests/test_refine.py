@@ -146,7 +146,7 @@ def test_loading_refuses_what_is_wrong(tmp_path):
 
 
 def test_refusals():
-    with pytest.raises(UserError, match="model_type among .*gpt2"):
+    with pytest.raises(UserError, match=r"model_type among .*gpt2"):
         refine(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=10)))
     model = tiny("llama")
     with pytest.raises(UserError, match="one of two, all, none"):

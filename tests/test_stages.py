@@ -43,16 +43,21 @@ def test_new_and_removed_settings_count(directory):
 
 def test_an_error_leaves_the_old_result(directory):
     before = directory.done("refine")["id"]
-    with pytest.raises(RuntimeError), directory.result("refine", {}, {}) as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError
+
+    def half_way():
+        with directory.result("refine", {}, {}) as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half_way()
     assert directory.done("refine")["id"] == before
     assert (directory.folder("refine") / "weights").read_text() == "refine"
 
 
 def test_missing_input(tmp_path):
     directory = RunDirectory(tmp_path, STAGES)
-    with pytest.raises(UserError, match="finished `refine` before `pretrain`.*--stage refine"):
+    with pytest.raises(UserError, match=r"finished `refine` before `pretrain`.*--stage refine"):
         directory.require_inputs("pretrain")
     directory.require_inputs("refine")  # stands on nothing: the base stage is not part of this run
     assert directory.reason_to_run("refine", {}) == "not run yet"
