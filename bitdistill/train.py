@@ -9,7 +9,9 @@ Reads the settings, decides which stages must run, gives each stage plain argume
 
 import dataclasses
 import gc
+import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitdistill import demo
 from bitdistill.capture import attention_maps
 from bitdistill.config import RunConfig, TrainingConfig, parse_config
 from bitdistill.corpus import TokenStream
@@ -57,9 +60,9 @@ class Job:
 
     def __init__(self, config: RunConfig, text: str):
         self.config = config
-        self.demo = config.model is None
+        self.embedded = config.model is None
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        left_out = set() if self.demo else {"base"}
+        left_out = set() if self.embedded else {"base"}
         left_out |= set() if config.baseline.enabled else {"baseline"}
         left_out |= {"refine", "pretrain"} if config.student else set()
         self.directory = RunDirectory(config.output_dir, tuple(stage for stage in AFTER if stage not in left_out))
@@ -70,7 +73,7 @@ class Job:
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / "config.yaml").write_text(text)
             (self.root / "versions.json").write_text(json.dumps(versions(), indent=1))
-        if self.demo:
+        if self.embedded:
             self._make_demo()
         self.task = load_task(str(self.train_side("task")))
         launch.barrier()
@@ -94,18 +97,21 @@ class Job:
         return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self._teacher_dtype()]
 
     def _make_demo(self) -> None:
-        folder = self.root / "demo"
-        if launch.is_main() and not folder.exists():
-            launch.say("demo: makes its own corpus, tokenizer and task")
-            from bitdistill.demo import make_demo
-
-            make_demo(folder, seed=self.config.seed)
+        """Makes the demo's files, unless those of this seed and of this version of demo.py are there."""
+        folder, marker = self.root / "demo", self.root / "demo.json"
+        if launch.is_main():
+            wanted = {"seed": self.config.seed, "source": hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()}
+            if not (marker.is_file() and json.loads(marker.read_text()) == wanted and folder.is_dir()):
+                launch.say("demo: makes its own corpus, tokenizer and task")
+                shutil.rmtree(folder, ignore_errors=True)
+                demo.make_demo(folder, seed=self.config.seed)
+                marker.write_text(json.dumps(wanted))
         launch.barrier()
 
     def train_side(self, what: str) -> str | Path | None:
         """A setting that the demo fills in itself: task, train_file, validation_file, corpus."""
         given = getattr(self.config, what)
-        if not self.demo:
+        if not self.embedded:
             return given
         name = {
             "task": "task.yaml",
@@ -117,7 +123,7 @@ class Job:
 
     def base_folder(self) -> str | Path:
         """The base model: the demo's own, or --model."""
-        return self.directory.folder("base") if self.demo else self.config.model
+        return self.directory.folder("base") if self.embedded else self.config.model
 
     def student_folder(self) -> str | Path:
         """Where stage 3 starts."""
@@ -137,7 +143,7 @@ class Job:
         )
 
     def _tokenizer_folder(self) -> str | Path:
-        return self.root / "demo" / "base" if self.demo else self.config.model
+        return self.root / "demo" / "base" if self.embedded else self.config.model
 
     def rows(self, split: str):
         """The task's rows of a split, from local files or the hub."""
@@ -170,7 +176,7 @@ class Job:
             return {name: {key: value for key, value in values.items() if key not in NOT_A_RESULT}}
 
         training = {"seed": config.seed, "precision": config.precision, "max_steps_cap": config.max_steps}
-        model = {} if self.demo else {"model": file_identity(config.model)}
+        model = {} if self.embedded else {"model": file_identity(config.model)}
         corpus = {"corpus": {"source": file_identity(self.train_side("corpus")), "column": config.corpus_column}}
         train = {"train": {"file": file_identity(self.train_side("train_file")), "max_rows": config.max_train_rows}}
         validation = {"validation_file": file_identity(self.train_side("validation_file"))}
@@ -249,7 +255,7 @@ class Job:
         launch.barrier()
         release(trainer)
         if launch.is_main():
-            self._remove(checkpoints)
+            shutil.rmtree(checkpoints, ignore_errors=True)
         gc.collect()
 
     def _prepare_checkpoints(self, stage: str) -> bool:
@@ -266,28 +272,19 @@ class Job:
             if any(folder.glob("checkpoint-*")):
                 launch.say(f"{stage}: earlier checkpoints are removed, because {why}")
             if launch.is_main():
-                self._remove(folder)
+                shutil.rmtree(folder, ignore_errors=True)
         if launch.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(now))
         launch.barrier()
         return resume
 
-    @staticmethod
-    def _remove(folder: Path) -> None:
-        import shutil
-
-        shutil.rmtree(folder, ignore_errors=True)
-
     # ------------------------------------------------------------------------------------------------ stages
 
     def base(self) -> None:
         """The demo's own full-precision base model, from scratch."""
         tokenizer = load_tokenizer(self._tokenizer_folder())
-        torch.manual_seed(self.config.seed)
-        from bitdistill.demo import demo_model
-
-        model = demo_model(self._tokenizer_folder())
+        model = demo.demo_model(self._tokenizer_folder(), self.config.seed)
 
         def save(folder, model, state):
             model.save_pretrained(folder, state_dict=state)
