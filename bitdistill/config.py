@@ -305,6 +305,13 @@ class RunConfig:
                 got="none",
                 do="Give --corpus (a hub dataset, or local files), or --student with a finished stage 2.",
             )
+        if self.student is not None and not (Path(self.student).expanduser() / "model.safetensors").is_file():
+            raise UserError(
+                "student",
+                expected="a finished stage 2 of another run (RUN/pretrain)",
+                got=f"{self.student}, without a model.safetensors",
+                do="Check the path.",
+            )
         if self.teacher.finetuned and self.teacher.model is None:
             raise UserError(
                 "teacher.finetuned", expected="teacher.model with it", got="none", do="Give --teacher.model."

@@ -26,9 +26,11 @@ def _from_hub(what: str, name: str, load):
     """Runs ``load()`` and turns what the Hugging Face libraries raise for an absent model into a UserError."""
     if "/" in str(name) and str(name).startswith((".", "/", "~")) and not Path(name).expanduser().exists():
         raise UserError(what, expected="an existing folder or a hub id", got=f"{name} (no such folder)", do="Check it.")
+    from safetensors import SafetensorError
+
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

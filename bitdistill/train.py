@@ -76,6 +76,8 @@ class Job:
         if self.embedded:
             self._make_demo()
         self.task = load_task(str(self.train_side("task")))
+        if config.stage == "all":
+            self._look_ahead()
         launch.barrier()
 
     # ------------------------------------------------------------------------------------------------ what is used
@@ -88,6 +90,20 @@ class Job:
         if "nvme" in (config.offload, config.teacher_offload):
             launch.require_nvme(config.nvme_path)
         return presets.deepspeed_config(config.zero, config.offload, precision=config.precision, **device)
+
+    def _look_ahead(self) -> None:
+        """Opens whatever a later stage will read: a wrong path is said now, and not after hours of training."""
+        for split in ("train", "validation"):
+            self.rows(split)
+        if "pretrain" in self.directory.stages:
+            self.stream(self.config.pretrain.block_size)
+            self._check_steps()
+
+    def _check_steps(self) -> None:
+        if self.config.pretrain.max_steps == -1 and self.config.max_steps is None:
+            raise UserError(
+                "pretrain.max_steps", expected="a number of steps", got="-1", do="A token stream has no end: set it."
+            )
 
     def _teacher_dtype(self) -> torch.dtype:
         """What the teacher computes in: its stored dtype on a GPU; fp32 on a CPU, where fp16 products are slow."""
@@ -342,10 +358,7 @@ class Job:
         tokenizer = load_tokenizer(self.base_folder())
         model = load_student(self.directory.folder("refine"))
         section = self.config.pretrain
-        if section.max_steps == -1 and self.config.max_steps is None:
-            raise UserError(
-                "pretrain.max_steps", expected="a number of steps", got="-1", do="A token stream has no end: set it."
-            )
+        self._check_steps()
         self._train(
             "pretrain",
             section,

@@ -194,5 +194,4 @@ def _quieten(is_rank_0: bool) -> None:
     if not is_rank_0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- for the life of the process
         transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         warnings.simplefilter("ignore")

@@ -92,7 +92,9 @@ def test_the_rule_explains_the_labels_up_to_the_stated_noise(paths, polarity_and
     for path in (paths.train, paths.validation):
         rows = rows_of(path)
         wrong = sum(verdict(row["text"], polarity) != row["verdict"] for row in rows) / len(rows)
-        assert wrong == pytest.approx(demo.LABEL_NOISE, abs=3 * (0.04 * 0.96 / len(rows)) ** 0.5)  # three sigma
+        assert wrong == pytest.approx(
+            demo.LABEL_NOISE, abs=3 * (demo.LABEL_NOISE * (1 - demo.LABEL_NOISE) / len(rows)) ** 0.5
+        )  # three sigma
         clean = sum(verdict(row["text"], polarity) for row in rows)
         assert clean == len(rows) / 2  # exact balance before the noise
 
