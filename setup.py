@@ -51,6 +51,6 @@ setup(
         "sacrebleu>=2.4",
         "tensorboard>=2.17",
     ],
-    extras_require={"test": TEST, "dev": [*TEST, "asv>=0.6.4", "ruff", "pre-commit"]},
+    extras_require={"test": TEST, "dev": [*TEST, "asv>=0.6.4", "ruff==0.17.6", "pre-commit"]},
     entry_points={"console_scripts": ["bitdistill=bitdistill.cli:main"]},
 )

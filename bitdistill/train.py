@@ -51,6 +51,11 @@ SETTINGS = {"FP16-SFT": "teacher", "BitNet-SFT": "baseline", "BitDistill": "dist
 NOT_A_RESULT = ("logging_steps", "save_steps", "health_steps")  # settings that do not change what a stage produces
 
 
+def optimisation(section: TrainingConfig) -> dict[str, Any]:
+    """The part of a stage's settings that is about optimisation: what TrainingConfig itself has."""
+    return {field.name: getattr(section, field.name) for field in dataclasses.fields(TrainingConfig)}
+
+
 class Job:
     """One run of the main job.
 
@@ -187,8 +192,8 @@ class Job:
         """Everything that the result of a stage depends on, besides the results of earlier stages."""
         config = self.config
 
-        def section(name: str) -> dict[str, Any]:
-            values = dataclasses.asdict(getattr(config, name))
+        def section(name: str, values: dict[str, Any] | None = None) -> dict[str, Any]:
+            values = values or dataclasses.asdict(getattr(config, name))
             return {name: {key: value for key, value in values.items() if key not in NOT_A_RESULT}}
 
         training = {"seed": config.seed, "precision": config.precision, "max_steps_cap": config.max_steps}
@@ -200,13 +205,14 @@ class Job:
         task["task"]["labels"] = str(task["task"]["labels"])
         teacher = {"teacher_model": file_identity(config.teacher.model)}
         student = {"student": file_identity(config.student)} if config.student else {}
+        steps = optimisation(config.distill)
         return {
             "base": section("base") | training | corpus,
             "teacher": section("teacher") | training | model | task | train | teacher,
             "refine": section("refine") | model | (corpus if config.refine.gain == "calibrated" else {}),
             "pretrain": section("pretrain") | training | corpus,
             "distill": section("distill") | training | task | train | student,
-            "baseline": section("baseline") | section("distill") | training | model | task | train,
+            "baseline": section("baseline") | section("distill", steps) | training | model | task | train,
             "evaluate": section("evaluate") | task | validation,
             "export": section("export"),
         }[stage]
@@ -246,15 +252,13 @@ class Job:
         """What every training stage shares: arguments, checkpoints that belong to these settings, the atomic result."""
         checkpoints = self.directory.checkpoints(stage)
         resume = self._prepare_checkpoints(stage)
-        names = {field.name for field in dataclasses.fields(TrainingConfig)}
-        settings = {name: value for name, value in dataclasses.asdict(section).items() if name in names}
         arguments = training_arguments(
             checkpoints,
             deepspeed=self.deepspeed,
             seed=self.config.seed,
             report_to=self.config.report_to,
             steps_cap=self.config.max_steps,
-            **settings,
+            **optimisation(section),
         )
         trainer, facts = train(
             arguments=arguments,
@@ -381,8 +385,8 @@ class Job:
             offload=self.config.teacher_offload,
             nvme_path=self.config.nvme_path,
         )
-        names = {field.name for field in dataclasses.fields(TrainingConfig)}
-        options = {name: value for name, value in dataclasses.asdict(section).items() if name not in names}
+        shared = optimisation(section)
+        options = {name: value for name, value in dataclasses.asdict(section).items() if name not in shared}
         self._train(
             "distill",
             section,
