@@ -43,6 +43,7 @@ PROOF = {  # what export/parity.py measured, in words
     "codes_equal": "codes and scales of the file, unpacked, are those of the trained student",
     "linears": "ternary layers whose codes and scales were compared, bit for bit",
     "tokens": "tokens whose logits were compared",
+    "product_max_diff": "largest difference of a quantized product on the student's own activations, over their peak",
     "unrounded_max_diff": "largest difference with unrounded activations, in standard deviations of the logits",
     "max_abs_diff": "largest difference of a logit",
     "relative_rms": "root mean square of the differences over that of the logits",

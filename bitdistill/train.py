@@ -154,7 +154,9 @@ class Job:
         """The corpus of stage 2."""
         corpus = self.train_side("corpus")
         if corpus is None:
-            raise UserError("corpus", expected="text for this stage", got="none", do="Give --corpus.")
+            raise UserError(
+                "corpus", expected="text for this stage", got="none", do="Give --corpus, or --refine.gain one."
+            )
         return TokenStream(
             str(corpus),
             load_tokenizer(self._tokenizer_folder()),
@@ -520,7 +522,7 @@ class Job:
                     "model_bits_per_parameter": sizes["model_bits_per_parameter"],
                 }
                 if config.speed_tokens:
-                    row |= packed_speed(Runtime(path), prompts[0], config.speed_tokens)
+                    row |= packed_speed(Runtime(path, torch.get_num_threads()), prompts[0], config.speed_tokens)
                 speeds.append(row)
             (folder / "speed.json").write_text(json.dumps({"machine": machine(), "rows": speeds}, indent=1))
             facts["seconds"] = round(time.perf_counter() - started, 2)

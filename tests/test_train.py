@@ -233,12 +233,17 @@ def one_rank(world, tmp_path_factory):
 SHORT = ["--max_steps", "6", "--baseline.enabled", "false", "--export.speed_tokens", "0"]
 
 
-@pytest.mark.parametrize("options", [["--zero", "0"], ["--zero", "2", "--teacher_offload", "cpu"], ["--zero", "3"]])
-def test_two_ranks_equal_one(world, one_rank, tmp_path, options):
-    """Half the rows a rank, two ranks: every loss of every training stage within float noise, at three ZeRO stages."""
-    halves = [f"--{stage}.per_device_train_batch_size=4" for stage in ("teacher", "pretrain", "distill")]
+@pytest.mark.parametrize(
+    ("rows", "accumulation", "options"),
+    [(4, 1, ["--zero", "0"]), (2, 2, ["--zero", "2", "--teacher_offload", "cpu"]), (4, 1, ["--zero", "3"])],
+)
+def test_two_ranks_equal_one(world, one_rank, tmp_path, rows, accumulation, options):
+    """8 rows a step, over two ranks and micro-steps: every loss of every training stage within float noise."""
+    for stage in ("teacher", "pretrain", "distill"):
+        options += [f"--{stage}.per_device_train_batch_size={rows}"]
+        options += [f"--{stage}.gradient_accumulation_steps={accumulation}"]
     run = tmp_path / "run"
-    job(world, run, *SHORT, *halves, *options, ranks=2)
+    job(world, run, *SHORT, *options, ranks=2)
     for stage in ("teacher", "pretrain", "distill"):
         a, b = losses(run, stage), losses(one_rank, stage)
         assert sorted(a) == sorted(b) == list(range(1, 7))
