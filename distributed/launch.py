@@ -81,9 +81,20 @@ def initialise(device: str) -> None:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, timeout=PATIENCE, verbose=False
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=PATIENCE,
+            verbose=False,
+        )
+    except dist.DistNetworkError as error:
+        raise Refusal(
+            "master_port",
+            f"a free port {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']}",
+            f"one that another run may be using ({str(error).splitlines()[0]})",
+            "Give this run its own: deepspeed --master_port 29600 bitdistill/train.py ...",
+        ) from error
 
 
 def shutdown() -> None:
@@ -184,14 +195,17 @@ def _device() -> str:
 
 def _quieten(is_rank_0: bool) -> None:
     """Progress bars and tables are what the user came for: the libraries speak from WARNING on, ranks > 0 on stderr."""
+    import datasets
     import transformers
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("torch.distributed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_warning()
+    transformers.logging.disable_progress_bar()  # one for each file that is read or written, in the middle of ours
     # DeepSpeed calls collectives that torch renamed: one warning per call, many per step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not is_rank_0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- for the life of the process
         transformers.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
         warnings.simplefilter("ignore")

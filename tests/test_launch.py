@@ -1,6 +1,9 @@
 """The process group: under the launcher, without it, and when one rank fails."""
 
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -112,3 +115,19 @@ def test_nvme_says_what_to_install(tmp_path, monkeypatch):
 
 def test_local_rank_is_taken_away_and_nothing_else():
     assert launch.without_local_rank(["--local_rank=3", "--stage", "all", "--zero=2"]) == ["--stage", "all", "--zero=2"]
+
+
+def test_a_port_in_use_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        script = "from bitdistill.distributed import launch; launch.initialise('cpu')"
+        result = subprocess.run(
+            [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+    assert result.returncode == 1
+    assert f"Refusal: master_port: expected a free port {port}" in result.stderr
+    assert "--master_port" in result.stderr
