@@ -247,9 +247,11 @@ def test_two_ranks_equal_one(world, one_rank, tmp_path, rows, accumulation, opti
     for stage in ("teacher", "pretrain", "distill"):
         a, b = losses(run, stage), losses(one_rank, stage)
         assert sorted(a) == sorted(b) == list(range(1, 7))
+        # Float noise is 2e-7. By stage 3 it has flipped single ternary codes of the student, which starts from stage 2's.
+        tolerance = 2e-3 if stage == "distill" else 1e-5
         for step in b:
             for name in (name for name in b[step] if name.startswith("loss")):
-                assert a[step][name] == pytest.approx(b[step][name], rel=2e-3, abs=1e-6), (stage, step, name)
+                assert a[step][name] == pytest.approx(b[step][name], rel=tolerance, abs=1e-6), (stage, step, name)
 
 
 def test_student_of_another_run(world, reference, tmp_path):
