@@ -1,10 +1,11 @@
 """ENTRY: `bitdistill COMMAND`: what one does with a finished run or a packed file.
 
-bitdistill generate RUN_OR_FILE "prompt"     text from the packed student, on the CPU; imports neither torch nor transformers
-bitdistill eval RUN_OR_FILE                  scores the packed student on its task, or on another
-bitdistill report RUN                        writes report.html again and prints the table
-bitdistill env                               versions, for bug reports
-bitdistill train ...                         the main job without the deepspeed launcher, one rank
+    bitdistill generate RUN_OR_FILE "prompt"   text from the packed student, on the CPU; imports neither torch nor transformers
+    bitdistill eval RUN_OR_FILE                scores the packed student on its task, or on another
+    bitdistill report RUN                      writes report.html again and prints the table
+    bitdistill env                             versions, for bug reports
+
+The main job is its own entry: `deepspeed bitdistill/train.py`, or `deepspeed --module bitdistill.train` without a checkout.
 """
 
 import json
@@ -136,14 +137,9 @@ def report(run: str) -> None:
     Args:
         run: the run directory.
     """
-    from rich.console import Console
+    from bitdistill.report import show_report
 
-    from bitdistill.report import comparison_table, write_report
-
-    page = write_report(run)
-    console = Console()
-    console.print(comparison_table(run))
-    console.print(f"Report: {page}")
+    show_report(run)
 
 
 def env() -> None:

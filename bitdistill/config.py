@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from bitdistill.distributed import launch
 from bitdistill.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -356,7 +357,6 @@ def build_parser(recipe: str):
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of settings, such as RUN/config.yaml.")
-    parser.add_argument("--local_rank", type=int, default=0, help="Given by the deepspeed launcher; ignored.")
     parser.add_class_arguments(RunConfig, as_group=False)
     return parser
 
@@ -374,7 +374,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
     """
     from jsonargparse import ArgumentError
 
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = launch.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     arguments = ["--resume=true" if argument == "--resume" else argument for argument in arguments]
     parser = build_parser(_chosen_recipe(arguments))
     try:
@@ -383,7 +383,6 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
         text = " ".join(str(error).split())
         raise UserError("command line", expected="known settings", got=text, do="See --help.") from error
     namespace.pop("config", None)
-    namespace.pop("local_rank", None)
     namespace.pop("__default_config__", None)
     config = parser.instantiate_classes(namespace)
     text = parser.dump(namespace, skip_validation=True, skip_none=False)

@@ -432,6 +432,13 @@ def write_report(run_dir: str | Path) -> Path:
     return target
 
 
+def show_report(run_dir: str | Path) -> None:
+    """Writes the page and prints the table, with the page's path below it."""
+    page, console = write_report(run_dir), Console()
+    console.print(comparison_table(run_dir))
+    console.print(f"Report: {page}")
+
+
 def _tiles(numbers: dict[str, float | None]) -> list[tuple[str, str]]:
     """The headline numbers as (number, words)."""
     forms = (

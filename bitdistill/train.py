@@ -39,7 +39,7 @@ from bitdistill.layers import bit_linears
 from bitdistill.models import load_language_model, load_tokenizer, tokenizer_settings
 from bitdistill.pretrain import pretrain
 from bitdistill.refine import calibrate_gains, load_student, refine, save_student
-from bitdistill.report import comparison_table, write_report
+from bitdistill.report import show_report
 from bitdistill.runtime import Runtime
 from bitdistill.speed import full_precision_size, full_precision_speed, machine, packed_speed
 from bitdistill.stages import AFTER, RunDirectory, file_identity
@@ -241,12 +241,7 @@ class Job:
             getattr(self, stage)()
             launch.barrier()
         if launch.is_main():
-            page = write_report(self.root)
-            from rich.console import Console
-
-            console = Console()
-            console.print(comparison_table(self.root))
-            console.print(f"Report: {page}")
+            show_report(self.root)
 
     def _train(
         self, stage: str, section: TrainingConfig, train: Callable[..., Any], save: Callable[..., None], **options: Any
@@ -532,7 +527,7 @@ def main() -> int:
     """Parses, runs, and turns a user's mistake into one line and exit status 2."""
     job = None
     try:
-        config, text = parse_config(launch.without_local_rank(sys.argv[1:]))
+        config, text = parse_config()
         job = Job(config, text)
         job.run()
     except (UserError, Refusal) as error:

@@ -199,7 +199,7 @@ class StageTrainer(Trainer):
     def fit(self, resume: bool) -> dict[str, Any]:
         """Trains, from the last complete checkpoint when `resume` is set and there is one.
 
-        Returns: facts for done.json: seconds, steps, tokens_per_step, resumed_from.
+        Returns: facts for done.json: seconds, steps, resumed_from.
         """
         folder = Path(self.args.output_dir)
         checkpoint = latest_checkpoint(folder) if resume else None
