@@ -23,6 +23,8 @@ setup(
         "bitdistill",
         "bitdistill.export",
         "bitdistill.kernels",
+        "bitdistill.kernels.cpu",
+        "bitdistill.kernels.gpu",
         "bitdistill.distributed",
     ],
     package_dir={"bitdistill.kernels": "kernels", "bitdistill.distributed": "distributed"},

@@ -208,7 +208,7 @@ class ExportConfig:
     """
 
     packing: Literal["base3", "2bit"] = "base3"
-    embedding: Literal["fp16", "int8", "int4"] = "int8"
+    embedding: Literal["fp16", "int8", "int4", "ternary"] = "int8"
     proof_rows: int = 8
     speed_tokens: int = 64
 

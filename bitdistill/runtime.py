@@ -24,8 +24,7 @@ from tokenizers.decoders import DecodeStream
 
 from bitdistill.errors import UserError
 from bitdistill.export.packed import PackedModel, read_packed
-from bitdistill.kernels.cpu_matmul import quantize_activation, ternary_accumulate
-from bitdistill.kernels.packing import pack_2bit
+from bitdistill.kernels.cpu_matmul import pack_2bit, quantize_activation, ternary_accumulate
 
 PREFILL_TOKENS = 256  # bounds the attention scores of a long prompt: heads x 256 x positions floats
 
@@ -85,10 +84,8 @@ class Runtime:
         self.resident_bytes = self._head.nbytes
         self._linears: dict[str, _Projection] = {}
         for name, linear in config.linears.items():
-            packed = tensors[f"{name}.weight_packed"]
-            if config.packing == "base3":
-                packed = pack_2bit(self.model.weight_codes(name))
-                self.resident_bytes += packed.nbytes
+            packed = pack_2bit(self.model.weight_codes(name))
+            self.resident_bytes += packed.nbytes
             self._linears[name] = _Projection(
                 packed,
                 tensors[f"{name}.weight_scale"][()],

@@ -19,6 +19,16 @@ from numba import njit
 
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON, MAX_EXACT_IN_FEATURES
 
+
+def pack_2bit(codes: np.ndarray) -> np.ndarray:
+    """Row-addressable 2-bit bytes of this first version: byte j of a row holds columns j, j + B, j + 2B, j + 3B."""
+    rows, columns = codes.shape
+    width = -(-columns // 4)
+    fields = np.ones((rows, 4, width), np.uint8)
+    fields.reshape(rows, 4 * width)[:, :columns] = codes + np.int8(1)
+    return fields[:, 0] | fields[:, 1] << 2 | fields[:, 2] << 4 | fields[:, 3] << 6
+
+
 ROWS_PER_BLOCK = 256  # unpacked to fp32 at once for BLAS: 1 MB at 1024 columns, inside the second-level cache
 MIN_WEIGHTS_PER_TASK = 2**19  # a thread pool's hand-over costs some 20 us; this many weights take 50
 

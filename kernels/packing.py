@@ -1,23 +1,31 @@
-"""Ternary codes <-> bytes, numpy only: 2 bits a weight, or base 3 with five weights ("trits") a byte.
+"""Ternary codes and quantized tables <-> bytes, numpy only: the layout that files have and that kernels run on as it lies.
 
-Both store ``u = code + 1`` in {0, 1, 2}. Padding stores code 0, and unpacking insists on it, so that equal codes have
-equal bytes. Shapes: (O, I) is (out_features, in_features) of a linear layer, row-major.
+**Row-lane blocks.** A block is 16 rows x 4 columns = 64 values, value (r, c) at index 4r + c, so that a 64-byte vector
+holds one row in each of its 32-bit lanes and four neighbouring columns in each lane: what the four-way int8 dot products
+of CPUs take (AVX512 and AVX-VNNI, AVX2, NEON), with no sum across lanes, for one token and for many. Rows are padded to
+16 and columns to 4 with code 0. Blocks are numbered row group by row group, along the columns inside each::
 
-2 bit: row-addressable, so that a matrix-vector product can read the bytes as they lie. A row has B = ceil(I / 4) bytes;
-byte j holds the columns j, j + B, j + 2B and j + 3B, the four quarters of the row, so that neighbouring bytes meet
-neighbouring activations in all four fields::
+    b = (o // 16) * ceil(I / 4) + i // 4          value index 4 * (o % 16) + i % 4
 
-        bit      7   6 | 5   4 | 3   2 | 1   0
-        column  j + 3B | j + 2B|  j + B|   j        field values 0, 1, 2; 3 is invalid
+Ternary matrices store ``u = code + 1`` in {0, 1, 2}; vector v has 64 bytes, each holding the values of several blocks:
 
-base 3: dense over the whole matrix, exactly 8/5 = 1.6 bits a weight. Byte n holds the weights 5n .. 5n + 4 of the
-flattened matrix, the first as the lowest digit; only the last byte can be partly padding::
+    2bit    byte j = u_j of block 4v | block 4v+1 << 2 | block 4v+2 << 4 | block 4v+3 << 6        3 is invalid in a field
+    base3   byte j = u_j of block 5v + 3 * block 5v+1 + 9 * ... + 81 * block 5v+4                 0 .. 242
 
-        byte n = u[5n] + 3 u[5n+1] + 9 u[5n+2] + 27 u[5n+3] + 81 u[5n+4]        0 .. 242; more is invalid
+so base3 takes exactly 8/5 = 1.6 bits a weight where 16 divides O and 4 divides I, but for a last vector that is not full
+(padding is code 0, u = 1). A vector may hold blocks of two row groups. Tables (embedding, LM head) use the same blocks:
 
-Example, codes [[-1, 0, 1, 1, 0]], so u = 0 1 2 2 1. 2 bit (B = 2, columns 5 to 7 are padding, u = 1):
-byte 0 = u0 + 4 u2 + 16 u4 + 64 * 1 = 0 + 8 + 16 + 64 = 88, byte 1 = u1 + 4 u3 + 16 * 1 + 64 * 1 = 1 + 8 + 16 + 64 = 89.
-base 3: 0 + 3 + 18 + 54 + 81 = 156.
+    int8    byte j = code_j of block v, -127 .. 127; fp32 scale a row, (V,)
+    int4    byte j = (code_j + 8) of block 2v | block 2v+1 << 4; fp16 scale for 32 columns of a row, as
+            (ceil(V/16), I/32, 16): the scales that a row group needs together lie together; 32 divides I
+    ternary 2bit or base3, with an fp32 scale a row, (V,)
+
+Equal codes have equal bytes: unpacking refuses padding of another code. Shapes: (O, I) is (out_features, in_features).
+
+Example, base3 and 2bit, codes [[-1, 0, 1, 1, 0]]: O = 1, I = 5, so two blocks in one vector; lane 0 is row 0.
+Block 0 has u = 0 1 2 2 in bytes 0..3, block 1 has u = 1 1 1 1 (column 4, then padding); all other values are padding, 1.
+base3: byte 0 = 0 + 3*1 + 9 + 27 + 81 = 120, byte 1 = 121, byte 2 = 122, byte 3 = 122, the rest 121.
+2bit: byte 0 = 0 | 1<<2 | 1<<4 | 1<<6 = 84, byte 1 = 85, bytes 2 and 3 = 86, the rest 85.
 """
 
 from collections.abc import Iterable
@@ -25,21 +33,34 @@ from collections.abc import Iterable
 import numpy as np
 
 PACKINGS = ("2bit", "base3")
+BLOCK_ROWS, BLOCK_COLUMNS = 16, 4
+BLOCK = BLOCK_ROWS * BLOCK_COLUMNS  # bytes of a vector, and values of a block
+BLOCKS_PER_VECTOR = {"2bit": 4, "base3": 5, "int4": 2, "int8": 1}
 SCALE_BYTES = 4  # one fp32 weight_scale a matrix
-TRITS_PER_BYTE = 5
-BASE3_BYTES = 3**TRITS_PER_BYTE  # byte values that mean something
-_POWERS = 3 ** np.arange(TRITS_PER_BYTE, dtype=np.uint8)
-# The five codes of each of the 243 bytes.
-_CODES_OF_BYTE = (np.arange(BASE3_BYTES, dtype=np.uint8)[:, None] // _POWERS % 3).astype(np.int8) - np.int8(1)
+INT4_GROUP = 32  # columns that share one fp16 scale: 4.5 bits a weight
+BASE3_BYTES = 3**5  # byte values that mean something
 
 
-def packed_shape(out_features: int, in_features: int, packing: str) -> tuple[int, ...]:
-    """Shape of the uint8 array that holds an (O, I) matrix: (O, ceil(I/4)) for 2bit, (ceil(O*I/5),) for base3."""
-    if packing == "2bit":
-        return out_features, -(-in_features // 4)
-    if packing == "base3":
-        return (-(-out_features * in_features // TRITS_PER_BYTE),)
-    raise ValueError(f"packing: expected one of {', '.join(PACKINGS)}; got {packing!r}")
+def row_groups(rows: int) -> int:
+    """Groups of 16 rows that hold `rows`."""
+    return -(-rows // BLOCK_ROWS)
+
+
+def column_quads(columns: int) -> int:
+    """Groups of 4 columns that hold `columns`."""
+    return -(-columns // BLOCK_COLUMNS)
+
+
+def packed_bytes(out_features: int, in_features: int, packing: str) -> int:
+    """Bytes of the 1-D array that holds an (O, I) matrix: 64 for 4 (2bit), 5 (base3), 2 (int4) or 1 (int8) blocks.
+
+    Raises:
+        ValueError: an unknown packing.
+    """
+    if packing not in BLOCKS_PER_VECTOR:
+        raise ValueError(f"packing: expected one of {', '.join(BLOCKS_PER_VECTOR)}; got {packing!r}")
+    blocks = row_groups(out_features) * column_quads(in_features)
+    return BLOCK * -(-blocks // BLOCKS_PER_VECTOR[packing])
 
 
 def bits_per_weight(shapes: Iterable[tuple[int, int]], packing: str) -> float:
@@ -56,110 +77,188 @@ def bits_per_weight(shapes: Iterable[tuple[int, int]], packing: str) -> float:
     weights = sum(rows * columns for rows, columns in shapes)
     if weights == 0:
         raise ValueError("shapes: expected at least one weight; got none")
-    stored = sum(int(np.prod(packed_shape(*shape, packing))) + SCALE_BYTES for shape in shapes)
-    return 8 * stored / weights
+    return 8 * sum(packed_bytes(*shape, packing) + SCALE_BYTES for shape in shapes) / weights
+
+
+# --- ternary matrices -------------------------------------------------------------------------------------------------
 
 
 def pack(codes: np.ndarray, packing: str) -> np.ndarray:
-    """`pack_2bit` or `pack_base3` by name."""
-    packed_shape(0, 0, packing)
-    return pack_2bit(codes) if packing == "2bit" else pack_base3(codes)
+    """Ternary codes to bytes (layout above).
+
+    Args:
+        codes: int8 (O, I) in {-1, 0, 1}.
+        packing: "2bit" or "base3".
+
+    Returns: uint8 (packed_bytes(O, I, packing),).
+
+    Raises:
+        ValueError: another dtype, dimension or value, or an unknown packing.
+    """
+    _ternary_packing(packing)
+    _check_codes(codes, -1, 1)
+    fields = _vectors(_to_blocks((codes + np.int8(1)).view(np.uint8), 1), BLOCKS_PER_VECTOR[packing], 1)
+    base = 4 if packing == "2bit" else 3
+    packed = np.zeros((len(fields), BLOCK), np.uint8)
+    for field in range(fields.shape[1]):
+        packed += fields[:, field] * np.uint8(base**field)
+    return packed.reshape(-1)
 
 
 def unpack(packed: np.ndarray, out_features: int, in_features: int, packing: str) -> np.ndarray:
-    """`unpack_2bit` or `unpack_base3` by name."""
-    packed_shape(0, 0, packing)
-    if packing == "2bit":
-        return unpack_2bit(packed, in_features)
-    return unpack_base3(packed, out_features, in_features)
-
-
-def pack_2bit(codes: np.ndarray) -> np.ndarray:
-    """Four codes a byte, each row padded to whole bytes (layout above).
+    """The inverse of `pack`.
 
     Args:
-        codes: int8 (O, I) in {-1, 0, 1}.
-
-    Returns: uint8 (O, ceil(I / 4)).
-
-    Raises:
-        ValueError: another dtype, dimension or value.
-    """
-    rows, columns = _checked(codes).shape
-    width = packed_shape(rows, columns, "2bit")[1]
-    fields = np.ones((rows, 4, width), np.uint8)
-    fields.reshape(rows, 4 * width)[:, :columns] = codes + np.int8(1)
-    return fields[:, 0] | fields[:, 1] << 2 | fields[:, 2] << 4 | fields[:, 3] << 6
-
-
-def unpack_2bit(packed: np.ndarray, in_features: int) -> np.ndarray:
-    """The inverse of `pack_2bit`.
-
-    Args:
-        packed: uint8 (O, ceil(I / 4)), also read-only.
-        in_features: I.
-
-    Returns: int8 (O, I).
-
-    Raises:
-        ValueError: the number of bytes does not fit, a field is 3, or the padding is not code 0.
-    """
-    _check_bytes(packed, (len(packed), packed_shape(0, in_features, "2bit")[1]))
-    fields = (packed[:, None, :] >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & np.uint8(3)
-    codes = fields.reshape(len(packed), 4 * packed.shape[1]).view(np.int8) - np.int8(1)
-    if (codes > 1).any():
-        raise ValueError("packed: expected 2-bit fields of 0, 1 or 2; got 3. The bytes are damaged.")
-    if codes[:, in_features:].any():
-        raise ValueError("packed: expected padding of code 0; got another code. The bytes are damaged.")
-    return codes[:, :in_features]
-
-
-def pack_base3(codes: np.ndarray) -> np.ndarray:
-    """Five codes a byte, dense over the flattened matrix (layout above).
-
-    Args:
-        codes: int8 (O, I) in {-1, 0, 1}.
-
-    Returns: uint8 (ceil(O * I / 5),).
-
-    Raises:
-        ValueError: another dtype, dimension or value.
-    """
-    _checked(codes)
-    trits = np.ones((packed_shape(*codes.shape, "base3")[0], TRITS_PER_BYTE), np.uint8)
-    trits.reshape(-1)[: codes.size] = (codes + np.int8(1)).reshape(-1)
-    return (trits * _POWERS).sum(axis=1, dtype=np.uint8)
-
-
-def unpack_base3(packed: np.ndarray, out_features: int, in_features: int) -> np.ndarray:
-    """The inverse of `pack_base3`.
-
-    Args:
-        packed: uint8 (ceil(O * I / 5),), also read-only.
+        packed: uint8 (packed_bytes(O, I, packing),), also read-only.
         out_features, in_features: O and I.
 
     Returns: int8 (O, I).
 
     Raises:
-        ValueError: the number of bytes does not fit, a byte is above 242, or the padding is not code 0.
+        ValueError: the number of bytes does not fit, a value is invalid, or the padding is not code 0.
     """
-    _check_bytes(packed, packed_shape(out_features, in_features, "base3"))
-    if packed.size and packed.max() >= BASE3_BYTES:
+    _ternary_packing(packing)
+    _check_bytes(packed, np.uint8, packed_bytes(out_features, in_features, packing))
+    if packing == "base3" and packed.size and packed.max() >= BASE3_BYTES:
         raise ValueError(f"packed: expected base-3 bytes up to 242; got {packed.max()}. The bytes are damaged.")
-    codes = _CODES_OF_BYTE[packed].reshape(-1)
-    if codes[out_features * in_features :].any():
+    vectors = packed.reshape(-1, BLOCK)
+    fields = np.stack([_field(vectors, packing, field) for field in range(BLOCKS_PER_VECTOR[packing])], axis=1)
+    if fields.size and fields.max() > 2:
+        raise ValueError("packed: expected 2-bit fields of 0, 1 or 2; got 3. The bytes are damaged.")
+    return _from_blocks(fields.reshape(-1, BLOCK).view(np.int8) - np.int8(1), out_features, in_features)
+
+
+def unpack_rows(packed: np.ndarray, rows: np.ndarray, columns: int, packing: str) -> np.ndarray:
+    """Some rows of a packed matrix or table, without unpacking the rest.
+
+    Args:
+        packed: 1-D bytes of any packing above (int8 for "int8"), trusted to be valid.
+        rows: int (n,), row numbers.
+        columns: I.
+
+    Returns: int8 (n, I): ternary codes, int8 codes, or int4 codes -8 .. 7.
+    """
+    per_vector = BLOCKS_PER_VECTOR[packing]
+    quads = column_quads(columns)
+    rows = np.asarray(rows, np.int64)[:, None, None]
+    block = rows // BLOCK_ROWS * quads + np.arange(quads)[:, None]
+    byte = packed[block // per_vector * BLOCK + BLOCK_COLUMNS * (rows % BLOCK_ROWS) + np.arange(BLOCK_COLUMNS)]
+    if packing == "int8":
+        codes = byte
+    elif packing == "int4":
+        codes = (byte >> (4 * (block % 2)).astype(np.uint8) & np.uint8(15)).view(np.int8) - np.int8(8)
+    else:
+        power = (3 if packing == "base3" else 4) ** (block % per_vector)
+        codes = (byte // power % (3 if packing == "base3" else 4)).astype(np.int8) - np.int8(1)
+    return codes.reshape(len(codes), quads * BLOCK_COLUMNS)[:, :columns]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def pack_int8(codes: np.ndarray) -> np.ndarray:
+    """int8 (V, I) codes to int8 blocks (layout above): int8 (packed_bytes(V, I, "int8"),).
+
+    Raises:
+        ValueError: another dtype, dimension, or a code of -128.
+    """
+    _check_codes(codes, -127, 127)
+    return _to_blocks(codes, 0).reshape(-1)
+
+
+def unpack_int8(packed: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The inverse of `pack_int8`: int8 (V, I). Raises ValueError for another size or padding."""
+    _check_bytes(packed, np.int8, packed_bytes(rows, columns, "int8"))
+    return _from_blocks(packed.reshape(-1, BLOCK), rows, columns)
+
+
+def pack_int4(codes: np.ndarray) -> np.ndarray:
+    """int8 (V, I) codes in -8 .. 7, 32 dividing I, to bytes of two (layout above): uint8 (packed_bytes(V, I, "int4"),).
+
+    Raises:
+        ValueError: another dtype, dimension, width or value.
+    """
+    _check_codes(codes, -8, 7)
+    _check_int4_columns(codes.shape[1])
+    fields = _vectors(_to_blocks((codes + np.int8(8)).view(np.uint8), 8), 2, 8)
+    return (fields[:, 0] | fields[:, 1] << 4).reshape(-1)
+
+
+def unpack_int4(packed: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The inverse of `pack_int4`: int8 (V, I). Raises ValueError for another size or padding."""
+    _check_int4_columns(columns)
+    _check_bytes(packed, np.uint8, packed_bytes(rows, columns, "int4"))
+    vectors = packed.reshape(-1, BLOCK)
+    fields = np.stack([vectors & 15, vectors >> 4], axis=1).reshape(-1, BLOCK)
+    return _from_blocks(fields.view(np.int8) - np.int8(8), rows, columns)
+
+
+def pack_int4_scale(scale: np.ndarray) -> np.ndarray:
+    """float16 (V, I/32) scales to the order in which kernels read them: float16 (ceil(V/16), I/32, 16), padded with 0."""
+    padded = np.zeros((row_groups(len(scale)) * BLOCK_ROWS, scale.shape[1]), np.float16)
+    padded[: len(scale)] = scale
+    return np.ascontiguousarray(padded.reshape(-1, BLOCK_ROWS, scale.shape[1]).transpose(0, 2, 1))
+
+
+def unpack_int4_scale(packed: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+    """The inverse of `pack_int4_scale` for some rows: float16 (n, I/32)."""
+    return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[rows]
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def _to_blocks(values: np.ndarray, padding: int) -> np.ndarray:
+    """(O, I) -> (blocks, 64), padded."""
+    rows, columns = values.shape
+    groups, quads = row_groups(rows), column_quads(columns)
+    padded = np.full((groups * BLOCK_ROWS, quads * BLOCK_COLUMNS), padding, values.dtype)
+    padded[:rows, :columns] = values
+    lanes = padded.reshape(groups, BLOCK_ROWS, quads, BLOCK_COLUMNS).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(lanes).reshape(-1, BLOCK)
+
+
+def _from_blocks(blocks: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The codes of padded blocks, (blocks or more, 64) -> (O, I); refuses padding that is not 0."""
+    groups, quads = row_groups(rows), column_quads(columns)
+    used = blocks[: groups * quads].reshape(groups, quads, BLOCK_ROWS, BLOCK_COLUMNS).transpose(0, 2, 1, 3)
+    padded = used.reshape(groups * BLOCK_ROWS, quads * BLOCK_COLUMNS)
+    if blocks[groups * quads :].any() or padded[rows:].any() or padded[:, columns:].any():
         raise ValueError("packed: expected padding of code 0; got another code. The bytes are damaged.")
-    return codes[: out_features * in_features].reshape(out_features, in_features)
+    return np.ascontiguousarray(padded[:rows, :columns])
 
 
-def _checked(codes: np.ndarray) -> np.ndarray:
+def _vectors(blocks: np.ndarray, per_vector: int, padding: int) -> np.ndarray:
+    """(blocks, 64) -> (vectors, per_vector, 64), padded."""
+    count = -(-len(blocks) // per_vector) * per_vector
+    padded = np.full((count, BLOCK), padding, blocks.dtype)
+    padded[: len(blocks)] = blocks
+    return padded.reshape(-1, per_vector, BLOCK)
+
+
+def _field(vectors: np.ndarray, packing: str, field: int) -> np.ndarray:
+    if packing == "2bit":
+        return vectors >> (2 * field) & np.uint8(3)
+    return vectors // np.uint8(3**field) % np.uint8(3)
+
+
+def _ternary_packing(packing: str) -> None:
+    if packing not in PACKINGS:
+        raise ValueError(f"packing: expected one of {', '.join(PACKINGS)}; got {packing!r}")
+
+
+def _check_codes(codes: np.ndarray, low: int, high: int) -> None:
     if codes.dtype != np.int8 or codes.ndim != 2:
         raise ValueError(f"codes: expected int8 (O, I); got {codes.dtype} {codes.shape}")
-    if codes.size and (codes.min() < -1 or codes.max() > 1):
-        raise ValueError(f"codes: expected -1, 0 or 1; got {codes.min()} to {codes.max()}")
-    return codes
+    if codes.size and (codes.min() < low or codes.max() > high):
+        raise ValueError(f"codes: expected {low} to {high}; got {codes.min()} to {codes.max()}")
 
 
-def _check_bytes(packed: np.ndarray, shape: tuple[int, ...]) -> None:
-    if packed.dtype != np.uint8 or packed.shape != shape:
-        raise ValueError(f"packed: expected uint8 {shape}; got {packed.dtype} {packed.shape}")
+def _check_int4_columns(columns: int) -> None:
+    if columns % INT4_GROUP:
+        raise ValueError(f"codes: expected a multiple of {INT4_GROUP} columns for int4; got {columns}")
+
+
+def _check_bytes(packed: np.ndarray, dtype: type, size: int) -> None:
+    if packed.dtype != dtype or packed.shape != (size,):
+        raise ValueError(f"packed: expected {np.dtype(dtype)} ({size},); got {packed.dtype} {packed.shape}")

@@ -1,7 +1,64 @@
-"""Tests run side by side (pytest-xdist), one worker a core: each worker and each process that it starts gets one thread."""
+"""Tests run side by side (pytest-xdist), one worker a core: each worker and each process that it starts gets one thread.
+
+GPU kernels run on the real device where there is one; else Triton interprets them on CPU tensors.
+"""
 
 import os
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before anything imports one
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the Triton kernels run: "cuda", or "cpu" when they are interpreted."""
+    return "cuda" if CUDA else "cpu"
+
+
+@pytest.fixture
+def moved_bytes(monkeypatch):
+    """``with moved_bytes() as moved: launch(...)``: the bytes that unmasked loads and stores of a launch touch.
+
+    Counted in the interpreter, an address once an instruction: moved.loaded and moved.stored.
+    """
+    if CUDA:
+        pytest.skip("bytes are counted in the interpreter")
+    import numpy as np
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+
+    @contextmanager
+    def count():
+        moved = SimpleNamespace(loaded=0, stored=0)
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def touched(pointers, mask):
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            return np.unique(pointers.data[mask.data.astype(bool)]).size * size
+
+        def counted_load(self, ptrs, mask, *rest, **options):
+            moved.loaded += touched(ptrs, mask)
+            return load(self, ptrs, mask, *rest, **options)
+
+        def counted_store(self, ptrs, value, mask, *rest, **options):
+            moved.stored += touched(ptrs, mask)
+            return store(self, ptrs, value, mask, *rest, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(builder, "create_masked_load", counted_load)
+            patch.setattr(builder, "create_masked_store", counted_store)
+            yield moved
+
+    return count

@@ -89,13 +89,14 @@ def test_sizes_add_up(qwen3):
     assert sizes["linear_bytes"] + sizes["embedding_bytes"] + sizes["other_bytes"] == sizes["file_bytes"]
     shapes = [layer.weight.shape for layer in bit_linears(model).values()]
     assert sizes["linear_weights"] == sum(rows * columns for rows, columns in shapes)
-    assert sizes["linear_bytes"] == sum(-(-rows * columns // 5) + 4 for rows, columns in shapes)
+    blocks = [-(-rows // 16) * -(-columns // 4) for rows, columns in shapes]
+    assert sizes["linear_bytes"] == sum(-(-count // 5) * 64 + 4 for count in blocks)
     assert sizes["bits_per_weight"] == 8 * sizes["linear_bytes"] / sizes["linear_weights"]
     assert sizes["embedding_bytes"] == 97 * 64 * 2
     assert sizes["parameters"] == sum(p.numel() for p in model.parameters())
     assert sizes["model_bits_per_parameter"] == 8 * sizes["file_bytes"] / sizes["parameters"]
     untied = write_packed(path, student("llama"), embedding="int4", packing="2bit")
-    assert untied["embedding_bytes"] == 2 * (97 * 32 + 97 * 2 * 2)
+    assert untied["embedding_bytes"] == 2 * (112 * 32 + 112 * 2 * 2)  # 97 rows in seven groups of 16
 
 
 def test_tokenizer_and_metadata_travel(qwen3, tmp_path):
@@ -126,31 +127,35 @@ FLOATS = st.floats(-8, 8, width=32).map(lambda x: 0.0 if abs(x) < 1e-3 else x)
 @given(hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.sampled_from([32, 64, 96])), elements=FLOATS))
 def test_embedding_codecs_against_plain_loops(table):
     codes, scale = encode_int8(table)
-    back8 = packed_file.decode_int8(codes, scale)
-    packed4, scale4 = encode_int4(table)
-    back4 = packed_file.decode_int4(packed4, scale4)
-    assert (packed4.shape, scale4.shape) == ((len(table), table.shape[1] // 2), (len(table), table.shape[1] // 32))
+    back8 = packed_file.decode_rows(codes, scale)
+    codes4, scale4 = encode_int4(table)
+    back4 = packed_file.decode_int4(codes4, scale4)
+    codes1, scale1 = packed_file.encode_ternary(table)
+    assert (codes4.shape, scale4.shape) == (table.shape, (len(table), table.shape[1] // 32))
     for row in range(len(table)):
         step = np.float32(max(abs(x) for x in table[row])) / np.float32(127)
+        mean = np.float32(max(sum(abs(float(x)) for x in table[row]) / table.shape[1], 1e-5))
+        assert scale1[row] == mean
         for column, x in enumerate(table[row]):
             want = round(float(x / step)) if step else 0  # Python rounds half to even
             assert codes[row, column] == want
             assert back8[row, column] == np.float32(want) * step
+            assert codes1[row, column] == min(1, max(-1, round(float(x / mean))))
         for group in range(0, table.shape[1], 32):
             values = table[row, group : group + 32]
             step = np.float16(max(values, key=abs) / np.float32(-8))
             assert scale4[row, group // 32] == step
             for offset, x in enumerate(values):
                 want = min(7, max(-8, round(float(x / np.float32(step))))) if step else 0
-                byte = int(packed4[row, group // 2 + offset % 16])
-                assert (byte >> 4 if offset >= 16 else byte & 15) - 8 == want
+                assert codes4[row, group + offset] == want
                 assert back4[row, group + offset] == np.float32(want) * np.float32(step)
 
 
-@pytest.mark.parametrize("embedding", ["fp16", "int8", "int4"])
-def test_table_rows_equal_rows_of_the_table(tmp_path, embedding):
+@pytest.mark.parametrize("packing", ["base3", "2bit"])
+@pytest.mark.parametrize("embedding", packed_file.EMBEDDINGS)
+def test_table_rows_equal_rows_of_the_table(tmp_path, embedding, packing):
     model = student("llama")
-    write_packed(tmp_path / "s", model, embedding=embedding)
+    write_packed(tmp_path / "s", model, embedding=embedding, packing=packing)
     got = read_packed(tmp_path / "s")
     rows = np.array([5, 5, 96, 0])
     for name, weight in (("model.embed_tokens", model.model.embed_tokens.weight), ("lm_head", model.lm_head.weight)):
@@ -160,7 +165,7 @@ def test_table_rows_equal_rows_of_the_table(tmp_path, embedding):
         if embedding == "fp16":
             np.testing.assert_array_equal(table, want.astype(np.float16).astype(np.float32))
         relative = np.sqrt(((table - want) ** 2).mean() / (want**2).mean())
-        assert relative < {"fp16": 3e-4, "int8": 0.01, "int4": 0.11}[embedding]
+        assert relative < {"fp16": 3e-4, "int8": 0.01, "int4": 0.11, "ternary": 0.6}[embedding]
 
 
 # --- what is refused when writing -------------------------------------------------------------------------------------
@@ -230,8 +235,9 @@ def test_reading_refuses_other_files(tmp_path, qwen3):
     refused("file", lambda: read_packed(tmp_path / "text"))
     save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "foreign")
     assert "something else" in refused("file", lambda: read_packed(tmp_path / "foreign"))
-    rewritten(path, version="2")
-    assert "Update bitdistill" in refused("file", lambda: read_packed(path))
+    for version in ("1", "3"):
+        rewritten(path, version=version)
+        assert "Update bitdistill, or export the student again" in refused("file", lambda: read_packed(path))
 
 
 @pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.999])
@@ -426,7 +432,7 @@ def test_parity_of_real_models(tmp_path, name):
     sizes = write_packed(tmp_path / "s", model, tokenizer_json=tokenizer, embedding="int8")
     text = "One day, a little girl named Lily found a needle in her room. She knew it was difficult to play with it."
     proof = prove_parity(tmp_path / "s", model, [AutoTokenizer.from_pretrained(folder)(text).input_ids])
-    assert 1.6 <= sizes["bits_per_weight"] < 1.606
+    assert 1.6 <= sizes["bits_per_weight"] < (1.67 if name == "stories260K-hf" else 1.606)  # 172 rows fill 11 groups
     assert proof["product_max_diff"] == 0
     assert proof["unrounded_max_diff"] < 1e-4
     assert proof["same_top1"] >= 0.9

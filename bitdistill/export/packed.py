@@ -24,12 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bitdistill.errors import UserError
-from bitdistill.kernels import packing as ternary
+from bitdistill.kernels import packing as layout
+from bitdistill.kernels.numerics import EPSILON
+from bitdistill.kernels.packing import INT4_GROUP
 
 FORMAT = "bitdistill-packed"
-VERSION = 1
-EMBEDDINGS = ("fp16", "int8", "int4")
-INT4_GROUP = 32  # columns that share one fp16 scale: 4.5 bits a weight
+VERSION = 2
+EMBEDDINGS = ("fp16", "int8", "int4", "ternary")
 TOKENIZER = "tokenizer.json"
 _DTYPES = {"U8": np.uint8, "I8": np.int8, "F16": np.float16, "F32": np.float32}
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
@@ -74,7 +75,7 @@ class Config:
     window: list[int | None]  # per layer: how many last positions it sees, itself included; None is all
     eos_token_ids: list[int]
     packing: str  # 2bit | base3
-    embedding: str  # fp16 | int8 | int4
+    embedding: str  # fp16 | int8 | int4 | ternary
     tokenizer_bytes: int  # 0: the file has no tokenizer
     linears: dict[str, Linear]
     norms: dict[str, int]  # name -> width
@@ -89,8 +90,8 @@ class Config:
         """Name -> (numpy dtype, shape) of every tensor that a file with this config holds."""
         expected: dict[str, tuple[type, tuple[int, ...]]] = {}
         for name, linear in self.linears.items():
-            shape = ternary.packed_shape(linear.out_features, linear.in_features, self.packing)
-            expected[f"{name}.weight_packed"] = (np.uint8, shape)
+            size = layout.packed_bytes(linear.out_features, linear.in_features, self.packing)
+            expected[f"{name}.weight_packed"] = (np.uint8, (size,))
             expected[f"{name}.weight_scale"] = (np.float32, ())
             if linear.bias:
                 expected[f"{name}.bias"] = (np.float32, (linear.out_features,))
@@ -101,11 +102,15 @@ class Config:
             if self.embedding == "fp16":
                 expected[f"{name}.weight"] = (np.float16, (rows, columns))
             elif self.embedding == "int8":
-                expected[f"{name}.weight_codes"] = (np.int8, (rows, columns))
-                expected[f"{name}.weight_scale"] = (np.float32, (rows, 1))
+                expected[f"{name}.weight_packed"] = (np.int8, (layout.packed_bytes(rows, columns, "int8"),))
+                expected[f"{name}.weight_scale"] = (np.float32, (rows,))
+            elif self.embedding == "int4":
+                expected[f"{name}.weight_packed"] = (np.uint8, (layout.packed_bytes(rows, columns, "int4"),))
+                groups = (layout.row_groups(rows), columns // INT4_GROUP, layout.BLOCK_ROWS)
+                expected[f"{name}.weight_scale"] = (np.float16, groups)
             else:
-                expected[f"{name}.weight_packed"] = (np.uint8, (rows, columns // 2))
-                expected[f"{name}.weight_scale"] = (np.float16, (rows, columns // INT4_GROUP))
+                expected[f"{name}.weight_packed"] = (np.uint8, (layout.packed_bytes(rows, columns, self.packing),))
+                expected[f"{name}.weight_scale"] = (np.float32, (rows,))
         for name, width in self.norms.items():
             expected[f"{name}.gain"] = (np.float32, (width,))
         for kind in sorted(set(self.rope)):
@@ -134,16 +139,19 @@ class PackedModel:
         """int8 (O, I) in {-1, 0, 1} of a linear."""
         linear = self.config.linears[name]
         packed = self.tensors[f"{name}.weight_packed"]
-        return ternary.unpack(packed, linear.out_features, linear.in_features, self.config.packing)
+        return layout.unpack(packed, linear.out_features, linear.in_features, self.config.packing)
 
     def table(self, name: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """float32 (rows, hidden) of an embedding or LM head, dequantised."""
         if self.config.embedding == "fp16":
             return self.tensors[f"{name}.weight"][rows].astype(np.float32)
-        scale = self.tensors[f"{name}.weight_scale"][rows]
-        if self.config.embedding == "int8":
-            return decode_int8(self.tensors[f"{name}.weight_codes"][rows], scale)
-        return decode_int4(self.tensors[f"{name}.weight_packed"][rows], scale)
+        rows = np.arange(self.config.vocab_size)[rows]
+        scale, packed = self.tensors[f"{name}.weight_scale"], self.tensors[f"{name}.weight_packed"]
+        if self.config.embedding == "int4":
+            codes = layout.unpack_rows(packed, rows, self.config.hidden_size, "int4")
+            return decode_int4(codes, layout.unpack_int4_scale(scale, rows))
+        kind = "int8" if self.config.embedding == "int8" else self.config.packing
+        return decode_rows(layout.unpack_rows(packed, rows, self.config.hidden_size, kind), scale[rows])
 
     def tokenizer_json(self) -> str | None:
         return self.tensors[TOKENIZER].tobytes().decode("utf-8") if self.config.tokenizer_bytes else None
@@ -158,47 +166,55 @@ def encode_int8(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Args:
         table: float32 (V, hidden).
 
-    Returns: (codes int8 (V, hidden), scale float32 (V, 1)).
+    Returns: (codes int8 (V, hidden), scale float32 (V,)).
     """
-    scale = np.abs(table).max(axis=1, keepdims=True) / np.float32(127)
-    codes = np.rint(table / np.where(scale == 0, np.float32(1), scale))
+    scale = np.abs(table).max(axis=1) / np.float32(127)
+    codes = np.rint(table / np.where(scale == 0, np.float32(1), scale)[:, None])
     return np.clip(codes, -127, 127).astype(np.int8), scale
 
 
-def decode_int8(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """``codes * scale`` in float32."""
-    return codes.astype(np.float32) * scale
+def encode_ternary(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``scale = max(mean|row|, EPSILON)``, ``codes = clip(round(table / scale), -1, 1)``: absmean, a scale a row.
+
+    Args:
+        table: float32 (V, hidden).
+
+    Returns: (codes int8 (V, hidden), scale float32 (V,)).
+    """
+    mean = np.abs(table).mean(axis=1, dtype=np.float64).astype(np.float32)
+    scale = np.maximum(mean, np.float32(EPSILON))
+    return np.clip(np.rint(table / scale[:, None]), -1, 1).astype(np.int8), scale
+
+
+def decode_rows(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """``codes * scale`` in float32, a scale a row: the tables of `encode_int8` and `encode_ternary`."""
+    return codes.astype(np.float32) * scale[:, None]
 
 
 def encode_int4(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``codes = clip(round(table / scale), -8, 7)``, half to even, a scale for 32 neighbouring columns.
 
     ``scale = fp16(v / -8)`` with v the entry of largest magnitude: the sign puts it on -8, the one code without a
-    counterpart, for 11 % less error than seven codes to each side. Columns j and j + 16 of a group share byte j:
-    ``(code_j + 8) | (code_{j+16} + 8) << 4``.
+    counterpart, for 11 % less error than seven codes to each side.
 
     Args:
         table: float32 (V, hidden), hidden a multiple of 32.
 
-    Returns: (packed uint8 (V, hidden / 2), scale float16 (V, hidden / 32)). A zero group has scale 0.
+    Returns: (codes int8 (V, hidden), scale float16 (V, hidden / 32)). A zero group has scale 0.
     """
     rows, columns = table.shape
     groups = table.reshape(rows, columns // INT4_GROUP, INT4_GROUP)
     extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=2, keepdims=True), axis=2)
     scale = (extreme / np.float32(-8)).astype(np.float16)
     divisor = np.where(scale == 0, np.float32(1), scale.astype(np.float32))
-    fields = (np.clip(np.rint(groups / divisor), -8, 7) + 8).astype(np.uint8)
-    half = INT4_GROUP // 2
-    packed = fields[:, :, :half] | fields[:, :, half:] << 4
-    return packed.reshape(rows, columns // 2), scale[:, :, 0]
+    codes = np.clip(np.rint(groups / divisor), -8, 7).astype(np.int8)
+    return codes.reshape(rows, columns), scale[:, :, 0]
 
 
-def decode_int4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The float32 (V, hidden) table of `encode_int4`'s bytes."""
+def decode_int4(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The float32 (V, hidden) table of `encode_int4`'s codes and scales."""
     rows, groups = scale.shape
-    packed = packed.reshape(rows, groups, INT4_GROUP // 2)
-    fields = np.concatenate([packed & 15, packed >> 4], axis=2)
-    return ((fields.astype(np.float32) - 8) * scale.astype(np.float32)[:, :, None]).reshape(rows, groups * INT4_GROUP)
+    return (codes.reshape(rows, groups, INT4_GROUP) * scale.astype(np.float32)[:, :, None]).reshape(rows, -1)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -219,7 +235,8 @@ def write_packed(
         path: the file; its folder must exist. An existing file is replaced once the new one is whole and on disk.
         model: a refined causal language model (torch) with fp32 master weights.
         packing: "base3" (1.6 bits a weight) or "2bit".
-        embedding: "fp16", "int8" (a scale a row) or "int4" (a scale for 32 columns); an untied LM head likewise.
+        embedding: "fp16", "int8" (a scale a row), "int4" (a scale for 32 columns) or "ternary" (a scale a row; only for
+            an embedding that was trained so: the proof of parity shows what it costs); an untied LM head likewise.
         tokenizer_json: the bytes of tokenizer.json, or None for a file that only takes token ids.
         metadata: JSON values kept in the header for the reader's information.
 
@@ -232,10 +249,8 @@ def write_packed(
             length of the text, or another property that the runtime does not have.
     """
     path = Path(path)
-    if packing not in ternary.PACKINGS:
-        raise UserError(
-            "packing", expected=f"one of {', '.join(ternary.PACKINGS)}", got=repr(packing), do="Correct it."
-        )
+    if packing not in layout.PACKINGS:
+        raise UserError("packing", expected=f"one of {', '.join(layout.PACKINGS)}", got=repr(packing), do="Correct it.")
     if embedding not in EMBEDDINGS:
         raise UserError("embedding", expected=f"one of {', '.join(EMBEDDINGS)}", got=repr(embedding), do="Correct it.")
     if not path.parent.is_dir():
@@ -288,7 +303,7 @@ def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) 
     for name, layer in layers.items():
         _check_master(name, layer.weight)
         codes, scale = quantize_weight(layer.weight)
-        tensors[f"{name}.weight_packed"] = ternary.pack(codes.cpu().numpy(), packing)
+        tensors[f"{name}.weight_packed"] = layout.pack(codes.cpu().numpy(), packing)
         tensors[f"{name}.weight_scale"] = scale.cpu().numpy()
         used.append(layer.weight)
         if layer.bias is not None:
@@ -308,7 +323,7 @@ def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) 
     if not tied:
         tables["lm_head"] = model.lm_head.weight
     for name, weight in tables.items():
-        tensors.update(_encode_table(name, _float32(name, weight), embedding))
+        tensors.update(_encode_table(name, _float32(name, weight), embedding, packing))
         used.append(weight)
 
     norms = {"model.norm": decoder.norm}
@@ -436,10 +451,7 @@ def _float32(name: str, tensor) -> np.ndarray:
     return array
 
 
-def _encode_table(name: str, table: np.ndarray, embedding: str) -> dict[str, np.ndarray]:
-    if embedding == "int8":
-        codes, scale = encode_int8(table)
-        return {f"{name}.weight_codes": codes, f"{name}.weight_scale": scale}
+def _encode_table(name: str, table: np.ndarray, embedding: str, packing: str) -> dict[str, np.ndarray]:
     if embedding == "int4" and table.shape[1] % INT4_GROUP:
         raise UserError(
             "embedding",
@@ -448,13 +460,21 @@ def _encode_table(name: str, table: np.ndarray, embedding: str) -> dict[str, np.
             do="Use int8 or fp16.",
         )
     peak = np.abs(table).max()
-    if peak > np.finfo(np.float16).max:
+    if embedding in ("fp16", "int4") and peak > np.finfo(np.float16).max:
         raise UserError(
             "embedding", expected="entries up to 65504, for fp16", got=f"{peak:g} in {name}", do="Use int8."
         )
     if embedding == "fp16":
         return {f"{name}.weight": table.astype(np.float16)}
-    packed, scale = encode_int4(table)
+    if embedding == "int8":
+        codes, scale = encode_int8(table)
+        packed = layout.pack_int8(codes)
+    elif embedding == "int4":
+        codes, scale = encode_int4(table)
+        packed, scale = layout.pack_int4(codes), layout.pack_int4_scale(scale)
+    else:
+        codes, scale = encode_ternary(table)
+        packed = layout.pack(codes, packing)
     return {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale}
 
 

@@ -1,0 +1,62 @@
+"""Compiles every GPU kernel with its production tiles, for parts that need not be here, and prints what came out.
+
+    python bench/gpu_compile.py [NAME ...] [--targets sm_90 gfx942] [--json FILE]
+
+A row a kernel, shape and part: registers a thread, spilled bytes, shared memory of a block, the int8 tensor-core
+instruction. Exit status 1 when a kernel spills, needs more shared memory than the part has, or misses the instruction.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+MODULES = sorted(
+    path.stem
+    for path in (Path(__file__).resolve().parents[1] / "kernels" / "gpu").glob("*.py")
+    if path.stem not in ("__init__", "launches")
+)
+
+
+def main() -> int:
+    """Compiles, prints, and says with its status whether all is well."""
+    os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported
+    from bitdistill.kernels.gpu.launches import TARGETS, compile_launch
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("modules", nargs="*", metavar="NAME", help=f"files of kernels/gpu: {', '.join(MODULES)}")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--json", metavar="FILE", help="write the table there, too")
+    arguments = parser.parse_args()
+    unknown = set(arguments.modules) - set(MODULES)
+    if unknown:
+        parser.error(f"expected names out of {', '.join(MODULES)}; got {', '.join(sorted(unknown))}")
+
+    started, rows, failed = time.perf_counter(), [], 0
+    print(f"{'kernel':<38}{'shape':<44}{'part':<8}{'regs':>5}{'spills':>7}{'shared':>9}  int8 instruction, problems")
+    for name in arguments.modules or MODULES:
+        module = importlib.import_module(f"bitdistill.kernels.gpu.{name}")
+        for launch in getattr(module, "production_launches", list)():
+            for target in arguments.targets:
+                if launch.only and target not in launch.only:
+                    continue
+                row = compile_launch(launch, target)
+                rows.append({"module": name, **asdict(row)})
+                failed += bool(row.problems)
+                print(
+                    f"{row.kernel:<38}{row.shape:<44}{target:<8}{row.registers:>5}{row.spills:>7}{row.shared_bytes:>9,}"
+                    f"  {row.instruction}{'  <-- ' + '; '.join(row.problems) if row.problems else ''}",
+                    flush=True,
+                )
+    print(f"{len(rows)} compiled in {time.perf_counter() - started:.0f} s, {failed} with a problem")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=1))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
