@@ -1,0 +1,170 @@
+"""What every measurement here needs: the machine's name, its read bandwidth, resident memory, energy, medians."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """Date, processor, cores, memory, kernel, Python, and the commit of this checkout ("+" if files were changed)."""
+    cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+    name = platform.processor() or platform.machine()
+    flags = ""
+    if cpuinfo.is_file():
+        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        lines = {key.strip(): value.strip() for key, value in lines.items()}
+        name = f"{lines.get('model name', name)} (family {lines.get('cpu family')}, model {lines.get('model')})"
+        wanted = ("avx2", "avx512_vnni", "avx512_vbmi", "avx_vnni", "avx512_bf16")
+        flags = " ".join(flag for flag in wanted if flag in lines.get("flags", "").split())
+    memory = int(meminfo.read_text().split()[1]) / 2**20 if meminfo.is_file() else 0.0
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": name,
+        "features": flags,
+        "cores": cores(),
+        "memory_gib": round(memory, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The commit of this checkout, with "+" behind it when tracked files were changed; "" outside git."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """{"median", "min", "max"} of repeated measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+class Bandwidth:
+    """Read bandwidth of this machine: every thread adds up its own array, larger than the caches.
+
+    Args:
+        threads: reading at once. bytes_per_thread: 512 MB by default.
+    """
+
+    def __init__(self, threads: int, bytes_per_thread: int = 512 * 2**20):
+        from numba import njit
+
+        @njit(nogil=True)
+        def read(words):
+            total = np.uint64(0)
+            for word in words:
+                total ^= word
+            return total
+
+        generator = np.random.default_rng(0)
+        self._read = read
+        self._arrays = [generator.integers(0, 2**63, bytes_per_thread // 8, np.uint64) for _ in range(threads)]
+        read(self._arrays[0][:8])
+
+    def gigabytes_per_second(self) -> float:
+        """One pass over all arrays."""
+        threads = [threading.Thread(target=self._read, args=(array,)) for array in self._arrays]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(array.nbytes for array in self._arrays) / (time.perf_counter() - started) / 1e9
+
+
+def resident_bytes(pid: int | str = "self") -> dict[str, int]:
+    """Resident memory of a process in bytes: {"anonymous", "file"} (mapped files, libraries included), Linux only."""
+    fields = {}
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in ("RssAnon", "RssFile", "RssShmem"):
+            fields[name] = int(value.split()[0]) * 1024
+    return {"anonymous": fields["RssAnon"] + fields["RssShmem"], "file": fields["RssFile"]}
+
+
+def peak_resident(command: list[str], poll_seconds: float = 0.02, **options: Any) -> tuple[str, int]:
+    """Runs a command and samples the resident memory of its process.
+
+    Returns: (its standard output, the largest anonymous + file-mapped bytes seen).
+
+    Raises:
+        subprocess.CalledProcessError: it failed; stderr says why.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    peak, done = 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.is_set():
+            try:
+                peak = max(peak, sum(resident_bytes(process.pid).values()))
+            except (FileNotFoundError, KeyError, ProcessLookupError):  # it has just ended
+                return
+            time.sleep(poll_seconds)
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    output, errors = process.communicate()
+    done.set()
+    watcher.join()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, output, errors)
+    return output, peak
+
+
+class Energy:
+    """Joules that the processor packages used since this object was made; None where RAPL cannot be read."""
+
+    def __init__(self):
+        zones = Path("/sys/class/powercap").glob("intel-rapl:?")
+        self._counters = [zone / "energy_uj" for zone in zones if os.access(zone / "energy_uj", os.R_OK)]
+        self._start = self._read()
+
+    def _read(self) -> list[int]:
+        return [int(counter.read_text()) for counter in self._counters]
+
+    def joules(self) -> float | None:
+        """Since the start; a counter that wrapped around in between makes it None, too."""
+        used = [now - before for now, before in zip(self._read(), self._start, strict=True)]
+        return sum(used) / 1e6 if used and min(used) >= 0 else None
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a result file, folders included."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def table(rows: list[list[str]], align: str) -> str:
+    """Rows of cells, the first the heading, as aligned text. align: "<" or ">" for each column."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)) for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def repeat(measure: Callable[[], float], times: int) -> dict[str, float]:
+    """`summary` of a measurement taken several times."""
+    return summary([measure() for _ in range(times)])
