@@ -420,6 +420,12 @@ def profile(arguments, folder: Path) -> None:
         print(reason)
 
 
+def add_llama_bench_on_path(arguments) -> None:
+    """Puts the `llama-bench` on PATH, if there is one, before those that were named."""
+    found = shutil.which("llama-bench")
+    arguments.llama_bench = [*([found] if found else []), *arguments.llama_bench]
+
+
 def main() -> int:
     """Measures, prints one table a shape, writes JSON."""
     if sys.argv[1:2] == ["--serve"]:
@@ -438,8 +444,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keeps the model files here; by default they are temporary")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
-    found = shutil.which("llama-bench")
-    arguments.llama_bench = [*([found] if found else []), *arguments.llama_bench]
+    add_llama_bench_on_path(arguments)
     for binary in arguments.llama_bench:
         if not os.access(binary, os.X_OK):
             parser.error(f"--llama_bench: expected an executable; got {binary}")

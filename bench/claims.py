@@ -1,0 +1,187 @@
+"""The claims, checked by one command: one table, one exit code.
+
+    python bench/claims.py [--rounds 3] [--threads N] [--llama_bench PATH ...] [--json FILE]
+    python bench/claims.py --from bench/results/claims.json --readme README.md     writes the table into README.md
+
+A row a claim: where it comes from, the command behind the figure, what was measured with its spread, and whether it
+holds. What could not be measured here says so and is never assumed. Exit status 1 when a claim was measured and does not
+hold, 2 when the command was used wrongly.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import peers
+from measure import Bandwidth, cores, machine, write_json
+from random_models import SHAPES, write_packed_model
+
+from bitdistill.kernels.packing import bits_per_weight
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- claims: made by bench/claims.py, do not edit -->", "<!-- end of claims -->"
+SHAPE = "0.6B"
+NOT_MEASURED = "not measured"
+
+
+def row(claim, source, command, target, value=None, spread=None, unit="x", why="") -> dict:
+    """One claim. value: what was measured, None if it was not; it holds when it is at least the target."""
+    holds = NOT_MEASURED if value is None else "holds" if value >= target else "does not hold"
+    return {
+        "claim": claim, "source": source, "command": command, "target": target, "measured": value, "spread": spread,
+        "unit": unit, "holds": holds, "why": why,
+    }  # fmt: skip
+
+
+def size_rows(folder: Path) -> list[dict]:
+    """Exact arithmetic of the linears, and real files of the whole model in each embedding format."""
+    shape = SHAPES[SHAPE]
+    command, source = "bench/claims.py", "paper: 1.20 -> 0.11 GB"
+    linears = [matrix for matrix in shape.linears().values()] * shape.layers
+    rows = [
+        row(
+            "linears 10x smaller than FP16 (less one scale a matrix)",
+            source,
+            command,
+            9.99,
+            16 / bits_per_weight(linears, "base3"),
+        ),
+        row("linears 8x smaller, 2 bits", "2-bit packing", command, 7.99, 16 / bits_per_weight(linears, "2bit")),
+    ]
+    fp16 = 2 * (shape.linear_weights() + shape.vocabulary * shape.hidden)
+    for embedding, target in (("fp16", 2.8), ("int8", 4.5), ("int4", 6.7), ("ternary", 10.0)):
+        path = folder / f"{SHAPE}-base3-{embedding}.safetensors"
+        if not path.is_file():
+            write_packed_model(path, shape, "base3", embedding)
+        claim = f"whole Qwen3-{SHAPE} file, {embedding} embedding, {target}x smaller than FP16"
+        rows.append(row(claim, "exact arithmetic", command, target, fp16 / path.stat().st_size))
+    return rows
+
+
+def speed_rows(result: dict) -> list[dict]:
+    """Decode and prefill of our slowest and fastest form over full precision, in one run."""
+    labels = {"decode 16": "CPU decode", "prefill 128": "CPU prefill"}
+    ours = next(r for r in result["rows"] if r["name"] == "bitdistill" and r["weights"].startswith("base3, int4"))
+    rivals = {
+        "transformers, bf16": lambda r: r["name"] == "transformers" and r["weights"] == "bfloat16",
+        "transformers, fp32": lambda r: r["name"] == "transformers" and r["weights"] == "float32",
+        "llama.cpp, F16": lambda r: r["name"] != "transformers" and r["weights"].startswith("F16"),
+    }
+    rows = []
+    for label, name in labels.items():
+        for rival, is_rival in rivals.items():
+            claim = f"{name} 2.65x faster than {rival} (base3, int4 head)"
+            found = [r for r in result["rows"] if is_rival(r) and label in r]
+            source, command = "paper: 427 -> 1,135 tokens/s", "bench/peers.py"
+            if not found:
+                rows.append(row(claim, source, command, 2.65, why="not installed, or it did not run"))
+                continue
+            theirs = max(found, key=lambda r: r[label]["median"])
+            low = ours[label]["min"] / theirs[label]["max"]
+            high = ours[label]["max"] / theirs[label]["min"]
+            ratio = ours[label]["median"] / theirs[label]["median"]
+            rows.append(row(claim, source, command, 2.65, ratio, [low, high]))
+    return rows
+
+
+def gpu_rows() -> list[dict]:
+    """From the latest committed run of bench/gpu_proof.py; without one: not measured."""
+    files = sorted((ROOT / "bench" / "results" / "gpu").glob("*.json"))
+    claims = (
+        ("GPU decode 2.33x bf16 (0.6B)", "decode", 2.33),
+        ("GPU training at least bf16's speed (0.6B)", "training", 1.0),
+    )
+    rows = []
+    for claim, key, target in claims:
+        found = json.loads(files[-1].read_text()).get("claims", {}).get(key) if files else None
+        value, spread = (found["ratio"], found.get("spread")) if found else (None, None)
+        rows.append(
+            row(claim, "paper and aims", "bench/gpu_proof.py", target, value, spread, why="no run on a GPU yet")
+        )
+    return rows
+
+
+def accuracy_rows() -> list[dict]:
+    """From the latest committed study; without one: not measured."""
+    files = sorted((ROOT / "bench" / "results" / "studies").glob("*.json"))
+    rows = []
+    for task in ("sst2", "qnli"):
+        found = None
+        for file in files:
+            found = json.loads(file.read_text()).get("difference_to_fp16_sft", {}).get(task) or found
+        value, spread = (found["points"], found["interval"]) if found else (None, None)
+        claim = f"BitDistill within one point of FP16-SFT on {task}"
+        rows.append(row(claim, "paper, table 1", "bench/study.py", -1.0, value, spread, "points", "no study yet"))
+    return rows
+
+
+def markdown(report: dict) -> str:
+    """The table for README.md."""
+    at = report["machine"]
+    lines = [
+        BEGIN,
+        f"Measured {at['date'][:10]} on {at['processor']}, {report['threads']} threads, commit {at['commit']}.",
+        "",
+        "| claim | measured | spread | holds | command |",
+        "|---|---|---|---|---|",
+    ]
+    for one in report["rows"]:
+        unit = "x" if one["unit"] == "x" else f" {one['unit']}"
+        if one["measured"] is None:
+            cells = [f"not measured ({one['why']})", "", NOT_MEASURED]
+        else:
+            spread = f"{one['spread'][0]:.2f} to {one['spread'][1]:.2f}" if one["spread"] else "exact"
+            cells = [f"{one['measured']:.2f}{unit}", spread, one["holds"]]
+        lines.append(f"| {one['claim']} | {' | '.join(cells)} | `{one['command']}` |")
+    return "\n".join([*lines, END])
+
+
+def into_readme(text: str, report: dict) -> str:
+    """`text` with the table between its two markers.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(
+            f"README: expected the lines {BEGIN!r} and {END!r}; got neither. Put them where the table belongs."
+        )
+    return text[: text.index(BEGIN)] + markdown(report) + text[text.index(END) + len(END) :]
+
+
+def main() -> int:
+    """Measures or reads, prints, and says with its status whether every measured claim holds."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama_bench", action="append", default=[], metavar="PATH")
+    parser.add_argument("--folder", type=Path, help="keeps the model files here")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument(
+        "--from", dest="source", metavar="FILE", help="a --json file of an earlier run; measures nothing"
+    )
+    parser.add_argument("--readme", metavar="FILE", help="writes the table there")
+    arguments = parser.parse_args()
+    if arguments.source:
+        report = json.loads(Path(arguments.source).read_text())
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = arguments.folder or Path(temporary)
+            arguments.contexts, arguments.prefill, arguments.tokens, arguments.ours_only = [16], [128], 32, False
+            peers.add_llama_bench_on_path(arguments)
+            result = peers.measure(SHAPE, arguments, folder, Bandwidth(arguments.threads))
+            rows = [*size_rows(folder), *speed_rows(result), *gpu_rows(), *accuracy_rows()]
+        report = {"machine": machine(), "threads": arguments.threads, "rows": rows}
+    print(markdown(report))
+    if arguments.json:
+        write_json(arguments.json, report)
+    if arguments.readme:
+        readme = Path(arguments.readme)
+        readme.write_text(into_readme(readme.read_text(), report))
+    return 1 if any(one["holds"] == "does not hold" for one in report["rows"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

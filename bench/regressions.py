@@ -1,0 +1,114 @@
+"""Is this checkout slower than a commit? Paired ratios, several rounds of both, and the noise that was measured.
+
+    python bench/regressions.py BASE [--rounds 3] [--only linear cpu_kernels] [--json FILE]
+
+BASE is checked out into a temporary folder; the benchmarks of *this* checkout run against the code of either, in turn, in
+fresh processes. A ratio has become worse when its median over rounds fell by more than both sides' spread together and by
+more than 5 %. Exit status 1 when one has. Ratios that only one side has are listed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from measure import table, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST = 0.05  # a smaller change is not called one, however quiet the machine
+
+
+def importable(checkout: Path, folder: Path) -> Path:
+    """A folder for PYTHONPATH in which `bitdistill` is the checkout's code, laid out as it is installed."""
+    package = folder / "bitdistill"
+    package.mkdir(parents=True)
+    for entry in (checkout / "bitdistill").iterdir():
+        if entry.name not in ("kernels", "distributed", "__pycache__"):
+            (package / entry.name).symlink_to(entry)
+    for name in ("kernels", "distributed"):
+        (package / name).symlink_to(checkout / name)
+    return folder
+
+
+def measure(path: Path, only: list[str]) -> dict[str, float]:
+    """One round of bench/ratios.py of this checkout against the code in `path`."""
+    command = [sys.executable, str(ROOT / "bench" / "ratios.py"), *(["--only", *only] if only else [])]
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=path).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def judge(before: list[float], after: list[float]) -> dict:
+    """Whether a ratio (higher is better) has become worse, beyond the noise of both sides.
+
+    Returns: {"before", "after": medians, "change": relative, "noise": relative, "worse": bool}.
+    """
+    old, new = statistics.median(before), statistics.median(after)
+    noise = ((max(before) - min(before)) + (max(after) - min(after))) / old
+    change = new / old - 1
+    return {"before": old, "after": new, "change": change, "noise": noise, "worse": change < -max(noise, LEAST)}
+
+
+def main() -> int:
+    """Measures both sides, prints the table, and fails on a ratio that became worse."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("base", metavar="BASE", help="a commit")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="files of bench/suite")
+    parser.add_argument("--json", metavar="FILE")
+    arguments = parser.parse_args()
+    known = subprocess.run(
+        ["git", "rev-parse", "--verify", f"{arguments.base}^{{commit}}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if known.returncode:
+        parser.error(f"BASE: expected a commit; got {arguments.base!r}")
+    if arguments.rounds < 2:
+        parser.error(f"--rounds: expected at least 2, to know the noise; got {arguments.rounds}")
+    commit = known.stdout.strip()
+    with tempfile.TemporaryDirectory() as temporary:
+        checkout = Path(temporary) / "checkout"
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", str(checkout), commit], cwd=ROOT, capture_output=True, check=True
+        )
+        try:
+            sides = {
+                "before": importable(checkout, Path(temporary) / "before"),
+                "after": importable(ROOT, Path(temporary) / "after"),
+            }
+            rounds = {name: [] for name in sides}
+            for turn in range(arguments.rounds):
+                for name in sides if turn % 2 else reversed(sides):
+                    rounds[name].append(measure(sides[name], arguments.only))
+                print(f"round {turn + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(checkout)], cwd=ROOT, check=True)
+    names = {side: set.intersection(*(set(one) for one in results)) for side, results in rounds.items()}
+    report = {
+        name: judge([one[name] for one in rounds["before"]], [one[name] for one in rounds["after"]])
+        for name in sorted(names["before"] & names["after"])
+    }
+    cells = [["ratio (higher is better)", "before", "after", "change", "noise", ""]]
+    for name, one in report.items():
+        cells.append([
+            name, f"{one['before']:.2f}", f"{one['after']:.2f}", f"{100 * one['change']:+.0f} %",
+            f"{100 * one['noise']:.0f} %", "WORSE" if one["worse"] else "",
+        ])  # fmt: skip
+    print(table(cells, "<>>>><"))
+    for side in sides:
+        for name in sorted(names[side] - names["after" if side == "before" else "before"]):
+            print(f"only {side}: {name}")
+    if arguments.json:
+        write_json(arguments.json, {"base": commit, "rounds": arguments.rounds, "ratios": report})
+    return 1 if any(one["worse"] for one in report.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""How time and memory of the CPU runtime grow with context, model size and batch: fitted exponents and a picture.
+
+    python bench/scaling.py [--packing base3] [--embedding int4] [--threads N] [--json FILE] [--plot FILE]
+
+Each point is a median over rounds; memory is sampled from the process itself (anonymous pages and pages of the mapped
+file). An exponent p is the slope of log(cost) over log(size): 1 is linear growth, 0 none.
+"""
+
+import argparse
+import gc
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from measure import cores, machine, resident_bytes, summary, table, write_json
+from random_models import SHAPES, Shape, write_packed_model
+
+from bitdistill.runtime import Runtime
+
+SIZES = {
+    "26 M": Shape(8, 512, 1536, 8, 4, head_dim=64, vocabulary=32_000),
+    "107 M": Shape(12, 768, 3072, 12, 4, head_dim=64, vocabulary=32_000),
+    "0.6B": SHAPES["0.6B"],
+    "1.7B": SHAPES["1.7B"],
+}
+CONTEXTS = (64, 256, 1024, 2048, 4096)
+BATCHES = (1, 2, 4, 8, 16)
+
+
+def exponent(sizes, costs) -> float:
+    """Least-squares slope of log(cost) over log(size)."""
+    return float(np.polyfit(np.log(np.asarray(sizes, float)), np.log(np.asarray(costs, float)), 1)[0])
+
+
+def timed(work, rounds: int) -> dict[str, float]:
+    """Seconds of a call, the first one left out."""
+    work()
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return summary(seconds)
+
+
+def memory() -> int:
+    """Resident bytes of this process, after a collection."""
+    gc.collect()
+    return sum(resident_bytes().values())
+
+
+def by_context(runtime: Runtime, rounds: int) -> list[dict]:
+    """A decoded token after a context, and the bytes that the context costs."""
+    points = []
+    for context in CONTEXTS:
+        before = memory()
+        cache = runtime.new_cache(context + 1)
+        runtime.logits([(7 * i) % 1000 for i in range(context)], last_only=True, cache=cache)
+        grown = memory() - before
+
+        def decode(cache=cache, context=context):
+            cache.length = context
+            runtime.logits([5], cache=cache)
+
+        points.append(
+            {"size": context, "seconds": timed(decode, rounds), "bytes": max(grown, 1), "cache_bytes": cache.nbytes}
+        )
+        del cache
+    return points
+
+
+def by_size(folder: Path, packing: str, embedding: str, threads: int, rounds: int) -> list[dict]:
+    """A decoded token of models of several sizes; bytes of the file, and of the process beyond what it had."""
+    points = []
+    for name, shape in SIZES.items():
+        path = folder / f"scaling-{name.replace(' ', '')}-{packing}-{embedding}.safetensors"
+        if not path.is_file():
+            write_packed_model(path, shape, packing, embedding)
+        before = memory()
+        runtime = Runtime(path, threads=threads)
+        cache = runtime.new_cache(64)
+
+        def decode(runtime=runtime, cache=cache):
+            cache.length = 16
+            runtime.logits([5], cache=cache)
+
+        runtime.logits(range(1, 17), last_only=True, cache=cache)
+        seconds = timed(decode, rounds)
+        parameters = shape.linear_weights() + shape.vocabulary * shape.hidden
+        points.append(
+            {"name": name, "size": parameters, "seconds": seconds, "bytes": memory() - before, "file_bytes": path.stat().st_size}
+        )  # fmt: skip
+        runtime.close()
+        del runtime, cache, decode
+    return points
+
+
+def by_batch(runtime: Runtime, rounds: int) -> list[dict]:
+    """A decoding step of several sequences at once."""
+    points = []
+    for batch in BATCHES:
+        prompts = [[1 + (7 * i + b) % 1000 for i in range(16)] for b in range(batch)]
+
+        def decode(prompts=prompts, batch=batch):
+            for _ in runtime.generate_batch_ids(prompts, max_new_tokens=8, slots=batch):
+                pass
+
+        seconds = timed(decode, max(2, rounds // 3))
+        points.append({"size": batch, "seconds": {key: value / 8 for key, value in seconds.items()}})
+    return points
+
+
+def draw(report: dict, path: str) -> None:
+    """Three panels, log-log: context, model size, batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    labels = {"context": "context (tokens)", "size": "parameters", "batch": "sequences at once"}
+    for axis, (kind, label) in zip(axes, labels.items(), strict=True):
+        points = report[kind]["points"]
+        sizes = [point["size"] for point in points]
+        milliseconds = [1e3 * point["seconds"]["median"] for point in points]
+        axis.plot(
+            sizes, milliseconds, "o-", color="#1f6f8b", label=f"ms a step, exponent {report[kind]['time_exponent']:.2f}"
+        )
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="milliseconds a step")
+        if "memory_exponent" in report[kind]:
+            other = axis.twinx()
+            megabytes = [point["bytes"] / 1e6 for point in points]
+            other.plot(
+                sizes,
+                megabytes,
+                "s--",
+                color="#b5651d",
+                label=f"MB resident, exponent {report[kind]['memory_exponent']:.2f}",
+            )
+            other.set(yscale="log", ylabel="megabytes resident")
+            handles = [*axis.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
+            axis.legend(handles=handles, loc="upper left", fontsize=8)
+        else:
+            axis.legend(loc="upper left", fontsize=8)
+        axis.grid(True, which="both", alpha=0.2)
+    figure.suptitle(f"CPU runtime, {report['packing']}, {report['embedding']} embedding, {report['threads']} threads")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Measures, prints, draws, writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--packing", choices=("base3", "2bit"), default="base3")
+    parser.add_argument("--embedding", default="int4")
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--folder", type=Path, help="keeps the model files here")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE")
+    arguments = parser.parse_args()
+    report = {
+        "machine": machine(),
+        "packing": arguments.packing,
+        "embedding": arguments.embedding,
+        "threads": arguments.threads,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        sizes = by_size(folder, arguments.packing, arguments.embedding, arguments.threads, arguments.rounds)
+        path = folder / f"scaling-0.6B-{arguments.packing}-{arguments.embedding}.safetensors"
+        runtime = Runtime(path, threads=arguments.threads)
+        contexts, batches = by_context(runtime, arguments.rounds), by_batch(runtime, arguments.rounds)
+        runtime.close()
+    for kind, points in (("context", contexts), ("size", sizes), ("batch", batches)):
+        report[kind] = {"points": points}
+        at = [point["size"] for point in points]
+        report[kind]["time_exponent"] = exponent(at, [point["seconds"]["median"] for point in points])
+        if "bytes" in points[0]:
+            report[kind]["memory_exponent"] = exponent(at, [point["bytes"] for point in points])
+    cells = [["grows with", "at", "ms a step", "MB resident", "exponent of time", "of memory"]]
+    for kind in ("context", "size", "batch"):
+        for index, point in enumerate(report[kind]["points"]):
+            seconds = point["seconds"]
+            cells.append([
+                kind if index == 0 else "",
+                point.get("name", f"{point['size']:,}"),
+                f"{1e3 * seconds['median']:.2f} [{1e3 * seconds['min']:.2f}, {1e3 * seconds['max']:.2f}]",
+                f"{point['bytes'] / 1e6:.1f}" if "bytes" in point else "-",
+                f"{report[kind]['time_exponent']:.2f}" if index == 0 else "",
+                f"{report[kind]['memory_exponent']:.2f}" if index == 0 and "memory_exponent" in report[kind] else "",
+            ])  # fmt: skip
+    print(table(cells, "<>>>>>"))
+    if arguments.json:
+        write_json(arguments.json, report)
+    if arguments.plot:
+        draw(report, arguments.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
