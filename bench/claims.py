@@ -15,10 +15,9 @@ import tempfile
 from pathlib import Path
 
 import peers
+from bitdistill.kernels.packing import bits_per_weight
 from measure import Bandwidth, cores, machine, write_json
 from random_models import SHAPES, write_packed_model
-
-from bitdistill.kernels.packing import bits_per_weight
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- claims: made by bench/claims.py, do not edit -->", "<!-- end of claims -->"

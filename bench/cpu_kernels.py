@@ -14,12 +14,12 @@ import time
 
 import numpy as np
 import torch
-from measure import Bandwidth, cores, machine, summary, table, write_json
 from torch.nn import functional as F
 
 from bitdistill.kernels import packing as layout
 from bitdistill.kernels.cpu import matmul
 from bitdistill.kernels.cpu.compilation import FEATURES, jit
+from measure import Bandwidth, cores, machine, summary, table, write_json
 
 COLD_BYTES = 256 * 2**20
 BITS = {"2bit": 2.0, "base3": 1.6, "int8": 8.0}

@@ -17,6 +17,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "asv"
+PAGE = """<!doctype html><meta charset="utf-8"><title>BitDistill: performance history</title>
+<style>
+body {{ font: 14px system-ui; margin: 2em; max-width: 1300px }}
+td, th {{ padding: 2px 8px; text-align: right; font-size: 12px; border-bottom: 1px solid #ddd }}
+td:first-child {{ text-align: left }}
+img {{ max-width: 100% }}
+</style>
+<h1>Performance history</h1>
+<p>Ratios compare two things timed alternately in one process; above 1, ours is faster. Counts are exact.
+Made by <code>python bench/history.py</code> from the results of <code>asv run</code>.</p>
+{image}
+<h2>All figures</h2>
+<p>time_ in seconds.</p>
+<table><tr><th></th>{head}</tr>{body}</table>
+"""
 
 
 def read(folder: Path) -> list[dict]:
@@ -114,13 +129,7 @@ def page(history: list[dict]) -> str:
         if tracked
         else ""
     )
-    style = "body{font:14px system-ui;margin:2em;max-width:1300px}td,th{padding:2px 8px;text-align:right;font-size:12px;border-bottom:1px solid #ddd}td:first-child{text-align:left}img{max-width:100%}"
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>BitDistill: performance history</title><style>{style}</style>"
-        f"<h1>Performance history</h1><p>Ratios compare two things timed alternately in one process; above 1, ours is faster. Counts are exact. "
-        f"Made by <code>python bench/history.py</code> from the results of <code>asv run</code>.</p>{image}"
-        f"<h2>All figures</h2><p>time_ in seconds.</p><table><tr><th></th>{head}</tr>{body}</table>"
-    )
+    return PAGE.format(image=image, head=head, body=body)
 
 
 def main() -> int:

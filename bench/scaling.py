@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from measure import cores, machine, resident_bytes, summary, table, write_json
-from random_models import SHAPES, Shape, write_packed_model
 
 from bitdistill.runtime import Runtime
+from measure import cores, machine, resident_bytes, summary, table, write_json
+from random_models import SHAPES, Shape, write_packed_model
 
 SIZES = {
     "26 M": Shape(8, 512, 1536, 8, 4, head_dim=64, vocabulary=32_000),

@@ -14,7 +14,6 @@ def student(packing, embedding):
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import random_models
-
     from bitdistill.runtime import Runtime
 
     shape = dataclasses.replace(random_models.SHAPES["0.6B"], layers=LAYERS, vocabulary=VOCABULARY)

@@ -1,0 +1,190 @@
+"""The measuring tools: arithmetic, files and tables; speeds themselves are never asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import claims
+import history
+import measure
+import random_models
+import regressions
+import scaling
+from bitdistill.export.packed import read_packed
+from bitdistill.kernels import packing
+from suite import side_by_side
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("embedding", ["fp16", "int8", "int4", "ternary"])
+@pytest.mark.parametrize("kind", packing.PACKINGS)
+def test_random_packed_models_are_whole_files(tmp_path, kind, embedding):
+    shape = random_models.SHAPES["tiny"]
+    random_models.write_packed_model(tmp_path / "s", shape, kind, embedding)
+    model = read_packed(tmp_path / "s")  # checks every tensor, the config and the checksums
+    codes = model.weight_codes("model.layers.1.mlp.up_proj")
+    np.testing.assert_array_equal(codes, random_models.random_codes(512, 256, 5))
+    table = random_models.random_embedding(shape)
+    error = np.abs(model.table("model.embed_tokens") - table).mean() / np.abs(table).mean()
+    assert error < {"fp16": 1e-3, "int8": 0.02, "int4": 0.15, "ternary": 0.6}[embedding]
+
+
+def test_gguf_holds_the_same_weights(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    shape = random_models.SHAPES["tiny"]
+    for linear, head in (("F16", "F16"), ("TQ2_0", "Q4_0")):
+        path = tmp_path / f"{linear}.gguf"
+        random_models.write_gguf(path, shape, linear, head)
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        assert len(tensors) == 2 + shape.layers * 11
+        want = random_models.random_codes(512, 256, 5) * np.float32(random_models.WEIGHT_SCALE)
+        up = tensors["blk.1.ffn_up.weight"]
+        got = gguf.quants.dequantize(up.data, up.tensor_type)
+        np.testing.assert_allclose(got, want, rtol=1e-3)
+
+
+def test_shapes_are_those_of_the_models():
+    """Parameters of the published models: linears and embedding."""
+    for name, linears, embedding in (("0.6B", 440_401_920, 155_582_464), ("1.7B", 1_409_286_144, 311_164_928)):
+        shape = random_models.SHAPES[name]
+        assert (shape.linear_weights(), shape.vocabulary * shape.hidden) == (linears, embedding)
+
+
+def test_ratio_of_two_pieces_of_work():
+    def spin(count):
+        return lambda: sum(range(count))
+
+    assert side_by_side.ratio(spin(20_000), spin(200_000), rounds=5) > 3
+    assert side_by_side.ratio(spin(200_000), spin(20_000), rounds=5) < 0.33
+
+
+def test_a_ratio_is_worse_only_beyond_the_noise():
+    worse = regressions.judge([2.0, 2.02], [1.0, 1.01])
+    assert worse["worse"]
+    assert worse["change"] == pytest.approx(1.005 / 2.01 - 1)
+    assert not regressions.judge([2.0, 1.0], [1.4, 1.3])["worse"]  # the machine was that noisy
+    assert not regressions.judge([2.0, 2.0], [1.96, 1.96])["worse"]  # below 5 %
+    assert not regressions.judge([1.0, 1.0], [3.0, 3.0])["worse"]
+    assert regressions.judge([2.0, 2.0], [1.88, 1.88])["worse"]
+
+
+def test_regressions_runs_another_checkouts_code(tmp_path):
+    checkout = tmp_path / "checkout"
+    (checkout / "bitdistill").mkdir(parents=True)
+    (checkout / "bitdistill" / "__init__.py").write_text("MARK = 'the other one'")
+    for name in ("kernels", "distributed"):
+        (checkout / name).mkdir()
+        (checkout / name / "__init__.py").write_text(f"NAME = '{name}'")
+    path = regressions.importable(checkout, tmp_path / "path")
+    code = "import bitdistill as b, bitdistill.kernels as k, bitdistill.distributed as d; print(b.MARK, k.NAME, d.NAME)"
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert output.stdout.strip() == "the other one kernels distributed"
+
+
+def test_exponents():
+    sizes = [1, 2, 4, 8, 16]
+    assert scaling.exponent(sizes, [3 * size for size in sizes]) == pytest.approx(1)
+    assert scaling.exponent(sizes, [5 * size**2 for size in sizes]) == pytest.approx(2)
+    assert scaling.exponent(sizes, [7.0] * 5) == pytest.approx(0)
+
+
+def test_memory_and_energy_are_read_from_the_system():
+    before = sum(measure.resident_bytes().values())
+    block = np.ones(32 * 2**20, np.uint8)
+    assert sum(measure.resident_bytes().values()) - before > 0.9 * block.nbytes
+    code = "import time; block = bytearray(64 * 2**20); time.sleep(0.3); print('done')"
+    output, peak = measure.peak_resident([sys.executable, "-c", code])
+    assert output.strip() == "done"
+    assert 64 * 2**20 < peak < 256 * 2**20
+    joules = measure.Energy().joules()
+    assert joules is None or joules >= 0
+
+
+def test_summary_and_table():
+    assert measure.summary([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    lines = measure.table([["a", "b"], ["xx", "1"], ["y", "22"]], "<>").splitlines()
+    assert lines == ["a    b", "------", "xx   1", "y   22"]
+
+
+def report(**changes):
+    rows = [
+        claims.row("small", "paper", "cmd", 9.99, 9.9993),
+        claims.row("fast", "paper", "cmd", 2.65, 2.5, [2.4, 2.6]),
+        claims.row("on a GPU", "aims", "cmd", 1.0, why="no run on a GPU yet"),
+        claims.row("accurate", "paper", "cmd", -1.0, -0.4, [-1.2, 0.4], "points"),
+    ]
+    return {
+        "machine": {"date": "2026-01-02 03:04 UTC", "processor": "a processor", "commit": "abc"},
+        "threads": 2,
+        "rows": rows,
+    } | changes
+
+
+def test_claims_say_what_holds():
+    assert [row["holds"] for row in report()["rows"]] == ["holds", "does not hold", "not measured", "holds"]
+    text = claims.markdown(report())
+    assert "| small | 10.00x | exact | holds | `cmd` |" in text
+    assert "| fast | 2.50x | 2.40 to 2.60 | does not hold | `cmd` |" in text
+    assert "| on a GPU | not measured (no run on a GPU yet) |  | not measured | `cmd` |" in text
+    assert "| accurate | -0.40 points | -1.20 to 0.40 | holds | `cmd` |" in text
+
+
+def test_claims_exit_status_and_readme(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "claims.py"), "--from", str(tmp_path / "c.json")]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{claims.BEGIN}\nold\n{claims.END}\nafter\n")
+    for rows, status in ((report()["rows"], 1), ([r for r in report()["rows"] if r["claim"] != "fast"], 0)):
+        (tmp_path / "c.json").write_text(json.dumps(report(rows=rows)))
+        result = subprocess.run([*command, "--readme", str(readme)], capture_output=True, text=True, check=False)
+        assert result.returncode == status, result.stderr
+        assert readme.read_text() == f"before\n{claims.markdown(report(rows=rows))}\nafter\n"
+    with pytest.raises(ValueError, match="expected the lines"):
+        claims.into_readme("no markers", report())
+
+
+def test_the_readme_has_the_table_of_the_committed_run():
+    path = ROOT / "bench" / "results" / "claims.json"
+    text = (ROOT / "README.md").read_text()
+    assert claims.markdown(json.loads(path.read_text())) in text, "run bench/claims.py --from ... --readme README.md"
+
+
+def test_history_reads_asv(tmp_path):
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    (folder / "machine.json").write_text("{}")
+    for commit, date, value in (("b" * 40, 2, 3.0), ("a" * 40, 1, 2.0)):
+        content = {
+            "commit_hash": commit,
+            "date": date,
+            "result_columns": ["result", "params"],
+            "results": {
+                "packing.Size.track_bits": [[1.6, value], [["'base3'", "'2bit'"]]],
+                "gpu.X.track_ratio": [[None], []],
+                "failed.Y.time_it": [None, []],
+                "one.Z.track_ratio": [[value]],
+            },
+        }
+        (folder / f"{commit[:8]}-env.json").write_text(json.dumps(content))
+    found = history.read(tmp_path)
+    assert [one["commit"] for one in found] == ["a" * 8, "b" * 8]
+    assert found[0]["values"] == {
+        "packing.Size.track_bits(base3)": 1.6,
+        "packing.Size.track_bits(2bit)": 2.0,
+        "one.Z.track_ratio": 2.0,
+    }
+    text = history.page(found)
+    assert "src='http" not in text
+    assert 'src="http' not in text
+    assert "packing.Size.track_bits(base3)" in text
