@@ -39,5 +39,13 @@ def _gpu() -> str:
 
     if not torch.cuda.is_available():
         return "none"
-    driver = torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else "unknown"
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver {driver}"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver {_driver()}"
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown: no nvidia-smi"
+    return result.stdout.strip() or "unknown: nvidia-smi failed"
