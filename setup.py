@@ -9,6 +9,28 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "bitdistill/__init__.py").read_text()).group(1)
 
+# Extras only add, so what is needed to run a packed student on a CPU is the core, and training an extra.
+CPU = ["numpy>=2.0", "numba>=0.61", "safetensors>=0.5", "tokenizers>=0.22"]
+TRAIN = [
+    "torch>=2.11",
+    "triton>=3.6; platform_system == 'Linux'",
+    "transformers>=5.17",
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "deepspeed>=0.18",
+    "jsonargparse[signatures]>=4.40",
+    "pyyaml>=6",
+    "rich>=13",
+    "tqdm>=4.66",
+    "matplotlib>=3.9",
+    "jinja2>=3.1",
+    "scikit-learn>=1.5",
+    "scipy>=1.13",
+    "rouge-score>=0.1.2",
+    "sacrebleu>=2.4",
+    "tensorboard>=2.17",
+]
+BENCH = ["asv>=0.6.4", "gguf>=0.10"]
 TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 
 setup(
@@ -29,30 +51,13 @@ setup(
     ],
     package_dir={"bitdistill.kernels": "kernels", "bitdistill.distributed": "distributed"},
     package_data={"bitdistill": ["recipes/*.yaml", "recipes/tasks/*.yaml", "templates/*"]},
-    install_requires=[
-        "torch>=2.11",
-        "triton>=3.6; platform_system == 'Linux'",
-        "transformers>=5.17",
-        "accelerate>=1.10",
-        "datasets>=4.0",
-        "deepspeed>=0.18",
-        "safetensors>=0.5",
-        "tokenizers>=0.22",
-        "numpy>=2.0",
-        "numba>=0.61",
-        "jsonargparse[signatures]>=4.40",
-        "pyyaml>=6",
-        "rich>=13",
-        "tqdm>=4.66",
-        "matplotlib>=3.9",
-        "jinja2>=3.1",
-        "scikit-learn>=1.5",
-        "scipy>=1.13",
-        "threadpoolctl>=3.5",
-        "rouge-score>=0.1.2",
-        "sacrebleu>=2.4",
-        "tensorboard>=2.17",
-    ],
-    extras_require={"test": TEST, "dev": [*TEST, "asv>=0.6.4", "ruff==0.17.6", "pre-commit"]},
+    install_requires=CPU,
+    extras_require={
+        "cpu": [],
+        "train": TRAIN,
+        "bench": [*TRAIN, *BENCH],
+        "test": [*TRAIN, *BENCH, *TEST],
+        "dev": [*TRAIN, *BENCH, *TEST, "ruff==0.17.6", "pre-commit"],
+    },
     entry_points={"console_scripts": ["bitdistill=bitdistill.cli:main"]},
 )

@@ -17,13 +17,13 @@ import torch
 from torch.nn import functional as F
 
 from bitdistill.kernels import packing as layout
-from bitdistill.kernels.cpu import matmul
+from bitdistill.kernels.cpu import activations, matmul
 from bitdistill.kernels.cpu.compilation import FEATURES, jit
 from measure import Bandwidth, cores, machine, summary, table, write_json
 
 COLD_BYTES = 256 * 2**20
-BITS = {"2bit": 2.0, "base3": 1.6, "int8": 8.0}
-CODE = {"2bit": matmul.TWO_BIT, "base3": matmul.BASE3, "int8": matmul.INT8}
+BITS = {"2bit": 2.0, "base3": 1.6}
+CODE = {"2bit": matmul.TWO_BIT, "base3": matmul.BASE3}
 GEMM_TOKENS = (8, 64, 256)
 
 
@@ -33,7 +33,7 @@ def _walk(weights, size, count, packing, out_features, in_features, records, str
     groups = (out_features + 15) // 16
     for index in range(count):
         matmul.gemm(
-            weights + index * size, packing, out_features, in_features, records, stride, tokens, acc, acc_stride, 0,
+            weights + index * size, packing, in_features, records, stride, tokens, acc, acc_stride, 0,
             groups, scratch,
         )  # fmt: skip
 
@@ -43,21 +43,20 @@ class Product:
 
     def __init__(self, rows: int, columns: int, packing: str, tokens: int, copies: int, seed: int):
         generator = np.random.default_rng(seed)
-        low = -127 if packing == "int8" else -1
-        codes = generator.integers(low, -low + 1, (rows, columns)).astype(np.int8)
-        packed = layout.pack_int8(codes) if packing == "int8" else layout.pack(codes, packing)
+        codes = generator.integers(-1, 2, (rows, columns)).astype(np.int8)
+        packed = layout.pack(codes, packing)
         self.weights = np.tile(packed, copies)
         self.size, self.copies, self.packing = packed.nbytes, copies, packing
         self.rows, self.columns, self.tokens = rows, columns, tokens
-        stride = matmul.record_bytes(columns)
+        stride = activations.record_bytes(columns)
         self.records = np.zeros((tokens, stride), np.uint8)
         x = generator.standard_normal((tokens, columns)).astype(np.float32)
         for token in range(tokens):
-            matmul.quantize_activation(x[token].ctypes.data, columns, self.records[token].ctypes.data)
+            activations.quantize_activation(x[token].ctypes.data, columns, self.records[token].ctypes.data)
         self.acc = np.empty((tokens, layout.row_groups(rows) * 16), np.int32)
         self.scratch = np.empty(matmul.SCRATCH_BYTES, np.uint8)
         self.run(1)
-        act_codes = self.records[:, matmul.CODES : matmul.CODES + columns].view(np.int8)
+        act_codes = self.records[:, activations.CODES : activations.CODES + columns].view(np.int8)
         want = act_codes.astype(np.int64) @ codes.T.astype(np.int64)
         assert (self.acc[:, :rows] == want).all(), f"{packing}: accumulators differ from numpy"
 

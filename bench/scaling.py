@@ -104,7 +104,7 @@ def by_batch(runtime: Runtime, rounds: int) -> list[dict]:
         prompts = [[1 + (7 * i + b) % 1000 for i in range(16)] for b in range(batch)]
 
         def decode(prompts=prompts, batch=batch):
-            for _ in runtime.generate_batch_ids(prompts, max_new_tokens=8, slots=batch):
+            for _ in runtime.generate_batch(prompts, 8, slots=batch):
                 pass
 
         seconds = timed(decode, max(2, rounds // 3))

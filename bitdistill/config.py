@@ -234,6 +234,8 @@ class RunConfig:
         max_steps: caps every stage, for smoke runs.
         resume: continue an interrupted stage from its last checkpoint.
         precision: fp32, or bf16 for the matrix products (master weights stay fp32).
+        bit_linear_backward: gradients of the ternary layers on a GPU: exact (products in the training precision), or fast
+            (int8 products of stochastically rounded gradients: twice the tensor-core rate, some noise).
         zero: DeepSpeed ZeRO stage of the trained model.
         offload: where ZeRO keeps optimiser state and, at stage 3, parameters.
         teacher_offload: keep the frozen teacher's parameters there instead of on the device.
@@ -265,6 +267,7 @@ class RunConfig:
     max_steps: int | None = None
     resume: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    bit_linear_backward: Literal["exact", "fast"] = "exact"
     zero: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "cpu", "nvme"] = "none"
     teacher_offload: Literal["none", "cpu", "nvme"] = "none"

@@ -21,36 +21,46 @@ from transformers import TrainingArguments
 from bitdistill.capture import AttentionCapture
 from bitdistill.distributed import launch
 from bitdistill.distributed.teacher import Teacher
+from bitdistill.head import head_cross_entropy, head_distillation, head_weight, hidden_states, instead_of_logits
 from bitdistill.health import HealthLog
-from bitdistill.losses import BalancedGamma, cross_entropy, logits_distillation, next_tokens, relation_loss
+from bitdistill.losses import IGNORED, BalancedGamma, next_tokens, relation_loss
 from bitdistill.models import check_same_vocabulary
 from bitdistill.tasks import collate
 from bitdistill.trainer import Counts, Objective, StageTrainer
 
 
 def answer_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Where logits are needed: positions that predict a label token in any row of the batch.
+    """Where the head is needed: positions that predict a label token in any row of the batch.
 
-    Returns: (positions (P,), next tokens at these positions (B, P), -100 where a row has none there). The LM head is
-    computed there alone: for classification a fraction of the prompt.
+    Returns: (positions (P,), next tokens at these positions (B, P), -100 where a row has none there). Hidden states
+    leave the model there alone: for classification a fraction of the prompt.
     """
     targets_BT = next_tokens(labels_BT)
-    positions = (targets_BT != -100).any(dim=0).nonzero().squeeze(1)
+    positions = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
     return positions, targets_BT[:, positions]
 
 
 class Answers(Objective):
-    """``L = CE`` over the answers' tokens: plain supervised fine-tuning."""
+    """``L = CE`` over the answers' tokens: plain supervised fine-tuning.
+
+    Args:
+        student: the model inside whatever DeepSpeed wraps around it.
+    """
+
+    def __init__(self, student: nn.Module):
+        self.student = student
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
         positions, targets_BP = answer_positions(batch["labels"])
-        output = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            logits_to_keep=positions,
-            use_cache=False,
-        )
-        return {"ce": (1.0, cross_entropy(output.logits, targets_BP, counts.answer_tokens))}
+        compute = partial(head_cross_entropy, targets_BP=targets_BP, num_items=counts.answer_tokens)
+        with instead_of_logits(self.student, compute):
+            output = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                logits_to_keep=positions,
+                use_cache=False,
+            )
+        return {"ce": (1.0, output.logits)}
 
 
 class Distillation(Objective):
@@ -85,10 +95,10 @@ class Distillation(Objective):
         gamma_every: int,
     ):
         check_same_vocabulary(teacher.module.config, student.config)
-        self.teacher, self.depth = teacher, student.config.num_hidden_layers
+        self.student, self.teacher, self.depth = student, teacher, student.config.num_hidden_layers
         self.lambda_logits = lambda_logits
         self.everywhere = lambda_logits > 0 and kd_tokens == "all"
-        self.logits_loss = partial(logits_distillation, temperature=kd_temperature, tau_squared=kd_tau_squared)
+        self.kd_settings = {"temperature": kd_temperature, "tau_squared": kd_tau_squared}
         self.relation, self.gamma_every = relation, gamma_every
         self.student_capture = self.teacher_capture = None
         if relation == "none":
@@ -132,26 +142,42 @@ class Distillation(Objective):
         return {"gamma_attention": self.gamma_used, **norms}
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
-        positions, targets_BP = answer_positions(batch["labels"])
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        if not self.everywhere:
-            inputs["logits_to_keep"] = positions
-        with self.teacher_capture if self.teacher_capture else nullcontext():
-            needed = self.lambda_logits > 0 or self.teacher_capture is not None
-            teacher_logits = self.teacher(**inputs).logits if needed else None
+        mask_BT = batch["attention_mask"]
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask_BT, "use_cache": False}
+        if self.everywhere:
+            targets_BP, rows_BP, items = next_tokens(batch["labels"]), mask_BT.bool(), counts.tokens
+        else:
+            inputs["logits_to_keep"], targets_BP = answer_positions(batch["labels"])
+            rows_BP, items = targets_BP != IGNORED, counts.answer_tokens
+        teacher_hidden = None
+        if self.lambda_logits > 0 or self.teacher_capture is not None:
+            with self.teacher_capture or nullcontext(), instead_of_logits(self.teacher.module, hidden_states):
+                teacher_hidden = self.teacher(**inputs).logits
 
-        with self.student_capture if self.student_capture else nullcontext():
-            student_logits = model(**inputs).logits
-        at_answers = student_logits[:, positions] if self.everywhere else student_logits
-        ce = cross_entropy(at_answers, targets_BP, counts.answer_tokens)
+        def compute(hidden_BPH: Tensor, weight_VH: Tensor) -> tuple[Tensor, ...]:
+            if not self.lambda_logits > 0:
+                return (head_cross_entropy(hidden_BPH, weight_VH, targets_BP, counts.answer_tokens),)
+            with head_weight(self.teacher.module) as teacher_weight_VG:
+                return head_distillation(
+                    hidden_BPH,
+                    weight_VH,
+                    targets_BP,
+                    rows_BP,
+                    teacher_hidden,
+                    teacher_weight_VG,
+                    lambda_logits=self.lambda_logits,
+                    ce_items=counts.answer_tokens,
+                    kl_items=items,
+                    **self.kd_settings,
+                )
+
+        with self.student_capture or nullcontext(), instead_of_logits(self.student, compute):
+            ce, *logits = model(**inputs).logits
         terms = {"ce": (1.0, ce)}
-        if self.lambda_logits > 0:
-            rows_BT = batch["attention_mask"].bool() if self.everywhere else targets_BP != -100
-            items = counts.tokens if self.everywhere else counts.answer_tokens
-            loss = self.logits_loss(student_logits, teacher_logits, rows_BT, num_items=items)
-            terms["logits"] = (self.lambda_logits, loss)
+        if logits:
+            terms["logits"] = (self.lambda_logits, logits[0])
         if self.student_capture:
-            terms["attention"] = self._relations(ce, batch["attention_mask"], counts)
+            terms["attention"] = self._relations(ce, mask_BT, counts)
         return terms
 
     def _relations(self, ce: Tensor, mask_BT: Tensor, counts: Counts) -> tuple[float, Tensor]:
@@ -196,7 +222,7 @@ def fine_tune(
     """
     callbacks = [HealthLog(run_dir / "health.jsonl", stage, health_steps)] if health_steps else []
     trainer = StageTrainer(
-        objective=objective or Answers(),
+        objective=objective or Answers(model),
         stage=stage,
         run_dir=run_dir,
         model=model,

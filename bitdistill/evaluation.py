@@ -4,19 +4,20 @@ The same function scores a torch model and the packed CPU runtime; scoring.py ha
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from bitdistill.distributed import launch
-from bitdistill.runtime import Runtime
+from bitdistill.runtime import MAX_SLOTS, Runtime
 from bitdistill.scoring import (
     accuracy_interval,
     classify,
     generate_greedy,
     paired_difference,
     rouge,
-    runtime_logits,
     summarization_scores,
     torch_logits,
 )
@@ -47,7 +48,7 @@ def score_rows(model, task: Task, rows, tokenizer, *, max_length: int, batch_siz
         model: a Hugging Face model, or a Runtime on a packed file.
         rows: from tasks.load_rows. tokenizer: a Hugging Face tokenizer.
         max_length: tokens of prompt and answer; longer prompts are cut, and that is said.
-        batch_size: rows at a time (a Runtime takes one at a time).
+        batch_size: rows at a time. A Runtime scores labels one row at a time and generates MAX_SLOTS at a time.
         name: on the progress bar.
     """
     prompts, cut = encode_prompts(task, rows, tokenizer, max_length)
@@ -55,16 +56,21 @@ def score_rows(model, task: Task, rows, tokenizer, *, max_length: int, batch_siz
         launch.say(f"{name}: {cut:,} of {len(prompts):,} prompts cut to {max_length} tokens")
     packed = isinstance(model, Runtime)
     if task.kind == "classification":
-        logits_of = runtime_logits(model) if packed else torch_logits(model, pad_token(tokenizer))
         words = label_tokens(task, tokenizer)
-        predicted, _ = classify(logits_of, prompts, words, batch_size, desc=f"{name:<11}")
+        if packed:
+            predicted = model.classify(prompts, words, partial(tqdm, desc=f"{name:<11}")).argmax(axis=1)
+        else:
+            logits_of = torch_logits(model, pad_token(tokenizer))
+            predicted, _ = classify(logits_of, prompts, words, batch_size, desc=f"{name:<11}")
         correct = predicted == np.array(label_indices(task, rows))
         share, low, high = accuracy_interval(correct)
         return Score(
             100 * share, (100 * low, 100 * high), len(correct), correct, [task.words[i] for i in predicted.tolist()]
         )
     if packed:
-        answers = [list(model.generate_ids(ids, task.max_new_tokens)) for ids in prompts]
+        finished = model.generate_batch(prompts, task.max_new_tokens, slots=MAX_SLOTS)
+        by_index = {answer.index: answer for answer in tqdm(finished, total=len(prompts), desc=f"{name:<11}")}
+        answers = [by_index[index].token_ids for index in range(len(prompts))]
     else:
         eos = tokenizer.eos_token_id
         answers = generate_greedy(

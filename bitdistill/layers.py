@@ -1,18 +1,17 @@
-"""BitLinear and SubLN: the two modules that stage 1 puts into a model. The mathematics is in kernels/.
+"""BitLinear, SubLN and GatedMLP: the modules that stage 1 puts into a model. The mathematics is in kernels/.
 
-`bit_linear` below is the one door to a backend: today the PyTorch reference on every device; a faster backend takes over
-behind one `if` here, and nothing else in the project changes.
+One `if` chooses the backend: the kernels on an NVIDIA GPU (backend.py), else the PyTorch reference. On the kernels what
+stands before the quantiser, SubLN and the gate of an MLP, is one operation with it, and what can be shared is (sharing.py).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bitdistill.backend import kernels_for
 from bitdistill.kernels import reference
-
-
-def bit_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The ternary product of kernels/reference.py, on the backend that suits ``x.device``."""
-    return reference.bit_linear(x, weight, bias)
+from bitdistill.sharing import HeldCodes, Siblings
 
 
 class SubLN(nn.Module):
@@ -30,6 +29,14 @@ class SubLN(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class Gated(NamedTuple):
+    """``act(gate) * up``, not yet computed: the BitLinear that is given it computes it with its SubLN and int8 codes."""
+
+    gate: Tensor
+    up: Tensor
+    activation: str
+
+
 class BitLinear(nn.Module):
     """A linear layer with ternary weights and int8 activations, trained through fp32 master weights.
 
@@ -40,6 +47,11 @@ class BitLinear(nn.Module):
         linear: the layer to replace; its weight (O, I) becomes the master and must be fp32 before training
             (`assert_fp32_masters`), because bf16 masters swallow most updates.
         subln: a SubLN of width I in front, or None.
+
+    Attributes:
+        backward: how the kernels compute gradients, "exact" or "fast" (kernels/gpu/matmul.py); `use_backward` sets it.
+        siblings: the layers that are given the same tensor as this one, or None.
+        held: this weight's codes while sharing.WeightCodes holds them.
     """
 
     def __init__(self, linear: nn.Linear, subln: SubLN | None = None):
@@ -48,17 +60,88 @@ class BitLinear(nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
         self.subln = subln
+        self.backward = "exact"
+        self.siblings: Siblings | None = None
+        self.held: HeldCodes | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return bit_linear(x if self.subln is None else self.subln(x), self.weight, self.bias)
+    def forward(self, x: Tensor | Gated) -> Tensor:
+        gated = x if isinstance(x, Gated) else None
+        x = gated.gate if gated else x
+        kernels = kernels_for(x.device)
+        if kernels is None:
+            return reference.bit_linear(x if self.subln is None else self.subln(x), self.weight, self.bias)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected a last dimension of {self.in_features} (in_features); got {tuple(x.shape)}")
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        sharing = not torch.compiler.is_compiling()
+        gain, eps = (None, 0.0) if self.subln is None else (self.subln.weight, self.subln.eps)
+        if gated:
+            activation, x = kernels.gated_quantize_input(x, gated.up, gain, eps, gated.activation)
+        elif sharing and self.siblings is not None:
+            y = self.siblings.output(self, x, dtype)
+            if y is not None:
+                return y
+            activation = self.siblings.input_codes(self, x)
+        elif gain is None:
+            activation = kernels.quantize_input(x)
+        elif _hooked(self.subln):
+            x = self.subln(x)
+            activation = kernels.quantize_input(x)
+        else:
+            activation, x = kernels.norm_quantize_input(x, gain, eps)
+        if sharing and self.held is not None and self.held.fit(self.weight):
+            ternary = kernels.stacked([self.held.codes])
+        else:
+            ternary = kernels.ternarize([self.weight])
+        biases = [] if self.bias is None else [self.bias]
+        return kernels.ternary_linear(x, activation, [self.weight], biases, ternary, dtype, self.backward)
+
+    def takes_gated(self) -> bool:
+        """Whether it may be given a `Gated`: on the kernels, unless someone wants to see its input or its SubLN's."""
+        kernels = kernels_for(self.weight.device)
+        return kernels is not None and not _hooked(self) and (self.subln is None or not _hooked(self.subln))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+class GatedMLP(nn.Module):
+    """``down_proj(act(gate_proj(x)) * up_proj(x))``: the MLP of every family, under the names it had.
+
+    Args:
+        mlp: the block to replace, with gate_proj, up_proj, down_proj (BitLinears) and act_fn.
+        activation: its name in the model's config; the kernels know "silu" and "gelu_pytorch_tanh".
+    """
+
+    def __init__(self, mlp: nn.Module, activation: str):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = mlp.act_fn
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.activation in ("silu", "gelu_pytorch_tanh") and self.down_proj.takes_gated():
+            return self.down_proj(Gated(gate, up, self.activation))
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether its call does more than its forward, as under ZeRO-3, where it gathers the parameters."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def bit_linears(model: nn.Module) -> dict[str, BitLinear]:
     """Every BitLinear of a model by its name, in the order of the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BitLinear)}
+
+
+def use_backward(model: nn.Module, backward: str) -> None:
+    """Sets how the GPU kernels compute the gradients of every BitLinear: "exact" or "fast"."""
+    assert backward in ("exact", "fast"), backward
+    for layer in bit_linears(model).values():
+        layer.backward = backward
 
 
 def assert_fp32_masters(model: nn.Module) -> None:

@@ -18,14 +18,16 @@ the difference of the logits and never on the difference of two logarithms.
 Sources: arXiv 2510.13998 (equations 8-13, Algorithm 1); microsoft/BitNet pull request 382.
 """
 
+import functools
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bitdistill.errors import UserError
 
@@ -33,7 +35,6 @@ IGNORED = -100  # the label of a token that is not to be learnt
 RELATION_CONVENTIONS = ("eq12", "alg1", "pr382", "attention_maps")
 PROBABILITY_FLOOR = 1e-8  # of alg1 and pr382
 PR382_SPLIT_HEADS = 32
-ROWS_AT_ONCE = 1024  # rows of vocabulary width held in fp32 at a time: 0.6 GB each at V = 151,936
 
 
 # ---------------------------------------------------------------------------------------------------- logits
@@ -56,16 +57,12 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, num_items: float | Ten
     Returns: fp32 scalar. Without a target: 0, still connected to the logits (its gradient is zero), so that a rank
     with an empty batch takes part in the backward pass.
 
-    Numerics: fp32, ``ROWS_AT_ONCE`` rows at a time, recomputed in the backward pass.
+    Numerics: fp32, on whole logits: the specification of what head.py computes in training without them.
     """
     assert logits_BTV.shape[:2] == targets_BT.shape, "one target per position of the logits"
     rows_BT = targets_BT != IGNORED
-    logits_NV, targets_N = logits_BTV[rows_BT], targets_BT[rows_BT]
-
-    def summed(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
-
-    return _divide(_sum_in_chunks(summed, logits_NV, targets_N), len(targets_N), num_items)
+    total = F.cross_entropy(logits_BTV[rows_BT].float(), targets_BT[rows_BT], reduction="sum")
+    return _divide(total, int(rows_BT.sum()), num_items)
 
 
 def logits_distillation(
@@ -101,24 +98,11 @@ def logits_distillation(
             do="Teacher and student need the same tokenizer and the same padding of the embedding.",
         )
     assert student_logits_BTV.shape == teacher_logits_BTV.shape, "teacher and student saw different batches"
-    student_NV, teacher_NV = student_logits_BTV[rows_BT], teacher_logits_BTV.detach()[rows_BT]
-
-    def summed(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-        student_NV = F.log_softmax(student_NV.float() / temperature, dim=-1)
-        teacher_NV = F.log_softmax(teacher_NV.float() / temperature, dim=-1)
-        return F.kl_div(student_NV, teacher_NV, reduction="sum", log_target=True)
-
-    loss = _divide(_sum_in_chunks(summed, student_NV, teacher_NV), len(student_NV), num_items)
+    student_NV = F.log_softmax(student_logits_BTV[rows_BT].float() / temperature, dim=-1)
+    teacher_NV = F.log_softmax(teacher_logits_BTV.detach()[rows_BT].float() / temperature, dim=-1)
+    total = F.kl_div(student_NV, teacher_NV, reduction="sum", log_target=True)
+    loss = _divide(total, len(student_NV), num_items)
     return loss * temperature**2 if tau_squared else loss
-
-
-def _sum_in_chunks(summed: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-    """``summed(*rows)`` without ever holding all rows in fp32: chunks are recomputed in the backward pass."""
-    parts = [
-        checkpoint(summed, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(*(row.split(ROWS_AT_ONCE) for row in rows), strict=True)
-    ]
-    return torch.stack(parts).sum()
 
 
 def _divide(total: Tensor, count: int | Tensor, num_items: float | Tensor | None) -> Tensor:
@@ -176,7 +160,8 @@ def relation_loss(
     Raises:
         UserError: an unknown convention, a setting that the convention does not have, or heads that do not divide.
 
-    Numerics: fp32 whatever the inputs and autocast say; the value and its gradient come from ``row_kl``. The clamp of
+    Numerics: fp32 whatever the inputs and autocast say; the value and its gradient come from ``row_kl``, or on a GPU from
+    kernels/gpu/relation_kl.py, which keeps no T x T matrix (where it cannot serve, that is said once). The clamp of
     alg1 and pr382 is kept exactly: both probabilities are raised to 1e-8, not renormalised, and a student probability
     below it gets no gradient. At temperature 1 a cosine relation never reaches it (below 1e7 tokens); where it
     does not bite the value is the plain KL, with the accuracy of the centred form.
@@ -206,14 +191,12 @@ def relation_loss(
 
     cosine = convention in ("alg1", "pr382")
     with torch.autocast(q.device.type, enabled=False):
-        allowed_B1TT = _allowed(valid_BT, causal)
         total = torch.zeros((), device=q.device)
         for weight, (teacher, student) in zip(weights, pairs, strict=True):
-            with torch.no_grad():
-                teacher_BHTT = _relation_logits(*teacher, valid_BT, split_heads, cosine, scale)
-            student_BHTT = _relation_logits(*student, valid_BT, split_heads, cosine, scale)
-            kl_BHT = row_kl(teacher_BHTT, student_BHTT, allowed_B1TT, floor)
-            total = total + weight * kl_BHT.sum() / kl_BHT.shape[1]  # padded rows: two uniform ones, KL 0
+            fused = _fused(teacher[0], student[0], split_heads)
+            rows = _fused_rows if fused else _eager_rows
+            kl_BHT = rows(teacher, student, valid_BT, causal, split_heads, cosine, scale, floor)
+            total = total + weight * kl_BHT.sum() / kl_BHT.shape[1]  # padded rows have a KL of 0
     loss = _divide(total, valid_BT.sum(), num_items)
     if convention == "pr382":
         return loss / (num_layers * split_heads)
@@ -288,6 +271,60 @@ def _allowed(valid_BT: Tensor, causal: bool) -> Tensor:
         size = valid_BT.shape[1]
         allowed_BTT = allowed_BTT & torch.ones(size, size, dtype=torch.bool, device=valid_BT.device).tril()
     return (allowed_BTT | ~valid_BT[:, :, None])[:, None]
+
+
+def _fused(teacher: Tensor, student: Tensor, split_heads: int | None) -> bool:
+    """Whether the Triton kernel computes this relation."""
+    if not student.is_cuda:
+        return False
+    if importlib.util.find_spec("triton") is None:
+        _say_eager("there is no triton here")
+        return False
+    from bitdistill.kernels.gpu.relation_kl import unsupported
+
+    reason = unsupported(teacher, student, split_heads)
+    if reason:
+        _say_eager(f"the Triton kernel does not take {reason}")
+    return not reason
+
+
+@functools.cache
+def _say_eager(reason: str) -> None:
+    print(f"bitdistill: the relation loss holds whole T x T matrices, because {reason}", file=sys.stderr, flush=True)
+
+
+def _fused_rows(teacher, student, valid_BT, causal, split_heads, cosine, scale, floor) -> Tensor:
+    """As ``_eager_rows``, never with a T x T matrix."""
+    from bitdistill.kernels.gpu.relation_kl import relation_kl_rows
+
+    (teacher_a, teacher_b), (student_a, student_b) = teacher, student
+    alone = student_b is student_a
+    scales = [scale / math.sqrt(1 if cosine else _width(x, split_heads)) for x in (teacher_a, student_a)]
+    return relation_kl_rows(
+        teacher_a,
+        None if alone else teacher_b,
+        student_a,
+        None if alone else student_b,
+        valid_BT,
+        causal=causal,
+        scale_teacher=scales[0],
+        scale_student=scales[1],
+        cosine=cosine,
+        split_heads=split_heads,
+        floor=floor,
+    )
+
+
+def _width(x_BHTD: Tensor, split_heads: int | None) -> int:
+    return x_BHTD.shape[3] if split_heads is None else x_BHTD.shape[1] * x_BHTD.shape[3] // split_heads
+
+
+def _eager_rows(teacher, student, valid_BT, causal, split_heads, cosine, scale, floor) -> Tensor:
+    """``row_kl`` of one relation, fp32 (B, H, T): two pairs (a_BHTD, b_BGTD) of which the students' carry the graph."""
+    with torch.no_grad():
+        teacher_BHTT = _relation_logits(*teacher, valid_BT, split_heads, cosine, scale)
+    student_BHTT = _relation_logits(*student, valid_BT, split_heads, cosine, scale)
+    return row_kl(teacher_BHTT, student_BHTT, _allowed(valid_BT, causal), floor)
 
 
 def _relation_logits(a_BHTD, b_BGTD, valid_BT, split_heads, cosine, scale) -> Tensor:

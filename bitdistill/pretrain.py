@@ -6,6 +6,7 @@ none in this stage.
 Source: BitNet Distillation, arXiv 2510.13998, section 3.2.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,28 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from bitdistill.corpus import TokenStream
+from bitdistill.head import head_cross_entropy, instead_of_logits
 from bitdistill.health import HealthLog
-from bitdistill.losses import cross_entropy, next_tokens
+from bitdistill.losses import next_tokens
 from bitdistill.trainer import Counts, Objective, StageTrainer, collate_blocks
 
 
 class NextToken(Objective):
-    """``L = CE`` over every position of every block."""
+    """``L = CE`` over every position of every block.
+
+    Args:
+        student: the model inside whatever DeepSpeed wraps around it.
+    """
+
+    def __init__(self, student: nn.Module):
+        self.student = student
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
-        logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        return {"ce": (1.0, cross_entropy(logits_BTV, next_tokens(batch["labels"]), counts.answer_tokens))}
+        targets_BT = next_tokens(batch["labels"])
+        compute = partial(head_cross_entropy, targets_BP=targets_BT, num_items=counts.answer_tokens)
+        with instead_of_logits(self.student, compute):
+            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        return {"ce": (1.0, output.logits)}
 
 
 def pretrain(
@@ -49,7 +61,7 @@ def pretrain(
     """
     callbacks = [HealthLog(run_dir / "health.jsonl", stage, health_steps)] if health_steps else []
     trainer = StageTrainer(
-        objective=NextToken(),
+        objective=NextToken(model),
         stage=stage,
         run_dir=run_dir,
         stream=stream,

@@ -3,10 +3,10 @@
     Y = X + SubLN(concat(heads)) W_o          X' = Y + SubLN((Y W_up) * act(Y W_gate)) W_down
 
 Each of the seven projections of a decoder layer becomes a BitLinear, and an extra RMSNorm (SubLN) stands before o_proj and
-down_proj (the paper's two, `norms="two"`) or before all seven (the authors' code, `norms="all"`). Everything else, the
-LM head, embeddings, the model's own norms and biases, stays as it is. The config remembers the surgery, so that a saved
-student is loaded by building, converting, and then filling it strictly: `from_pretrained` alone would drop the SubLN
-gains with a mere warning.
+down_proj (the paper's two, `norms="two"`) or before all seven (the authors' code, `norms="all"`). The MLP around three of
+them becomes a GatedMLP: the same computation, which a GPU may fuse. Everything else, the LM head, embeddings, the model's
+own norms and biases, stays as it is. The config remembers the surgery, so that a saved student is loaded by building,
+converting, and then filling it strictly: `from_pretrained` alone would drop the SubLN gains with a mere warning.
 
 Source: BitNet Distillation, arXiv 2510.13998, section 3.1.
 """
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill.errors import UserError
-from bitdistill.layers import BitLinear, SubLN, bit_linears
+from bitdistill.layers import BitLinear, GatedMLP, SubLN, bit_linears
 from bitdistill.models import check_family
+from bitdistill.sharing import Siblings
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # given the same tensor by every family
 SUBLN_BEFORE = {"two": ("o_proj", "down_proj"), "all": PROJECTIONS, "none": ()}
 FORMAT_VERSION = 1
 
@@ -89,6 +91,10 @@ def refine(
         biases += linear.bias is not None
         model.set_submodule(name, BitLinear(linear, subln))
         converted.append(linear)
+    _introduce_siblings(model)
+    activation = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
+    for name in [name for name, module in model.named_modules() if hasattr(module, "down_proj")]:
+        model.set_submodule(name, GatedMLP(model.get_submodule(name), activation))
     expected = model.config.num_hidden_layers * len(PROJECTIONS)
     assert len(converted) == expected, f"expected {expected} projections in the decoder, found {len(converted)}"
     model.config.bitdistill = {"format_version": FORMAT_VERSION, "norms": norms, "subln_eps": eps}
@@ -100,6 +106,18 @@ def refine(
         ternary_weights=sum(_numel(linear.weight) for linear in converted),
         parameters=sum(_numel(parameter) for parameter in model.parameters()),
     )
+
+
+def _introduce_siblings(model: nn.Module) -> None:
+    """Tells the layers that read the same tensor of each other, where nothing else (SubLN, bias) tells them apart."""
+    for parent in model.modules():
+        for names in SIBLINGS:
+            layers = [getattr(parent, name, None) for name in names]
+            alike = all(isinstance(layer, BitLinear) and layer.subln is None for layer in layers)
+            if alike and len({layer.bias is None for layer in layers}) == 1:
+                siblings = Siblings(layers)
+                for layer in layers:
+                    layer.siblings = siblings
 
 
 def _numel(parameter: Tensor) -> int:

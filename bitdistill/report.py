@@ -53,6 +53,8 @@ PROOF = {  # what export/parity.py measured, in words
     "noise_same_top1": "the same share between these two",
     "embedding_mean_kl": "KL that the low-bit embedding of the file costs, nats a token",
     "embedding_same_top1": "share of tokens on which it changes nothing in first place",
+    "kv_bf16_mean_kl": "KL that a KV cache in bf16 (the runtime's default) costs, nats a token",
+    "kv_int8_mean_kl": "KL that a KV cache in int8 costs, nats a token",
 }
 NONE = "\N{EN DASH}"
 NOT_RUN = "not run"

@@ -1,53 +1,66 @@
 """CPU inference from a packed student file: numpy, Numba and `tokenizers`; neither torch nor transformers is imported.
 
-    ids -> embedding -> per layer: norm, q k v, RoPE, KV cache, attention, o; norm, gate up, act, down -> norm -> head
+    text -> ids -> slots of the KV cache, steps of many rows -> `Decoder` -> logits -> `Sampler` -> ids -> text
 
-Each projection is ``acc * (act_scale * weight_scale) + bias`` with exact integers ``acc``, as in kernels/reference.py.
-All else is fp32, as transformers computes it. One sequence at a time; prompts go through in pieces of PREFILL_TOKENS.
+The mathematics are kernels/cpu/decoder.py's, how requests share its steps is batching.py's, and slots.py knows what the
+KV cache holds already. Logits do not depend on what else is in a step, so an answer is the same alone and in company.
 
-A first version, plain: base-3 files are repacked to 2 bits when they are opened, and the LM head is kept as fp32 for
-BLAS. `resident_bytes` says what that costs.
-Shape suffixes: T new positions, S cached positions, H heads, K key/value heads, G heads a key/value head, D head width.
+The file is used from its memory map as it lies; nothing is unpacked or copied (`resident_bytes` counts what is).
 """
 
+import contextlib
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
+from bitdistill.batching import Request, Stats, run
 from bitdistill.errors import UserError
+from bitdistill.export.compiled import decoder_model
 from bitdistill.export.packed import PackedModel, read_packed
-from bitdistill.kernels.cpu_matmul import pack_2bit, quantize_activation, ternary_accumulate
+from bitdistill.kernels.cpu.compilation import watch_compilation
+from bitdistill.kernels.cpu.decoder import Decoder, KVCache
+from bitdistill.sampling import Sampler, Sampling
+from bitdistill.slots import Slots
+from bitdistill.text_stream import TextStream
 
-PREFILL_TOKENS = 256  # bounds the attention scores of a long prompt: heads x 256 x positions floats
+KV_CACHES = ("bf16", "fp32", "int8")
+MAX_SLOTS = 16
+MIN_CAPACITY = 256  # positions of a KV cache at least; powers of two from there, for huge pages make all of it resident
 
 
+@dataclass
+class Answer:
+    """One finished sequence. `stopped_by`: "eos" | "length" | "context" | "stop"."""
+
+    index: int  # of its prompt
+    token_ids: list[int]
+    text: str | None  # None where the file has no tokenizer
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the KV cache
+    stopped_by: str
+
+
+@dataclass
 class Cache:
-    """Keys (after norm and RoPE) and values of the positions so far: float32 (layers, K, capacity, D)."""
+    """The KV cache of one sequence that the caller feeds by hand, through `Runtime.logits`."""
 
-    def __init__(self, layers: int, heads: int, head_dim: int, capacity: int):
-        self.keys = np.empty((layers, heads, capacity, head_dim), np.float32)
-        self.values = np.empty_like(self.keys)
-        self.capacity = capacity
-        self.length = 0
+    keys_values: KVCache
+    length: int = 0  # positions in it
 
+    @property
+    def capacity(self) -> int:
+        return self.keys_values.capacity
 
-@dataclass(frozen=True)
-class _Projection:
-    """A ternary linear, ready to run."""
-
-    packed: np.ndarray  # uint8 (O, ceil(I / 4))
-    weight_scale: np.float32
-    bias: np.ndarray | None
-    subln: np.ndarray | None
-    subln_eps: float | None
+    @property
+    def nbytes(self) -> int:
+        return self.keys_values.nbytes
 
 
 class Runtime:
@@ -55,52 +68,77 @@ class Runtime:
 
     Args:
         path: a file of `export.packed.write_packed`.
-        threads: of the ternary products and of BLAS; all cores that the process may use by default.
+        threads: all cores that the process may use by default.
+        kv_cache: how keys and values are kept: "bf16", "fp32" or "int8" (a scale for each position and head). What they
+            cost in KL is in export/parity.py; bf16 is the default because it does not mind the outliers in keys, either.
+        context: at most so many positions; the model's own limit by default.
 
     Attributes:
         model: the open file (`PackedModel`): config, metadata, tensors.
-        tokenizer: `tokenizers.Tokenizer`, or None when the file has none.
-        file_bytes: size of the file. resident_bytes: arrays that this object holds in memory beside the file's own
-            pages, of which it uses biases, norms, embedding rows and, in a 2-bit file, the weights.
-        stats: of the last `generate`: prompt_tokens, new_tokens, prompt_seconds, decode_seconds, stopped_by
-            ("eos" | "length" | "context" | "stop").
+        file_bytes: size of the file. weight_bytes: what a step reads of it, the packed linears and the LM head.
+        stats: `Stats` of the last call that generated or classified.
 
     Raises:
-        UserError: the file cannot be used (see `read_packed`), or threads is below 1.
+        UserError: the file cannot be used (see `read_packed`), or a setting is out of its range.
+
+    Not for several threads at once; several unfinished iterators are fine.
     """
 
-    def __init__(self, path: str | Path, threads: int | None = None):
+    def __init__(
+        self, path: str | Path, threads: int | None = None, kv_cache: str = "bf16", context: int | None = None
+    ):
         if threads is not None and threads < 1:
             raise UserError("threads", expected="at least 1", got=str(threads), do="Leave it out to use all cores.")
+        if kv_cache not in KV_CACHES:
+            raise UserError("kv_cache", expected=f"one of {', '.join(KV_CACHES)}", got=repr(kv_cache), do="Correct it.")
         self.model: PackedModel = read_packed(path)
-        self.threads = threads or _usable_cores()
-        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
-        self._blas = ThreadpoolController()
-        config, tensors = self.model.config, self.model.tensors
-        text = self.model.tokenizer_json()
-        self.tokenizer = Tokenizer.from_str(text) if text else None
+        longest = self.model.config.max_position_embeddings
+        if context is not None and not 1 <= context <= longest:
+            do = "Leave it out for the model's own context."
+            raise UserError("context", expected=f"1 to {longest:,} positions", got=f"{context:,}", do=do)
+        self.context = context or longest
+        self.kv_cache = kv_cache
+        self.threads = threads or usable_cores()
         self.file_bytes = self.model.file_bytes
-        self._head = self.model.table(config.tables()[-1])
-        self.resident_bytes = self._head.nbytes
-        self._linears: dict[str, _Projection] = {}
-        for name, linear in config.linears.items():
-            packed = pack_2bit(self.model.weight_codes(name))
-            self.resident_bytes += packed.nbytes
-            self._linears[name] = _Projection(
-                packed,
-                tensors[f"{name}.weight_scale"][()],
-                tensors.get(f"{name}.bias"),
-                tensors.get(f"{name}.subln"),
-                linear.subln_eps,
-            )
-        self.stats: dict = {}
+        self._decoder_model = decoder_model(self.model)
+        self._decoder = Decoder(self._decoder_model, self.threads)
+        self._compiled = False
+        self._logits = np.empty((0, self.model.config.vocab_size), np.float32)
+        self._slots: Slots | None = None
+        self.stats = Stats()
+        head = self._decoder_model.head
+        self.weight_bytes = head.weight.nbytes + (0 if head.scale is None else head.scale.nbytes)
+        self.weight_bytes += sum(
+            self.model.tensors[f"{name}.weight_packed"].nbytes for name in self.model.config.linears
+        )
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the runtime holds in memory beside the file's own pages, the KV cache and the tokenizer: its scratch."""
+        return self._decoder.scratch_bytes + self._logits.nbytes
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """`tokenizers.Tokenizer`, or None when the file has none. Read when it is first asked for."""
+        text = self.model.tokenizer_json()
+        return Tokenizer.from_str(text) if text else None
 
     # --- tokens -> logits ---------------------------------------------------------------------------------------------
 
     def new_cache(self, capacity: int) -> Cache:
-        """An empty KV cache for `capacity` positions: 8 * layers * K * D bytes each."""
-        config = self.model.config
-        return Cache(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, capacity)
+        """An empty KV cache for `capacity` positions of one sequence, for `logits`."""
+        return Cache(self._keys_values(1, capacity))
+
+    def _keys_values(self, slots: int, capacity: int) -> KVCache:
+        try:
+            return KVCache(self._decoder_model, slots, capacity, self.kv_cache)
+        except MemoryError as error:
+            raise UserError(
+                "context",
+                expected="a KV cache that fits into memory",
+                got=f"{slots} x {capacity:,} positions ({error})",
+                do='Give a smaller context, fewer slots, or kv_cache "int8".',
+            ) from error
 
     def logits(self, input_ids: Sequence[int], last_only: bool = False, cache: Cache | None = None) -> np.ndarray:
         """Next-token logits.
@@ -113,193 +151,117 @@ class Runtime:
         Returns: float32 (T, V), or (1, V) for last_only.
 
         Raises:
-            UserError: no ids, an id outside the vocabulary, or more positions than the model's context (or the cache).
+            UserError: no ids, an id outside the vocabulary, or more positions than the context (or the cache).
         """
         ids = self._checked_ids(input_ids)
-        if cache is None:
+        if cache is None and len(ids) <= self.context:
             cache = self.new_cache(len(ids))
-        limit = min(cache.capacity, self.model.config.max_position_embeddings)
-        if cache.length + len(ids) > limit:
+        limit = self.context if cache is None else min(cache.capacity, self.context)
+        first = 0 if cache is None else cache.length
+        if first + len(ids) > limit:
             raise UserError(
-                "prompt", expected=f"at most {limit} tokens", got=str(cache.length + len(ids)), do="Shorten the text."
+                "prompt", expected=f"at most {limit} tokens", got=str(first + len(ids)), do="Shorten the text."
             )
-        rows = []
-        with self._blas.limit(limits=self.threads, user_api="blas"):
-            for start in range(0, len(ids), PREFILL_TOKENS):
-                piece = ids[start : start + PREFILL_TOKENS]
-                hidden = self._decode(piece, cache)
-                if last_only and start + PREFILL_TOKENS < len(ids):
-                    continue
-                hidden = self._norm("model.norm", hidden[-1:] if last_only else hidden)
-                rows.append(hidden @ self._head.T)
-        return rows[0] if len(rows) == 1 else np.concatenate(rows)
-
-    def _checked_ids(self, input_ids: Sequence[int]) -> np.ndarray:
-        ids = np.asarray(input_ids, np.int64).reshape(-1)
-        vocabulary = self.model.config.vocab_size
-        if len(ids) == 0:
-            raise UserError("prompt", expected="at least one token", got="none", do="Give a text.")
-        if ids.min() < 0 or ids.max() >= vocabulary:
-            bad = ids[(ids < 0) | (ids >= vocabulary)][0]
-            raise UserError(
-                "prompt", expected=f"token ids below {vocabulary}", got=str(bad), do="Use this student's tokenizer."
-            )
-        return ids
-
-    def _decode(self, ids: np.ndarray, cache: Cache) -> np.ndarray:
-        """The decoder layers over T new positions: float32 (T, hidden), before the last norm."""
-        config, tensors = self.model.config, self.model.tensors
-        positions = np.arange(cache.length, cache.length + len(ids), dtype=np.float32)
-        rope = {}
-        for kind in set(config.rope):
-            angles = positions[:, None] * tensors[f"rope.{kind}.inv_freq"]
-            scaling = tensors[f"rope.{kind}.attention_scaling"]
-            rope[kind] = (np.cos(angles) * scaling, np.sin(angles) * scaling)
-        x = self.model.table("model.embed_tokens", ids) * np.float32(config.embedding_scale)
-        gemma = config.model_type == "gemma3_text"  # its two further norms stand behind attention and MLP
-        for index in range(config.num_hidden_layers):
-            layer = f"model.layers.{index}"
-            y = self._attention(
-                layer, index, self._norm(f"{layer}.input_layernorm", x), rope[config.rope[index]], cache
-            )
-            if gemma:
-                y = self._norm(f"{layer}.post_attention_layernorm", y)
-            x = x + y
-            before_mlp = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
-            y = self._mlp(f"{layer}.mlp", self._norm(f"{layer}.{before_mlp}", x))
-            if gemma:
-                y = self._norm(f"{layer}.post_feedforward_layernorm", y)
-            x = x + y
+        wanted = [len(ids) - 1] if last_only else None
+        positions = range(first, first + len(ids))
+        logits = self._forward(ids, [0] * len(ids), positions, cache.keys_values, wanted, fresh=True)
         cache.length += len(ids)
-        return x
+        return logits
 
-    def _attention(self, layer: str, index: int, x: np.ndarray, rope: tuple, cache: Cache) -> np.ndarray:
-        config = self.model.config
-        tokens, kv_heads, width = len(x), config.num_key_value_heads, config.head_dim
-        q, k, v = self._project(x, [f"{layer}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")])
-        q_THD, k_TKD, v_TKD = (y.reshape(tokens, -1, width) for y in (q, k, v))
-        if f"{layer}.self_attn.q_norm" in config.norms:
-            q_THD = self._norm(f"{layer}.self_attn.q_norm", q_THD)
-            k_TKD = self._norm(f"{layer}.self_attn.k_norm", k_TKD)
-        first, end = cache.length, cache.length + tokens
-        cache.keys[index, :, first:end] = _rotate(k_TKD, *rope).transpose(1, 0, 2)
-        cache.values[index, :, first:end] = v_TKD.transpose(1, 0, 2)
+    def classify(
+        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], progress: Callable = iter
+    ) -> np.ndarray:
+        """How likely each label is after each prompt: ``sum_t log p(label_t | prompt, label_<t)``.
 
-        window = config.window[index]
-        oldest = 0 if window is None else max(0, first - window + 1)
-        keys_KSD, values_KSD = cache.keys[index, :, oldest:end], cache.values[index, :, oldest:end]
-        # heads of one key/value head are neighbours: (T, K, G, D) -> (K, G * T, D)
-        q_KQD = _rotate(q_THD, *rope).reshape(tokens, kv_heads, -1, width).transpose(1, 2, 0, 3)
-        groups = q_KQD.shape[1]
-        scores = q_KQD.reshape(kv_heads, groups * tokens, width) @ keys_KSD.transpose(0, 2, 1)
-        scores = scores.reshape(kv_heads, groups, tokens, end - oldest) * np.float32(config.attention_scale)
-        if tokens > 1:
-            age = np.arange(first, end)[:, None] - np.arange(oldest, end)  # (T, S); the future is negative
-            hidden = age < 0 if window is None else (age < 0) | (age >= window)
-            scores = np.where(hidden, np.float32(-np.inf), scores)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        mixed = weights.reshape(kv_heads, groups * tokens, -1) @ values_KSD
-        mixed = mixed.reshape(kv_heads, groups, tokens, width).transpose(2, 0, 1, 3).reshape(tokens, -1)
-        return self._project(mixed, [f"{layer}.self_attn.o_proj"])[0]
+        One pass for a prompt, plus its labels' tokens but the last where they have several. Prompts are taken in the
+        order of their ids, so that each computes only what it does not share with the one before.
 
-    def _mlp(self, mlp: str, x: np.ndarray) -> np.ndarray:
-        gate, up = self._project(x, [f"{mlp}.gate_proj", f"{mlp}.up_proj"])
-        act = _silu if self.model.config.activation == "silu" else _gelu_tanh
-        return self._project(act(gate) * up, [f"{mlp}.down_proj"])[0]
+        Args:
+            prompts: N token lists. labels: L token lists.
+            progress: wraps the iteration over prompts, such as tqdm.
 
-    def _project(self, x: np.ndarray, names: list[str]) -> list[np.ndarray]:
-        """One x (T, I) through several BitLinears: float32 (T, O) each. Those without SubLN share the int8 codes."""
-        outputs, shared = [], None
-        for name in names:
-            linear = self._linears[name]
-            if linear.subln is not None:
-                outputs.append(self.quantized_product(name, rms_norm(x, linear.subln, linear.subln_eps)))
-            else:
-                shared = shared or quantize_activation(x)
-                outputs.append(self._product(linear, *shared))
-        return outputs
+        Returns: log-likelihoods float64 (N, L), natural logarithm.
 
-    def quantized_product(self, name: str, x: np.ndarray) -> np.ndarray:
-        """One BitLinear behind its SubLN: float32 (T, I) -> (T, O). Bit for bit `reference.bit_linear` on a CPU."""
-        return self._product(self._linears[name], *quantize_activation(x))
+        Raises:
+            UserError: an empty prompt or label, an id outside the vocabulary, or a prompt that does not fit with a label.
+        """
+        labels = [self._checked_ids(label, "label") for label in labels]
+        prompts = [self._checked_prompt(ids, self.context + 1 - max(map(len, labels), default=1)) for ids in prompts]
+        likelihoods = np.zeros((len(prompts), len(labels)))
+        if likelihoods.size == 0:
+            return likelihoods
+        longest = max(map(len, prompts)) + max(map(len, labels)) - 1
+        slots = self._slots_for(1, longest)
+        stats = self.stats = Stats(weight_bytes=self.weight_bytes)
+        openings = sorted({tuple(label[:-1]) for label in labels if len(label) > 1})
+        started = time.perf_counter()
+        for index in progress(sorted(range(len(prompts)), key=lambda i: prompts[i])):
+            ids = prompts[index]
+            slot = slots.take(ids)
+            try:
+                known = len(slots.ids[slot])
+                first = self._feed(slots, slot, ids[known:], last_only=True)
+                slots.ids[slot] = list(ids)
+                after = {(): log_softmax(first)}
+                for opening in openings:  # each from the end of the prompt again: the one before is overwritten
+                    rows = self._feed(slots, slot, opening, last_only=False)
+                    after[opening] = np.concatenate([after[()], log_softmax(rows)])
+            finally:
+                slots.give_back(slot)
+            for column, label in enumerate(labels):
+                likelihoods[index, column] = after[tuple(label[:-1])][np.arange(len(label)), label].sum()
+            stats.prompt_tokens += len(ids)
+            stats.cached_tokens += known
+        stats.prompt_seconds = time.perf_counter() - started
+        return likelihoods
 
-    def _product(self, linear: _Projection, act_codes: np.ndarray, act_scale: np.ndarray) -> np.ndarray:
-        acc = ternary_accumulate(act_codes, linear.packed, self._pool, self.threads)
-        y = acc.astype(np.float32) * (act_scale * linear.weight_scale)
-        return y if linear.bias is None else y + linear.bias
+    def _forward(self, ids, slots, positions, cache: KVCache, wanted: list[int] | None, fresh: bool = False):
+        """`Decoder.forward`, into memory that the next call overwrites unless it is to be `fresh`: 600 KB for every token
+        would cost their page faults. The first call says so when it has to be compiled."""
+        rows, out = len(ids) if wanted is None else len(wanted), None
+        if not fresh:
+            if len(self._logits) < rows:
+                self._logits = np.empty((rows, self.model.config.vocab_size), np.float32)
+            out = self._logits[:rows]
+        with contextlib.nullcontext() if self._compiled else watch_compilation(_say_compiling):
+            logits = self._decoder.forward(ids, slots, positions, cache, wanted, out=out)
+        self._compiled = True
+        return logits
 
-    def _norm(self, name: str, x: np.ndarray) -> np.ndarray:
-        return rms_norm(x, self.model.tensors[f"{name}.gain"], self.model.config.rms_norm_eps)
+    def _feed(self, slots: Slots, slot: int, ids: Sequence[int], last_only: bool) -> np.ndarray:
+        """Logits of ids that follow what is in a slot; `slots.ids` is left to the caller."""
+        first, rows = len(slots.ids[slot]), len(ids)
+        wanted = [rows - 1] if last_only else None
+        return self._forward(ids, [slot] * rows, range(first, first + rows), slots.cache, wanted)
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate_ids(
-        self,
-        prompt_ids: Sequence[int],
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        seed: int = 0,
+        self, prompt_ids: Sequence[int], max_new_tokens: int = 128, sampling: Sampling | None = None
     ) -> Iterator[int]:
         """Continues a prompt, token by token; an end-of-text token ends it and is not yielded.
 
         Args:
             prompt_ids: token ids.
-            max_new_tokens: upper bound; the model's context is another (then stats["stopped_by"] is "context").
-            temperature: 0 takes the most likely token; else samples from softmax(logits / temperature).
-            top_k: sample among the k most likely only; None takes all.
-            seed: of the sampling.
+            max_new_tokens: upper bound; the context is another (then `stats.stopped_by` is "context").
+            sampling: how tokens are chosen; greedy by default.
 
         Raises:
             UserError: a prompt longer than the context, or settings out of range.
         """
-        if temperature < 0:
-            raise UserError("temperature", expected="0 or more", got=str(temperature), do="0 is greedy.")
-        if top_k is not None and top_k < 1:
-            raise UserError("top_k", expected="at least 1", got=str(top_k), do="Leave it out to sample from all.")
-        if max_new_tokens < 1:
-            raise UserError("max_new_tokens", expected="at least 1", got=str(max_new_tokens), do="Correct it.")
-        prompt_ids = self._checked_ids(prompt_ids)
-        context = self.model.config.max_position_embeddings
-        if len(prompt_ids) > context:
-            raise UserError(
-                "prompt", expected=f"at most {context} tokens", got=str(len(prompt_ids)), do="Shorten the text."
-            )
-        rng = np.random.default_rng(seed)
-        cache = self.new_cache(min(context, len(prompt_ids) + max_new_tokens))
-        stats = {"prompt_tokens": len(prompt_ids), "new_tokens": 0, "decode_seconds": 0.0, "stopped_by": "length"}
-        self.stats = stats
-        start = time.perf_counter()
-        logits = self.logits(prompt_ids, last_only=True, cache=cache)[0]
-        stats["prompt_seconds"] = time.perf_counter() - start
-        while True:
-            token = _choose(logits, temperature, top_k, rng)
-            if token in self.model.config.eos_token_ids:
-                stats["stopped_by"] = "eos"
-                return
-            stats["new_tokens"] += 1
-            yield token
-            if stats["new_tokens"] == max_new_tokens:
-                return
-            if cache.length == context:
-                stats["stopped_by"] = "context"
-                return
-            start = time.perf_counter()
-            logits = self.logits([token], cache=cache)[0]
-            stats["decode_seconds"] += time.perf_counter() - start
+        request = self._request(0, prompt_ids, max_new_tokens, sampling or Sampling())
+        for _, token in self._run([request], 1):
+            if token is not None:
+                yield token
 
     def generate(
         self,
         prompt: str | Sequence[int],
         max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        seed: int = 0,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
-        """As `generate_ids`, in pieces of text. A piece ends with a whole character: bytes of a character that is not
-        complete yet are held back, and so is text that may turn out to be the beginning of a stop string.
+        """As `generate_ids`, in pieces of text: whole characters, nothing of a stop string (see text_stream.py).
 
         Args:
             prompt: text (encoded with the tokenizer's special tokens) or token ids.
@@ -308,6 +270,133 @@ class Runtime:
         Raises:
             UserError: as `generate_ids`, or the file has no tokenizer.
         """
+        tokenizer = self._needed_tokenizer()
+        request = self._request(0, self._encoded(prompt), max_new_tokens, sampling or Sampling())
+        stream = TextStream(tokenizer, request.ids, _words(stop))
+        for _, token in self._run([request], 1):
+            piece = stream.finish() if token is None else stream.feed(token)
+            if stream.stopped:
+                request.stopped_by = "stop"
+            if piece:
+                yield piece
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        slots: int = 8,
+    ) -> Iterator[Answer]:
+        """Continues many prompts, `slots` at a time; as one ends the next one joins. Answers come as they are finished.
+
+        Each is what `generate_ids` gives alone, with the seed ``sampling.seed + index``.
+
+        Args:
+            prompts: texts or token ids. slots: 1 to 16; each takes memory for its part of the KV cache.
+            max_new_tokens, sampling, stop: as in `generate`.
+
+        Raises:
+            UserError: as `generate`, before anything is computed; texts for a file without a tokenizer.
+        """
+        if not 1 <= slots <= MAX_SLOTS:
+            raise UserError("slots", expected=f"1 to {MAX_SLOTS}", got=str(slots), do="Correct it.")
+        sampling = sampling or Sampling()
+        requests = [
+            self._request(index, self._encoded(prompt), max_new_tokens, replace(sampling, seed=sampling.seed + index))
+            for index, prompt in enumerate(prompts)
+        ]
+        if _words(stop):
+            self._needed_tokenizer()
+        streams = [self.tokenizer and TextStream(self.tokenizer, request.ids, _words(stop)) for request in requests]
+        texts = ["" for _ in requests]
+        for request, token in self._run(requests, slots):
+            if stream := streams[request.index]:
+                texts[request.index] += stream.finish() if token is None else stream.feed(token)
+                if stream.stopped:
+                    request.stopped_by = "stop"
+            if token is None:
+                yield Answer(
+                    request.index,
+                    request.ids[request.prompt_tokens :],
+                    texts[request.index] if stream else None,
+                    request.prompt_tokens,
+                    request.cached_tokens,
+                    request.stopped_by,
+                )
+
+    def _run(self, requests: Sequence[Request], together: int) -> Iterator[tuple[Request, int | None]]:
+        """`batching.run` in slots that fit."""
+        self.stats = Stats(weight_bytes=self.weight_bytes)
+        if not requests:
+            return
+        # The last token is never fed: its keys would serve the one after it.
+        positions = max(len(request.ids) + request.max_new_tokens - 1 for request in requests)
+        slots = self._slots_for(min(together, len(requests)), min(positions, self.context))
+        eos = self.model.config.eos_token_ids
+        try:
+            yield from run(self._forward, slots, requests, together, self.context, eos, self.stats)
+        finally:
+            self.stats.resident_bytes = self.resident_bytes
+
+    def _slots_for(self, count: int, positions: int) -> Slots:
+        """Slots with room for `count` more sequences of `positions`: those at hand, or a larger cache that remembers what
+        they hold. An unfinished iterator goes on in its own."""
+        if self._slots is None or not self._slots.fits(count, positions):
+            capacity = min(self.context, max(MIN_CAPACITY, 1 << (positions - 1).bit_length()))
+            larger = Slots(self._keys_values(count, capacity), self.model.config.window)
+            if self._slots is not None:
+                larger.remember(self._slots)
+            self._slots = larger
+        return self._slots
+
+    def profile(self, context: int, repeats: int = 20) -> dict[str, float]:
+        """Seconds by part (`Decoder.profile`) of a decoding step behind `context` positions: the fastest of some repeats."""
+        cache = self.new_cache(context + 1)
+        if context:
+            self.logits([0] * context, last_only=True, cache=cache)
+        step = ([0], [0], [context], cache.keys_values)
+        return min((self._decoder.profile(*step) for _ in range(repeats)), key=lambda parts: sum(parts.values()))
+
+    def close(self) -> None:
+        """Ends the decoder's threads and drops the KV cache. Garbage collection does it, too."""
+        self._decoder.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops the KV cache and what it remembers of earlier prompts."""
+        self._slots = None
+
+    # --- checks -------------------------------------------------------------------------------------------------------
+
+    def _request(self, index: int, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Request:
+        if max_new_tokens < 1:
+            raise UserError("max_new_tokens", expected="at least 1", got=str(max_new_tokens), do="Correct it.")
+        ids = self._checked_prompt(prompt_ids, self.context)
+        sampler = Sampler(sampling, ids, self.model.config.vocab_size)
+        return Request(index, ids, max_new_tokens, sampler, prompt_tokens=len(ids))
+
+    def _checked_prompt(self, prompt_ids: Sequence[int], limit: int) -> list[int]:
+        ids = self._checked_ids(prompt_ids)
+        if len(ids) > limit:
+            raise UserError("prompt", expected=f"at most {limit} tokens", got=str(len(ids)), do="Shorten the text.")
+        return ids
+
+    def _checked_ids(self, input_ids: Sequence[int], field: str = "prompt") -> list[int]:
+        ids = np.asarray(input_ids, np.int64).reshape(-1)
+        vocabulary = self.model.config.vocab_size
+        if len(ids) == 0:
+            raise UserError(field, expected="at least one token", got="none", do="Give a text.")
+        bad = ids[(ids < 0) | (ids >= vocabulary)]
+        if len(bad):
+            do = "Use this student's tokenizer."
+            raise UserError(field, expected=f"token ids below {vocabulary}", got=str(bad[0]), do=do)
+        return ids.tolist()
+
+    def _encoded(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        return self._needed_tokenizer().encode(prompt).ids if isinstance(prompt, str) else prompt
+
+    def _needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise UserError(
                 "file",
@@ -315,68 +404,35 @@ class Runtime:
                 got=f"{self.model.path} without one",
                 do="Use generate_ids, or export it again with the tokenizer.",
             )
-        stop = [word for word in ([stop] if isinstance(stop, str) else stop) if word]
-        ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)
-        stream = DecodeStream(ids=ids, skip_special_tokens=True)
-        new_ids, emitted, text = [], 0, ""
-        for token in self.generate_ids(ids, max_new_tokens, temperature, top_k, seed):
-            new_ids.append(token)
-            text += stream.step(self.tokenizer, token) or ""
-            found = [text.find(word) for word in stop if word in text]
-            if found:
-                self.stats["stopped_by"] = "stop"
-                text = text[: min(found)]
-                break
-            safe = len(text) - _may_begin(text, stop)
-            if safe > emitted:
-                yield text[emitted:safe]
-                emitted = safe
-        else:
-            # What the stream still held back: bytes that never became a character read as U+FFFD.
-            whole = self.tokenizer.decode(ids + new_ids)[len(self.tokenizer.decode(ids)) :]
-            text = whole if whole.startswith(text) else text
-        if len(text) > emitted:
-            yield text[emitted:]
+        return self.tokenizer
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _say_compiling(_name: str) -> None:
+    """Once a process; some seconds of silence would look like a hang."""
+    if not _say_compiling.said:
+        print("bitdistill: compiles its CPU kernels, once on this machine ...", file=sys.stderr, flush=True)
+    _say_compiling.said = True
 
 
-def _may_begin(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins one of `stop`."""
-    lengths = [size for word in stop for size in range(1, len(word)) if text.endswith(word[:size])]
-    return max(lengths, default=0)
+_say_compiling.said = False
 
 
-def _choose(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    if top_k is not None and top_k < len(scaled):
-        scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
-    weights = np.exp(scaled - scaled.max())
-    return int(rng.choice(len(weights), p=weights / weights.sum()))
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
 
 
-def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
-    """``x / sqrt(mean(x^2) + eps) * gain`` over the last dimension."""
-    return x * (np.float32(1) / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps)) * gain
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last dimension, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def _rotate(x_THD: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """RoPE as in transformers: dimension d turns with d + D/2. cos, sin: (T, D/2)."""
-    cos, sin = cos[:, None], sin[:, None]
-    half = x_THD.shape[-1] // 2
-    low, high = x_THD[..., :half], x_THD[..., half:]
-    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-
-
-def _silu(x: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
-        return x / (np.float32(1) + np.exp(-x))
-
-
-def _gelu_tanh(x: np.ndarray) -> np.ndarray:
-    inner = np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x)
-    return np.float32(0.5) * x * (np.float32(1) + np.tanh(inner))
+def _words(stop: str | Sequence[str]) -> list[str]:
+    return [stop] if isinstance(stop, str) else list(stop)

@@ -22,6 +22,8 @@ import numpy as np
 
 from bitdistill.errors import UserError
 
+DRAW_BLOCK = 1024  # tokens; a cumulative sum over a whole vocabulary takes longer than all the rest
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -159,7 +161,8 @@ def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
     total = weights.sum(dtype=np.float64)
     candidates = np.flatnonzero(weights >= (1 - p) / len(scores) * total)
     order = candidates[np.argsort(-weights[candidates], kind="stable")]
-    before = np.cumsum(weights[order], dtype=np.float64) - weights[order]  # of all likelier tokens
+    sorted_weights = weights[order].astype(np.float64)
+    before = sorted_weights.cumsum() - sorted_weights  # of all likelier tokens
     kept = order[before < p * total]
     kept = order[:1] if len(kept) == 0 else kept
     result = np.full_like(scores, -np.inf)
@@ -173,11 +176,22 @@ def keep_min_p(scores: np.ndarray, min_p: float) -> np.ndarray:
 
 
 def draw(scores: np.ndarray, uniform: float) -> int:
-    """A token of probability softmax(scores), by the inverse of the cumulative distribution.
+    """A token of probability softmax(scores), by the inverse of the cumulative distribution: first of blocks, then in one.
 
     Args:
         scores: float32 (V,), the largest finite. uniform: in [0, 1).
     """
     kept = np.flatnonzero(scores > -np.inf)
-    cumulative = np.cumsum(np.exp(scores[kept] - scores[kept].max()), dtype=np.float64)
-    return int(kept[min(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"), len(kept) - 1)])
+    if len(kept) < len(scores):  # few are left of a vocabulary
+        return int(kept[draw(scores[kept], uniform)])
+    weights = np.exp(scores - scores.max())
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), DRAW_BLOCK), dtype=np.float64).cumsum()
+    target = min(uniform * sums[-1], np.nextafter(sums[-1], 0))  # below the total even after rounding
+    # What is the first above a number has a weight: neither a block nor a token of weight 0 is found.
+    block = int(np.searchsorted(sums, target, side="right"))
+    start = block * DRAW_BLOCK
+    inside = weights[start : start + DRAW_BLOCK].astype(np.float64).cumsum()
+    place = np.searchsorted(inside, target - (sums[block - 1] if block else 0), side="right")
+    if place == len(inside):  # the two ways of adding up differ by an ulp
+        place = np.flatnonzero(weights[start : start + DRAW_BLOCK])[-1]
+    return start + int(place)

@@ -1,9 +1,9 @@
 """Scores with confidence intervals: accuracy, ROUGE, BLEU, perplexity. One way of scoring for every kind of model.
 
 * Classification: the word with the largest likelihood, ``sum_t log p(word_t | prompt, word_<t)``, wins; ties go to the
-  first. ``classify`` asks for logits through one small function, so that a torch model (``torch_logits``) and the
-  packed CPU runtime (``runtime_logits``) are scored by the same code. Words that differ in their last token only share
-  one forward pass: with single-token words that is one pass for a row.
+  first. ``classify`` asks for logits through one small function, such as ``torch_logits``; words that differ in their last
+  token only share one forward pass: with single-token words that is one pass for a row. The packed CPU runtime has its
+  own ``classify`` of the same meaning, which computes the common beginnings of prompts once.
 * Generation: greedy, then ROUGE (rouge-score, stemmed, F1) and BLEU (sacrebleu, 13a), in percent. For ROUGE-Lsum a
   sentence ends at a line end, or after . ! or ? before white space.
 * Intervals: Wilson for accuracy; percentile bootstrap over examples for everything else, with a fixed seed. Two
@@ -56,11 +56,6 @@ def torch_logits(model, pad_token_id: int) -> LogitsOf:
         return logits[torch.arange(len(rows))[:, None], places].float().cpu().numpy()
 
     return logits_of
-
-
-def runtime_logits(runtime) -> LogitsOf:
-    """Logits of the packed CPU runtime: its ``logits(input_ids) -> (T, V)``, row by row."""
-    return lambda rows, keep: np.stack([runtime.logits(row)[-keep:] for row in rows])
 
 
 def classify(

@@ -35,12 +35,13 @@ from bitdistill.evaluation import score_rows, scores_json
 from bitdistill.export.packed import write_packed
 from bitdistill.export.parity import prove_parity
 from bitdistill.health import weight_histograms
-from bitdistill.layers import bit_linears
+from bitdistill.layers import bit_linears, use_backward
 from bitdistill.models import load_language_model, load_tokenizer, tokenizer_settings
 from bitdistill.pretrain import pretrain
 from bitdistill.refine import calibrate_gains, load_student, refine, save_student
 from bitdistill.report import show_report
 from bitdistill.runtime import Runtime
+from bitdistill.sharing import WeightCodes
 from bitdistill.speed import full_precision_size, full_precision_speed, machine, packed_speed
 from bitdistill.stages import AFTER, RunDirectory, file_identity
 from bitdistill.tasks import encode, encode_prompts, load_rows, load_task, show_example
@@ -199,6 +200,7 @@ class Job:
             return {name: {key: value for key, value in values.items() if key not in NOT_A_RESULT}}
 
         training = {"seed": config.seed, "precision": config.precision, "max_steps_cap": config.max_steps}
+        ternary = {"bit_linear_backward": config.bit_linear_backward}
         model = {} if self.embedded else {"model": file_identity(config.model)}
         corpus = {"corpus": {"source": file_identity(self.train_side("corpus")), "column": config.corpus_column}}
         train = {"train": {"file": file_identity(self.train_side("train_file")), "max_rows": config.max_train_rows}}
@@ -212,9 +214,9 @@ class Job:
             "base": section("base") | training | corpus,
             "teacher": section("teacher") | training | model | task | train | teacher,
             "refine": section("refine") | model | (corpus if config.refine.gain == "calibrated" else {}),
-            "pretrain": section("pretrain") | training | corpus,
-            "distill": section("distill") | training | task | train | student,
-            "baseline": section("baseline") | section("distill", steps) | training | model | task | train,
+            "pretrain": section("pretrain") | training | ternary | corpus,
+            "distill": section("distill") | training | ternary | task | train | student,
+            "baseline": section("baseline") | section("distill", steps) | training | ternary | model | task | train,
             "evaluate": section("evaluate") | task | validation,
             "export": section("export"),
         }[stage]
@@ -358,6 +360,7 @@ class Job:
         """Stage 2, continued pre-training."""
         tokenizer = load_tokenizer(self.base_folder())
         model = load_student(self.directory.folder("refine"))
+        use_backward(model, self.config.bit_linear_backward)
         section = self.config.pretrain
         self._check_steps()
         self._train(
@@ -375,6 +378,7 @@ class Job:
         section = self.config.distill
         tokenizer = load_tokenizer(self.student_folder())
         model = load_student(self.student_folder())
+        use_backward(model, self.config.bit_linear_backward)
         teacher = load_teacher(
             self.directory.folder("teacher"),
             dtype=self._teacher_dtype(),
@@ -404,6 +408,7 @@ class Job:
         tokenizer = load_tokenizer(self.base_folder())
         model = load_language_model(self.base_folder())
         refine(model, norms="none")
+        use_backward(model, self.config.bit_linear_backward)
         self._train(
             "baseline",
             section,
@@ -439,7 +444,8 @@ class Job:
             model = load_language_model(folder) if stage == "teacher" else load_student(folder)
             model.to(self.device)
             tokenizer = load_tokenizer(folder)
-            scores[setting] = score_rows(model, self.task, rows, tokenizer, name=setting, **options)
+            with WeightCodes(model).still():
+                scores[setting] = score_rows(model, self.task, rows, tokenizer, name=setting, **options)
             if stage != "baseline":
                 layers = self.config.distill.relation_layers
                 if stage == "teacher":

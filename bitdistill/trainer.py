@@ -25,6 +25,7 @@ from bitdistill.distributed import launch
 from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete
 from bitdistill.errors import UserError
 from bitdistill.layers import assert_fp32_masters
+from bitdistill.sharing import WeightCodes
 
 EXTRA_STATE = "bitdistill_state.json"
 
@@ -131,6 +132,7 @@ class StageTrainer(Trainer):
         super().__init__(**kwargs)
         assert_fp32_masters(self.model)
         self.objective, self.stage, self.stream = objective, stage, stream
+        self.weight_codes = WeightCodes(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step: no division by micro-steps
         if hasattr(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = True
@@ -162,6 +164,10 @@ class StageTrainer(Trainer):
         self._steps_summed += 1
         self._tokens_summed += self._counts.tokens
         return batches, self._counts.answer_tokens
+
+    def training_step(self, *args, **kwargs):
+        with self.weight_codes.still(step=self.state.global_step):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         assert not return_outputs
@@ -313,6 +319,7 @@ def release(trainer: StageTrainer) -> None:
     engine = trainer.model_wrapped
     if hasattr(engine, "destroy"):
         engine.destroy()
+    trainer.weight_codes = None
     trainer.model = trainer.model_wrapped = trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state()

@@ -3,6 +3,8 @@
 GPU kernels run on the real device where there is one; else Triton interprets them on CPU tensors.
 """
 
+import importlib.metadata
+import importlib.util
 import os
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,6 +20,23 @@ import torch
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before anything imports one
+
+
+def _let_triton_3_6_count() -> None:
+    """Triton 3.6 interprets ``range(0, n, step)`` with an n known at run time only with numpy before 2.4: it lacks __index__."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = with_index
+
+
+if not CUDA and importlib.util.find_spec("triton") and importlib.metadata.version("triton").startswith("3.6."):
+    _let_triton_3_6_count()
 
 
 @pytest.fixture(scope="session")

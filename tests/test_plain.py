@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tiny_students import CONFIGS, prompt, student
 from transformers import AutoModelForCausalLM
 
 from bitdistill.export import plain
@@ -18,6 +17,7 @@ from bitdistill.export.parity import _unrounded
 from bitdistill.kernels import reference
 from bitdistill.layers import bit_linears
 from bitdistill.refine import refine
+from tiny_students import CONFIGS, prompt, student
 
 DATA = Path(os.environ.get("BITDISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -114,7 +114,7 @@ def test_logits_equal_transformers_where_nothing_was_rounded_apart(tmp_path, nam
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_embedding_formats(tmp_path, monkeypatch, name, embedding):
     model = student(name)
-    monkeypatch.setattr(plain, "HEAD_ROWS", 40)  # of 97, so that there is a last, smaller part
+    monkeypatch.setattr(plain, "TABLE_ROWS", 40)  # of 97, so that there is a last, smaller part
     packed = opened(tmp_path, model, embedding=embedding)
     with _unrounded(model):
         near(plain.plain_logits(packed, [prompt(12)], unrounded=True)[0], hf_logits(model, prompt(12)))

@@ -84,6 +84,17 @@ def test_mlp_is_the_papers_equation():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_mlp_computes_what_the_familys_own_code_does(family):
+    model = tiny(family)
+    before = model.model.layers[0].mlp
+    refine(model)
+    after, y = model.model.layers[0].mlp, torch.randn(3, 32)
+    assert type(after) is not type(before)
+    assert after.act_fn is before.act_fn
+    assert torch.equal(after(y), type(before).forward(after, y))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("norms", ["two", "all"])
 def test_reload_is_bit_exact_with_trained_gains(tmp_path, family, norms):
     model = tiny(family)

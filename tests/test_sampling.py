@@ -151,6 +151,24 @@ def test_draw_at_the_ends():
     assert sampling.draw(scores, np.nextafter(1.0, 0.0)) == 3
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_draw_over_several_blocks(data):
+    """Against exact integers: weights are powers of two."""
+    size = data.draw(st.sampled_from([1, 7, 8, 9, 40]))
+    powers = data.draw(st.lists(st.integers(-3, 0) | st.none(), min_size=size, max_size=size))
+    powers[data.draw(st.integers(0, size - 1))] = 0
+    scores = np.array([-np.inf if power is None else power * np.log(2.0) for power in powers], np.float32)
+    eighths = [0 if power is None else 2 ** (power + 3) for power in powers]
+    number = data.draw(st.integers(0, sum(eighths) - 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "DRAW_BLOCK", 8)
+        got = sampling.draw(scores, (number + 0.5) / sum(eighths))
+        assert got == next(i for i in range(size) if sum(eighths[: i + 1]) > number)
+        assert eighths[sampling.draw(scores, 0.0)]
+        assert eighths[sampling.draw(scores, float(np.nextafter(1.0, 0.0)))]
+
+
 def test_seeds():
     logits = np.zeros(1000, np.float32)
 

@@ -83,18 +83,6 @@ def test_no_rows():
     assert likelihoods.shape == (0, 2)
 
 
-def test_runtime_and_torch_are_scored_alike(model):
-    class Runtime:
-        def logits(self, input_ids):
-            with torch.no_grad():
-                return model.eval()(input_ids=torch.tensor([input_ids])).logits[0].numpy()
-
-    prompts, words = prompts_of([4, 9, 2]), [[5, 6], [7], [5, 8]]
-    ours = scoring.classify(scoring.runtime_logits(Runtime()), prompts, words)[1]
-    theirs = scoring.classify(scoring.torch_logits(model, 0), prompts, words)[1]
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
-
-
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_greedy_is_the_argmax_token_by_token(model, batch_size):
     prompts = prompts_of([5, 2, 9, 4, 1])

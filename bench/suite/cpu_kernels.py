@@ -25,7 +25,7 @@ class Product:
         self.codes = generator.integers(-1, 2, (rows, columns)).astype(np.int8)
         self.packed = layout.pack(self.codes, packing)
         self.act = generator.integers(-127, 128, (tokens, columns)).astype(np.int8)
-        self.product = lambda: matmul.ternary_accumulate(self.act, self.packed, rows, packing)
+        self.product = lambda: matmul.ternary_accumulate(self.act, self.packed, packing, rows)
         self.weight = torch.from_numpy(self.codes).to(torch.bfloat16)
         self.x = torch.from_numpy(self.act).to(torch.bfloat16)
         self.torch = torch

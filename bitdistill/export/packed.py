@@ -256,16 +256,7 @@ def write_packed(
     if not path.parent.is_dir():
         raise UserError("path", expected="a file in an existing folder", got=str(path), do="Create the folder first.")
     config, tensors = _collect(model, packing, embedding, tokenizer_json)
-    expected = config.expected_tensors()
-    assert {name: (tensor.dtype.type, tensor.shape) for name, tensor in tensors.items()} == expected
-    header = {"format": FORMAT, "version": str(VERSION)}
-    header["config"] = json.dumps(asdict(config))
-    header["metadata"] = json.dumps(metadata or {})
-    header["config_sha256"] = _config_checksum(header)
-    header["data_sha256"] = _data_checksum(tensors)
-    with _atomic(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
-
+    write_tensors(path, config, tensors, metadata)
     file_bytes = path.stat().st_size
     linear_bytes = sum(
         tensors[f"{name}.weight_packed"].nbytes + tensors[f"{name}.weight_scale"].nbytes for name in config.linears
@@ -285,6 +276,25 @@ def write_packed(
         "parameters": parameters,
         "model_bits_per_parameter": 8 * file_bytes / parameters,
     }
+
+
+def write_tensors(
+    path: Path, config: Config, tensors: dict[str, np.ndarray], metadata: dict[str, Any] | None = None
+) -> None:
+    """Writes the tensors that `config.expected_tensors()` names, atomically, with checksums.
+
+    Args:
+        path: the file. config, tensors, metadata: what `read_packed` gives back.
+    """
+    expected = config.expected_tensors()
+    assert {name: (tensor.dtype.type, tensor.shape) for name, tensor in tensors.items()} == expected
+    header = {"format": FORMAT, "version": str(VERSION)}
+    header["config"] = json.dumps(asdict(config))
+    header["metadata"] = json.dumps(metadata or {})
+    header["config_sha256"] = _config_checksum(header)
+    header["data_sha256"] = _data_checksum(tensors)
+    with _atomic(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
 
 
 def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) -> tuple[Config, dict[str, np.ndarray]]:

@@ -12,7 +12,7 @@ Shape suffixes: N tokens of all texts, T and S positions of one, H heads, K key/
 D head width, I in_features, O out_features, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from bitdistill.export.packed import PackedModel
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON, MAX_EXACT_IN_FEATURES
 
-HEAD_ROWS = 8192  # of the LM head are dequantised at once
+TABLE_ROWS = 8192  # of an embedding or LM head are dequantised at once
 
 
 def plain_logits(packed: PackedModel, prompts: Sequence[Sequence[int]], unrounded: bool = False) -> list[np.ndarray]:
@@ -73,8 +73,7 @@ def plain_logits(packed: PackedModel, prompts: Sequence[Sequence[int]], unrounde
         y = linear(f"{layer}.mlp.down_proj", (silu if config.activation == "silu" else gelu_tanh)(gate) * up)
         x = x + (norm(f"{layer}.post_feedforward_layernorm", y) if gemma else y)
     x = norm("model.norm", x)
-    rows = [slice(start, start + HEAD_ROWS) for start in range(0, config.vocab_size, HEAD_ROWS)]
-    logits_NV = np.concatenate([x @ packed.table(config.tables()[-1], some).T for some in rows], axis=1)
+    logits_NV = np.concatenate([x @ rows.T for _, rows in table_parts(packed, config.tables()[-1])], axis=1)
     return [logits_NV[t] for t in texts]
 
 
@@ -90,6 +89,13 @@ def plain_product(packed: PackedModel, name: str, x_NI: np.ndarray, unrounded: b
         y = acc.astype(np.float32) * (act_scale * weight_scale)
     bias = packed.tensors.get(f"{name}.bias")
     return y if bias is None else y + bias
+
+
+def table_parts(packed: PackedModel, name: str) -> Iterator[tuple[slice, np.ndarray]]:
+    """An embedding or LM head, dequantised, a part at a time: (rows, float32 (rows, hidden))."""
+    for start in range(0, packed.config.vocab_size, TABLE_ROWS):
+        rows = slice(start, start + TABLE_ROWS)
+        yield rows, packed.table(name, rows)
 
 
 def quantize_activation(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

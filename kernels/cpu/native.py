@@ -11,11 +11,10 @@ from collections.abc import Callable
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core.typing import Signature
 from numba.extending import intrinsic
-
-from bitdistill.kernels.cpu.compilation import jit
+from numba.np import arrayobj
 
 
 def native(signature: Signature, python: Callable) -> Callable:
@@ -47,42 +46,36 @@ def native(signature: Signature, python: Callable) -> Callable:
     return wrap
 
 
-@native(types.voidptr(types.int64), ctypes.c_void_p)
-def _pointer(builder, address):
-    return builder.inttoptr(address, ir.PointerType(ir.IntType(8)))
+def view_of(number: type | np.dtype, name: str) -> Callable:
+    """Makes ``name(address, count)``: the numbers or records at an address as a one-dimensional array that owns nothing."""
+    dtype = np.dtype(number)
+    if numba.config.DISABLE_JIT:
+
+        def view(address, count):
+            return np.frombuffer((ctypes.c_char * (int(count) * dtype.itemsize)).from_address(int(address)), dtype)
+
+    else:
+        array = types.Array(numba.from_dtype(dtype), 1, "C")
+
+        def view(typing_context, address, count):
+            def codegen(context, builder, signature, values):
+                result = context.make_array(array)(context, builder)
+                pointer = builder.inttoptr(values[0], result.data.type)
+                size = ir.Constant(ir.IntType(64), dtype.itemsize)
+                arrayobj.populate_array(result, pointer, [values[1]], [size], size, None)
+                return result._getvalue()
+
+            return array(types.int64, types.int64), codegen
+
+    view.__name__ = view.__qualname__ = name
+    view.__doc__ = f"The {dtype.name} (count,) at an address."
+    return view if numba.config.DISABLE_JIT else intrinsic(view)
 
 
-@jit
-def float32s(address, count):
-    """The float32 (count,) at an address."""
-    return carray(_pointer(address), count, np.float32)
-
-
-@jit
-def float16s(address, count):
-    """The float16 (count,) at an address, as uint16 bits."""
-    return carray(_pointer(address), count, np.uint16)
-
-
-@jit
-def int64s(address, count):
-    """The int64 (count,) at an address."""
-    return carray(_pointer(address), count, np.int64)
-
-
-@jit
-def int32s(address, count):
-    """The int32 (count,) at an address."""
-    return carray(_pointer(address), count, np.int32)
-
-
-@jit
-def int8s(address, count):
-    """The int8 (count,) at an address."""
-    return carray(_pointer(address), count, np.int8)
-
-
-@jit
-def uint8s(address, count):
-    """The uint8 (count,) at an address."""
-    return carray(_pointer(address), count, np.uint8)
+float32s = view_of(np.float32, "float32s")
+float16s = view_of(np.uint16, "float16s")  # as bits: Numba computes in no float16
+uint16s = view_of(np.uint16, "uint16s")
+int64s = view_of(np.int64, "int64s")
+int32s = view_of(np.int32, "int32s")
+int8s = view_of(np.int8, "int8s")
+uint8s = view_of(np.uint8, "uint8s")

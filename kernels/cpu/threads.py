@@ -8,12 +8,13 @@ atomic instructions.
     caller (thread 0)                       worker, a Python thread
     Pool.run: announce, wake the sleepers   sleeps on a condition until a call is announced
       enter(state, 0, threads, seen, ...)     enter(state, thread, threads, seen, ...)
-        open_call: begun = seen + 1             await_call: spins until begun != seen
-        step(...)  with barrier(...)            step(...)
-        end_call: barrier, ended = begun        end_call; awaits the next call for AWAKE_NANOSECONDS, then sleeps
+        begin_call: opens it                    begin_call: waits until it is open
+        the work, with barriers                 the work, with barriers
+        end_call: the last barrier              end_call; then the next begin_call, for AWAKE_NANOSECONDS
 
 A waiting thread spins with the processor's pause instruction and after SPINS of them yields to the scheduler at each
-look, so that more threads than free cores are slow but never stuck.
+look, so that more threads than free cores are slow but never stuck. With more threads than cores it yields at once:
+otherwise each join would wait for spinning threads (measured with 4 on 2 cores: 64 us, and 5 us with yielding).
 
 A call is opened inside compiled code, where no signal handler runs: after Ctrl-C it was either not begun or finished.
 A worker that fails aborts the call: every barrier raises, the caller gets the worker's exception and the threads end;
@@ -37,8 +38,9 @@ from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.native import native
 
 LINE = 128  # bytes: two cache lines, which processors fetch in pairs
-BEGUN, ENDED, ANNOUNCED, ARRIVED, EPOCH, TICKET, ABORTED, CLOSING, LINES = (LINE * word for word in range(9))  # in `state`
-SPINS = 2000  # some 50 us
+# Where the words of `state` lie, and how long it is.
+SPIN_LIMIT, BEGUN, ENDED, ANNOUNCED, ARRIVED, EPOCH, TICKET, ABORTED, CLOSING, LINES = (LINE * i for i in range(10))
+SPINS = 1000  # some 20 us
 AWAKE_NANOSECONDS = 1_000_000
 
 # --- what the processor and the system offer ---------------------------------------------------------------------------
@@ -136,9 +138,9 @@ def _i32(value):
 
 
 @jit
-def _relax(looks):
+def _relax(state, looks):
     """One turn of a spin loop that has looked `looks` times."""
-    if looks < SPINS:
+    if looks < atomic_load(state + SPIN_LIMIT):
         pause()
     else:
         yield_processor()
@@ -163,11 +165,11 @@ def barrier(state, threads):
         atomic_store(state + TICKET, 0)
         atomic_store(state + EPOCH, epoch + 1)
         return
-    looks = 0
+    looks = np.int64(0)
     while atomic_load(state + EPOCH) == epoch:
         if atomic_load(state + ABORTED) != 0:
             raise RuntimeError("another thread of this call failed")
-        looks = _relax(looks)
+        looks = _relax(state, looks)
 
 
 @jit
@@ -177,34 +179,34 @@ def next_ticket(state):
 
 
 @jit
-def open_call(state, seen):
-    """Thread 0: lets the workers into call number ``seen + 1``."""
-    atomic_store(state + BEGUN, seen + 1)
+def begin_call(state, thread, threads, seen):
+    """Lets a thread into the call after number `seen`: thread 0 opens it, the others wait for it.
 
-
-@jit
-def end_call(state, thread, threads, seen):
-    """The last barrier of a call."""
-    barrier(state, threads)
-    if thread == 0:
-        atomic_store(state + ENDED, seen + 1)
-
-
-@jit
-def await_call(state, seen):
-    """A worker: waits for the call after number `seen`.
-
-    Returns: True when it is open; False when it did not come in time or the pool closes: time to sleep.
+    Returns: True; False to a worker for which no call came in time, or whose pool closes: it should go to sleep.
     """
-    looks = 0
+    if threads == 1:
+        return True
+    if thread == 0:
+        atomic_store(state + BEGUN, seen + 1)
+        return True
+    looks = np.int64(0)
     start = nanoseconds()
     while atomic_load(state + BEGUN) == seen:
         if atomic_load(state + CLOSING) + atomic_load(state + ABORTED) != 0:
             return False
         if looks % 64 == 63 and atomic_load(state + ANNOUNCED) == seen and nanoseconds() - start > AWAKE_NANOSECONDS:
             return False
-        looks = _relax(looks)
+        looks = _relax(state, looks)
     return True
+
+
+@jit
+def end_call(state, thread, threads, seen):
+    """The last barrier of a call. Returns ``seen + 1``."""
+    barrier(state, threads)
+    if thread == 0 and threads > 1:
+        atomic_store(state + ENDED, seen + 1)
+    return seen + 1
 
 
 # --- the pool ----------------------------------------------------------------------------------------------------------
@@ -213,11 +215,13 @@ def await_call(state, seen):
 class _Shared:
     """What the caller and the workers share. Workers hold this and not the Pool, so that the Pool can be collected."""
 
-    def __init__(self, threads: int, enter: Callable, args: tuple):
-        self.threads, self.enter, self.args = threads, enter, args
+    def __init__(self, threads: int, enter: Callable, args: tuple, keep: object):
+        self.threads, self.enter, self.args, self.keep = threads, enter, args, keep
         self.process = os.getpid()
         self.words = np.zeros((LINES + LINE) // 8, np.int64)
         self.state = self.words.ctypes.data + -self.words.ctypes.data % LINE
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        _py_store(self.state + SPIN_LIMIT, SPINS if threads <= cores else 0)
         self.condition = threading.Condition()
         self.error: BaseException | None = None
         self.workers = [
@@ -246,7 +250,7 @@ def _work(shared: _Shared, thread: int) -> None:
             return
         try:
             seen = shared.enter(shared.state, thread, shared.threads, seen, *shared.args)
-        except BaseException as error:  # noqa: BLE001  handed to the caller, whatever it is
+        except BaseException as error:  # handed to the caller, whatever it is
             shared.error = shared.error or error
             _py_store(shared.state + ABORTED, 1)
             return
@@ -257,15 +261,22 @@ class Pool:
 
     Args:
         threads: 2 or more, the caller included.
-        enter: compiled with nogil: ``enter(state, thread, threads, seen, *args) -> seen``. Thread 0 opens the call
-            (`open_call`), does its part, ends the call (`end_call`) and returns ``seen + 1``; the other threads do
-            and end theirs for every call that `await_call` gives them.
-        args: the same for all calls; what changes from call to call is written into arrays among them.
+        enter: compiled with nogil: ``enter(state, thread, threads, seen, *args) -> seen``, of this form::
+
+                while begin_call(state, thread, threads, seen):
+                    ...                                           what this thread does, with `barrier`s
+                    seen = end_call(state, thread, threads, seen)
+                    if thread == 0:
+                        break
+                return seen
+
+        args: numbers, the same for all calls: what changes is written into memory whose address they are.
+        keep: whatever owns that memory; it lives as long as the threads.
     """
 
-    def __init__(self, threads: int, enter: Callable, args: tuple):
+    def __init__(self, threads: int, enter: Callable, args: tuple, keep: object = None):
         assert threads > 1, threads
-        self._make = (threads, enter, args)
+        self._make = (threads, enter, args, keep)
         self._shared: _Shared | None = None
 
     def run(self) -> None:
@@ -285,9 +296,10 @@ class Pool:
             if begun == ended:  # interrupted before its beginning or after its end
                 _py_store(shared.state + ANNOUNCED, begun)
                 raise
+            shared.error = shared.error or error  # the first: others only say that another thread failed
             _py_store(shared.state + ABORTED, 1)
             self.close()
-            raise shared.error or error from None
+            raise shared.error from None
 
     def _started(self) -> _Shared:
         if self._shared is None or self._shared.process != os.getpid():

@@ -1,0 +1,1 @@
+"""Compiled kernels for processors: Numba only, no compiler needed. Inert: import the modules."""

@@ -1,0 +1,257 @@
+"""Grouped-query attention over the KV cache: one pass with online softmax, fp32 arithmetic, a cache of fp32, bf16 or int8.
+
+    s_p = attention_scale * q . k_p      out = sum_p e^(s_p - m) v_p / sum_p e^(s_p - m)      over the positions p of a row
+
+Layout of the cache, per layer, slot and key/value head ("head" below; D head width, E = D padded to 16):
+
+    keys     (capacity / 16, D, 16)   a lane is a position: 16 scores at once with no sum across lanes
+    values   (capacity, E)            a lane is a dimension
+    scales   (capacity,), for keys and for values; int8 only: key = code * scale, scale = max|k| / 127 of that position
+
+Positions are visited in chunks of CHUNK that begin at multiples of CHUNK; a position that a row may not see has weight 0
+and leaves its sums as they are. So a row's result depends on nothing but its own position, window and sequence: neither
+on which rows are worked on together nor on the threads. Rows of one prompt are worked on in tiles: the query heads of up
+to TILE_ROWS rows of one sequence meet each chunk of keys and values while it is in the first-level cache, two queries at a
+time in registers.
+"""
+
+import numpy as np
+
+from bitdistill.kernels.cpu.compilation import jit
+from bitdistill.kernels.cpu.elementwise import ROW, padded
+from bitdistill.kernels.cpu.floats import (
+    LANES,
+    add,
+    between,
+    divide,
+    exp,
+    largest,
+    largest_magnitude,
+    load,
+    load_bf16,
+    load_int8,
+    maximum,
+    maximum_magnitude,
+    multiply,
+    multiply_add,
+    splat,
+    store,
+    store_bf16,
+    store_codes,
+    subtract,
+    total,
+)
+from bitdistill.kernels.cpu.native import float32s, int8s, uint16s
+from bitdistill.kernels.cpu.vector import prefetch
+from bitdistill.kernels.numerics import ACT_MAX, EPSILON
+
+FP32, BF16, INT8 = range(3)
+BYTES = (4, 2, 1)  # of a cached number
+CHUNK = 32  # positions: two vectors of scores
+TILE_QUERIES = 16  # rows of a tile x query heads of a key/value head, but at least one row
+_NONE_YET = np.float32(-3e38)  # the running maximum before any score: e^(-inf - it) is 0, not NaN
+
+
+@jit
+def tile_rows(heads_per_group):
+    """Rows of one sequence that are worked on together."""
+    return max(1, TILE_QUERIES // heads_per_group)
+
+
+@jit
+def attention_scratch_floats(heads_per_group, head_dim):
+    """Floats of private memory that `attend` needs: queries, sums, totals and maxima of a tile, and two chunks of weights."""
+    queries = tile_rows(heads_per_group) * heads_per_group
+    return queries * (2 * padded(head_dim) + 2 * LANES) + 2 * CHUNK + padded(head_dim)
+
+
+@jit
+def _element_bytes(dtype):
+    if dtype == FP32:
+        return 4
+    return 2 if dtype == BF16 else 1
+
+
+@jit
+def write_position(cache, head, position, key, value, head_dim, scratch):
+    """Stores one position's key (after norm and RoPE) and value.
+
+    Args:
+        cache: record with the addresses keys, values, key_scales, value_scales, and dtype, capacity.
+        head: ``(layer * slots + slot) * key/value heads + head``.
+        key, value: addresses of float32 (head_dim,), padded with zeros to a multiple of 16.
+        scratch: address of padded(head_dim) floats.
+
+    Numerics: bf16 rounded half to even; int8 as `quantize_activation` does it.
+    """
+    dtype, capacity, width = cache["dtype"], cache["capacity"], padded(head_dim)
+    number = _element_bytes(dtype)
+    keys = cache["keys"] + number * (head * capacity + position // LANES * LANES) * head_dim
+    values = cache["values"] + number * (head * capacity + position) * width
+    lane = position % LANES
+    if dtype == FP32:
+        column, row = float32s(keys, head_dim * LANES), float32s(key, head_dim)
+        for d in range(head_dim):
+            column[d * LANES + lane] = row[d]
+        for at in range(0, 4 * width, ROW):
+            store(values + at, load(value + at))
+    elif dtype == BF16:
+        for at in range(0, width, LANES):
+            store_bf16(scratch + 2 * at, load(key + 4 * at))
+            store_bf16(values + 2 * at, load(value + 4 * at))
+        columns, halves = uint16s(keys, head_dim * LANES), uint16s(scratch, head_dim)
+        for d in range(head_dim):
+            columns[d * LANES + lane] = halves[d]
+    else:
+        float32s(cache["key_scales"] + 4 * (head * capacity + position), 1)[0] = _quantize(key, width, scratch)
+        codes, bytes_ = int8s(keys, head_dim * LANES), int8s(scratch, head_dim)
+        for d in range(head_dim):
+            codes[d * LANES + lane] = bytes_[d]
+        float32s(cache["value_scales"] + 4 * (head * capacity + position), 1)[0] = _quantize(value, width, values)
+
+
+@jit
+def _quantize(x, width, codes):
+    """Per-row absmax int8, as reference.quantize_activation; the scale."""
+    peaks = splat(np.float32(EPSILON))
+    for at in range(0, width, LANES):
+        peaks = maximum_magnitude(peaks, load(x + 4 * at))
+    peak = largest_magnitude(peaks)
+    factor = splat(np.float32(ACT_MAX) / peak)
+    for at in range(0, width, LANES):
+        store_codes(codes + at, multiply(load(x + 4 * at), factor))
+    return peak / np.float32(ACT_MAX)
+
+
+@jit
+def _scores(q0, q1, keys, dtype, head_dim, s0, s1):
+    """q . k of two queries and the CHUNK positions at `keys`. Writes CHUNK floats to s0 and to s1."""
+    first, second = float32s(q0, head_dim), float32s(q1, head_dim)
+    a0 = a1 = b0 = b1 = splat(np.float32(0))
+    step = LANES * _element_bytes(dtype)
+    other = step * head_dim
+    for d in range(head_dim):
+        at = keys + d * step
+        prefetch(at + 2 * other)
+        prefetch(at + 3 * other)
+        if dtype == FP32:
+            k0, k1 = load(at), load(at + other)
+        elif dtype == BF16:
+            k0, k1 = load_bf16(at), load_bf16(at + other)
+        else:
+            k0, k1 = load_int8(at), load_int8(at + other)
+        a, b = splat(first[d]), splat(second[d])
+        a0, a1 = multiply_add(a, k0, a0), multiply_add(a, k1, a1)
+        b0, b1 = multiply_add(b, k0, b0), multiply_add(b, k1, b1)
+    store(s0, a0)
+    store(s0 + ROW, a1)
+    store(s1, b0)
+    store(s1 + ROW, b1)
+
+
+@jit
+def _soften(scores, first, low, high, key_scales, value_scales, dtype, maxima, totals, sums, width):
+    """One chunk of online softmax for one query: scores become weights; its sums shrink to the new maximum."""
+    s0, s1 = load(scores), load(scores + ROW)
+    if dtype == INT8:
+        s0, s1 = multiply(s0, load(key_scales)), multiply(s1, load(key_scales + ROW))
+    s0, s1 = between(s0, low - first, high - first), between(s1, low - first - LANES, high - first - LANES)
+    before = load(maxima)
+    now = maximum(splat(largest(maximum(s0, s1))), before)
+    shrink = exp(subtract(before, now))
+    w0, w1 = exp(subtract(s0, now)), exp(subtract(s1, now))
+    store(maxima, now)
+    store(totals, multiply_add(load(totals), shrink, add(w0, w1)))
+    if dtype == INT8:
+        w0, w1 = multiply(w0, load(value_scales)), multiply(w1, load(value_scales + ROW))
+    store(scores, w0)
+    store(scores + ROW, w1)
+    for at in range(0, 4 * width, ROW):
+        store(sums + at, multiply(load(sums + at), shrink))
+
+
+@jit
+def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
+    """``sums += weights @ values`` of two queries, positions first .. last - 1 of a chunk."""
+    first_weights, second_weights = float32s(w0, CHUNK), float32s(w1, CHUNK)
+    size = _element_bytes(dtype)
+    for d in range(0, width, 2 * LANES):
+        other = LANES if d + LANES < width else 0  # the last tile may be a single vector: it is then done twice
+        a0, a1, b0, b1 = (
+            load(sums0 + 4 * d),
+            load(sums0 + 4 * (d + other)),
+            load(sums1 + 4 * d),
+            load(sums1 + 4 * (d + other)),
+        )
+        for p in range(first, last):
+            at = values + size * (p * width + d)
+            prefetch(at + CHUNK * size * width)
+            if dtype == FP32:
+                v0, v1 = load(at), load(at + 4 * other)
+            elif dtype == BF16:
+                v0, v1 = load_bf16(at), load_bf16(at + 2 * other)
+            else:
+                v0, v1 = load_int8(at), load_int8(at + other)
+            a, b = splat(first_weights[p]), splat(second_weights[p])
+            a0, a1 = multiply_add(a, v0, a0), multiply_add(a, v1, a1)
+            b0, b1 = multiply_add(b, v0, b0), multiply_add(b, v1, b1)
+        store(sums0 + 4 * d, a0)
+        store(sums0 + 4 * (d + other), a1)
+        store(sums1 + 4 * d, b0)
+        store(sums1 + 4 * (d + other), b1)
+
+
+@jit
+def attend(cache, head, position, rows, heads_per_group, window, head_dim, scratch):
+    """Attention of the query heads of one key/value head, for `rows` neighbouring positions of one sequence.
+
+    Args:
+        cache: record as in `write_position`; the keys and values of all these rows are written already.
+        head: ``(layer * slots + slot) * key/value heads + head``.
+        position: of the first row. rows: at most `tile_rows`.
+        window: a row sees that many last positions, itself included; 0 is all.
+        scratch: address of `attention_scratch_floats` floats. Query g of row r lies at float
+            ``(r * heads_per_group + g) * padded(head_dim)``, multiplied by attention_scale; its result takes its place.
+
+    Numerics: fp32; on a bf16 or int8 cache the arithmetic is the same on the rounded numbers.
+    """
+    dtype, capacity, width = cache["dtype"], cache["capacity"], padded(head_dim)
+    number, queries = _element_bytes(dtype), rows * heads_per_group
+    sums = scratch + 4 * queries * width
+    totals = sums + 4 * queries * width
+    maxima = totals + ROW * queries
+    weights = maxima + ROW * queries
+    for query in range(queries):
+        store(totals + ROW * query, splat(np.float32(0)))
+        store(maxima + ROW * query, splat(_NONE_YET))
+        for at in range(0, 4 * width, ROW):
+            store(sums + 4 * query * width + at, splat(np.float32(0)))
+    end = position + rows
+    begin = max(0, position - window + 1) if window > 0 else 0
+    for first in range(begin // CHUNK * CHUNK, end, CHUNK):
+        keys = cache["keys"] + number * (head * capacity + first) * head_dim
+        values = cache["values"] + number * (head * capacity + first) * width
+        key_scales = cache["key_scales"] + 4 * (head * capacity + first)
+        value_scales = cache["value_scales"] + 4 * (head * capacity + first)
+        for query in range(0, queries, 2):
+            pair = min(query + 1, queries - 1)  # of an odd number the last one is its own partner
+            if first >= position + pair // heads_per_group + 1:
+                continue  # all of it is the future of both
+            w0, w1 = weights, weights + 4 * CHUNK * (pair - query)
+            q0, q1 = scratch + 4 * query * width, scratch + 4 * pair * width
+            _scores(q0, q1, keys, dtype, head_dim, w0, w1)
+            for each in range(query, pair + 1):
+                row = position + each // heads_per_group
+                low = max(0, row - window + 1) if window > 0 else 0
+                _soften(
+                    weights + 4 * CHUNK * (each - query), first, low, row + 1, key_scales, value_scales, dtype,
+                    maxima + ROW * each, totals + ROW * each, sums + 4 * each * width, width,
+                )  # fmt: skip
+            oldest = position + query // heads_per_group
+            low = max(0, oldest - window + 1 - first) if window > 0 else 0
+            high = min(CHUNK, position + pair // heads_per_group + 1 - first)
+            _mix(w0, w1, values, dtype, low, high, width, sums + 4 * query * width, sums + 4 * pair * width)
+    for query in range(queries):
+        by = splat(total(load(totals + ROW * query)))
+        for at in range(0, 4 * width, ROW):
+            store(scratch + 4 * query * width + at, divide(load(sums + 4 * query * width + at), by))

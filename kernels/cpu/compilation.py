@@ -1,0 +1,175 @@
+"""How the CPU kernels are compiled: for which instructions, and where the machine code is kept.
+
+Instruction sets. `FEATURES` names the way in which the vector operations of vector.py are done, chosen from what the
+target of Numba offers, best first:
+
+    avx512_vbmi  64-byte vectors, vpdpbusd, byte permutations of 128 entries      Ice Lake, Sapphire Rapids, Zen 4 and 5
+    avx512_vnni  64-byte vectors, vpdpbusd                                        Cascade Lake
+    avx_vnni     32-byte vectors, vpdpbusd                                        Alder Lake and later without AVX512
+    avx2         32-byte vectors, vpmaddubsw                                      Haswell, Zen 1 to 3
+    neon_dot     16-byte vectors, sdot                                            Arm v8.2 and later, Apple
+    portable     whatever LLVM makes of plain vector code                         the rest
+
+The environment variable BITDISTILL_CPU_FEATURES forces one. Integer results are the same for all of them.
+
+The on-disk cache. Numba notices a change in a function's own file, but neither in the files of the functions that it calls
+nor in this choice. So the machine code lives in ``$XDG_CACHE_HOME/bitdistill/KEY`` (~/.cache by default), where KEY is a
+hash of all that it depends on: the sources of this folder, the versions of Numba and llvmlite, the processor's name and
+features, and `FEATURES`. Numba writes each file whole and renames it, so that processes may compile side by side.
+With NUMBA_DISABLE_JIT=1 nothing is compiled and every set can be chosen: vector.py then works in numpy.
+"""
+
+import functools
+import hashlib
+import os
+import stat
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import llvmlite
+import llvmlite.binding
+import numba
+from numba.core import event
+
+# name -> the features of the target that it needs, by LLVM's names
+FEATURE_SETS = {
+    "avx512_vbmi": {"avx512vbmi", "avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
+    "avx512_vnni": {"avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
+    "avx_vnni": {"avxvnni", "avx2", "f16c", "fma"},
+    "avx2": {"avx2", "f16c", "fma"},
+    "neon_dot": {"dotprod"},
+    "portable": set(),
+}
+VARIABLE = "BITDISTILL_CPU_FEATURES"
+_decorating = threading.Lock()
+
+
+def target() -> tuple[str, frozenset[str]]:
+    """The processor that Numba compiles for: its name and its features, by LLVM's names."""
+    name = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
+    text = numba.config.CPU_FEATURES
+    if text is None:
+        text = llvmlite.binding.get_host_cpu_features().flatten()
+    return name, frozenset(feature[1:] for feature in text.split(",") if feature.startswith("+"))
+
+
+def choose_features(forced: str | None, offered: frozenset[str], compiled: bool = True) -> str:
+    """The best of FEATURE_SETS that a target offers.
+
+    Args:
+        forced: a name that takes its place; None or "" chooses.
+        offered: features of the target, by LLVM's names.
+        compiled: False where nothing is compiled, so that any set will do.
+
+    Raises:
+        ValueError: an unknown name, or one that the target does not offer.
+    """
+    possible = [name for name, needed in FEATURE_SETS.items() if needed <= offered]
+    if not forced:
+        return possible[0]
+    if forced not in FEATURE_SETS or (compiled and forced not in possible):
+        known = "not known" if forced not in FEATURE_SETS else "not offered by this processor"
+        raise ValueError(
+            f"{VARIABLE}: expected one of {', '.join(possible)}; got {forced!r}, which is {known}. "
+            "Unset it to let the best one be chosen."
+        )
+    return forced
+
+
+CPU_NAME, CPU_FEATURES = target()
+FEATURES = choose_features(os.environ.get(VARIABLE), CPU_FEATURES, compiled=not numba.config.DISABLE_JIT)
+
+
+def cache_key() -> str:
+    """Hash of everything that the machine code depends on."""
+    key = hashlib.sha256()
+    here = Path(__file__).resolve().parent
+    for path in [*sorted(here.glob("*.py")), here.parent / "numerics.py"]:
+        key.update(f"{path.name}\n".encode())
+        key.update(path.read_bytes())
+    versions = (sys.version, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info)
+    key.update(repr((versions, CPU_NAME, sorted(CPU_FEATURES), FEATURES)).encode())
+    return key.hexdigest()[:20]
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """The folder of the machine code, made and writable.
+
+    A home that cannot be written to is answered with a folder of the user's own among the temporary files, and a warning.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitdistill"
+    folder = root / cache_key()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        # Cached code is executed: the folder must be nobody else's.
+        temporary = Path(tempfile.gettempdir()) / f"bitdistill-{getattr(os, 'getuid', int)()}"
+        try:
+            temporary.mkdir(mode=0o700, exist_ok=True)
+            found = temporary.lstat()
+            private = stat.S_ISDIR(found.st_mode) and (
+                not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+            )
+        except OSError:
+            private = False
+        if not private:
+            temporary = Path(tempfile.mkdtemp(prefix="bitdistill-"))
+        warnings.warn(
+            f"{root} cannot be written to ({error.strerror}): compiled kernels are kept in {temporary}. "
+            "Set XDG_CACHE_HOME to a folder that lasts.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        folder = temporary / cache_key()
+        folder.mkdir(exist_ok=True)
+    return folder
+
+
+def cache_is_warm() -> bool:
+    """Whether anything was compiled before for this very key; False means that the first use takes some seconds."""
+    return next(cache_folder().rglob("*.nbc"), None) is not None
+
+
+def jit(function: Callable) -> Callable:
+    """``numba.njit`` without the GIL, with IEEE division and the cache of this module; no bounds are checked.
+
+    Numba's own settings are left alone for everybody else: its cache folder is changed for the decoration only.
+    """
+    if numba.config.DISABLE_JIT:
+        return function
+    with _decorating:
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(cache_folder())
+        try:
+            return numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+
+class _Listener(event.Listener):
+    def __init__(self, started: Callable[[str], None]):
+        self.started = started
+
+    def on_start(self, event):
+        self.started(event.data["dispatcher"].py_func.__name__)
+
+    def on_end(self, event):
+        pass
+
+
+@contextmanager
+def watch_compilation(started: Callable[[str], None]) -> Iterator[None]:
+    """Calls `started` with a function's name whenever Numba begins to compile one; not when it comes from the cache."""
+    listener = _Listener(started)
+    event.register("numba:compile", listener)
+    try:
+        yield
+    finally:
+        event.unregister("numba:compile", listener)

@@ -1,0 +1,469 @@
+"""The compiled decoder: token ids to logits, on packed weights as they lie in the file.
+
+    N rows, each a token of a sequence (slot) at a position -> K and V into the cache -> logits of the wanted rows
+
+A prompt is N rows of one slot, decoding a batch is one row of each of N slots, and continuous batching any mixture. The
+parts of a model are plain dataclasses of numpy arrays, which may be read-only and misaligned; this module checks them and
+describes them to step.py by their addresses. It knows nothing of files.
+
+Logits do not depend on the number of threads, nor on how the rows are cut into calls, to the last bit.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitdistill.kernels import packing
+from bitdistill.kernels.cpu import activations, attention, elementwise, matmul, step, tables
+from bitdistill.kernels.cpu.threads import Pool
+
+# Of a long call, so many rows go through the layers together. Working memory grows with it. Seconds of a 512-token prompt,
+# relative to 128 (Qwen3-0.6B shape, one Zen 3 core): 16 1.19, 32 1.07, 64 1.03, 256 1.00, 512 1.04.
+ROWS_PER_BLOCK = 128
+ALIGNMENT = 64
+FORMATS = {"2bit": matmul.TWO_BIT, "base3": matmul.BASE3, "int8": tables.INT8, "int4": tables.INT4, "fp16": tables.FP16}
+ACTIVATIONS = {"silu": elementwise.SILU, "gelu_pytorch_tanh": elementwise.GELU_TANH}
+CACHE_DTYPES = {
+    "fp32": (attention.FP32, np.float32),
+    "bf16": (attention.BF16, np.uint16),
+    "int8": (attention.INT8, np.int8),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding or LM head, (V, hidden) (kernels/packing.py)."""
+
+    format: str  # "fp16" | "int8" | "int4" | "2bit" | "base3"
+    rows: int
+    columns: int
+    weight: np.ndarray  # fp16: float16 (V, hidden); else the 1-D array of packing.py
+    scale: np.ndarray | None = None  # float32 (V,); int4: float16 (ceil(V / 16), hidden / 32, 16); fp16: None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A ternary linear: ``y = acc * (act_scale * weight_scale) + bias``, behind its SubLN where it has one."""
+
+    weight: np.ndarray  # uint8 (packed_bytes(O, I, packing),)
+    packing: str  # "2bit" | "base3"
+    out_features: int
+    in_features: int
+    weight_scale: float
+    bias: np.ndarray | None = None  # float32 (O,)
+    subln: np.ndarray | None = None  # float32 (I,)
+    subln_eps: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One decoder layer. Norms are float32 gains, always the multiplier; None where the family has none."""
+
+    input_norm: np.ndarray
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    gate: Projection
+    up: Projection
+    down: Projection
+    pre_mlp_norm: np.ndarray
+    q_norm: np.ndarray | None = None
+    k_norm: np.ndarray | None = None
+    post_attention_norm: np.ndarray | None = None  # on the attention's output, in front of the residual sum
+    post_mlp_norm: np.ndarray | None = None  # on the MLP's output likewise
+    rope: int = 0  # index into Model.ropes
+    window: int | None = None  # how many last positions a row sees, itself included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A decoder-only language model."""
+
+    layers: Sequence[Layer]
+    embedding: Table
+    head: Table  # the same object when tied
+    final_norm: np.ndarray
+    eps: float
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    activation: str  # "silu" | "gelu_pytorch_tanh"
+    attention_scale: float
+    embedding_scale: float
+    ropes: Sequence[tuple[np.ndarray, float]]  # (inv_freq float32 (head_dim / 2,), factor of cosine and sine)
+
+
+class KVCache:
+    """Keys and values of `slots` sequences of up to `capacity` positions (layout: attention.py).
+
+    Args:
+        model: whose layers and heads.
+        slots: sequences that live side by side.
+        capacity: positions of each; rounded up to a multiple of 32 in memory.
+        dtype: "fp32", "bf16" (rounded half to even) or "int8" (one fp32 scale for each head and position).
+
+    Attributes: slots, capacity, dtype, nbytes (memory of the arrays; pages never written to are not resident).
+
+    Raises:
+        ValueError: slots or capacity below 1, or an unknown dtype.
+    """
+
+    def __init__(self, model: Model, slots: int, capacity: int, dtype: str = "fp32"):
+        _check(dtype in CACHE_DTYPES, "dtype", "one of " + ", ".join(CACHE_DTYPES), repr(dtype), "Correct it.")
+        _check(slots >= 1, "slots", "at least 1", slots, "Correct it.")
+        _check(capacity >= 1, "capacity", "at least 1 position", capacity, "Correct it.")
+        self.slots, self.capacity, self.dtype = slots, capacity, dtype
+        code, number = CACHE_DTYPES[dtype]
+        self.shape = (len(model.layers), model.num_key_value_heads, model.head_dim)
+        lanes, width = attention.LANES, elementwise.padded(model.head_dim)
+        self.padded_capacity = -(-capacity // attention.CHUNK) * attention.CHUNK
+        heads = (len(model.layers), slots, model.num_key_value_heads)
+        self.keys = np.zeros((*heads, self.padded_capacity // lanes, model.head_dim, lanes), number)
+        self.values = np.zeros((*heads, self.padded_capacity, width), number)
+        scales = self.padded_capacity if dtype == "int8" else 0
+        self.key_scales, self.value_scales = (np.zeros((*heads, scales), np.float32) for _ in range(2))
+        arrays = (self.keys, self.values, self.key_scales, self.value_scales)
+        # The last words of a step.CALL.
+        self.words = np.array([*(a.ctypes.data for a in arrays), code, slots, self.padded_capacity], np.int64)
+        self.nbytes = sum(array.nbytes for array in arrays)
+
+    def copy(self, source_slot: int, target_slot: int, length: int) -> None:
+        """Copies the first `length` positions of one slot to another: a prefix that sequences share.
+
+        Raises:
+            ValueError: a slot or length out of range.
+        """
+        for name, slot in (("source_slot", source_slot), ("target_slot", target_slot)):
+            _check(0 <= slot < self.slots, name, f"0 to {self.slots - 1}", slot, "Give the cache more slots.")
+        _check(0 <= length <= self.capacity, "length", f"0 to {self.capacity}", length, "Copy less.")
+        blocks = -(-length // attention.LANES)
+        self.keys[:, target_slot, :, :blocks] = self.keys[:, source_slot, :, :blocks]
+        for array in (self.values, self.key_scales, self.value_scales):
+            array[:, target_slot, :, :length] = array[:, source_slot, :, :length]
+
+
+class Decoder:
+    """A model, ready to run.
+
+    Args:
+        model: its arrays are kept alive and never written to. Gains and biases are copied (they are padded).
+        threads: that share every step, the caller included. More than free cores make it slow.
+
+    Attributes: model, threads, scratch_bytes (working memory and padded copies; a page that no call touched yet is not
+        resident).
+
+    Raises:
+        ValueError: a part that does not fit, named with its layer.
+    """
+
+    def __init__(self, model: Model, threads: int = 1):
+        _check(threads >= 1, "threads", "at least 1", threads, "Correct it.")
+        self.model, self.threads = model, threads
+        self._keep: list[np.ndarray] = []  # arrays behind addresses
+        self.scratch_bytes = 0
+        self._model, self._layers = np.zeros(1, step.MODEL), np.zeros(len(model.layers), step.LAYER)
+        self._call, self._scratch = np.zeros(1, step.CALL), np.zeros(1, step.SCRATCH)
+        self._describe_model()
+        self._allocate()
+        self._shape = (len(model.layers), model.num_key_value_heads, model.head_dim)
+        self._rows = np.zeros((4, ROWS_PER_BLOCK), np.int64)  # ids, slots, positions and wanted rows of a block
+        for name, row in zip(("ids", "slots", "positions", "wanted"), self._rows, strict=True):
+            self._call[name] = row.ctypes.data
+        self._call_words = self._call.view(np.int64)
+        records = (self._model, self._layers, self._call, self._scratch)
+        self._addresses = tuple(record.ctypes.data for record in records)
+        self._pool = Pool(threads, step.enter, self._addresses, records) if threads > 1 else None
+        self._one_call = threading.Lock()
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        ids: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        cache: KVCache,
+        wanted: Sequence[int] | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Logits of the next token after each wanted row; the cache is extended by all rows.
+
+        Args:
+            ids: (N,) token of each row. slots: (N,) its sequence. positions: (N,) its place there, rising in each slot;
+                the earlier positions are in the cache or among the rows. A position that was fed before is overwritten,
+                and what lies behind it forgotten.
+            cache: of this model.
+            wanted: rising row numbers; all rows by default. Each costs a pass of the LM head.
+            out: float32 (wanted, V), C-contiguous: where to write. A new array by default.
+
+        Returns: float32 (wanted, V), `out` if given.
+
+        Raises:
+            ValueError: lengths, ids, slots, positions, wanted, out or the cache do not fit; nothing was run.
+
+        Numerics: integer products exact, fp32 elsewhere. Bit-equal for any number of threads and any cut into calls.
+        """
+        rows, wanted = self._checked_rows(ids, slots, positions, cache, wanted)
+        out = self._checked_out(out, len(wanted))
+        with self._one_call:
+            self._run(rows, cache, wanted, out)
+        return out
+
+    def profile(
+        self,
+        ids: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        cache: KVCache,
+        wanted: Sequence[int] | None = None,
+    ) -> dict[str, float]:
+        """Seconds that one such `forward` spends on each part (step.PARTS), averaged over the threads.
+
+        "waiting" is time at barriers; "attention" includes RoPE, the norms of q and k and the cache.
+        """
+        rows, wanted = self._checked_rows(ids, slots, positions, cache, wanted)
+        nanoseconds = np.zeros((self.threads, len(step.PARTS)), np.int64)
+        with self._one_call:
+            try:
+                self._call["profile"] = nanoseconds.ctypes.data
+                self._run(rows, cache, wanted, self._checked_out(None, len(wanted)))
+            finally:
+                self._call["profile"] = 0
+        return dict(zip(step.PARTS, (nanoseconds.mean(axis=0) * 1e-9).tolist(), strict=True))
+
+    def close(self) -> None:
+        """Ends the threads. Another call would start them again."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _run(self, rows: np.ndarray, cache: KVCache, wanted: np.ndarray, out: np.ndarray) -> None:
+        """Checked rows, block by block. One token takes this path thousands of times a second: few numpy calls."""
+        call, count, address = self._call[0], rows.shape[1], out.__array_interface__["data"][0]
+        self._call_words[-len(cache.words) :] = cache.words
+        done = 0
+        for start in range(0, count, ROWS_PER_BLOCK):
+            stop = min(start + ROWS_PER_BLOCK, count)
+            high = len(wanted) if stop == count else int(np.searchsorted(wanted, stop))
+            self._rows[:3, : stop - start] = rows[:, start:stop]
+            self._rows[3, : high - done] = wanted[done:high] - start
+            call["rows"], call["wanted_rows"] = stop - start, high - done
+            call["logits"] = address + 4 * self.model.head.rows * done
+            if self._pool is None:
+                step.enter(0, 0, 1, 0, *self._addresses)
+            else:
+                self._pool.run()
+            done = high
+
+    def _checked_out(self, out: np.ndarray | None, wanted: int) -> np.ndarray:
+        shape = (wanted, self.model.head.rows)
+        if out is None:
+            return np.empty(shape, np.float32)
+        fits = out.dtype == np.float32 and out.shape == shape
+        fits = fits and out.flags.c_contiguous and out.flags.writeable and out.flags.aligned
+        expected = f"writable float32 {shape}, C-contiguous and aligned"
+        _check(fits, "out", expected, f"{out.dtype} {out.shape}", "Leave it out to get a new array.")
+        return out
+
+    def _checked_rows(self, ids, slots, positions, cache: KVCache, wanted) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (3, N) of ids, slots, positions; int64 (wanted,)."""
+        model, count = self.model, len(ids)
+        _check(count >= 1, "ids", "at least one row", "none", "Give a token.")
+        for name, values in (("slots", slots), ("positions", positions)):
+            _check(len(values) == count, name, f"{count} numbers, one for each id", len(values), "Correct it.")
+        _check(cache.shape == self._shape, "cache", f"(layers, heads, width) = {self._shape}", cache.shape,
+               "Make one of this model.")  # fmt: skip
+        rows = np.array((ids, slots, positions), np.int64)
+        wanted = np.arange(count) if wanted is None else np.array(wanted, np.int64).reshape(-1)
+        if len(wanted) > 1:
+            _check(bool((np.diff(wanted) > 0).all()), "wanted", "rising row numbers", wanted.tolist(), "Sort them.")
+        lows = highs = rows[:, 0].tolist()
+        if count > 1:
+            lows, highs = rows.min(axis=1).tolist(), rows.max(axis=1).tolist()
+        if len(wanted):
+            lows, highs = [*lows, int(wanted[0])], [*highs, int(wanted[-1])]
+        limits = (
+            ("ids", model.embedding.rows, "Use this model's tokenizer."),
+            ("slots", cache.slots, "Give the cache more slots."),
+            ("positions", cache.capacity, "Give the cache a larger capacity, or shorten the text."),
+            ("wanted", count, "Name rows of this call."),
+        )
+        for (name, limit, do), low, high in zip(limits, lows, highs, strict=False):
+            if low < 0 or high >= limit:
+                _check(False, name, f"0 to {limit - 1}", low if low < 0 else high, do)
+        if count > 1:
+            order = np.argsort(rows[1], kind="stable")
+            same, rising = np.diff(rows[1, order]) == 0, np.diff(rows[2, order]) > 0
+            if not (rising | ~same).all():
+                slot = rows[1, order][1:][same & ~rising][0]
+                got = f"{rows[2, rows[1] == slot].tolist()[:8]} in slot {slot}"
+                _check(False, "positions", "rising positions in each slot", got, "Order the rows.")
+        return rows, wanted
+
+    # --- describing the model -----------------------------------------------------------------------------------------
+
+    def _describe_model(self) -> None:
+        model, record = self.model, self._model[0]
+        hidden, width = model.embedding.columns, model.head_dim
+        _check(len(model.layers) >= 1, "layers", "at least one", 0, "Give the model's layers.")
+        _check(width >= 2 and width % 2 == 0, "head_dim", "an even number", width, "Correct it.")
+        _check(
+            model.num_key_value_heads >= 1 and model.num_attention_heads % model.num_key_value_heads == 0,
+            "num_attention_heads", f"a multiple of {model.num_key_value_heads} key/value heads",
+            model.num_attention_heads, "Correct it.",
+        )  # fmt: skip
+        _check(model.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", model.activation,
+               "Use another model.")  # fmt: skip
+        _check(len(model.ropes) >= 1, "ropes", "at least one", 0, "Give (inv_freq, scaling).")
+        self._describe_table("embedding", model.embedding, hidden, record["embedding"])
+        self._describe_table("head", model.head, hidden, record["head"])
+        record["final_norm"] = self._gain("final_norm", model.final_norm, hidden)
+        frequencies = np.empty((len(model.ropes), width // 2 + 1), np.float32)
+        for row, (inv_freq, scaling) in zip(frequencies, model.ropes, strict=True):
+            _check(inv_freq.shape == (width // 2,), "ropes", f"{width // 2} frequencies", inv_freq.shape, "Correct it.")
+            row[:-1], row[-1] = inv_freq, scaling
+        record["inv_freq"] = self._kept(frequencies)
+        record["vocabulary"], record["hidden"], record["ropes"] = model.head.rows, hidden, len(model.ropes)
+        record["layers"] = len(model.layers)
+        record["intermediate"] = model.layers[0].gate.out_features
+        record["heads"], record["kv_heads"] = model.num_attention_heads, model.num_key_value_heads
+        record["head_dim"], record["activation"] = width, ACTIVATIONS[model.activation]
+        record["eps"], record["attention_scale"] = model.eps, model.attention_scale
+        record["embedding_scale"] = model.embedding_scale
+        for index, layer in enumerate(model.layers):
+            self._describe_layer(f"layers[{index}]", layer, self._layers[index])
+
+    def _describe_layer(self, where: str, layer: Layer, record: np.void) -> None:
+        model = self.model
+        hidden, middle = model.embedding.columns, model.layers[0].gate.out_features
+        mixed, kept = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        shapes = {"q": (mixed, hidden), "k": (kept, hidden), "v": (kept, hidden), "o": (hidden, mixed)}
+        shapes |= {"gate": (middle, hidden), "up": (middle, hidden), "down": (hidden, middle)}
+        for name, shape in shapes.items():
+            self._describe_projection(f"{where}.{name}", getattr(layer, name), shape, record[name])
+        for names in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
+            plain = None  # projections without SubLN read the same codes
+            for fresh, name in enumerate(names):
+                if getattr(layer, name).subln is None and plain is not None:
+                    record[name]["codes"], record[name]["own_codes"] = plain, 0
+                else:
+                    record[name]["codes"], record[name]["own_codes"] = fresh, 1
+                    plain = fresh if getattr(layer, name).subln is None else plain
+        for name in step.NORM_NAMES:
+            gain, width = getattr(layer, name), model.head_dim if name in ("q_norm", "k_norm") else hidden
+            record[name] = 0 if gain is None else self._gain(f"{where}.{name}", gain, width)
+        _check(0 <= layer.rope < len(model.ropes), f"{where}.rope", f"0 to {len(model.ropes) - 1}", layer.rope,
+               "Correct it.")  # fmt: skip
+        _check(layer.window is None or layer.window >= 1, f"{where}.window", "at least 1, or None", layer.window,
+               "Correct it.")  # fmt: skip
+        record["rope"], record["window"] = layer.rope, layer.window or 0
+
+    def _describe_projection(self, where: str, projection: Projection, shape: tuple, record: np.void) -> None:
+        got = (projection.out_features, projection.in_features)
+        _check(got == shape, where, f"(out_features, in_features) = {shape}", got, "Correct it.")
+        _check(projection.packing in packing.PACKINGS, f"{where}.packing", f"one of {', '.join(packing.PACKINGS)}",
+               projection.packing, "Pack it again.")  # fmt: skip
+        size = packing.packed_bytes(*shape, projection.packing)
+        record["weight"] = self._array(f"{where}.weight", projection.weight, np.uint8, (size,))
+        record["packing"] = FORMATS[projection.packing]
+        record["out_features"], record["in_features"] = shape
+        record["weight_scale"] = projection.weight_scale
+        if projection.bias is not None:
+            record["bias"] = self._gain(f"{where}.bias", projection.bias, shape[0])
+        if projection.subln is not None:
+            _check(projection.subln_eps is not None, f"{where}.subln_eps", "a number", None, "Give it.")
+            record["subln"] = self._gain(f"{where}.subln", projection.subln, shape[1])
+            record["subln_eps"] = projection.subln_eps
+
+    def _describe_table(self, where: str, table: Table, hidden: int, record: np.void) -> None:
+        _check(
+            table.format in FORMATS, f"{where}.format", f"one of {', '.join(FORMATS)}", table.format, "Pack it again."
+        )
+        _check(table.columns == hidden, f"{where}.columns", hidden, table.columns, "Correct it.")
+        record["format"] = FORMATS[table.format]
+        if table.format == "fp16":
+            record["weight"] = self._array(f"{where}.weight", table.weight, np.float16, (table.rows, hidden))
+            return
+        number = np.int8 if table.format == "int8" else np.uint8
+        size = packing.packed_bytes(table.rows, hidden, table.format)
+        record["weight"] = self._array(f"{where}.weight", table.weight, number, (size,))
+        if table.format == "int4":
+            shape = (packing.row_groups(table.rows), hidden // packing.INT4_GROUP, packing.BLOCK_ROWS)
+            record["scale"] = self._array(f"{where}.scale", table.scale, np.float16, shape)
+        else:
+            record["scale"] = self._array(f"{where}.scale", table.scale, np.float32, (table.rows,))
+
+    def _array(self, where: str, array: np.ndarray, dtype: type, shape: tuple) -> int:
+        """Address of a checked array that is used as it lies."""
+        expected, got = f"{np.dtype(dtype)} {shape}, C-contiguous", "none"
+        if array is not None:
+            got = f"{array.dtype} {array.shape}"
+        fits = array is not None and array.dtype == dtype and array.shape == shape and array.flags.c_contiguous
+        _check(fits, where, expected, got, "Pack it again.")
+        self._keep.append(array)
+        return array.ctypes.data
+
+    def _gain(self, where: str, gain: np.ndarray, width: int) -> int:
+        """Address of a copy of a float32 vector, padded with zeros."""
+        fits = gain.dtype == np.float32 and gain.shape == (width,)
+        _check(fits, where, f"float32 ({width},)", f"{gain.dtype} {gain.shape}", "Correct it.")
+        copy = np.zeros(elementwise.padded(width), np.float32)
+        copy[:width] = gain
+        return self._kept(copy)
+
+    def _kept(self, array: np.ndarray) -> int:
+        self._keep.append(array)
+        self.scratch_bytes += array.nbytes
+        return array.ctypes.data
+
+    # --- working memory -----------------------------------------------------------------------------------------------
+
+    def _allocate(self) -> None:
+        """One zeroed array for all working memory, in pieces that begin at multiples of 64 bytes."""
+        model, scratch, rows = self.model, self._scratch[0], ROWS_PER_BLOCK
+        hidden, middle = model.embedding.columns, model.layers[0].gate.out_features
+        mixed, kept = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        wide = {name: 4 * elementwise.padded(size) for name, size in
+                (("x", hidden), ("attended", mixed), ("gate", middle), ("up", middle), ("out", hidden))}  # fmt: skip
+        wide["qkv"] = 4 * (elementwise.padded(mixed) + 2 * elementwise.padded(kept))
+        record = activations.record_bytes(max(hidden, middle, mixed))
+        angles = 4 * len(model.ropes) * model.head_dim // 2
+        group = model.num_attention_heads // model.num_key_value_heads
+        widest = max(wide[name] for name in ("x", "attended", "gate"))
+        private = {
+            "p_x": wide["x"], "p_row": widest, "p_row2": widest, "p_records": 3 * record, "p_cos": angles, "p_sin": angles,
+            "p_acc": 4 * max(step.ACC_WORDS, step.GROUP * rows), "p_product": matmul.SCRATCH_BYTES,
+            "p_attention": 4 * attention.attention_scratch_floats(group, model.head_dim), "p_tiles": 8 * (rows + 1),
+        }  # fmt: skip
+        shared = {name: rows * size for name, size in wide.items()}
+        shared |= {"records": 3 * rows * record, "cos": rows * angles, "sin": rows * angles}
+        at = 0
+        for name, size in private.items():
+            scratch[name] = at
+            at += _aligned(size)
+        scratch["private_bytes"] = _aligned(at, 4096)
+        shared["private"] = self.threads * _aligned(at, 4096)
+        size = sum(_aligned(size) for size in shared.values()) + ALIGNMENT
+        memory = np.zeros(size, np.uint8)
+        at = _aligned(self._kept(memory))
+        for name, size in shared.items():
+            scratch[name] = at
+            at += _aligned(size)
+        scratch["rows"], scratch["record_bytes"] = rows, record
+
+
+def _aligned(size: int, to: int = ALIGNMENT) -> int:
+    return -(-size // to) * to
+
+
+def _check(fits: bool, field: str, expected: object, got: object, do: str) -> None:
+    if not fits:
+        raise ValueError(f"{field}: expected {expected}; got {got}. {do}")

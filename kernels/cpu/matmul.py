@@ -1,0 +1,468 @@
+"""The ternary product on packed bytes: one token or many, bit for bit the integers of the reference.
+
+    acc = weight_codes @ act_codes = sum(u * act_codes) - sum(act_codes),        u = weight_codes + 1
+
+The unit of work is a group of 16 rows, whose blocks (packing.py) are 64 bytes each: 16 lanes of one row, four columns. A dot
+step multiplies a block with the same four activations in every lane, so no sum ever crosses lanes. `act_codes` comes in
+records (activations.py), with zeros around the codes: a vector of packed bytes may begin or end in another group's blocks,
+which meet these zeros.
+
+* One token (`_multiply_2bit`, `_multiply_base3`) or two, as the planes of one token of an LM head are: packed bytes are
+  read once, taken apart in registers, and prefetched PREFETCH bytes ahead, without which memory waits for the loop.
+  Read-only, any alignment, never beyond the last vector.
+* More tokens: up to CHUNK blocks are taken apart into `scratch`, which stays in the first-level cache, and meet tile after
+  tile of tokens (eight where there are 32 wide registers, else four, then two, then one).
+
+int16 sums (vector.py): a dot step adds at most 2 * 2 * 128 = 512 in magnitude, so 64 of them fit. The GEMV of 2-bit bytes
+leaves half of the fields in place, four times too large, which saves shifts: 16 of those fit.
+Integers only: the result depends neither on the number of tokens, nor on how row groups are shared among threads.
+
+Shape suffixes: N tokens, I in_features, O out_features. Addresses are int64, strides of records in bytes.
+"""
+
+import numpy as np
+
+from bitdistill.kernels.cpu.activations import CODES, record_bytes
+from bitdistill.kernels.cpu.compilation import jit
+from bitdistill.kernels.cpu.native import int32s
+from bitdistill.kernels.cpu.vector import (
+    AVX512,
+    SHUFFLES,
+    VBMI,
+    add_bytes,
+    add_ints,
+    add_sums,
+    and_bytes,
+    dot,
+    load_bytes,
+    load_ints,
+    lookup16,
+    lookup128,
+    min_bytes,
+    no_sums,
+    prefetch,
+    repeat_byte,
+    repeat_int,
+    repeat_quad,
+    shift_ints,
+    shift_words,
+    store_bytes,
+    store_ints,
+    sub_bytes,
+    sub_ints,
+    table,
+    third,
+    widen,
+)
+from bitdistill.kernels.packing import PACKINGS, packed_bytes, row_groups
+
+TWO_BIT, BASE3 = range(2)  # numbers of PACKINGS
+PREFETCH = 4096
+STEPS_2BIT, STEPS_BASE3 = 16, 12  # vectors of a GEMV before a `widen`
+CHUNK = 64  # blocks of a row group that are unpacked at a time; a tile adds up as many before a `widen`
+GROUPS = 4  # row groups that are unpacked at a time, 16 KB: a tile's activations come from the second-level cache once for all
+MARGIN = 4 * 64  # bytes before and after them, for the foreign blocks of a vector
+SLOT = 64 * CHUNK + 2 * MARGIN
+UNPACKED_BYTES = GROUPS * SLOT
+ACC_BYTES = 32768  # accumulators of tables.py
+SCRATCH_BYTES = UNPACKED_BYTES + ACC_BYTES + 128
+
+# --- five base-3 digits of a byte -------------------------------------------------------------------------------------
+#
+# q = 81 u4 + r. Taking 81 off, modulo 256, as long as that makes it smaller leaves r; 81 u4 ends in the four bits of u4.
+# With byte permutations of 128 entries, one look-up gives the other four digits, as the 2-bit fields of a byte.
+# With 16 entries: write r = 16 h + l = 9 a + b. Tables of h and of l, with residues of 9 chosen so that their sum is below 16,
+# give b; r - b = 9 a has a different lower half for each of its nine values. (Below 81, h = 5 only comes with l = 0.)
+# With neither, divisions by 3.
+
+_FIELDS = [[r // 3**d % 3 for d in range(4)] for r in range(81)] + [[0] * 4] * 47
+_FIELDS = [a | b << 2 | c << 4 | d << 6 for a, b, c, d in _FIELDS]
+_FIELDS_LOW, _FIELDS_HIGH = table(*_FIELDS[:64]), table(*_FIELDS[64:])
+_RESIDUE_H = table(2, 0, 7, 5, 3, 1)  # 16 h modulo 9, as -2 .. 5, plus 2
+_RESIDUE_L = table(*(l % 9 for l in range(16)))
+_B = [(i - 2) % 9 for i in range(16)]
+_B_OF, _U0_OF, _U1_OF = table(*_B), table(*(b % 3 for b in _B)), table(*(b // 3 for b in _B))
+_A = [9 * low % 16 for low in range(16)]  # 9 * 9 = 81 = 1 modulo 16: the lower half of 9 a, times 9, is a
+_U2_OF, _U3_OF = table(*(min(a, 8) % 3 for a in _A)), table(*(min(a, 8) // 3 for a in _A))
+
+
+@jit
+def _top_digit(q):
+    """q = 81 u4 + rest: rest, u4."""
+    n81 = repeat_byte(81)
+    once = min_bytes(q, sub_bytes(q, n81))
+    rest = min_bytes(once, sub_bytes(once, n81))
+    return rest, and_bytes(sub_bytes(q, rest), repeat_byte(15))
+
+
+@jit
+def _low_digits(rest):
+    """rest = u0 + 3 u1 + 9 u2 + 27 u3: four vectors of bytes 0, 1 or 2."""
+    if VBMI:
+        three = repeat_byte(3)
+        fields = lookup128(_FIELDS_LOW(), _FIELDS_HIGH(), rest)
+        u0 = and_bytes(fields, three)
+        u1 = and_bytes(shift_words(fields, 2), three)
+        u2 = and_bytes(shift_words(fields, 4), three)
+        u3 = and_bytes(shift_words(fields, 6), three)
+    elif SHUFFLES:
+        high = lookup16(_RESIDUE_H(), and_bytes(shift_words(rest, 4), repeat_byte(15)))
+        index = add_bytes(high, lookup16(_RESIDUE_L(), rest))
+        nines = sub_bytes(rest, lookup16(_B_OF(), index))
+        u0, u1 = lookup16(_U0_OF(), index), lookup16(_U1_OF(), index)
+        u2, u3 = lookup16(_U2_OF(), nines), lookup16(_U3_OF(), nines)
+    else:
+        n1 = third(rest)
+        n2 = third(n1)
+        u3 = third(n2)
+        u0 = sub_bytes(rest, add_bytes(n1, add_bytes(n1, n1)))
+        u1 = sub_bytes(n1, add_bytes(n2, add_bytes(n2, n2)))
+        u2 = sub_bytes(n2, add_bytes(u3, add_bytes(u3, u3)))
+    return u0, u1, u2, u3
+
+
+# --- one or two tokens -------------------------------------------------------------------------------------------------
+
+
+@jit
+def _multiply_2bit(weight, blocks, codes, group):
+    """sum(u * act) of a row group, 16 int32: codes is the address of the activation codes."""
+    three, twelve = repeat_byte(3), repeat_byte(12)
+    ones, fours = repeat_int(0), repeat_int(0)
+    first = group * blocks
+    vector, last = first // 4, (first + blocks + 3) // 4
+    quads = codes + 4 * (4 * vector - first)
+    source = weight + 64 * vector
+    end = weight + 64 * last
+    while source < end:
+        even, odd, even4, odd4 = no_sums(), no_sums(), no_sums(), no_sums()
+        stop = min(end, source + 64 * STEPS_2BIT)
+        while source < stop:
+            prefetch(source + PREFETCH)
+            q = load_bytes(source)
+            upper = shift_words(q, 4)
+            even = dot(even, and_bytes(q, three), repeat_quad(quads))
+            even4 = dot(even4, and_bytes(q, twelve), repeat_quad(quads + 4))
+            odd = dot(odd, and_bytes(upper, three), repeat_quad(quads + 8))
+            odd4 = dot(odd4, and_bytes(upper, twelve), repeat_quad(quads + 12))
+            source += 64
+            quads += 16
+        ones = add_ints(ones, add_ints(widen(even), widen(odd)))
+        fours = add_ints(fours, add_ints(widen(even4), widen(odd4)))
+    return add_ints(ones, shift_ints(fours, 2))
+
+
+@jit
+def _multiply_2bit_twice(weight, blocks, codes, other_codes, group):
+    """`_multiply_2bit` with two tokens' codes. Half as many sums for each, for want of registers."""
+    three, twelve = repeat_byte(3), repeat_byte(12)
+    ones, fours, other_ones, other_fours = repeat_int(0), repeat_int(0), repeat_int(0), repeat_int(0)
+    first = group * blocks
+    vector, last = first // 4, (first + blocks + 3) // 4
+    quads = 4 * (4 * vector - first)
+    source = weight + 64 * vector
+    end = weight + 64 * last
+    while source < end:
+        sums, sums4, other, other4 = no_sums(), no_sums(), no_sums(), no_sums()
+        stop = min(end, source + 64 * (STEPS_2BIT // 2))
+        while source < stop:
+            prefetch(source + PREFETCH)
+            q = load_bytes(source)
+            upper = shift_words(q, 4)
+            u0, u1, u2, u3 = (
+                and_bytes(q, three),
+                and_bytes(q, twelve),
+                and_bytes(upper, three),
+                and_bytes(upper, twelve),
+            )
+            at = codes + quads
+            sums = add_sums(sums, dot(dot(no_sums(), u0, repeat_quad(at)), u2, repeat_quad(at + 8)))
+            sums4 = add_sums(sums4, dot(dot(no_sums(), u1, repeat_quad(at + 4)), u3, repeat_quad(at + 12)))
+            at = other_codes + quads
+            other = add_sums(other, dot(dot(no_sums(), u0, repeat_quad(at)), u2, repeat_quad(at + 8)))
+            other4 = add_sums(other4, dot(dot(no_sums(), u1, repeat_quad(at + 4)), u3, repeat_quad(at + 12)))
+            source += 64
+            quads += 16
+        ones, fours = add_ints(ones, widen(sums)), add_ints(fours, widen(sums4))
+        other_ones, other_fours = add_ints(other_ones, widen(other)), add_ints(other_fours, widen(other4))
+    return add_ints(ones, shift_ints(fours, 2)), add_ints(other_ones, shift_ints(other_fours, 2))
+
+
+@jit
+def _multiply_base3(weight, blocks, codes, group):
+    """sum(u * act) of a row group, 16 int32: codes is the address of the activation codes."""
+    total = repeat_int(0)
+    first = group * blocks
+    vector, last = first // 5, (first + blocks + 4) // 5
+    quads = codes + 4 * (5 * vector - first)
+    source = weight + 64 * vector
+    end = weight + 64 * last
+    rest, u4 = _top_digit(load_bytes(source))
+    while source < end:
+        sums = no_sums()
+        stop = min(end, source + 64 * STEPS_BASE3)
+        while source < stop:
+            prefetch(source + PREFETCH)
+            # The next vector's first digit beside this one's others, and a chain of dot products from zero each time:
+            # long chains of dependent operations, which a processor cannot look far enough ahead to overlap by itself.
+            following = _top_digit(load_bytes(min(source + 64, end - 64)))
+            u0, u1, u2, u3 = _low_digits(rest)
+            step = dot(dot(no_sums(), u4, repeat_quad(quads + 16)), u0, repeat_quad(quads))
+            step = dot(dot(step, u1, repeat_quad(quads + 4)), u2, repeat_quad(quads + 8))
+            sums = add_sums(sums, dot(step, u3, repeat_quad(quads + 12)))
+            rest, u4 = following
+            source += 64
+            quads += 20
+        total = add_ints(total, widen(sums))
+    return total
+
+
+@jit
+def _multiply_base3_twice(weight, blocks, codes, other_codes, group):
+    """`_multiply_base3` with two tokens' codes."""
+    total, other_total = repeat_int(0), repeat_int(0)
+    first = group * blocks
+    vector, last = first // 5, (first + blocks + 4) // 5
+    quads = 4 * (5 * vector - first)
+    source = weight + 64 * vector
+    end = weight + 64 * last
+    rest, u4 = _top_digit(load_bytes(source))
+    while source < end:
+        sums, other = no_sums(), no_sums()
+        stop = min(end, source + 64 * STEPS_BASE3)
+        while source < stop:
+            prefetch(source + PREFETCH)
+            following = _top_digit(load_bytes(min(source + 64, end - 64)))
+            u0, u1, u2, u3 = _low_digits(rest)
+            at = codes + quads
+            step = dot(dot(no_sums(), u4, repeat_quad(at + 16)), u0, repeat_quad(at))
+            step = dot(dot(step, u1, repeat_quad(at + 4)), u2, repeat_quad(at + 8))
+            sums = add_sums(sums, dot(step, u3, repeat_quad(at + 12)))
+            at = other_codes + quads
+            step = dot(dot(no_sums(), u4, repeat_quad(at + 16)), u0, repeat_quad(at))
+            step = dot(dot(step, u1, repeat_quad(at + 4)), u2, repeat_quad(at + 8))
+            other = add_sums(other, dot(step, u3, repeat_quad(at + 12)))
+            rest, u4 = following
+            source += 64
+            quads += 20
+        total, other_total = add_ints(total, widen(sums)), add_ints(other_total, widen(other))
+    return total, other_total
+
+
+# --- many tokens ------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _unpack(weight, packing, first, count, out):
+    """Blocks first .. first + count - 1 as bytes u at `out`; up to four more before and after are written as well."""
+    three = repeat_byte(3)
+    if packing == TWO_BIT:
+        for vector in range(first // 4, (first + count + 3) // 4):
+            at = out + 64 * (4 * vector - first)
+            q = load_bytes(weight + 64 * vector)
+            store_bytes(at, and_bytes(q, three))
+            store_bytes(at + 64, and_bytes(shift_words(q, 2), three))
+            store_bytes(at + 128, and_bytes(shift_words(q, 4), three))
+            store_bytes(at + 192, and_bytes(shift_words(q, 6), three))
+    else:
+        for vector in range(first // 5, (first + count + 4) // 5):
+            at = out + 64 * (5 * vector - first)
+            rest, u4 = _top_digit(load_bytes(weight + 64 * vector))
+            u0, u1, u2, u3 = _low_digits(rest)
+            store_bytes(at, u0)
+            store_bytes(at + 64, u1)
+            store_bytes(at + 128, u2)
+            store_bytes(at + 192, u3)
+            store_bytes(at + 256, u4)
+
+
+@jit
+def _add_to(acc, sums):
+    store_ints(acc, add_ints(load_ints(acc), widen(sums)))
+
+
+@jit
+def _tile_8(blocks, count, codes, stride, acc, acc_stride):
+    s0, s1, s2, s3, s4, s5, s6, s7 = (
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+    )
+    for block in range(count):
+        u = load_bytes(blocks + 64 * block)
+        quad = codes + 4 * block
+        s0 = dot(s0, u, repeat_quad(quad))
+        s1 = dot(s1, u, repeat_quad(quad + stride))
+        s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
+        s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
+        s4 = dot(s4, u, repeat_quad(quad + 4 * stride))
+        s5 = dot(s5, u, repeat_quad(quad + 5 * stride))
+        s6 = dot(s6, u, repeat_quad(quad + 6 * stride))
+        s7 = dot(s7, u, repeat_quad(quad + 7 * stride))
+    _add_to(acc, s0)
+    _add_to(acc + acc_stride, s1)
+    _add_to(acc + 2 * acc_stride, s2)
+    _add_to(acc + 3 * acc_stride, s3)
+    _add_to(acc + 4 * acc_stride, s4)
+    _add_to(acc + 5 * acc_stride, s5)
+    _add_to(acc + 6 * acc_stride, s6)
+    _add_to(acc + 7 * acc_stride, s7)
+
+
+@jit
+def _tile_4(blocks, count, codes, stride, acc, acc_stride):
+    s0, s1, s2, s3 = no_sums(), no_sums(), no_sums(), no_sums()
+    for block in range(count):
+        u = load_bytes(blocks + 64 * block)
+        quad = codes + 4 * block
+        s0 = dot(s0, u, repeat_quad(quad))
+        s1 = dot(s1, u, repeat_quad(quad + stride))
+        s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
+        s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
+    _add_to(acc, s0)
+    _add_to(acc + acc_stride, s1)
+    _add_to(acc + 2 * acc_stride, s2)
+    _add_to(acc + 3 * acc_stride, s3)
+
+
+@jit
+def _tile_2(blocks, count, codes, stride, acc, acc_stride):
+    s0, s1 = no_sums(), no_sums()
+    for block in range(count):
+        u = load_bytes(blocks + 64 * block)
+        s0 = dot(s0, u, repeat_quad(codes + 4 * block))
+        s1 = dot(s1, u, repeat_quad(codes + 4 * block + stride))
+    _add_to(acc, s0)
+    _add_to(acc + acc_stride, s1)
+
+
+@jit
+def _tile_1(blocks, count, codes, acc):
+    s0 = no_sums()
+    for block in range(count):
+        s0 = dot(s0, load_bytes(blocks + 64 * block), repeat_quad(codes + 4 * block))
+    _add_to(acc, s0)
+
+
+@jit
+def gemm(weight, packing, in_features, records, stride, tokens, acc, acc_stride, first_group, last_group, scratch):
+    """``acc = act_codes @ weight_codes.T`` of the rows 16 first_group .. 16 last_group - 1, for all tokens.
+
+    Args:
+        weight: address of the packed bytes of all rows; packing: TWO_BIT or BASE3.
+        in_features: I, at least 1.
+        records: address of `tokens` records (activations.py), `stride` bytes apart.
+        acc: address of int32 rows, one a token, `acc_stride` numbers apart; row o of the weight is written to number o.
+            Groups are written whole: there must be room for 16 ceil(O / 16).
+        scratch: address of SCRATCH_BYTES of the calling thread's own; not touched for one token or two.
+
+    Numerics: exact.
+    """
+    blocks = (in_features + 3) // 4
+    codes = records + CODES
+    if tokens == 1:
+        total = repeat_int(int32s(records + 4, 1)[0])
+        for group in range(first_group, last_group):
+            if packing == TWO_BIT:
+                product = _multiply_2bit(weight, blocks, codes, group)
+            else:
+                product = _multiply_base3(weight, blocks, codes, group)
+            store_ints(acc + 64 * group, sub_ints(product, total))
+        return
+    if tokens == 2:
+        total, other_total = repeat_int(int32s(records + 4, 1)[0]), repeat_int(int32s(records + stride + 4, 1)[0])
+        for group in range(first_group, last_group):
+            if packing == TWO_BIT:
+                product, other = _multiply_2bit_twice(weight, blocks, codes, codes + stride, group)
+            else:
+                product, other = _multiply_base3_twice(weight, blocks, codes, codes + stride, group)
+            store_ints(acc + 64 * group, sub_ints(product, total))
+            store_ints(acc + 4 * acc_stride + 64 * group, sub_ints(other, other_total))
+        return
+    for group in range(first_group, last_group):
+        for n in range(tokens):
+            store_ints(acc + 4 * n * acc_stride + 64 * group, repeat_int(-int32s(records + n * stride + 4, 1)[0]))
+    for chunk in range(0, blocks, CHUNK):
+        count = min(CHUNK, blocks - chunk)
+        quads = codes + 4 * chunk
+        for group in range(first_group, last_group, GROUPS):
+            groups = min(GROUPS, last_group - group)
+            for slot in range(groups):
+                _unpack(weight, packing, (group + slot) * blocks + chunk, count, scratch + slot * SLOT + MARGIN)
+            n = 0
+            while n < tokens:
+                width = 8 if AVX512 and tokens - n >= 8 else 4 if tokens - n >= 4 else 2 if tokens - n >= 2 else 1
+                for slot in range(groups):
+                    source = scratch + slot * SLOT + MARGIN
+                    out = acc + 4 * n * acc_stride + 64 * (group + slot)
+                    if AVX512 and width == 8:
+                        _tile_8(source, count, quads + n * stride, stride, out, 4 * acc_stride)
+                    elif width == 4:
+                        _tile_4(source, count, quads + n * stride, stride, out, 4 * acc_stride)
+                    elif width == 2:
+                        _tile_2(source, count, quads + n * stride, stride, out, 4 * acc_stride)
+                    else:
+                        _tile_1(source, count, quads + n * stride, out)
+                n += width
+
+
+def ternary_accumulate(act_codes: np.ndarray, weight: np.ndarray, packing: str, out_features: int) -> np.ndarray:
+    """``act_codes @ weight_codes.T`` from packed bytes, in the calling thread.
+
+    Args:
+        act_codes: int8 (N, I), any strides.
+        weight: uint8 (packed_bytes(O, I, packing),) from `packing.pack`, also read-only or misaligned. Trusted to be valid.
+        packing: "2bit" or "base3".
+        out_features: O.
+
+    Returns: int32 (N, O). Numerics: exact.
+
+    Raises:
+        ValueError: another dtype or shape, or an unknown packing.
+    """
+    if act_codes.dtype != np.int8 or act_codes.ndim != 2 or act_codes.shape[1] == 0:
+        raise ValueError(
+            f"act_codes: expected int8 (N, I) with at least one column; got {act_codes.dtype} {act_codes.shape}"
+        )
+    if packing not in PACKINGS:
+        raise ValueError(f"packing: expected one of {', '.join(PACKINGS)}; got {packing!r}")
+    tokens, in_features = act_codes.shape
+    check_packed(weight, np.uint8, packed_bytes(out_features, in_features, packing))
+    records = np.zeros((tokens, record_bytes(in_features)), np.uint8)
+    records[:, CODES : CODES + in_features] = act_codes.view(np.uint8)
+    records[:, 4:8] = act_codes.sum(axis=1, dtype=np.int32)[:, None].view(np.uint8)
+    groups = row_groups(out_features)
+    acc = np.empty((tokens, 16 * groups), np.int32)
+    scratch = np.empty(SCRATCH_BYTES, np.uint8)
+    gemm(
+        weight.ctypes.data,
+        PACKINGS.index(packing),
+        in_features,
+        records.ctypes.data,
+        records.shape[1],
+        tokens,
+        acc.ctypes.data,
+        acc.shape[1],
+        0,
+        groups,
+        scratch.ctypes.data,
+    )
+    return acc[:, :out_features]
+
+
+def check_packed(weight: np.ndarray, dtype: type, size: int) -> None:
+    """Refuses what is not a gap-free 1-D array of `size` numbers: kernels read it by its address.
+
+    Raises:
+        ValueError: another dtype, number of dimensions, length or stride.
+    """
+    if weight.dtype != dtype or weight.shape != (size,) or not weight.flags.c_contiguous:
+        raise ValueError(
+            f"weight: expected a contiguous array of {np.dtype(dtype)} ({size},); got {weight.dtype} {weight.shape} with "
+            f"strides {weight.strides}. Pack it with packing.py for this number of rows and columns."
+        )

@@ -1,0 +1,448 @@
+"""One forward step of a decoder in one compiled function that all threads walk through together.
+
+    embedding -> per layer: norm, quantise | q k v | norm, RoPE, cache | attention | quantise | o | residual, norm, quantise
+                            | gate up act | quantise | down | residual -> norm, quantise | head
+
+Everything is found by address: models, layers and calls are records (numpy structured arrays), so that there is one
+compilation for every model, packing, family and cache.
+
+How the work is shared. Products by row groups of the weights; all rows of the call meet a row group in one place, so that a
+weight is read once. Attention by (tile of rows, key/value head), whoever comes first. What belongs to a row (norm, quantise,
+residual) by rows, and a barrier after it. But with one row, where barriers would cost more than the work, each thread keeps
+a residual stream of its own and does all of it: five barriers a layer remain (q k v, attention, o, gate up, down).
+
+Sums: a product is exact in integers, everything else belongs to one row and is summed by one thread in one order. So
+results depend neither on the number of threads nor on which rows come together.
+"""
+
+import numpy as np
+
+from bitdistill.kernels.cpu.activations import quantize_activation, quantize_planes
+from bitdistill.kernels.cpu.attention import attend, tile_rows, write_position
+from bitdistill.kernels.cpu.compilation import jit
+from bitdistill.kernels.cpu.elementwise import (
+    add_rows,
+    copy_floats,
+    gated_activation,
+    padded,
+    rms_norm,
+    rope_angles,
+    rotate,
+    scale_accumulators,
+    scale_row,
+)
+from bitdistill.kernels.cpu.matmul import gemm
+from bitdistill.kernels.cpu.native import float32s, int64s, view_of
+from bitdistill.kernels.cpu.tables import FP16, table_logits, table_row
+from bitdistill.kernels.cpu.threads import barrier, begin_call, end_call, nanoseconds, next_ticket
+
+GROUP = 16  # rows of a weight that lie together in a packed block
+ACC_WORDS = 16384  # int32 accumulators of a thread before they are scaled: 64 KB, inside the second-level cache
+PARTS = ("embedding", "norms", "qkv", "attention", "o", "gate_up", "down", "head", "waiting")
+EMBEDDING, NORMS, QKV, ATTENTION, O, GATE_UP, DOWN, HEAD, WAITING = range(0, 72, 8)  # bytes from a thread's first
+
+_INT, _FLOAT = np.int64, np.float32
+# Names without a comment are addresses; 0 stands for "none" where a thing is optional.
+PROJECTION = np.dtype(
+    [
+        ("weight", _INT),
+        ("packing", _INT),  # of matmul.py
+        ("out_features", _INT),
+        ("in_features", _INT),
+        ("bias", _INT),
+        ("subln", _INT),
+        ("codes", _INT),  # which of the layer's quantised inputs it reads: 0, 1 or 2
+        ("own_codes", _INT),  # 1: it is the first to read them, so they are made for it
+        ("weight_scale", _FLOAT),
+        ("subln_eps", _FLOAT),
+    ],
+    align=True,
+)
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+NORM_NAMES = ("input_norm", "q_norm", "k_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm")
+LAYER = np.dtype(
+    [(name, PROJECTION) for name in PROJECTIONS]
+    + [(name, _INT) for name in NORM_NAMES]
+    + [("rope", _INT), ("window", _INT)],  # an index; positions, 0 for all
+    align=True,
+)
+TABLE = np.dtype([("format", _INT), ("weight", _INT), ("scale", _INT)], align=True)
+MODEL = np.dtype(
+    [(name, TABLE) for name in ("embedding", "head")]
+    + [(name, _INT) for name in ("final_norm", "inv_freq")]  # float32 (ropes, head_dim / 2)
+    + [
+        (name, _INT)
+        for name in (
+            "layers",
+            "vocabulary",
+            "hidden",
+            "intermediate",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "ropes",
+            "activation",
+        )
+    ]
+    + [(name, _FLOAT) for name in ("eps", "attention_scale", "embedding_scale")],
+    align=True,
+)
+# One call: what changes. The cache's part is what attention.py reads.
+CALL = np.dtype(
+    [(name, _INT) for name in ("ids", "slots", "positions", "rows", "wanted", "wanted_rows", "logits", "profile")]
+    + [(name, _INT) for name in ("keys", "values", "key_scales", "value_scales", "dtype", "cache_slots", "capacity")]
+)
+# Working memory. Shared: x, qkv, attended, gate, up, out: float32 (rows, padded width); records: 3 x rows of them;
+# cos, sin: (ropes, rows, head_dim / 2). Private: `private` bytes for each thread, divided up in `_Private`'s order.
+SCRATCH = np.dtype(
+    [
+        (name, _INT)
+        for name in (
+            "rows", "x", "qkv", "attended", "gate", "up", "out", "records", "record_bytes", "cos", "sin",
+            "private", "private_bytes", "p_x", "p_row", "p_row2", "p_records", "p_cos", "p_sin", "p_acc", "p_product",
+            "p_attention", "p_tiles",
+        )
+    ]
+)  # fmt: skip
+
+_models, _calls, _scratches = view_of(MODEL, "_models"), view_of(CALL, "_calls"), view_of(SCRATCH, "_scratches")
+_layers = view_of(LAYER, "_layers")
+
+
+@jit
+def _lap(counter, since):
+    """Adds the time since `since` to the int64 at `counter`; the time now. Nothing where nobody asked: since is 0."""
+    if since == 0:
+        return since
+    now = nanoseconds()
+    int64s(counter, 1)[0] += now - since
+    return now
+
+
+@jit
+def _product(projection, tokens, records, record_bytes, out, out_stride, first, last, acc, scratch):
+    """Row groups first .. last - 1 of ``(act_codes @ weight_codes.T) * (act_scale * weight_scale) + bias``."""
+    at_once = max(1, ACC_WORDS // (GROUP * tokens))
+    bias = projection["bias"]
+    for group in range(first, last, at_once):
+        count = GROUP * min(at_once, last - group)
+        row = GROUP * group
+        gemm(
+            projection["weight"], projection["packing"], projection["in_features"], records, record_bytes, tokens,
+            acc - 4 * row, count, group, group + count // GROUP, scratch,
+        )  # fmt: skip
+        for token in range(tokens):
+            scale = float32s(records + token * record_bytes, 1)[0] * projection["weight_scale"]
+            scale_accumulators(
+                acc + 4 * token * count, scale, bias + 4 * row if bias != 0 else 0, count,
+                out + 4 * (token * out_stride + row),
+            )  # fmt: skip
+
+
+@jit
+def _quantize_input(projection, row, row2, record):
+    """The quantised input of a projection from a row that is normalised already, through its SubLN where it has one."""
+    if projection["own_codes"] == 0:
+        return
+    width = projection["in_features"]
+    if projection["subln"] != 0:
+        rms_norm(row, projection["subln"], projection["subln_eps"], width, row2)
+        row = row2
+    quantize_activation(row, width, record)
+
+
+@jit
+def _groups(features):
+    return (features + GROUP - 1) // GROUP
+
+
+@jit
+def _part(total, thread, threads):
+    """First and last + 1 of a thread's share."""
+    return total * thread // threads, total * (thread + 1) // threads
+
+
+@jit
+def _share(projection, start, stop, tokens, records, set_bytes, record_bytes, out, out_stride, acc, scratch):
+    """Those of a projection's row groups that are among start .. stop - 1."""
+    first, last = max(start, 0), min(stop, _groups(projection["out_features"]))
+    if first < last:
+        codes = records + projection["codes"] * set_bytes
+        _product(projection, tokens, codes, record_bytes, out, out_stride, first, last, acc, scratch)
+
+
+@jit
+def _write_keys(model, layer, call, layer_index, row, head, qkv, qkv_stride, cos, sin, work):
+    """Norm and RoPE of one key head of one row, and its place in the cache with the value's."""
+    width = model["head_dim"]
+    wide = padded(width)
+    key, value = work, work + 4 * wide
+    k = qkv + 4 * (row * qkv_stride + padded(layer["q"]["out_features"]))
+    v = k + 4 * padded(layer["k"]["out_features"])
+    copy_floats(k + 4 * head * width, key, width)
+    copy_floats(v + 4 * head * width, value, width)
+    for tail in (key, value):
+        float32s(tail, wide)[width:] = 0
+    if layer["k_norm"] != 0:
+        rms_norm(key, layer["k_norm"], model["eps"], width, key)
+    rotate(key, cos, sin, width // 2)
+    slot, position = int64s(call["slots"], row + 1)[row], int64s(call["positions"], row + 1)[row]
+    number = (layer_index * call["cache_slots"] + slot) * model["kv_heads"] + head
+    write_position(call, number, position, key, value, width, value + 4 * wide)
+
+
+@jit
+def _attend(model, layer, call, layer_index, row, rows, head, qkv, qkv_stride, cos, sin, attended, work):
+    """Attention of a tile of rows with one key/value head: queries from qkv, results to `attended`."""
+    width = model["head_dim"]
+    wide, half = padded(width), width // 2
+    group = model["heads"] // model["kv_heads"]
+    for r in range(rows):
+        for g in range(group):
+            query = work + 4 * (r * group + g) * wide
+            copy_floats(qkv + 4 * ((row + r) * qkv_stride + (head * group + g) * width), query, width)
+            float32s(query, wide)[width:] = 0
+            if layer["q_norm"] != 0:
+                rms_norm(query, layer["q_norm"], model["eps"], width, query)
+            rotate(query, cos + 4 * r * half, sin + 4 * r * half, half)
+            scale_row(query, model["attention_scale"], width)
+    slot, position = int64s(call["slots"], row + 1)[row], int64s(call["positions"], row + 1)[row]
+    number = (layer_index * call["cache_slots"] + slot) * model["kv_heads"] + head
+    attend(call, number, position, rows, group, layer["window"], width, work)
+    stride = padded(model["heads"] * width)
+    for r in range(rows):
+        for g in range(group):
+            target = attended + 4 * ((row + r) * stride + (head * group + g) * width)
+            copy_floats(work + 4 * (r * group + g) * wide, target, width)
+
+
+@jit
+def _cut_tiles(call, longest, tiles):
+    """Cuts the rows into tiles of neighbouring positions of one sequence; the first row of each, and the end."""
+    rows = call["rows"]
+    slots, positions, first = int64s(call["slots"], rows), int64s(call["positions"], rows), int64s(tiles, rows + 1)
+    count = 0
+    for row in range(rows):
+        follows = row > 0 and slots[row] == slots[row - 1] and positions[row] == positions[row - 1] + 1
+        if not follows or row - first[count - 1] == longest:
+            first[count] = row
+            count += 1
+    first[count] = rows
+    return count
+
+
+@jit
+def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at):
+    """What every thread runs: the caller for one call, the others of a pool for all that come (threads.py).
+
+    Args:
+        state, thread, threads, seen: of threads.py. With one thread, state is not used.
+        model_at, layers_at, call_at, scratch_at: addresses of a MODEL record, its LAYER records, a CALL and a SCRATCH.
+
+    Returns: the number of calls seen.
+    """
+    model, call, scratch = _models(model_at, 1)[0], _calls(call_at, 1)[0], _scratches(scratch_at, 1)[0]
+    layers = _layers(layers_at, model["layers"])
+    while begin_call(state, thread, threads, seen):
+        rows, hidden = call["rows"], model["hidden"]
+        wide, half = padded(hidden), model["head_dim"] // 2
+        alone = rows == 1  # then every thread does the row's own work for itself
+        private = scratch["private"] + thread * scratch["private_bytes"]
+        row_buffer, row_buffer2 = private + scratch["p_row"], private + scratch["p_row2"]
+        acc, product, work = (
+            private + scratch["p_acc"],
+            private + scratch["p_product"],
+            private + scratch["p_attention"],
+        )
+        record_bytes = scratch["record_bytes"]
+        x, records, set_bytes = scratch["x"], scratch["records"], scratch["rows"] * record_bytes
+        cos, sin, rope_rows = scratch["cos"], scratch["sin"], scratch["rows"]
+        first_row, last_row = _part(rows, thread, threads)
+        if alone:
+            x, records, set_bytes = private + scratch["p_x"], private + scratch["p_records"], record_bytes
+            cos, sin, rope_rows = private + scratch["p_cos"], private + scratch["p_sin"], 1
+            first_row, last_row = 0, 1
+        qkv, attended, gate, up, out = (
+            scratch["qkv"],
+            scratch["attended"],
+            scratch["gate"],
+            scratch["up"],
+            scratch["out"],
+        )
+        profile = call["profile"] + 8 * len(PARTS) * thread
+        since = nanoseconds() if call["profile"] != 0 else 0
+
+        ids, positions = int64s(call["ids"], rows), int64s(call["positions"], rows)
+        embedding = model["embedding"]
+        for row in range(first_row, last_row):
+            stream = x + 4 * row * wide
+            table_row(embedding["weight"], embedding["scale"], embedding["format"], hidden, ids[row], stream)
+            scale_row(stream, model["embedding_scale"], hidden)
+            for rope in range(model["ropes"]):
+                at = 4 * (rope * rope_rows + row) * half
+                frequencies = model["inv_freq"] + 4 * rope * (half + 1)  # behind them their scaling
+                scaling = float32s(frequencies + 4 * half, 1)[0]
+                rope_angles(positions[row], frequencies, scaling, half, cos + at, sin + at)
+        tiles = private + scratch["p_tiles"]
+        tile_count = _cut_tiles(call, tile_rows(model["heads"] // model["kv_heads"]), tiles)
+        tile_starts = int64s(tiles, rows + 1)
+        since = _lap(profile + EMBEDDING, since)
+
+        for index in range(layers.size):
+            layer = layers[index]
+            q, k, v, o, up_, down = layer["q"], layer["k"], layer["v"], layer["o"], layer["up"], layer["down"]
+
+            # norm, quantise | q k v
+            for row in range(first_row, last_row):
+                rms_norm(x + 4 * row * wide, layer["input_norm"], model["eps"], hidden, row_buffer)
+                at = records + row * record_bytes
+                _quantize_input(q, row_buffer, row_buffer2, at + q["codes"] * set_bytes)
+                _quantize_input(k, row_buffer, row_buffer2, at + k["codes"] * set_bytes)
+                _quantize_input(v, row_buffer, row_buffer2, at + v["codes"] * set_bytes)
+            since = _lap(profile + NORMS, since)
+            if not alone:
+                barrier(state, threads)
+                since = _lap(profile + WAITING, since)
+            q_groups, k_groups, v_groups = (
+                _groups(q["out_features"]),
+                _groups(k["out_features"]),
+                _groups(v["out_features"]),
+            )
+            start, stop = _part(q_groups + k_groups + v_groups, thread, threads)
+            qkv_stride = GROUP * (q_groups + k_groups + v_groups)
+            k_out = qkv + 4 * GROUP * q_groups
+            v_out = k_out + 4 * GROUP * k_groups
+            _share(q, start, stop, rows, records, set_bytes, record_bytes, qkv, qkv_stride, acc, product)
+            start, stop = start - q_groups, stop - q_groups
+            _share(k, start, stop, rows, records, set_bytes, record_bytes, k_out, qkv_stride, acc, product)
+            start, stop = start - k_groups, stop - k_groups
+            _share(v, start, stop, rows, records, set_bytes, record_bytes, v_out, qkv_stride, acc, product)
+            since = _lap(profile + QKV, since)
+            barrier(state, threads)
+            since = _lap(profile + WAITING, since)
+
+            # keys and values into the cache | attention
+            kv_heads = model["kv_heads"]
+            layer_cos, layer_sin = (
+                cos + 4 * layer["rope"] * rope_rows * half,
+                sin + 4 * layer["rope"] * rope_rows * half,
+            )
+            if not alone:
+                start, stop = _part(rows * kv_heads, thread, threads)
+                for unit in range(start, stop):
+                    at = 4 * (unit // kv_heads) * half
+                    _write_keys(
+                        model, layer, call, index, unit // kv_heads, unit % kv_heads, qkv, qkv_stride,
+                        layer_cos + at, layer_sin + at, work,
+                    )  # fmt: skip
+                since = _lap(profile + ATTENTION, since)
+                barrier(state, threads)
+                since = _lap(profile + WAITING, since)
+            units = tile_count * kv_heads
+            unit = next_ticket(state) if threads > 1 else 0
+            while unit < units:
+                tile, head = unit // kv_heads, unit % kv_heads
+                row = tile_starts[tile]
+                if alone:
+                    _write_keys(model, layer, call, index, row, head, qkv, qkv_stride, layer_cos, layer_sin, work)
+                _attend(
+                    model, layer, call, index, row, tile_starts[tile + 1] - row, head, qkv, qkv_stride,
+                    layer_cos + 4 * row * half, layer_sin + 4 * row * half, attended, work,
+                )  # fmt: skip
+                unit = next_ticket(state) if threads > 1 else unit + 1
+            since = _lap(profile + ATTENTION, since)
+            barrier(state, threads)
+            since = _lap(profile + WAITING, since)
+
+            # quantise | o
+            for row in range(first_row, last_row):
+                at = attended + 4 * row * padded(o["in_features"])
+                _quantize_input(o, at, row_buffer2, records + row * record_bytes)
+            since = _lap(profile + NORMS, since)
+            if not alone:
+                barrier(state, threads)
+                since = _lap(profile + WAITING, since)
+            start, stop = _part(_groups(hidden), thread, threads)
+            _share(o, start, stop, rows, records, set_bytes, record_bytes, out, wide, acc, product)
+            since = _lap(profile + O, since)
+            barrier(state, threads)
+            since = _lap(profile + WAITING, since)
+
+            # residual, norm, quantise | gate up act
+            gate_ = layer["gate"]
+            for row in range(first_row, last_row):
+                stream, branch = x + 4 * row * wide, out + 4 * row * wide
+                if layer["post_attention_norm"] != 0:
+                    rms_norm(branch, layer["post_attention_norm"], model["eps"], hidden, row_buffer)
+                    branch = row_buffer
+                add_rows(stream, branch, hidden)
+                rms_norm(stream, layer["pre_mlp_norm"], model["eps"], hidden, row_buffer)
+                at = records + row * record_bytes
+                _quantize_input(gate_, row_buffer, row_buffer2, at + gate_["codes"] * set_bytes)
+                _quantize_input(up_, row_buffer, row_buffer2, at + up_["codes"] * set_bytes)
+            since = _lap(profile + NORMS, since)
+            if not alone:
+                barrier(state, threads)
+                since = _lap(profile + WAITING, since)
+            start, stop = _part(_groups(model["intermediate"]), thread, threads)
+            middle = padded(model["intermediate"])
+            _share(gate_, start, stop, rows, records, set_bytes, record_bytes, gate, middle, acc, product)
+            _share(up_, start, stop, rows, records, set_bytes, record_bytes, up, middle, acc, product)
+            for row in range(rows):
+                at = 4 * (row * middle + GROUP * start)
+                gated_activation(gate + at, up + at, model["activation"], GROUP * (stop - start))
+            since = _lap(profile + GATE_UP, since)
+            barrier(state, threads)
+            since = _lap(profile + WAITING, since)
+
+            # quantise | down
+            for row in range(first_row, last_row):
+                _quantize_input(down, gate + 4 * row * middle, row_buffer2, records + row * record_bytes)
+            since = _lap(profile + NORMS, since)
+            if not alone:
+                barrier(state, threads)
+                since = _lap(profile + WAITING, since)
+            start, stop = _part(_groups(hidden), thread, threads)
+            _share(down, start, stop, rows, records, set_bytes, record_bytes, out, wide, acc, product)
+            since = _lap(profile + DOWN, since)
+            barrier(state, threads)
+            since = _lap(profile + WAITING, since)
+
+            # residual
+            for row in range(first_row, last_row):
+                branch = out + 4 * row * wide
+                if layer["post_mlp_norm"] != 0:
+                    rms_norm(branch, layer["post_mlp_norm"], model["eps"], hidden, row_buffer)
+                    branch = row_buffer
+                add_rows(x + 4 * row * wide, branch, hidden)
+
+        # norm, quantise | head, for the rows that are wanted
+        wanted_rows = call["wanted_rows"]
+        since = _lap(profile + NORMS, since)
+        if wanted_rows > 0:
+            head_table = model["head"]
+            normed = out
+            first, last = _part(wanted_rows, thread, threads)
+            if alone:
+                normed, first, last = row_buffer, 0, 1
+            else:
+                barrier(state, threads)  # the rows of other threads
+            wanted = int64s(call["wanted"], wanted_rows)
+            for n in range(first, last):
+                rms_norm(x + 4 * wanted[n] * wide, model["final_norm"], model["eps"], hidden, normed + 4 * n * wide)
+                if head_table["format"] != FP16:
+                    quantize_planes(normed + 4 * n * wide, hidden, records + 2 * n * record_bytes, record_bytes)
+            since = _lap(profile + NORMS, since)
+            if not alone:
+                barrier(state, threads)
+                since = _lap(profile + WAITING, since)
+            start, stop = _part(_groups(model["vocabulary"]), thread, threads)
+            table_logits(
+                head_table["weight"], head_table["scale"], head_table["format"], model["vocabulary"], hidden, normed, wide,
+                records, record_bytes, wanted_rows, call["logits"], model["vocabulary"], start, stop, product,
+            )  # fmt: skip
+            _lap(profile + HEAD, since)
+        seen = end_call(state, thread, threads, seen)
+        if thread == 0:
+            break
+    return seen

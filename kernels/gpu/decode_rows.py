@@ -1,0 +1,519 @@
+"""What stands between two packed products of a decoder layer, on a GPU: one program a token, one launch a joint.
+
+    embed                   x = table[id] * embedding_scale
+    residual_norm_quantize  x += [norm](product); y = norm(x); act_codes = q([SubLN](y))     for q k v, gate up
+    gated_quantize          act_codes = q([SubLN](act(gate) * up))                           for down
+    final_norm              x += product; y = norm(x) as two planes of int8 or float16       for the LM head
+    logits_argmax           logits and the largest of each block
+    next_token              the largest of all becomes the next token; the positions move on
+
+A product arrives as the integers of decode.accumulate, in splits; it is summed and scaled here, where it is read:
+``y = sum_S(acc) * (act_scale * weight_scale) + bias``. The residual stream is fp32.
+
+Quantisers follow numerics.py to the bit. Multiplications and additions are not fused: scales and biases round as in the
+reference, and a fused ``x * (127 / m) + 1.5 * 2**23`` would move codes at ties (the clip in between forbids that, too).
+
+A head with integer weights keeps float accuracy: ``q = round(y * (32512 / m)) = 255 * high + low``, two int8 planes, two
+integer products. For float16 weights the planes are ``high = fp16(y / m)`` and ``low = fp16((y / m - high) * 2048)``.
+
+Shape suffixes: M tokens, I width of a row, P width with padding, S splits, N columns of a product, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bitdistill.kernels.gpu.decode import PackedMatrix
+from bitdistill.kernels.gpu.launches import Launch
+
+LOGITS_BLOCK = 1024  # words of the vocabulary that one program scales and searches
+# What `final_norm` writes and `logits_argmax` puts together: (factor of the high plane, factor of the low plane).
+_PLANES = {"int8": (255.0, 1.0), "fp16": (1.0, 1.0 / 2048.0)}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product that is not scaled yet: ``y = sum_S(acc) * (act_scale * weight_scale) + bias``.
+
+    Args:
+        acc: int32 (S, M, N). act_scale: float32 (planes, M): one, or one for each of the matrices side by side.
+        weight_scale: float32 (N,). bias: float32 (N,) or None.
+    """
+
+    acc: Tensor
+    act_scale: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None = None
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def product_columns(
+    acc_ptr, act_scale_ptr, weight_scale_ptr, bias_ptr, m, plane, n, inside, M, N, SPLITS: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """Columns n of row m of a product, scaled: fp32, 0 where not inside."""
+    row = acc_ptr + m.to(tl.int64) * N
+    acc = tl.load(row + n, mask=inside, other=0)
+    for split in tl.static_range(1, SPLITS):
+        acc += tl.load(row + tl.cast(split, tl.int64) * M * N + n, mask=inside, other=0)
+    scale = tl.load(act_scale_ptr + plane * M + m) * tl.load(weight_scale_ptr + n, mask=inside, other=0.0)
+    y = acc.to(tl.float32) * scale
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=inside, other=0.0)
+    return y
+
+
+@triton.jit
+def rms_norm_row(x, gain_ptr, i, inside, I, eps):
+    """``x / sqrt(mean(x^2) + eps) * gain`` of one row; x is 0 where not inside."""
+    mean = tl.sum(x * x, 0) / I
+    return x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps)) * tl.load(gain_ptr + i, mask=inside, other=0.0)
+
+
+@triton.jit
+def _round(x):
+    """To the nearest integer, half to even, for |x| < 2**22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def quantize_row(y, codes_ptr, act_scale_ptr, i, P):
+    """Stores the int8 codes of one row (y is 0 in the padding) and its act_scale."""
+    peak = tl.maximum(tl.max(tl.abs(y), 0), 1e-5)
+    codes = _round(tl.minimum(tl.maximum(y * tl.div_rn(127.0, peak), -128.0), 127.0))
+    tl.store(codes_ptr + i, codes.to(tl.int8), mask=i < P)
+    tl.store(act_scale_ptr, tl.div_rn(peak, 127.0))
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _embed_kernel(
+    ids_ptr,
+    table_ptr,
+    scale_ptr,  # float32 (V,) for 2 and 8 bits, float16 groups for 4
+    x_ptr,
+    I,
+    W,
+    embedding_scale,
+    BITS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    m = tl.program_id(0)
+    word = tl.load(ids_ptr + m).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < I
+    if BITS == 4:
+        # (tiles, PAIRS, 64, 32) bytes, (tiles, 2 * PAIRS, 64) scales: decode.pack_int4
+        group = i // 32
+        tile = word // 64
+        byte = ((tile * PAIRS + group % PAIRS) * 64 + word % 64) * 32 + i % 32
+        packed = tl.load(table_ptr + byte, mask=inside, other=0)
+        code = tl.where(group < PAIRS, (packed << 4).to(tl.int8) >> 4, packed >> 4).to(tl.float32)
+        scale = tl.load(scale_ptr + (tile * 2 * PAIRS + group) * 64 + word % 64, mask=inside, other=0.0).to(tl.float32)
+        x = code * scale
+    elif BITS == 2:
+        packed = tl.load(table_ptr + word * W + i % W, mask=inside, other=0)
+        field = 6 - 2 * (i // W).to(tl.int32)
+        code = ((packed.to(tl.int32) << tl.where(inside, field, 0)) << 24) >> 30
+        x = code.to(tl.float32) * tl.load(scale_ptr + word)
+    elif BITS == 8:
+        x = tl.load(table_ptr + word * W + i, mask=inside, other=0).to(tl.float32) * tl.load(scale_ptr + word)
+    else:
+        x = tl.load(table_ptr + word * W + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x_ptr + m.to(tl.int64) * I + i, x * embedding_scale, mask=inside)
+
+
+@triton.jit
+def _residual_norm_kernel(
+    x_ptr,  # float32 (M, I), the residual stream: updated where SPLITS > 0
+    acc_ptr,
+    acc_scale_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    post_gain_ptr,
+    gain_ptr,
+    subln_ptr,  # float32 (PLANES, I)
+    codes_ptr,  # int8 (PLANES, M, P); FORM "fp16": float16 (2, M, P)
+    act_scale_ptr,  # float32 (PLANES, M)
+    M,
+    I,
+    P,
+    eps,
+    subln_eps,
+    SPLITS: tl.constexpr,  # of the product in front; 0: there is none
+    BIAS: tl.constexpr,
+    POST: tl.constexpr,
+    NORM: tl.constexpr,
+    SUBLN: tl.constexpr,
+    PLANES: tl.constexpr,
+    FORM: tl.constexpr,  # "codes" | "int8" | "fp16": for a BitLinear, for an integer head, for a float16 head
+    BLOCK: tl.constexpr,
+):
+    m = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    inside = i < I
+    row = m.to(tl.int64)
+    x = tl.load(x_ptr + row * I + i, mask=inside, other=0.0)
+    if SPLITS > 0:
+        y = product_columns(
+            acc_ptr, acc_scale_ptr, weight_scale_ptr, bias_ptr, m, 0, i, inside, M, I, SPLITS, BIAS
+        )  # fmt: skip
+        if POST:
+            y = rms_norm_row(y, post_gain_ptr, i, inside, I, eps)
+        x += y
+        tl.store(x_ptr + row * I + i, x, mask=inside)
+    y = x
+    if NORM:
+        y = rms_norm_row(x, gain_ptr, i, inside, I, eps)
+    if FORM == "codes":
+        for plane in tl.static_range(PLANES):
+            z = y
+            if SUBLN:
+                z = rms_norm_row(y, subln_ptr + plane * I, i, inside, I, subln_eps)
+            quantize_row(z, codes_ptr + (plane * M + row) * P, act_scale_ptr + plane * M + m, i, P)
+    else:
+        peak = tl.maximum(tl.max(tl.abs(y), 0), 1e-5)
+        if FORM == "int8":
+            q = _round(tl.minimum(tl.maximum(y * tl.div_rn(32512.0, peak), -32512.0), 32512.0))
+            high = _round(tl.div_rn(q, 255.0))
+            low = q - high * 255.0
+            tl.store(act_scale_ptr + m, tl.div_rn(peak, 32512.0))
+        else:
+            unit = tl.div_rn(y, peak)
+            high = unit.to(tl.float16).to(tl.float32)
+            low = (unit - high) * 2048.0
+            tl.store(act_scale_ptr + m, peak)
+        kind: tl.constexpr = codes_ptr.dtype.element_ty
+        tl.store(codes_ptr + row * P + i, high.to(kind), mask=i < P)
+        tl.store(codes_ptr + (M + row) * P + i, low.to(kind), mask=i < P)
+
+
+@triton.jit
+def _gated_kernel(
+    acc_ptr,  # int32 (S, M, 2 * I): gate, up
+    acc_scale_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    subln_ptr,
+    codes_ptr,
+    act_scale_ptr,
+    M,
+    I,
+    P,
+    subln_eps,
+    SPLITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    UP_PLANE: tl.constexpr,  # which act_scale the up projection has: 0, or 1 behind a SubLN of its own
+    SILU: tl.constexpr,
+    SUBLN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    m = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    inside = i < I
+    gate = product_columns(
+        acc_ptr, acc_scale_ptr, weight_scale_ptr, bias_ptr, m, 0, i, inside, M, 2 * I, SPLITS, BIAS
+    )  # fmt: skip
+    up = product_columns(
+        acc_ptr, acc_scale_ptr, weight_scale_ptr, bias_ptr, m, UP_PLANE, I + i, inside, M, 2 * I, SPLITS, BIAS
+    )  # fmt: skip
+    slope = gate
+    if not SILU:  # 0.5 * (1 + tanh(z)) = 1 / (1 + exp(-2 z)), z = sqrt(2 / pi) * (x + 0.044715 x^3)
+        slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    y = gate / (1.0 + tl.exp(-slope)) * up
+    if SUBLN:
+        y = rms_norm_row(y, subln_ptr, i, inside, I, subln_eps)
+    quantize_row(y, codes_ptr + m.to(tl.int64) * P, act_scale_ptr + m, i, P)
+
+
+@triton.jit
+def _logits_kernel(
+    acc_ptr,  # int32 or float32 (S, 2 * M, V): the products of the high plane, then of the low plane
+    act_scale_ptr,
+    weight_scale_ptr,
+    logits_ptr,  # float32 (M, V)
+    best_ptr,  # float32 (M, blocks)
+    word_ptr,  # int32 (M, blocks)
+    M,
+    V,
+    high_factor,
+    low_factor,
+    SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,  # the weights have a scale a row
+    BLOCK: tl.constexpr,
+):
+    block, m = tl.program_id(0), tl.program_id(1)
+    v = block * BLOCK + tl.arange(0, BLOCK)
+    inside = v < V
+    high_row = acc_ptr + m.to(tl.int64) * V
+    low_row = acc_ptr + (M + m).to(tl.int64) * V
+    high, low = tl.load(high_row + v, mask=inside, other=0), tl.load(low_row + v, mask=inside, other=0)
+    for split in tl.static_range(1, SPLITS):
+        further = tl.cast(split, tl.int64) * 2 * M * V
+        high += tl.load(high_row + further + v, mask=inside, other=0)
+        low += tl.load(low_row + further + v, mask=inside, other=0)
+    scale = tl.load(act_scale_ptr + m)
+    if SCALED:
+        scale = scale * tl.load(weight_scale_ptr + v, mask=inside, other=0.0)
+    logits = (high.to(tl.float32) * high_factor + low.to(tl.float32) * low_factor) * scale
+    tl.store(logits_ptr + m.to(tl.int64) * V + v, logits, mask=inside)
+    logits = tl.where(inside, logits, float("-inf"))
+    best = tl.max(logits, 0)
+    tl.store(best_ptr + m * tl.num_programs(0) + block, best)
+    tl.store(word_ptr + m * tl.num_programs(0) + block, tl.min(tl.where(logits == best, v, V), 0))
+
+
+@triton.jit
+def _next_token_kernel(best_ptr, word_ptr, ids_ptr, positions_ptr, blocks, last_position, BLOCK: tl.constexpr):
+    m = tl.program_id(0)
+    b = tl.arange(0, BLOCK)
+    inside = b < blocks
+    best = tl.load(best_ptr + m * blocks + b, mask=inside, other=float("-inf"))
+    word = tl.load(word_ptr + m * blocks + b, mask=inside, other=2147483647)
+    tl.store(ids_ptr + m, tl.min(tl.where(best == tl.max(best, 0), word, 2147483647), 0))
+    tl.store(positions_ptr + m, tl.minimum(tl.load(positions_ptr + m) + 1, last_position))
+
+
+# --- launch -----------------------------------------------------------------------------------------------------------
+
+
+def row_warps(block: int) -> int:
+    """Warps of a program that holds a row of `block` numbers: 8 numbers a thread, more in wide rows."""
+    return min(16, max(1, block // 256))
+
+
+def embed(ids: Tensor, table: PackedMatrix, weight_scale: Tensor | None, embedding_scale: float) -> Tensor:
+    """``table[ids] * embedding_scale``, dequantised.
+
+    Args:
+        ids: int32 (M,), each below table.rows. table: the embedding (V, I).
+        weight_scale: float32 (V,) for 2 and 8 bits, None for 16 and 4 (whose scales are in the table).
+
+    Returns: float32 (M, I). Numerics: the bits of the packed file's dequantisation.
+    """
+    x = torch.empty(len(ids), table.columns, dtype=torch.float32, device=ids.device)
+    scale = table.group_scale if table.bits == 4 else weight_scale
+    block = triton.next_power_of_2(table.columns)
+    _embed_kernel[(len(ids),)](
+        ids, table.data, ids if scale is None else scale, x, table.columns, table.data.shape[1], embedding_scale,
+        BITS=table.bits, PAIRS=table.data.shape[1] if table.bits == 4 else 0, BLOCK=block,
+        num_warps=row_warps(block), enable_fp_fusion=False,
+    )  # fmt: skip
+    return x
+
+
+def residual_norm_quantize(
+    x: Tensor,
+    act_columns: int,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+    subln: Tensor | None = None,
+    subln_eps: float = 0.0,
+    product: Product | None = None,
+    post_gain: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``x += [norm](product)`` in place, then int8 codes of ``[SubLN]([norm](x))``.
+
+    Args:
+        x: float32 (M, I), contiguous: the residual stream, changed where there is a product.
+        act_columns: P, of the matrices that will read the codes.
+        gain: float32 (I,) of the model's norm, or None for none. eps: of both model norms.
+        subln: float32 (planes, I): one set of codes for each, or None. subln_eps: theirs.
+        product: what is added to x first, (M, I), or None.
+        post_gain: float32 (I,) of a norm behind the product (Gemma), or None.
+
+    Returns: (act_codes int8 (planes, M, P), zero in the padding; act_scale float32 (planes, M)).
+
+    Raises:
+        ValueError: x is not a contiguous float32 (M >= 1, I), or P is below I.
+
+    Numerics: given the same y, codes and scales are those of reference.quantize_activation; the sum inside a norm has
+    its own order.
+    """
+    planes = 1 if subln is None else len(subln)
+    codes, scale = _residual_norm(x, act_columns, planes, "codes", gain, eps, subln, subln_eps, product, post_gain)
+    return codes, scale
+
+
+def final_norm(
+    x: Tensor, act_columns: int, form: str, gain: Tensor, eps: float, product: Product | None, post_gain: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `residual_norm_quantize`, into the two planes that a head of `form` "int8" or "fp16" reads.
+
+    Returns: (planes int8 or float16 (2 * M, P), all high rows first; act_scale float32 (M,)).
+    """
+    planes, scale = _residual_norm(x, act_columns, 2, form, gain, eps, None, 0.0, product, post_gain)
+    return planes.flatten(0, 1), scale[0]
+
+
+def _residual_norm(x, act_columns, planes, form, gain, eps, subln, subln_eps, product, post_gain):
+    if x.dtype != torch.float32 or x.dim() != 2 or len(x) == 0 or not x.is_contiguous() or x.shape[1] > act_columns:
+        raise ValueError(
+            f"x: expected contiguous float32 (M >= 1, I <= {act_columns}); got {x.dtype} {tuple(x.shape)}. "
+            "Pass whole rows of the residual stream."
+        )
+    rows, width = x.shape
+    kind = torch.float16 if form == "fp16" else torch.int8
+    codes = torch.empty(planes, rows, act_columns, dtype=kind, device=x.device)
+    scale = torch.empty(planes, rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(act_columns)
+    none = x  # a pointer that the kernel does not use
+    _residual_norm_kernel[(rows,)](
+        x, *_pointers(product, none), _or(post_gain, none), _or(gain, none), _or(subln, none), codes, scale,
+        rows, width, act_columns, eps, subln_eps,
+        SPLITS=0 if product is None else len(product.acc), BIAS=product is not None and product.bias is not None,
+        POST=post_gain is not None, NORM=gain is not None, SUBLN=subln is not None, PLANES=planes, FORM=form,
+        BLOCK=block, num_warps=row_warps(block), enable_fp_fusion=False,
+    )  # fmt: skip
+    return codes, scale
+
+
+def gated_quantize(
+    product: Product, act_columns: int, activation: str, subln: Tensor | None = None, subln_eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """int8 codes of ``[SubLN](act(gate) * up)``.
+
+    Args:
+        product: (M, 2 * I), the columns of gate, then of up; two planes of act_scale when each has its own.
+        act_columns: P of the down projection.
+        activation: "silu" or "gelu_pytorch_tanh".
+        subln: float32 (1, I) or None.
+
+    Returns: (act_codes int8 (1, M, P), act_scale float32 (1, M)).
+    """
+    rows, width = product.acc.shape[1], product.acc.shape[2] // 2
+    codes = torch.empty(1, rows, act_columns, dtype=torch.int8, device=product.acc.device)
+    scale = torch.empty(1, rows, dtype=torch.float32, device=product.acc.device)
+    block = triton.next_power_of_2(act_columns)
+    none = scale
+    _gated_kernel[(rows,)](
+        *_pointers(product, none), _or(subln, none), codes, scale, rows, width, act_columns, subln_eps,
+        SPLITS=len(product.acc), BIAS=product.bias is not None, UP_PLANE=len(product.act_scale) - 1,
+        SILU=activation == "silu", SUBLN=subln is not None, BLOCK=block,
+        num_warps=row_warps(block), enable_fp_fusion=False,
+    )  # fmt: skip
+    return codes, scale
+
+
+def logits_argmax(acc: Tensor, act_scale: Tensor, weight_scale: Tensor | None, form: str) -> tuple[Tensor, tuple]:
+    """Logits out of the head's products with both planes, and the largest of each block of the vocabulary.
+
+    Args:
+        acc: (S, 2 * M, V) of decode.accumulate. act_scale: float32 (M,), with the planes from `final_norm`.
+        weight_scale: float32 (V,), or None.
+        form: as given to `final_norm`.
+
+    Returns: (logits float32 (M, V), (values float32 (M, blocks), words int32 (M, blocks)) for `next_token`).
+    """
+    splits, rows, vocabulary = acc.shape
+    rows //= 2
+    blocks = triton.cdiv(vocabulary, LOGITS_BLOCK)
+    logits = torch.empty(rows, vocabulary, dtype=torch.float32, device=acc.device)
+    best = torch.empty(rows, blocks, dtype=torch.float32, device=acc.device)
+    words = torch.empty(rows, blocks, dtype=torch.int32, device=acc.device)
+    _logits_kernel[(blocks, rows)](
+        acc, act_scale, _or(weight_scale, act_scale), logits, best, words, rows, vocabulary, *_PLANES[form],
+        SPLITS=splits, SCALED=weight_scale is not None, BLOCK=LOGITS_BLOCK, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return logits, (best, words)
+
+
+def next_token(blocks: tuple[Tensor, Tensor], ids: Tensor, positions: Tensor, last_position: int) -> None:
+    """The most likely words, the first among equals, into ids; positions grow by one, up to last_position.
+
+    Args:
+        blocks: from `logits_argmax`. ids, positions: int32 (M,), changed in place.
+    """
+    best, words = blocks
+    _next_token_kernel[(len(best),)](
+        best, words, ids, positions, best.shape[1], last_position,
+        BLOCK=triton.next_power_of_2(best.shape[1]), num_warps=1, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _or(tensor: Tensor | None, none: Tensor) -> Tensor:
+    return none if tensor is None else tensor
+
+
+def _pointers(product: Product | None, none: Tensor) -> tuple[Tensor, ...]:
+    if product is None:
+        return none, none, none, none
+    return product.acc, product.act_scale, product.weight_scale, _or(product.bias, none)
+
+
+def production_launches() -> list[Launch]:
+    """Widths of Qwen3 0.6B and 4B, with every branch that these models take; an int8 and a float16 head."""
+    launches = []
+    product = {"acc_ptr": "*i32", "acc_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
+    sizes = dict.fromkeys(("M", "I", "P"), "i32")
+    for model, hidden, intermediate, splits in (("0.6B", 1024, 3072, 6), ("4B", 2560, 9728, 5)):
+        for form, planes in (("codes", 1), ("int8", 2), ("fp16", 2)):
+            block = triton.next_power_of_2(hidden)
+            launches.append(
+                Launch(
+                    _residual_norm_kernel,
+                    f"Qwen3 {model}, hidden {hidden}, {form}",
+                    {"x_ptr": "*fp32", **product, "post_gain_ptr": "*fp32", "gain_ptr": "*fp32", "subln_ptr": "*fp32"}
+                    | {"codes_ptr": "*fp16" if form == "fp16" else "*i8", "act_scale_ptr": "*fp32", **sizes}
+                    | {"eps": "fp32", "subln_eps": "fp32"},
+                    {"SPLITS": splits, "BIAS": False, "POST": False, "NORM": True, "SUBLN": False, "PLANES": planes}
+                    | {"FORM": form, "BLOCK": block},
+                    num_warps=row_warps(block),
+                    aligned=("x_ptr", "acc_ptr", "weight_scale_ptr", "gain_ptr", "codes_ptr", "I", "P"),
+                )
+            )
+        block = triton.next_power_of_2(intermediate)
+        launches.append(
+            Launch(
+                _gated_kernel,
+                f"Qwen3 {model}, intermediate {intermediate}",
+                product
+                | {"subln_ptr": "*fp32", "codes_ptr": "*i8", "act_scale_ptr": "*fp32", **sizes, "subln_eps": "fp32"},
+                {"SPLITS": 1, "BIAS": False, "UP_PLANE": 0, "SILU": True, "SUBLN": True, "BLOCK": block},
+                num_warps=row_warps(block),
+                aligned=("acc_ptr", "weight_scale_ptr", "subln_ptr", "codes_ptr", "I", "P"),
+            )
+        )
+    for bits, kind in ((8, "*i8"), (16, "*fp16"), (4, "*i8"), (2, "*i8")):
+        launches.append(
+            Launch(
+                _embed_kernel,
+                f"hidden 2560, {bits} bits",
+                {"ids_ptr": "*i32", "table_ptr": kind, "scale_ptr": "*fp16" if bits == 4 else "*fp32"}
+                | {"x_ptr": "*fp32", "I": "i32", "W": "i32", "embedding_scale": "fp32"},
+                {"BITS": bits, "PAIRS": 40 if bits == 4 else 0, "BLOCK": 4096},
+                num_warps=row_warps(4096),
+                aligned=("ids_ptr", "table_ptr", "scale_ptr", "x_ptr", "I", "W"),
+            )
+        )
+    launches.append(
+        Launch(
+            _logits_kernel,
+            "V 151936",
+            {"acc_ptr": "*i32", "act_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "logits_ptr": "*fp32"}
+            | {"best_ptr": "*fp32", "word_ptr": "*i32", "M": "i32", "V": "i32"}
+            | {"high_factor": "fp32", "low_factor": "fp32"},
+            {"SPLITS": 1, "SCALED": True, "BLOCK": LOGITS_BLOCK},
+            aligned=("acc_ptr", "weight_scale_ptr", "logits_ptr", "V"),
+        )
+    )
+    launches.append(
+        Launch(
+            _next_token_kernel,
+            "V 151936",
+            {"best_ptr": "*fp32", "word_ptr": "*i32", "ids_ptr": "*i32", "positions_ptr": "*i32"}
+            | {"blocks": "i32", "last_position": "i32"},
+            {"BLOCK": 256},
+            num_warps=1,
+            aligned=("best_ptr", "word_ptr", "ids_ptr", "positions_ptr"),
+        )
+    )
+    return launches

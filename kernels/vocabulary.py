@@ -1,0 +1,350 @@
+"""Losses over the vocabulary from hidden states, with their gradients, without the logits of all rows.
+
+    z_n = W x_n        CE = sum_n -log softmax(z_n)[target_n]        KL = sum_n KL(softmax(t_n / tau) || softmax(z_n / tau))
+
+with t_n from a second head, ``t_n = W' x'_n``, or known at its largest words only (a cache). 8,192 rows of 151,936 words
+are 5 GB in fp32, and autograd would hold several of them. So rows come in chunks: the product gives the logits of a
+chunk, vocabulary_rows.py its losses, and its gradient written over the logits; two more products take that to dx and,
+summed in fp32, to dW. The loss being the end of the graph, all of it happens in the forward pass: four products
+altogether, nothing recomputed, and the backward pass only multiplies by the incoming scalar. What is held at a time is
+``chunk_bytes`` of logits, and dW, which is a result. The vocabulary itself is never cut: a row of it is below 1 MB.
+
+For this the weights of the two losses in what is differentiated must be known in the forward pass (``ce_weight``,
+``kl_weight``, up to a common factor, such as a loss scale). A backward pass with other weights gets NaN, never a wrong
+gradient.
+
+One custom operator, so that torch.compile sees a node and not a graph break, and autocast cannot reach inside. The work
+on rows is done by Triton kernels on a GPU (gpu/vocabulary_kl.py), by PyTorch elsewhere.
+
+Known words only. Let K be the words whose teacher logits are cached, and r the log of the sum of exp(t / tau) over the
+others. The others are one further outcome, for the teacher and the student alike:
+
+    KL_K = sum_{i in K} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),   p_rest = 1 - sum_K p,  q_rest = 1 - sum_K q
+
+a lower bound of the KL over all words, and equal to it when one word or none is left over. Without r the teacher's
+probabilities are renormalised over K (p_rest = 0), the student's are not: mass that it gives to other words is punished.
+
+Shape suffixes: N rows, H student hidden, V vocabulary, K cached words, C a chunk of rows.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitdistill.kernels.vocabulary_rows import dense_rows_, rest_rows_, top_k_rows_
+
+# 1.25 GiB: 2,048 rows of 151,936 words in bf16, of student and teacher. 8,192 rows then read and write dW four times.
+CHUNK_BYTES = 5 * 2**28
+SLICE_BYTES = 2**25  # of dW while a product is added to it: stays in the L2 cache
+
+
+def linear_cross_entropy(
+    x_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """``sum_n -log softmax(W x_n)[target_n]`` over the rows that have a target.
+
+    Args:
+        x_NH: float; under autocast the products run in its dtype, else in the common dtype of x and W.
+        weight_VH: float; fp32 masters or half precision, trained or frozen.
+        targets_N: int64; -100 where a row has none (better not to pass such rows).
+        chunk_bytes: what logits and their temporaries may take at a time; at least one row.
+
+    Returns: fp32 scalar; 0 with a graph for N = 0.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+
+    Numerics: logits in the dtype of the products, everything over the vocabulary in fp32, dW summed in fp32.
+    """
+    return _losses(x_NH, weight_VH, targets_N, chunk_bytes=chunk_bytes)[0]
+
+
+def linear_distillation(
+    x_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    teacher_x: Tensor,
+    teacher_weight: Tensor,
+    *,
+    temperature: float,
+    ce_weight: float,
+    kl_weight: float,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """``(CE, KL)`` summed over rows, of a student head and a teacher head on the same positions.
+
+    Args:
+        x_NH, weight_VH, targets_N, chunk_bytes: as in linear_cross_entropy. Every row counts for the KL.
+        teacher_x: (N, its own hidden width). teacher_weight: (V, that width). Their products run in their common dtype,
+            autocast or not; no gradient reaches them.
+        temperature: tau. The KL is not multiplied by tau^2.
+        ce_weight, kl_weight: >= 0, of the two sums in the loss that will be differentiated, up to a common factor.
+
+    Returns: two fp32 scalars. They may be differentiated once together, weighted so: other weights give NaN gradients.
+
+    Raises: ValueError as linear_cross_entropy. Numerics: as linear_cross_entropy; KL from terms that are never negative.
+    """
+    return _losses(
+        x_NH,
+        weight_VH,
+        targets_N,
+        teacher_x=teacher_x,
+        teacher_weight=teacher_weight,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def linear_distillation_top_k(
+    x_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    indices_NK: Tensor,
+    values_NK: Tensor,
+    log_rest_N: Tensor | None,
+    *,
+    temperature: float,
+    ce_weight: float,
+    kl_weight: float,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """``(CE, KL_K)`` summed over rows, with the teacher's logits known at K words of each row.
+
+    Args:
+        x_NH, weight_VH, targets_N, temperature, ce_weight, kl_weight, chunk_bytes: as in linear_distillation.
+        indices_NK: int32 or int64, the words; distinct within a row.
+        values_NK: float, the teacher's logits there, up to one constant a row.
+        log_rest_N: fp32, ``log sum exp(t_j / temperature)`` over all other words j, with the same constant in t;
+            -inf for none. None renormalises the teacher over its K words (the same as -inf throughout).
+
+    Returns, Raises, Numerics: as linear_distillation.
+    """
+    if log_rest_N is None:
+        log_rest_N = torch.full_like(targets_N, -math.inf, dtype=torch.float32)
+    return _losses(
+        x_NH,
+        weight_VH,
+        targets_N,
+        indices=indices_NK,
+        values=values_NK,
+        log_rest=log_rest_N,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        chunk_bytes=chunk_bytes,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- chunks
+
+
+def _losses(
+    x_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    teacher_x: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    indices: Tensor | None = None,
+    values: Tensor | None = None,
+    log_rest: Tensor | None = None,
+    temperature: float = 1.0,
+    ce_weight: float = 1.0,
+    kl_weight: float = 0.0,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    _check(x_NH, weight_VH, targets_N, teacher_x, teacher_weight, indices, values, log_rest, temperature)
+    device = x_NH.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(x_NH.dtype, weight_VH.dtype)
+    larger = max(ce_weight, kl_weight) or 1.0
+    differentiate = torch.is_grad_enabled()
+    losses, _, _ = _operator(
+        x_NH,
+        weight_VH,
+        targets_N,
+        teacher_x,
+        teacher_weight,
+        indices,
+        values,
+        log_rest,
+        ce_weight / larger,
+        kl_weight / larger,
+        1 / temperature,
+        dtype,
+        differentiate and x_NH.requires_grad,
+        differentiate and weight_VH.requires_grad,
+        chunk_bytes,
+    )
+    return losses[0], losses[1]
+
+
+def _check(x, weight, targets, teacher_x, teacher_weight, indices, values, log_rest, temperature) -> None:
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x: expected rows (N, {weight.shape[-1]}), as wide as the head's weight; got {tuple(x.shape)}. "
+            "Under ZeRO-3 gather the weight first."
+        )
+    if x.dtype not in floats or weight.dtype not in floats:
+        raise ValueError(
+            f"x: expected float32, bfloat16 or float16; got {x.dtype} and {weight.dtype}. Cast them first."
+        )
+    if targets.shape != x.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets: expected int64 ({len(x)},); got {targets.dtype} {tuple(targets.shape)}. Shift them."
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a number above 0; got {temperature}. The paper takes 5.")
+    expected = None if teacher_x is None else (len(x), teacher_weight.shape[1])
+    if teacher_x is not None and (teacher_x.shape != expected or len(teacher_weight) != len(weight)):
+        raise ValueError(
+            f"teacher: expected rows {expected} and a head of {len(weight)} words; got rows {tuple(teacher_x.shape)} "
+            f"and a head {tuple(teacher_weight.shape)}. Teacher and student need one vocabulary and one batch."
+        )
+    if indices is not None:
+        if indices.shape != values.shape or indices.dim() != 2 or len(indices) != len(x) or not indices.shape[1]:
+            raise ValueError(
+                f"indices: expected ({len(x)}, K) like the values, K at least 1; got {tuple(indices.shape)} and "
+                f"{tuple(values.shape)}. Take both from one cache."
+            )
+        if log_rest.shape != x.shape[:1]:
+            raise ValueError(f"log_rest: expected ({len(x)},); got {tuple(log_rest.shape)}. One number a row.")
+
+
+def _row_functions(device: torch.device) -> tuple[Callable, Callable]:
+    """``dense_rows_`` and ``rest_rows_``: the kernels on a GPU, else the specification."""
+    if device.type == "cuda":
+        from bitdistill.kernels.gpu import vocabulary_kl
+
+        return vocabulary_kl.dense_rows_, vocabulary_kl.rest_rows_
+    return dense_rows_, rest_rows_
+
+
+def _rows_at_once(rows: int, vocabulary: int, bytes_a_logit: int, chunk_bytes: int) -> int:
+    """Rows of a chunk within ``chunk_bytes``, all chunks about equally large."""
+    most = max(1, chunk_bytes // (vocabulary * bytes_a_logit))
+    return math.ceil(rows / math.ceil(rows / most)) if rows else 1
+
+
+def _logit_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for logits, its rows 16 elements apart or a multiple: whole vectors for loads and products, odd V too."""
+    return torch.empty((rows, -(-vocabulary // 16) * 16), dtype=dtype, device=device)[:, :vocabulary]
+
+
+def _add_product_(total_VH: Tensor, gradient_CV: Tensor, x_CH: Tensor, first: bool) -> None:
+    """``total = (0 if first else total) + gradient^T x`` in fp32, a slice of the vocabulary at a time."""
+    words = max(1, SLICE_BYTES // (4 * x_CH.shape[1]))
+    for total, gradient in zip(total_VH.split(words), gradient_CV.split(words, dim=1), strict=True):
+        if x_CH.dtype == torch.float32:
+            total.addmm_(gradient.T, x_CH, beta=0.0 if first else 1.0)
+        elif first:
+            total.copy_(_product_fp32(gradient.T, x_CH))
+        else:
+            total.add_(_product_fp32(gradient.T, x_CH))
+
+
+def _product_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in fp32. On a CPU a product in half precision is rounded to it once, as nn.Linear's gradient is."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).float()
+
+
+def chunked_losses(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    teacher_x: Tensor | None,
+    teacher_weight: Tensor | None,
+    indices: Tensor | None,
+    values: Tensor | None,
+    log_rest: Tensor | None,
+    ce_weight: float,
+    kl_weight: float,
+    per_tau: float,
+    dtype: torch.dtype,
+    grad_x: bool,
+    grad_weight: bool,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's forward pass; the arguments are those of the functions above, with 1 / tau.
+
+    Args:
+        dtype: of the student's products. grad_x, grad_weight: which gradients are wanted.
+
+    Returns: ((CE, KL) fp32 (2,), dx like x, dW like W), the gradients of ``ce_weight * CE + kl_weight * KL``; one that is
+    not wanted is empty, (0,).
+    """
+    N, V = len(x), len(weight)
+    device = x.device
+    gradient = grad_x or grad_weight
+    teacher_dtype = None if teacher_x is None else torch.promote_types(teacher_x.dtype, teacher_weight.dtype)
+    # Kernels work in place; PyTorch has about six fp32 temporaries of a chunk.
+    bytes_a_logit = dtype.itemsize + (teacher_dtype.itemsize if teacher_dtype else 0) if x.is_cuda else 32
+    dense_rows, rest_rows = _row_functions(device)
+    at_once = _rows_at_once(N, V, bytes_a_logit, chunk_bytes)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    dx = torch.empty_like(x) if grad_x else x.new_empty(0)
+    dw = torch.zeros if N == 0 else torch.empty
+    dw = dw(weight.shape if grad_weight else 0, dtype=torch.float32, device=device)
+    with torch.autocast(device.type, enabled=False):
+        x_of, w = x.to(dtype), weight.to(dtype)
+        z_room = _logit_rows(at_once, V, dtype, device)
+        if teacher_x is not None:
+            teacher_x_of, teacher_w = teacher_x.to(teacher_dtype), teacher_weight.to(teacher_dtype)
+            t_room = _logit_rows(at_once, V, teacher_dtype, device)
+        for begin in range(0, N, at_once):
+            of = slice(begin, min(begin + at_once, N))
+            z = torch.mm(x_of[of], w.T, out=z_room[: of.stop - begin])
+            weights = (ce_weight, kl_weight * per_tau, per_tau, gradient)
+            if indices is not None:
+                ce_N, kl_N = top_k_rows_(rest_rows, z, indices[of], values[of], log_rest[of], targets[of], *weights)
+            else:
+                t = None
+                if teacher_x is not None:
+                    t = torch.mm(teacher_x_of[of], teacher_w.T, out=t_room[: of.stop - begin])
+                ce_N, kl_N = dense_rows(z, t, targets[of], *weights)
+            total += torch.stack([ce_N.sum(dtype=torch.float64), kl_N.sum(dtype=torch.float64)])
+            if grad_x:
+                dx[of] = _product_fp32(z, w)
+            if grad_weight:
+                _add_product_(dw, z, x_of[of], first=begin == 0)
+    return total.float(), dx, dw.to(weight.dtype)
+
+
+_operator = torch.library.custom_op("bitdistill::vocabulary_losses", chunked_losses, mutates_args=())
+
+
+@_operator.register_fake
+def _shapes(x, weight, *others):
+    grad_x, grad_weight = others[-3:-1]
+    dx = torch.empty_like(x) if grad_x else x.new_empty(0)
+    dw = weight.new_empty(weight.shape if grad_weight else 0)
+    return x.new_empty(2, dtype=torch.float32), dx, dw
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    _, dx, dw = output
+    ctx.mark_non_differentiable(dx, dw)
+    ctx.save_for_backward(dx, dw)
+    ctx.weights, ctx.wanted, ctx.others = inputs[8:10], inputs[12:14], len(inputs) - 2
+
+
+def _scale_gradients(ctx, grad_losses, *_):
+    of_ce, of_kl = ctx.weights
+    scale = (grad_losses[0] * of_ce + grad_losses[1] * of_kl) / (of_ce**2 + of_kl**2 or 1.0)
+    apart = torch.maximum((grad_losses[0] - scale * of_ce).abs(), (grad_losses[1] - scale * of_kl).abs())
+    scale = torch.where(apart <= 1e-3 * grad_losses.abs().amax(), scale, math.nan)
+    gradients = [
+        (gradient * scale).to(gradient.dtype) if wanted else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    ]
+    return (*gradients, *[None] * ctx.others)
+
+
+_operator.register_autograd(_scale_gradients, setup_context=_save_gradients)

@@ -1,0 +1,85 @@
+"""`bitdistill generate`: its options, lines of a file, what it prints and refuses. Each call is a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_runtime import byte_tokenizer
+
+from bitdistill.export.packed import write_packed
+from bitdistill.runtime import Runtime
+from bitdistill.sampling import Sampling
+from tiny_students import student
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A student over single bytes."""
+    model = student("qwen3")
+    model.resize_token_embeddings(257, mean_resizing=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    path = tmp_path_factory.mktemp("cli") / "student.safetensors"
+    write_packed(path, model, tokenizer_json=byte_tokenizer().to_str().encode())
+    return path
+
+
+def call(*arguments, text=""):
+    command = [sys.executable, "-m", "bitdistill.cli", "generate", *map(str, arguments), "--threads", "1"]
+    return subprocess.run(command, input=text.encode(), capture_output=True, check=False)
+
+
+def test_lines_of_a_file(file, tmp_path):
+    """In their order, each what it would be alone; blank lines are left out, and that is said."""
+    (tmp_path / "prompts.txt").write_bytes("Größe\nab\r\n\n   \nGröße und\n".encode())
+    options = ["--max_new_tokens", 9, "--slots", 2, "--temperature", 1.2, "--top_p", 0.9, "--seed", 3, "--stop", "x"]
+    options += ["--top_k", 200, "--min_p", 0.01, "--repetition_penalty", 1.1, "--kv_cache", "fp32", "--context", 40]
+    result = call(file, "--prompts_file", tmp_path / "prompts.txt", *options)
+    assert result.returncode == 0, result.stderr.decode()
+    lines = [json.loads(line) for line in result.stdout.decode().splitlines()]
+    assert [(line["index"], line["prompt"]) for line in lines] == [(0, "Größe"), (1, "ab"), (2, "Größe und")]
+    assert "2 blank lines left out" in result.stderr.decode()
+    runtime = Runtime(file, 1, "fp32", 40)
+    for line in lines:
+        settings = {"temperature": 1.2, "top_p": 0.9, "top_k": 200, "min_p": 0.01, "repetition_penalty": 1.1}
+        sampling = Sampling(seed=3 + line["index"], **settings)
+        assert line["text"] == "".join(runtime.generate(line["prompt"], 9, sampling, "x"))
+        assert line["stopped_by"] == runtime.stats.stopped_by
+        assert line["prompt_tokens"] == runtime.stats.prompt_tokens
+        assert line["new_tokens"] == runtime.stats.new_tokens
+    piped = call(file, "--prompts_file", "-", *options, text="Größe\nab\nGröße und")
+    assert piped.stdout == result.stdout
+
+
+def test_refusals(file, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    for arguments, field in (
+        ([file], "prompt"),
+        ([file, "x", "--prompts_file", "-"], "prompt"),
+        ([file, "--prompts_file", tmp_path / "no.txt"], "prompts_file"),
+        ([file, "--prompts_file", tmp_path / "empty.txt"], "prompts_file"),
+        ([file, "--prompts_file", tmp_path / "latin.txt"], "prompts_file"),
+        ([file, "x", "--top_k", "5"], "temperature"),
+        ([tmp_path / "nowhere", "x"], "RUN_OR_FILE"),
+        ([file, "x", "--device", "cuda"], "device"),  # with --threads
+    ):
+        result = call(*arguments)
+        message = result.stderr.decode()
+        assert result.returncode == 2, message
+        assert message.startswith(f"bitdistill: {field}: expected"), message
+        assert "Traceback" not in message
+
+
+def test_a_missing_library_is_named(file):
+    script = (
+        "import sys; sys.modules['jsonargparse'] = None; from bitdistill.cli import main; "
+        "sys.argv = ['bitdistill', 'env']; sys.exit(main())"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "library jsonargparse" in result.stderr
+    assert "bitdistill[train]" in result.stderr
