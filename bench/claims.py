@@ -167,7 +167,8 @@ def main() -> int:
     else:
         with tempfile.TemporaryDirectory() as temporary:
             folder = arguments.folder or Path(temporary)
-            arguments.contexts, arguments.prefill, arguments.tokens, arguments.ours_only = [16], [128], 32, False
+            arguments.contexts, arguments.prefill, arguments.tokens = [16], [128], 32
+            arguments.ours_only, arguments.leave_out = False, []
             peers.add_llama_bench_on_path(arguments)
             result = peers.measure(SHAPE, arguments, folder, Bandwidth(arguments.threads))
             rows = [*size_rows(folder), *speed_rows(result), *gpu_rows(), *accuracy_rows()]

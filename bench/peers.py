@@ -224,9 +224,11 @@ class LlamaBench:
         """Nothing stays open."""
 
 
-def make_peers(name: str, folder: Path, threads: int, benches: list[str], ours_only: bool) -> tuple[list, list[str]]:
+def make_peers(
+    name: str, folder: Path, threads: int, benches: list[str], ours_only: bool, leave_out: list[str]
+) -> tuple[list, list[str]]:
     """All peers that run here at a shape, and why the others do not."""
-    shape, peers, skipped = SHAPES[name], [], []
+    shape, peers, skipped = SHAPES[name], [], [f"{word}: left out by --leave_out" for word in leave_out]
 
     def attempt(make) -> None:
         try:
@@ -247,7 +249,7 @@ def make_peers(name: str, folder: Path, threads: int, benches: list[str], ours_o
 
     parameters = shape.linear_weights() + shape.vocabulary * shape.hidden
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    for dtype, width in (("bfloat16", 2), ("float32", 4)):
+    for dtype, width in (("bfloat16", 2), ("float32", 4)) if "transformers" not in leave_out else ():
         if parameters * width > 0.8 * available:
             skipped.append(
                 f"transformers {dtype}: needs {parameters * width / 1e9:.1f} GB, {available / 1e9:.1f} are free"
@@ -257,7 +259,8 @@ def make_peers(name: str, folder: Path, threads: int, benches: list[str], ours_o
         size, argument = parameters * width, f"{name},{dtype}"
         attempt(lambda d=dtype, a=argument, s=size: Worker("transformers", d, "transformers", a, threads, s))
 
-    for linear, head in GGUF if benches or importlib.util.find_spec("llama_cpp") else ():
+    wanted = [one for one in GGUF if one[0] not in leave_out]
+    for linear, head in wanted if benches or importlib.util.find_spec("llama_cpp") else ():
         path = folder / f"{name}-{linear}-{head}.gguf"
         if not path.is_file():
             write_gguf(path, shape, linear, head)
@@ -312,7 +315,9 @@ def fork_files(binary: str, name: str, shape: Shape, folder: Path):
 
 def measure(name: str, arguments, folder: Path, bandwidth: Bandwidth) -> dict:
     """All peers at one shape."""
-    peers, skipped = make_peers(name, folder, arguments.threads, arguments.llama_bench, arguments.ours_only)
+    peers, skipped = make_peers(
+        name, folder, arguments.threads, arguments.llama_bench, arguments.ours_only, arguments.leave_out
+    )
     requests = [(f"decode {context}", {"decode": [context, arguments.tokens]}) for context in arguments.contexts]
     requests += [(f"prefill {tokens}", {"prefill": tokens}) for tokens in arguments.prefill]
     rates = {(peer, label): [] for peer in peers for label, _ in requests}
@@ -404,7 +409,7 @@ def show(result: dict, contexts: list[int], prefill: list[int]) -> str:
 def profile(arguments, folder: Path) -> None:
     """Where a step of ours spends its time, for each packing at the first shape."""
     name = arguments.shapes[0]
-    peers, skipped = make_peers(name, folder, arguments.threads, [], ours_only=True)
+    peers, skipped = make_peers(name, folder, arguments.threads, [], ours_only=True, leave_out=[])
     for peer in peers:
         for context in arguments.contexts:
             peer.ask(decode=[context, 8])
@@ -440,6 +445,7 @@ def main() -> int:
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512])
     parser.add_argument("--llama_bench", action="append", default=[], metavar="PATH", help="repeatable")
     parser.add_argument("--ours_only", action="store_true")
+    parser.add_argument("--leave_out", nargs="+", default=[], metavar="PEER", help="transformers, or GGUF types")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--folder", type=Path, help="keeps the model files here; by default they are temporary")
     parser.add_argument("--json", metavar="FILE")
