@@ -1,6 +1,6 @@
 """The claims, checked by one command: one table, one exit code.
 
-    python bench/claims.py [--rounds 3] [--threads N] [--llama_bench PATH ...] [--json FILE]
+    python bench/claims.py [--rounds 3] [--threads N] [--llama_bench PATH ...] [--peers FILE] [--json FILE]
     python bench/claims.py --from bench/results/claims.json --readme README.md     writes the table into README.md
 
 A row a claim: where it comes from, the command behind the figure, what was measured with its spread, and whether it
@@ -111,7 +111,7 @@ def accuracy_rows() -> list[dict]:
             found = json.loads(file.read_text()).get("difference_to_fp16_sft", {}).get(task) or found
         value, spread = (found["points"], found["interval"]) if found else (None, None)
         claim = f"BitDistill within one point of FP16-SFT on {task}"
-        rows.append(row(claim, "paper, table 1", "bench/study.py", -1.0, value, spread, "points", "no study yet"))
+        rows.append(row(claim, "paper, table 1", "none yet", -1.0, value, spread, "points", "no study yet"))
     return rows
 
 
@@ -156,6 +156,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--llama_bench", action="append", default=[], metavar="PATH")
     parser.add_argument("--folder", type=Path, help="keeps the model files here")
+    parser.add_argument("--peers", metavar="FILE", help="speeds from a --json file of bench/peers.py, not a new run")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument(
         "--from", dest="source", metavar="FILE", help="a --json file of an earlier run; measures nothing"
@@ -167,12 +168,17 @@ def main() -> int:
     else:
         with tempfile.TemporaryDirectory() as temporary:
             folder = arguments.folder or Path(temporary)
-            arguments.contexts, arguments.prefill, arguments.tokens = [16], [128], 32
-            arguments.ours_only, arguments.leave_out = False, []
-            peers.add_llama_bench_on_path(arguments)
-            result = peers.measure(SHAPE, arguments, folder, Bandwidth(arguments.threads))
-            rows = [*size_rows(folder), *speed_rows(result), *gpu_rows(), *accuracy_rows()]
-        report = {"machine": machine(), "threads": arguments.threads, "rows": rows}
+            sizes = size_rows(folder)
+            if arguments.peers:
+                earlier = json.loads(Path(arguments.peers).read_text())
+                result, where = next(one for one in earlier["results"] if one["shape"] == SHAPE), earlier["machine"]
+            else:
+                arguments.contexts, arguments.prefill, arguments.tokens = [16], [128], 32
+                arguments.ours_only, arguments.leave_out = False, []
+                peers.add_llama_bench_on_path(arguments)
+                result, where = peers.measure(SHAPE, arguments, folder, Bandwidth(arguments.threads)), machine()
+        rows = [*sizes, *speed_rows(result), *gpu_rows(), *accuracy_rows()]
+        report = {"machine": where, "threads": result["threads"], "rows": rows}
     print(markdown(report))
     if arguments.json:
         write_json(arguments.json, report)

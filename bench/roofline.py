@@ -36,6 +36,10 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
     decode = min(set(labels), key=lambda label: int(label.split()[1]))
     names = sorted({row["name"] for row in result["rows"]} - set(COLOURS))
     colours = COLOURS | dict(zip(names, OTHERS, strict=False))
+    above, right_of, left_of = (
+        {"xytext": xy, "ha": ha} for xy, ha in (((4, 5), "left"), ((6, -3), "left"), ((-6, -3), "right"))
+    )
+    places = dict.fromkeys(colours, right_of) | {"bitdistill": above} | dict.fromkeys(names[::2], left_of)
     points = [row for row in result["rows"] if decode in row]
     reads = np.array([row[f"{decode} bytes"] for row in points]) / 1e6
     line = np.geomspace(reads.min() / 1.5, reads.max() * 1.5, 50)
@@ -48,7 +52,9 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
         rate = row[decode]
         spread = [[rate["median"] - rate["min"]], [rate["max"] - rate["median"]]]
         left.errorbar(read, rate["median"], yerr=spread, fmt="o", color=colours[row["name"]], capsize=2, markersize=5)
-        left.annotate(row["weights"], (read, rate["median"]), fontsize=7, xytext=(5, -3), textcoords="offset points")
+        left.annotate(
+            row["weights"], (read, rate["median"]), fontsize=7, **places[row["name"]], textcoords="offset points"
+        )
     for name, colour in colours.items():
         if any(row["name"] == name for row in points):
             left.plot([], [], "o", color=colour, label=name)
