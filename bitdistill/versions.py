@@ -39,7 +39,9 @@ def _gpu() -> str:
 
     if not torch.cuda.is_available():
         return "none"
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver {_driver()}"
+    return (
+        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver {_driver()}"
+    )
 
 
 def _driver() -> str:
