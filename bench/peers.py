@@ -462,7 +462,11 @@ def main() -> int:
             profile(arguments, folder)
             return 0
         bandwidth = Bandwidth(arguments.threads)
-        report = {"machine": machine(), "command": " ".join(sys.argv), "results": []}
+        report = {
+            "machine": machine(),
+            "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
+            "results": [],
+        }
         for name in arguments.shapes:
             report["results"].append(measure(name, arguments, folder, bandwidth))
             print(show(report["results"][-1], arguments.contexts, arguments.prefill), flush=True)

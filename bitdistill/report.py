@@ -256,8 +256,8 @@ def summary(run: Run) -> list[str]:
         )
     if numbers["speed_ratio"]:
         said.append(
-            f"It generates {ours['tokens_per_second']:.4g} tokens/s ({ours.get('runner', NONE)}) against "
-            f"{full['tokens_per_second']:.4g} of FP16-SFT ({full.get('runner', NONE)}): {numbers['speed_ratio']:.2f} "
+            f"It generates {_rate(ours['tokens_per_second'])} tokens/s ({ours.get('runner', NONE)}) against "
+            f"{_rate(full['tokens_per_second'])} of FP16-SFT ({full.get('runner', NONE)}): {numbers['speed_ratio']:.2f} "
             "times the speed on the same machine."
         )
     if run.proof.get("codes_equal", True) is False:
@@ -345,10 +345,10 @@ def cells(run: Run, lines: list[dict]) -> list[list[str]]:
             right = [NOT_RUN, NOT_RUN, NONE, NONE, NONE, NOT_RUN]
         else:
             rate, base_rate = speed.get("tokens_per_second"), reference.get("tokens_per_second")
-            spread = " [{:.4g}, {:.4g}]".format(*speed["spread"]) if rate and speed.get("spread") else ""
+            spread = " [{}, {}]".format(*map(_rate, speed["spread"])) if rate and speed.get("spread") else ""
             bits = [number(speed.get(key), ".2f") for key in ("bits_per_weight", "model_bits_per_parameter")]
             right = [size(speed, "linear_bytes"), size(speed, "model_bytes"), *bits, str(speed.get("runner", NONE))]
-            right.append(number(rate, ".4g") + spread + (f" ({rate / base_rate:.2f}x)" if rate and base_rate else ""))
+            right.append((_rate(rate) if rate else NONE) + spread + (f" ({rate / base_rate:.2f}x)" if rate and base_rate else ""))
         table.append(left + right)
     return table
 
@@ -432,6 +432,10 @@ def write_report(run_dir: str | Path) -> Path:
     target = run.path / "report.html"
     target.write_text(page, encoding="utf-8")
     return target
+
+
+def _rate(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 1000 else f"{tokens_per_second:.4g}"
 
 
 def show_report(run_dir: str | Path) -> None:
