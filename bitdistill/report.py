@@ -348,7 +348,9 @@ def cells(run: Run, lines: list[dict]) -> list[list[str]]:
             spread = " [{}, {}]".format(*map(_rate, speed["spread"])) if rate and speed.get("spread") else ""
             bits = [number(speed.get(key), ".2f") for key in ("bits_per_weight", "model_bits_per_parameter")]
             right = [size(speed, "linear_bytes"), size(speed, "model_bytes"), *bits, str(speed.get("runner", NONE))]
-            right.append((_rate(rate) if rate else NONE) + spread + (f" ({rate / base_rate:.2f}x)" if rate and base_rate else ""))
+            right.append(
+                (_rate(rate) if rate else NONE) + spread + (f" ({rate / base_rate:.2f}x)" if rate and base_rate else "")
+            )
         table.append(left + right)
     return table
 
