@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "kernels" / "gpu"
 LAUNCHING = re.compile(r"\b(\w+)\[\(?[^]\n]*\]\(")  # kernel[grid](
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef production_launches" in path.read_text())
+KERNELS = {
+    name for path in FOLDER.glob("*.py") for name in re.findall(r"^@triton\.jit\s+def (\w+)\(", path.read_text(), re.M)
+}
 
 pytest.importorskip("triton")
 
@@ -33,8 +36,7 @@ def test_kernels_compile_without_spills(module, tmp_path):
     result = compiled(module, "--json", str(tmp_path / "table.json"))
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     table = json.loads((tmp_path / "table.json").read_text())
-    text = (FOLDER / f"{module}.py").read_text()
-    launched = set(re.findall(r"^def (\w+)\(", text.replace("@triton.jit\n", ""), re.M)) & set(LAUNCHING.findall(text))
+    launched = KERNELS & set(LAUNCHING.findall((FOLDER / f"{module}.py").read_text()))
     assert launched, "no launch found: the pattern above no longer fits"
     assert launched <= {row["kernel"] for row in table}, "a kernel that is launched but not in production_launches()"
     for kernel in launched:
@@ -45,9 +47,7 @@ def test_kernels_compile_without_spills(module, tmp_path):
 def test_no_kernel_is_launched_behind_the_gate():
     """A file that launches kernels of its own offers them to the test above."""
     for path in FOLDER.glob("*.py"):
-        text = path.read_text()
-        kernels = set(re.findall(r"^@triton\.jit\s+def (\w+)\(", text, re.M))
-        assert path.stem in MODULES or not kernels & set(LAUNCHING.findall(text)), path.name
+        assert path.stem in MODULES or not KERNELS & set(LAUNCHING.findall(path.read_text())), path.name
     assert len(MODULES) > 8
 
 
