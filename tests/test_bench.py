@@ -1,5 +1,7 @@
 """The measuring tools: arithmetic, files and tables; speeds themselves are never asserted."""
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -46,6 +48,17 @@ def test_gguf_holds_the_same_weights(tmp_path):
         up = tensors["blk.1.ffn_up.weight"]
         got = gguf.quants.dequantize(up.data, up.tensor_type)
         np.testing.assert_allclose(got, want, rtol=1e-3)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.py")), ids=lambda path: path.name)
+def test_everything_that_a_benchmark_imports_from_the_project_exists(path):
+    """Also what it imports inside a function, for a device that is not here."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bitdistill"):
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                if not hasattr(module, name.name):
+                    importlib.import_module(f"{node.module}.{name.name}")
 
 
 def test_shapes_are_those_of_the_models():

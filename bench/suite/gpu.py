@@ -13,17 +13,17 @@ class BitLinear:
 
         if not torch.cuda.is_available():
             raise NotImplementedError("no GPU")
-        from bitdistill.layers import bit_linear
+        from bitdistill.layers import BitLinear
 
         torch.manual_seed(0)
-        self.torch, self.bit_linear = torch, bit_linear
+        self.torch = torch
         self.x = torch.randn(4096, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        self.weight = torch.nn.Parameter(torch.randn(width, width, device="cuda") * 0.02)
+        self.layer = BitLinear(torch.nn.Linear(width, width, bias=False, device="cuda"))  # fp32 master
         self.linear = torch.nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16)
         self.grad = torch.randn(4096, width, device="cuda", dtype=torch.bfloat16)
 
     def _ours(self):
-        self.bit_linear(self.x, self.weight, None).backward(self.grad)
+        self.layer(self.x).backward(self.grad)
         self.torch.cuda.synchronize()
 
     def _theirs(self):
