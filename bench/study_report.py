@@ -1,0 +1,250 @@
+"""What a study says: means with intervals, paired tests, a table in Markdown and plots, from its results file alone.
+
+Statistics, over S seeds and N rows (the same rows in every cell):
+
+    mean        of all S * N scores
+    interval    95 %, bootstrap that draws seeds and, within them, the same rows for all seeds (10,000 times)
+    difference  to a reference cell, on the same rows and seeds; its interval likewise
+    p           two-sided sign-flip test over rows of the differences averaged over seeds, Holm-corrected within the study
+
+Three seeds say little about the spread between seeds: a bootstrap of three draws is too narrow for it, so each seed's own
+score is listed too.
+"""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+def scores_of(cell: dict[str, Any]) -> np.ndarray:
+    """One number a row: 1 right, 0 wrong; or the mean loss of a block in nats."""
+    if cell["metric"] == "perplexity":
+        return np.array(cell["losses"])
+    return np.unpackbits(np.frombuffer(base64.b64decode(cell["right"]), np.uint8))[: cell["rows"]].astype(float)
+
+
+def by_cell(result: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]:
+    """{cell: {seed: scores (N,)}}."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for one in result["cells"].values():
+        found.setdefault(one["cell"], {})[one["seed"]] = scores_of(one)
+    return found
+
+
+def interval(values_SN: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean, over seeds and rows at once."""
+    generator = np.random.default_rng(seed)
+    seeds, rows = values_SN.shape
+    weights_RS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    means = np.empty(RESAMPLES)
+    for begin in range(0, RESAMPLES, 500):  # rows drawn as counts: a product instead of 10,000 gathers
+        counts_RN = generator.multinomial(rows, np.full(rows, 1 / rows), 500) / rows
+        means[begin : begin + 500] = ((weights_RS[begin : begin + 500] @ values_SN) * counts_RN).sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def sign_flip_p(differences_N: np.ndarray, seed: int = 0) -> float:
+    """Two-sided p of a mean difference of 0, by flipping the sign of each row's difference at random."""
+    generator = np.random.default_rng(seed)
+    nonzero = differences_N[differences_N != 0]
+    if not len(nonzero):
+        return 1.0
+    observed, extreme = abs(nonzero.sum()), 0
+    for _ in range(RESAMPLES // 500):
+        flipped = (generator.integers(0, 2, (500, len(nonzero))) * 2 - 1) @ nonzero
+        extreme += int((np.abs(flipped) >= observed - 1e-12).sum())
+    return (extreme + 1) / (RESAMPLES + 1)
+
+
+def holm(ps: list[float]) -> list[float]:
+    """Holm's correction of several p values, in their order."""
+    order, adjusted, largest = np.argsort(ps), [0.0] * len(ps), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def paired(a: dict[int, np.ndarray], b: dict[int, np.ndarray]) -> np.ndarray | None:
+    """Differences a - b (S, N) over the seeds that both have; None when there are none."""
+    seeds = sorted(set(a) & set(b))
+    return np.stack([a[seed] - b[seed] for seed in seeds]) if seeds else None
+
+
+def summaries(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each cell: mean, interval, each seed's score, cost, and the comparison with each reference."""
+    cells, rows = by_cell(result), []
+    metric = next(iter(result["cells"].values()))["metric"] if result["cells"] else "accuracy"
+    percent = 100.0 if metric == "accuracy" else 1.0
+    for name in result["settings"]:
+        if name not in cells:
+            continue
+        of_seeds = cells[name]
+        values_SN = np.stack([of_seeds[seed] for seed in sorted(of_seeds)])
+        runs = [one for one in result["cells"].values() if one["cell"] == name]
+        against = {}
+        for reference in result.get("references", []):
+            difference_SN = paired(of_seeds, cells.get(reference, {})) if reference != name else None
+            if difference_SN is not None:
+                against[reference] = {
+                    "difference": percent * float(difference_SN.mean()),
+                    "interval": [percent * end for end in interval(difference_SN)],
+                    "p": sign_flip_p(difference_SN.mean(axis=0)),
+                    "ratio": float(values_SN.mean() / (values_SN.mean() - difference_SN.mean())),
+                }
+        used = [stages_behind(one) for one in runs]
+        rows.append(
+            {
+                "cell": name,
+                "seeds": sorted(of_seeds),
+                "metric": metric,
+                "mean": percent * float(values_SN.mean()),
+                "interval": [percent * end for end in interval(values_SN)],
+                "each": [percent * float(of_seeds[seed].mean()) for seed in sorted(of_seeds)],
+                "against": against,
+                "training_seconds": float(np.median([sum(s["seconds"] for s in u.values()) for u in used])),
+                "stage2_tokens": max((u["pretrain"].get("tokens", 0) for u in used if "pretrain" in u), default=0),
+            }
+        )
+    for reference in result.get("references", []):
+        compared = [row for row in rows if reference in row["against"]]
+        corrected = holm([row["against"][reference]["p"] for row in compared])
+        for row, p in zip(compared, corrected, strict=True):
+            row["against"][reference]["p_holm"] = p
+    return rows
+
+
+def stages_behind(cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The training stages that a cell's score stands on, the base model's own training left out."""
+    chain = {
+        "teacher": ("teacher",),
+        "baseline": ("baseline",),
+        "distill": ("teacher", "refine", "cache", "pretrain", "distill"),
+        "pretrain": ("refine", "cache", "pretrain"),
+        "refine": ("refine",),
+        "base": (),
+    }[cell["scored"]]
+    return {name: facts for name, facts in cell["stages"].items() if name in chain}
+
+
+def differences(result: dict[str, Any]) -> dict[str, Any]:
+    """For bench/claims.py: BitDistill against FP16-SFT in points, where a study has both."""
+    cells = by_cell(result)
+    if "task" not in result or not {"BitDistill", "FP16-SFT"} <= set(cells):
+        return {}
+    difference_SN = paired(cells["BitDistill"], cells["FP16-SFT"])
+    if difference_SN is None:
+        return {}
+    points, ends = 100 * float(difference_SN.mean()), [100 * end for end in interval(difference_SN)]
+    return {"difference_to_fp16_sft": {result["task"]: {"points": points, "interval": ends, "seeds": len(difference_SN)}}}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table."""
+    references = result.get("references", [])
+    rows = summaries(result)
+    accuracy = not rows or rows[0]["metric"] == "accuracy"
+    unit = "accuracy, %" if accuracy else "loss, nats a token"
+    digits = 1 if accuracy else 3
+    head = ["setting", f"{unit} [95 %]", "each seed", *[f"against {name} [95 %], p" for name in references]]
+    head += ["training, s", "stage-2 tokens"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        low, high = row["interval"]
+        cells = [row["cell"], f"{row['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"]
+        cells.append(" ".join(f"{one:.{digits}f}" for one in row["each"]))
+        for name in references:
+            one = row["against"].get(name)
+            if one is None:
+                cells.append("")
+                continue
+            low, high = one["interval"]
+            cells.append(
+                f"{one['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], p {one['p_holm']:.2g}"
+            )
+        tokens = f"{row['stage2_tokens']:,}" if row["stage2_tokens"] else ""
+        lines.append(f"| {' | '.join([*cells, format(row['training_seconds'], '.0f'), tokens])} |")
+    at = result["machine"]
+    count = next(iter(result["cells"].values()))["rows"] if result["cells"] else 0
+    what = "rows" if accuracy else "blocks"
+    foot = f"{count:,} {what} a seed; {at['processor']}, one thread a run, {at['date'][:10]}; p: Holm-corrected."
+    return "\n".join([f"### {result['name']}", "", str(result.get("about", "")).strip(), "", *lines, "", foot])
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Cells with their intervals and seeds; or, with `x`, curves over that setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from bitdistill.plots import STYLE
+
+    rows = summaries(result)
+    label = "accuracy, %" if rows[0]["metric"] == "accuracy" else "loss, nats a token"
+    with plt.rc_context({**STYLE, "figure.facecolor": "white"}):
+        if result.get("x"):
+            figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+            for (name, points), colour in zip(curves(result, rows).items(), COLOURS, strict=False):
+                x = [point[0] for point in points]
+                mean = np.array([point[1]["mean"] for point in points])
+                ends = np.array([point[1]["interval"] for point in points]).T
+                axes.plot(x, mean, "o-", ms=4, lw=1.6, color=colour, label=name)
+                axes.fill_between(x, *ends, color=colour, alpha=0.15, lw=0)
+            for row, colour in zip((one for one in rows if one["cell"] in result.get("references", [])), GREYS, strict=False):
+                axes.axhline(row["mean"], color=colour, lw=1, ls="--", label=row["cell"])
+            axes.set(xscale="log", xlabel=X_NAMES.get(result["x"], result["x"]), ylabel=label)
+            axes.legend()
+        else:
+            figure, axes = plt.subplots(figsize=(7.5, 0.34 * len(rows) + 1), layout="constrained")
+            for y, row in enumerate(rows):
+                colour = COLOURS[1] if row["cell"] in result.get("references", []) else COLOURS[0]
+                axes.plot(row["interval"], [y, y], color=colour, lw=5, alpha=0.3, solid_capstyle="round")
+                axes.plot(row["each"], [y] * len(row["each"]), "|", color=colour, ms=9)
+                axes.plot(row["mean"], y, "o", color=colour, ms=5.5)
+            axes.set_yticks(range(len(rows)), [row["cell"] for row in rows])
+            axes.invert_yaxis()
+            axes.set(xlabel=f"{label}; dot: mean, band: 95 %, strokes: seeds")
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+COLOURS = ("#3d88c7", "#dd7b1e", "#12946f", "#b567a8", "#8c6d31", "#c7516a", "#5b6ee1", "#7f7f7f")
+GREYS = ("#23272f", "#7a828f", "#aab0ba")
+X_NAMES = {"pretrain.max_steps": "stage-2 tokens"}
+
+
+def curves(result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, dict[str, Any]]]]:
+    """Cells that differ in the `x` setting alone, as {name: [(x, row), ...]} by rising x."""
+    found: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    for row in rows:
+        settings = result["settings"][row["cell"]]
+        if result["x"] not in settings:
+            continue
+        name = row["cell"].rpartition(",")[0] or "default"
+        x = row["stage2_tokens"] if result["x"] == "pretrain.max_steps" else settings[result["x"]]
+        found.setdefault(name, []).append((x, row))
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items()}
+
+
+def write(path: Path) -> str:
+    """The table, also written beside the results as .md, and the plot as .png.
+
+    Raises:
+        ValueError: no results there.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a study's results (JSON); got no such file. Run the study first.")
+    result = json.loads(path.read_text())
+    if not result.get("cells"):
+        raise ValueError(f"{path}: expected results of at least one run; got none. See the errors above.")
+    text = markdown(result)
+    path.with_suffix(".md").write_text(text + "\n")
+    draw(result, path.with_suffix(".png"))
+    return text
