@@ -30,6 +30,7 @@ TRAIN = [
     "sacrebleu>=2.4",
     "tensorboard>=2.17",
 ]
+EVAL = ["lm-eval>=0.4.13"]
 BENCH = ["asv>=0.6.4", "gguf>=0.10"]
 TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 
@@ -55,6 +56,7 @@ setup(
     extras_require={
         "cpu": [],
         "train": TRAIN,
+        "eval": [*TRAIN, *EVAL],
         "bench": [*TRAIN, *BENCH],
         "test": [*TRAIN, *BENCH, *TEST],
         "dev": [*TRAIN, *BENCH, *TEST, "ruff==0.17.6", "pre-commit"],

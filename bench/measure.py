@@ -165,6 +165,13 @@ def table(rows: list[list[str]], align: str) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def figure(value: float) -> str:
+    """A number for a table: whole ones in full with thousands separated, others with three digits."""
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
 def repeat(measure: Callable[[], float], times: int) -> dict[str, float]:
     """`summary` of a measurement taken several times."""
     return summary([measure() for _ in range(times)])

@@ -1,10 +1,11 @@
-"""Is this checkout slower than a commit? Paired ratios, several rounds of both, and the noise that was measured.
+"""Is this checkout worse than a commit? Paired ratios, several rounds of both, the noise that was measured, and counts.
 
     python bench/regressions.py BASE [--rounds 3] [--only linear cpu_kernels] [--json FILE]
 
 BASE is checked out into a temporary folder; the benchmarks of *this* checkout run against the code of either, in turn, in
-fresh processes. A ratio has become worse when its median over rounds fell by more than both sides' spread together and by
-more than 5 %. Exit status 1 when one has. Ratios that only one side has are listed.
+fresh processes. A ratio (of times or of memory) has become worse when its median over rounds fell by more than both sides'
+spread together and by more than 5 %; a count (bytes, bits, mismatches) likewise when it rose, and a mismatch when there is
+one at all. Exit status 1 when one has. Figures that only one side has are listed.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import table, write_json
+from measure import figure, table, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 0.05  # a smaller change is not called one, however quiet the machine
@@ -34,23 +35,32 @@ def importable(checkout: Path, folder: Path) -> Path:
     return folder
 
 
-def measure(path: Path, only: list[str]) -> dict[str, float]:
+def measure(path: Path, only: list[str]) -> dict[str, dict]:
     """One round of bench/ratios.py of this checkout against the code in `path`."""
     command = [sys.executable, str(ROOT / "bench" / "ratios.py"), *(["--only", *only] if only else [])]
     environment = {**os.environ, "PYTHONPATH": str(path)}
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=path).stdout
-    return json.loads(output.splitlines()[-1])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=path)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        raise SystemExit(f"a benchmark failed with the code in {path}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def judge(before: list[float], after: list[float]) -> dict:
-    """Whether a ratio (higher is better) has become worse, beyond the noise of both sides.
+def judge(before: list[float], after: list[float], unit: str = "x") -> dict:
+    """Whether a figure has become worse, beyond the noise of both sides.
 
-    Returns: {"before", "after": medians, "change": relative, "noise": relative, "worse": bool}.
+    Args:
+        unit: "x ...", a ratio, higher is better; anything else counts, lower is better; "mismatches" must be 0.
+
+    Returns: {"before", "after": medians, "unit", "change": relative, "noise": relative, "worse": bool}.
     """
     old, new = statistics.median(before), statistics.median(after)
+    if unit == "mismatches":
+        return {"before": old, "after": new, "unit": unit, "change": 0.0, "noise": 0.0, "worse": new > 0}
     noise = ((max(before) - min(before)) + (max(after) - min(after))) / old
     change = new / old - 1
-    return {"before": old, "after": new, "change": change, "noise": noise, "worse": change < -max(noise, LEAST)}
+    worse = (-change if unit.startswith("x") else change) > max(noise, LEAST)
+    return {"before": old, "after": new, "unit": unit, "change": change, "noise": noise, "worse": worse}
 
 
 def main() -> int:
@@ -91,22 +101,22 @@ def main() -> int:
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(checkout)], cwd=ROOT, check=True)
     names = {side: set.intersection(*(set(one) for one in results)) for side, results in rounds.items()}
-    report = {
-        name: judge([one[name] for one in rounds["before"]], [one[name] for one in rounds["after"]])
-        for name in sorted(names["before"] & names["after"])
-    }
-    cells = [["ratio (higher is better)", "before", "after", "change", "noise", ""]]
+    report = {}
+    for name in sorted(names["before"] & names["after"]):
+        sides_of_it = [[one[name]["value"] for one in rounds[side]] for side in ("before", "after")]
+        report[name] = judge(*sides_of_it, rounds["after"][0][name]["unit"])
+    cells = [["figure", "before", "after", "unit", "change", "noise", ""]]
     for name, one in report.items():
         cells.append([
-            name, f"{one['before']:.2f}", f"{one['after']:.2f}", f"{100 * one['change']:+.0f} %",
+            name, figure(one["before"]), figure(one["after"]), one["unit"], f"{100 * one['change']:+.0f} %",
             f"{100 * one['noise']:.0f} %", "WORSE" if one["worse"] else "",
         ])  # fmt: skip
-    print(table(cells, "<>>>><"))
+    print(table(cells, "<>><>><"))
     for side in sides:
         for name in sorted(names[side] - names["after" if side == "before" else "before"]):
             print(f"only {side}: {name}")
     if arguments.json:
-        write_json(arguments.json, {"base": commit, "rounds": arguments.rounds, "ratios": report})
+        write_json(arguments.json, {"base": commit, "rounds": arguments.rounds, "figures": report})
     return 1 if any(one["worse"] for one in report.values()) else 0
 
 

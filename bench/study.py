@@ -2,16 +2,18 @@
 
     python bench/study.py bench/studies/STUDY.yaml [--workers 2] [--data FOLDER] [--only CELL ...]
     python bench/study.py --draw bench/results/studies/STUDY.json      the table and plots again, runs nothing
+    python bench/study.py --page docs/results.md                       its tables again, from all results
 
 A study's YAML (bench/studies/):
 
     name, about   its file name under bench/results/studies, and what it asks, in a sentence or two
-    run           settings of the main job that all cells share (dotted names; $DATA stands for --data)
+    run           settings of the main job that all cells share (dotted names; $DATA stands for --data, $SEED for the seed)
     seeds         each cell runs once with each
     cells         name: {settings over those of `run`}; `score` picks what is scored, default distill:
                   teacher (FP16-SFT), baseline (BitNet-SFT), distill (BitDistill and its variations), or with
-                  `perplexity` below base, refine, pretrain
-    grid          optional: {setting: [values]}: a cell for each combination, named by its values
+                  `perplexity` below base, refine, pretrain. Only the stages that it stands on are run
+    grid          optional: {setting: [values]}: each cell once for each combination, their values in its name; a cell with
+                  `grid: false` stays one
     references    cells that all others are compared with, on the same rows and seeds
     perplexity    optional, {file, blocks, block_size}: score by perplexity on a text in place of the task's rows
     x             optional: a setting that is the horizontal axis of the plot; cells that differ in it alone are one curve
@@ -33,7 +35,6 @@ import runpy
 import shutil
 import sys
 import time
-import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,6 @@ from measure import machine, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "studies"
-STAGES = {"teacher": "FP16-SFT", "baseline": "BitNet-SFT", "distill": "BitDistill"}
 # What the result of a stage does not depend on, by the beginning of a setting's name: cells that differ in nothing else
 # share it. The main job has the last word.
 OUTPUT = ("evaluate", "export", "report")
@@ -57,7 +57,16 @@ IRRELEVANT = {
     "base": (*OUTPUT, *TASK, *AFTER_STAGE_2, "refine", "pretrain"),
     "teacher": (*OUTPUT, "validation_file", "corpus", "student", "refine", "pretrain", "distill", "baseline"),
     "refine": (*OUTPUT, *TASK, *AFTER_STAGE_2, "pretrain"),
-    "cache": (*OUTPUT, *TASK, *AFTER_STAGE_2, "refine", "pretrain.lambda", "pretrain.learning", "pretrain.annealing"),
+    "cache": (
+        *OUTPUT,
+        *TASK,
+        *AFTER_STAGE_2,
+        "refine",
+        "pretrain.max_steps",
+        "pretrain.lambda",
+        "pretrain.learning",
+        "pretrain.annealing",
+    ),
     "pretrain": (*OUTPUT, *TASK, *AFTER_STAGE_2),
     "baseline": (*OUTPUT, "validation_file", "corpus", "student", "refine", "pretrain", "teacher"),
     "distill": (*OUTPUT, "validation_file", "baseline"),
@@ -75,18 +84,25 @@ def load_study(path: Path, data: str | None) -> dict[str, Any]:
         if data is None or not Path(data).is_dir():
             raise ValueError(f"--data: expected the folder that $DATA in {path} stands for; got {data}. Give --data.")
         text = text.replace("$DATA", str(Path(data).resolve()))
-    study = yaml.safe_load(text)
+    try:
+        study = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML; got {error}. Mend the file.") from None
     known = {"name", "about", "run", "seeds", "cells", "grid", "references", "perplexity", "x"}
     if not isinstance(study, dict) or set(study) - known or not {"name", "run", "seeds"} <= set(study):
         raise ValueError(f"{path}: expected name, run, seeds and others of {sorted(known)}; got {study!r:.200}.")
-    cells = {str(name): settings or {} for name, settings in (study.get("cells") or {}).items()}
     names, values = list(study.get("grid") or {}), list((study.get("grid") or {}).values())
-    for combination in itertools.product(*values) if names else ():
-        settings = dict(zip(names, combination, strict=True))
-        cells[", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in settings.items())] = settings
+    cells = {}
+    for name, settings in (study.get("cells") or {"": {}}).items():
+        settings = dict(settings or {})
+        single = not settings.pop("grid", True) or not names
+        for combination in [()] if single else itertools.product(*values):
+            own = dict(zip(names, combination, strict=False))
+            label = [f"{key.rpartition('.')[2]} {value}" for key, value in own.items()]
+            cells[", ".join([str(name), *label] if name != "" else label)] = settings | own
     study["cells"] = cells
     missing = [name for name in study.setdefault("references", []) if name not in cells]
-    if not cells or missing:
+    if not any(cells) or missing:
         raise ValueError(f"{path}: expected cells, references among them; got {list(cells)} and {missing}.")
     return study
 
@@ -107,7 +123,7 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 def run_cell(job: dict[str, Any]) -> dict[str, Any]:
-    """One run of the main job, in a process of its own. Returns its result; an error is part of it, as text."""
+    """One run of the main job, in a process of its own. Returns its score, row by row, and what it cost."""
     started = time.time()
     folder, shared, settings, seed = Path(job["folder"]), Path(job["shared"]), job["settings"], job["seed"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,20 +136,13 @@ def run_cell(job: dict[str, Any]) -> dict[str, Any]:
     log = (folder / "log.txt").open("w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    try:
-        for stages in job["stages"]:
-            arguments = [f"--{name}={_text(value)}" for name, value in settings.items()]
-            sys.argv = ["train.py", *arguments, f"--seed={seed}", f"--output_dir={folder}", f"--stage={stages}"]
-            status = 0
-            try:
-                runpy.run_path(str(ROOT / "bitdistill" / "train.py"), run_name="__main__")
-            except SystemExit as end:
-                status = end.code
-            if status:
-                raise RuntimeError((folder / "log.txt").read_text().strip().splitlines()[-1])
-        result = perplexity_of(folder, job) if job["perplexity"] else accuracy_of(folder, job)
-    except (RuntimeError, OSError, ValueError, KeyError, ArithmeticError):
-        return {"error": traceback.format_exc(limit=-3)}
+    for stage in stages_to_run(job):  # each in a process of its own: DeepSpeed does not start twice in one
+        process = multiprocessing.get_context("fork").Process(target=run_stage, args=(job, stage))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"stage {stage}: {(folder / 'log.txt').read_text().strip().splitlines()[-1]}")
+    result = perplexity_of(folder, job) if job["perplexity"] else accuracy_of(folder, job)
     for stage in IRRELEVANT:  # the first to finish a stage lends it to the others
         target = shared / share_key(stage, settings, seed)
         if (folder / stage).is_dir() and not target.exists():
@@ -153,20 +162,49 @@ def run_cell(job: dict[str, Any]) -> dict[str, Any]:
     return result | {"wall_seconds": round(time.time() - started, 1)}
 
 
+def run_stage(job: dict[str, Any], stage: str) -> None:
+    """The main job with --stage, in this process."""
+    arguments = [f"--{name}={_text(value)}" for name, value in job["settings"].items()]
+    arguments += [f"--seed={job['seed']}", f"--output_dir={job['folder']}", f"--stage={stage}"]
+    arguments += ["--baseline.enabled=false", "--evaluate.enabled=false"] if stage == "all" else []
+    sys.argv = ["train.py", *arguments]
+    runpy.run_path(str(ROOT / "bitdistill" / "train.py"), run_name="__main__")
+
+
+def stages_to_run(job: dict[str, Any]) -> list[str]:
+    """What --stage is given, one after the other: the stages that a cell's score stands on."""
+    settings, score = job["settings"], job["score"]
+    if score == "distill":
+        return ["all"]
+    stages = [] if "model" in settings else ["base"]
+    cached = settings.get("pretrain.lambda_logits", 0) > 0
+    return stages + [stage for stage in study_report.BEHIND[score] if stage != "cache" or cached]
+
+
 def _text(value: Any) -> str:
     return "null" if value is None else json.dumps(value) if isinstance(value, list | bool | dict) else str(value)
 
 
 def accuracy_of(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Right or wrong on each validation row, packed to bits."""
-    from bitdistill.tasks import load_task
+    from bitdistill.evaluation import score_rows
+    from bitdistill.models import load_language_model, load_tokenizer
+    from bitdistill.refine import load_student
+    from bitdistill.tasks import load_rows, load_task
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    task = load_task(str(folder / "demo" / "task.yaml") if config["task"] == "demo" else config["task"])
-    lines = (folder / "evaluate" / "predictions.jsonl").read_text().splitlines()
-    setting = STAGES[job["score"]]
-    rows = [json.loads(line) for line in lines]
-    right = [row["predictions"][setting] == task.labels[row[task.label_column]].strip() for row in rows]
+    if config["task"] == "demo":
+        config |= {"task": str(folder / "demo/task.yaml"), "validation_file": str(folder / "demo/validation.jsonl")}
+    task = load_task(config["task"])
+    if task.kind != "classification":
+        raise ValueError(
+            f"task {task.name}: expected classification; got {task.kind}. Studies compare right and wrong."
+        )
+    rows = load_rows(task, "validation", config["validation_file"], config["evaluate"]["max_rows"], config["seed"])
+    source = folder / job["score"]
+    model = load_language_model(source) if job["score"] == "teacher" else load_student(source)
+    options = {"max_length": config["max_length"], "batch_size": config["evaluate"]["per_device_eval_batch_size"]}
+    right = score_rows(model, task, rows, load_tokenizer(source), name=job["cell"], **options).values
     bits = base64.b64encode(np.packbits(right).tobytes()).decode()
     return {"metric": "accuracy", "score": 100 * float(np.mean(right)), "rows": len(right), "right": bits}
 
@@ -201,14 +239,14 @@ def jobs_of(study: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     for name, own in study["cells"].items():
         for seed in study["seeds"]:
             settings = {**study["run"], **own}
-            score, stages = settings.pop("score", "distill"), settings.pop("stages", ["all"])
+            settings = {key: _of_seed(value, seed) for key, value in settings.items()}
+            score = settings.pop("score", "distill")
             digest = hashlib.sha256(name.encode()).hexdigest()[:8]
             jobs.append(
                 {
                     "cell": name,
                     "seed": seed,
                     "score": score,
-                    "stages": stages,
                     "settings": settings,
                     "perplexity": study.get("perplexity"),
                     "folder": str(folder / study["name"] / f"{digest}-{seed}"),
@@ -218,9 +256,13 @@ def jobs_of(study: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return jobs
 
 
+def _of_seed(value: Any, seed: int) -> Any:
+    return value.replace("$SEED", str(seed)) if isinstance(value, str) else value
+
+
 def identity(job: dict[str, Any], data: str | None) -> str:
     """What a result is a result of. Not where the data lies: the same data elsewhere is the same study."""
-    text = json.dumps([job["settings"], job["score"], job["stages"], job["perplexity"]], sort_keys=True)
+    text = json.dumps([job["settings"], job["score"], job["perplexity"]], sort_keys=True)
     if data is not None:
         text = text.replace(str(Path(data).resolve()), "$DATA")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -248,13 +290,13 @@ def run(study: dict[str, Any], arguments: argparse.Namespace, path: Path) -> int
     with ProcessPoolExecutor(arguments.workers, mp_context=context, max_tasks_per_child=1) as pool:
         running = {pool.submit(run_cell, job): name for name, job in todo.items()}
         for future in as_completed(running):
-            name = running[future]
-            cell = future.result()
+            name, error = running[future], future.exception()
             job = wanted[name]
-            if "error" in cell:
+            if error is not None:  # the others go on
                 failures += 1
-                print(f"{name}: FAILED, see {job['folder']}/log.txt\n{cell['error']}", flush=True)
+                print(f"{name}: FAILED, see {job['folder']}/log.txt: {error!r}", flush=True)
                 continue
+            cell = future.result()
             print(f"{name}: {cell['metric']} {cell['score']:.2f} ({cell['wall_seconds']:.0f} s)", flush=True)
             own = {"cell": job["cell"], "seed": job["seed"], "identity": identity(job, arguments.data)}
             result["cells"][name] = own | {"scored": job["score"], "commit": arguments.at["commit"]} | cell
@@ -285,17 +327,25 @@ def save(study: dict[str, Any], result: dict[str, Any], at: dict[str, Any], path
 def main() -> int:
     """Runs or redraws a study."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("study", type=Path, help="a YAML of bench/studies, or with --draw a JSON of bench/results/studies")
+    parser.add_argument(
+        "study", type=Path, nargs="?", help="a YAML of bench/studies, or with --draw a JSON of bench/results/studies"
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--data", metavar="FOLDER", help="what $DATA stands for")
     parser.add_argument("--only", nargs="+", default=[], metavar="CELL")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "studies", help="run directories")
     parser.add_argument("--keep", action="store_true", help="keep the run directory of each cell")
     parser.add_argument("--draw", action="store_true", help="only the table and the plots")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="only puts the tables of studies into a page")
     arguments = parser.parse_args()
     arguments.folder = arguments.folder.resolve()
     failures = 0
+    if (arguments.study is None) == (arguments.page is None):
+        parser.error("give a study, or --page")
     try:
+        if arguments.page:
+            arguments.page.write_text(study_report.into_page(arguments.page.read_text(), RESULTS))
+            return 0
         if arguments.draw:
             path = arguments.study
         else:

@@ -19,6 +19,14 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 10_000
+BEHIND = {  # the stages that the score of a stage stands on, besides the demo's own base model
+    "teacher": ("teacher",),
+    "baseline": ("baseline",),
+    "distill": ("teacher", "refine", "cache", "pretrain", "distill"),
+    "pretrain": ("refine", "cache", "pretrain"),
+    "refine": ("refine",),
+    "base": (),
+}
 
 
 def scores_of(cell: dict[str, Any]) -> np.ndarray:
@@ -122,14 +130,7 @@ def summaries(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def stages_behind(cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The training stages that a cell's score stands on, the base model's own training left out."""
-    chain = {
-        "teacher": ("teacher",),
-        "baseline": ("baseline",),
-        "distill": ("teacher", "refine", "cache", "pretrain", "distill"),
-        "pretrain": ("refine", "cache", "pretrain"),
-        "refine": ("refine",),
-        "base": (),
-    }[cell["scored"]]
+    chain = BEHIND[cell["scored"]]
     return {name: facts for name, facts in cell["stages"].items() if name in chain}
 
 
@@ -142,7 +143,9 @@ def differences(result: dict[str, Any]) -> dict[str, Any]:
     if difference_SN is None:
         return {}
     points, ends = 100 * float(difference_SN.mean()), [100 * end for end in interval(difference_SN)]
-    return {"difference_to_fp16_sft": {result["task"]: {"points": points, "interval": ends, "seeds": len(difference_SN)}}}
+    return {
+        "difference_to_fp16_sft": {result["task"]: {"points": points, "interval": ends, "seeds": len(difference_SN)}}
+    }
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -197,7 +200,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 ends = np.array([point[1]["interval"] for point in points]).T
                 axes.plot(x, mean, "o-", ms=4, lw=1.6, color=colour, label=name)
                 axes.fill_between(x, *ends, color=colour, alpha=0.15, lw=0)
-            for row, colour in zip((one for one in rows if one["cell"] in result.get("references", [])), GREYS, strict=False):
+            for row, colour in zip(
+                (one for one in rows if one["cell"] in result.get("references", [])), GREYS, strict=False
+            ):
                 axes.axhline(row["mean"], color=colour, lw=1, ls="--", label=row["cell"])
             axes.set(xscale="log", xlabel=X_NAMES.get(result["x"], result["x"]), ylabel=label)
             axes.legend()
@@ -231,6 +236,27 @@ def curves(result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, list
         x = row["stage2_tokens"] if result["x"] == "pretrain.max_steps" else settings[result["x"]]
         found.setdefault(name, []).append((x, row))
     return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items()}
+
+
+def into_page(text: str, folder: Path) -> str:
+    """A page with the table of every study that it names between its two markers, from the results in `folder`.
+
+    A study's place is a line ``<!-- study: NAME -->``, whatever is there now, and a line ``<!-- end of study -->``.
+
+    Raises:
+        ValueError: a marker without its end.
+    """
+    pieces = text.split("<!-- study: ")
+    for index, piece in enumerate(pieces[1:], start=1):
+        name, _, rest = piece.partition(" -->")
+        _, end, after = rest.partition("<!-- end of study -->")
+        if not end:
+            raise ValueError(f"page: expected an end of study {name}; got none. Add <!-- end of study --> behind it.")
+        path = folder / f"{name}.json"
+        table = markdown(json.loads(path.read_text())) if path.is_file() else "Not run yet."
+        picture = f"\n\n![{name}](../bench/results/studies/{name}.png)" if path.is_file() else ""
+        pieces[index] = f"{name} -->\n{table}{picture}\n{end}{after}"
+    return "<!-- study: ".join(pieces)
 
 
 def write(path: Path) -> str:

@@ -12,9 +12,12 @@ from typing import Literal
 
 from bitdistill.distributed import launch
 from bitdistill.errors import UserError
+from bitdistill.quantizers import MANY_SCALES, WHOLE
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGE_CHOICES = Literal["all", "base", "teacher", "refine", "pretrain", "distill", "baseline", "evaluate", "export"]
+STAGE_CHOICES = Literal[
+    "all", "base", "teacher", "refine", "cache", "pretrain", "distill", "baseline", "evaluate", "export"
+]
 
 
 @dataclass
@@ -34,6 +37,7 @@ class TrainingConfig:
         adam_beta2: AdamW's second decay.
         max_grad_norm: gradients are clipped to this global norm; 0 turns it off.
         gradient_checkpointing: recompute activations in the backward pass.
+        train_sampling_strategy: group_by_length draws batches of rows of like length, which saves padding: task rows only.
         logging_steps: steps between lines of metrics.jsonl.
         save_steps: steps between checkpoints for --resume; 0 writes none.
         health_steps: steps between lines of health.jsonl; 0 writes none.
@@ -51,6 +55,7 @@ class TrainingConfig:
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     logging_steps: int = 10
     save_steps: int = 500
     health_steps: int = 50
@@ -94,27 +99,65 @@ class RefineConfig:
     """Stage 1, surgery.
 
     Args:
-        norms: SubLN before o_proj and down_proj (two, the paper) or before all seven projections (all, its authors' code).
+        norms: SubLN before o_proj and down_proj (two, the paper), before all seven projections (all, its authors' code), or
+            none, for comparison.
         gain: initial SubLN gain: one, or calibrated to the RMS of the base model's own activations.
         subln_eps: eps of SubLN; the model's own rms_norm_eps when absent (the authors' code has 1e-8).
         calibration_blocks: blocks of the corpus that a calibrated gain is measured on.
+        embedding: what embedding and LM head are multiplied as in training, also in the baseline's: fp16 is full precision;
+            int8, int4 and ternary are what the packed file then stores, bit for bit (docs/method.md).
+        weight_quantizer: how the linears become ternary (docs/method.md); the baseline's are absmean. block and awq cannot
+            be exported; with ZeRO-3 gptq and seq do not work. gptq and awq look at calibration_blocks, too.
     """
 
-    norms: Literal["two", "all"] = "two"
+    norms: Literal["two", "all", "none"] = "two"
     gain: Literal["one", "calibrated"] = "calibrated"
     subln_eps: float | None = None
     calibration_blocks: int = 16
+    embedding: Literal["fp16", "int8", "int4", "ternary"] = "fp16"
+    weight_quantizer: Literal["absmean", "block", "gptq", "awq", "tequila", "seq"] = "absmean"
 
 
 @dataclass
 class PretrainConfig(TrainingConfig):
-    """Stage 2, continued pre-training of the ternary student on a corpus, next-token cross-entropy.
+    """Stage 2, continued pre-training of the ternary student on a corpus: CE + lambda_logits * logits KL.
 
     Args:
+        enabled: False leaves stage 2 out: stage 3 starts from the refined base model.
         block_size: tokens per sequence.
+        annealing: from full precision to ternary in the course of the stage (docs/method.md): linear, softmax, or none:
+            ternary from the first step.
+        annealing_start: share of the steps before which all is full precision.
+        annealing_end: share of the steps after which all is ternary. Equal to annealing_start: a jump.
+        lambda_logits: weight of the distillation from the full-precision base model, whose logits are cached on disk by a
+            stage of their own (cache); 0, as in the paper, turns it off. Large: distillation alone, nearly.
+        kd_temperature: its softmax temperature, for teacher and student. The KL is not multiplied by its square.
+        kd_top_k: words of each position whose logits are cached; all others count as one. 4 bytes a word and token (6 for
+            vocabularies above 65,536 words), and 4 for the rest: at 32, 132 (196) bytes a token.
     """
 
+    enabled: bool = True
     block_size: int = 512
+    annealing: Literal["none", "linear", "softmax"] = "none"
+    annealing_start: float = 0.0
+    annealing_end: float = 0.3
+    lambda_logits: float = 0.0
+    kd_temperature: float = 1.0
+    kd_top_k: int = 32
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        _positive(f"{where}.block_size", self.block_size)
+        _at_least_zero(f"{where}.lambda_logits", self.lambda_logits)
+        _positive(f"{where}.kd_temperature", self.kd_temperature)
+        _positive(f"{where}.kd_top_k", self.kd_top_k)
+        if not 0 <= self.annealing_start <= self.annealing_end < 1:
+            raise UserError(
+                f"{where}.annealing_start",
+                expected="0 <= annealing_start <= annealing_end < 1: the last steps train the ternary model",
+                got=f"{self.annealing_start} and annealing_end {self.annealing_end}",
+                do="Correct them.",
+            )
 
 
 @dataclass
@@ -188,12 +231,16 @@ class EvaluateConfig:
     """Scoring of the settings on the task's validation rows.
 
     Args:
+        enabled: False ends the run with the trained settings; then there is no export either.
         per_device_eval_batch_size: rows at a time.
-        max_rows: validation rows scored; all when absent.
+        max_rows: validation rows scored of each split; all when absent.
+        weight_only: also score the teacher with its linears in 4 bits (round to nearest, GPTQ), which needs no training.
     """
 
+    enabled: bool = True
     per_device_eval_batch_size: int = 64
     max_rows: int | None = None
+    weight_only: bool = True
 
 
 @dataclass
@@ -201,14 +248,17 @@ class ExportConfig:
     """The packed file.
 
     Args:
+        enabled: False ends the run with the scores.
         packing: base3 (five trits a byte, 1.6 bits per weight) or 2bit.
-        embedding: stored precision of the embedding and LM head.
+        embedding: stored precision of the embedding and LM head: as trained when absent (refine.embedding), which is int8
+            when they were trained in full precision. Another one is possible only then.
         proof_rows: validation prompts on which the packed file must reproduce the student's logits.
         speed_tokens: tokens decoded per timing; 0 measures no speed.
     """
 
+    enabled: bool = True
     packing: Literal["base3", "2bit"] = "base3"
-    embedding: Literal["fp16", "int8", "int4", "ternary"] = "int8"
+    embedding: Literal["fp16", "int8", "int4", "ternary"] | None = None
     proof_rows: int = 8
     speed_tokens: int = 64
 
@@ -226,6 +276,8 @@ class RunConfig:
         task: demo, sst2, mnli, qnli, cnndm, or a YAML file of your own.
         train_file: local JSONL, CSV, TSV or Parquet in place of the hub's training rows.
         validation_file: likewise for validation.
+        extra_validation_files: likewise for further validation splits that the task names, as split: file
+            (--extra_validation_files.validation_mismatched FILE for mnli).
         max_train_rows: use only so many training rows, chosen by seed.
         max_length: tokens of a task row; longer prompts are cut, answers never.
         corpus: text for stage 2: a hub dataset, or local .txt, .jsonl or .parquet files, a folder or a pattern.
@@ -240,6 +292,7 @@ class RunConfig:
         offload: where ZeRO keeps optimiser state and, at stage 3, parameters.
         teacher_offload: keep the frozen teacher's parameters there instead of on the device.
         nvme_path: folder on a fast disk for nvme offload.
+        report: write report.html and its figures at the end.
         report_to: trackers, as in transformers: tensorboard, wandb, mlflow, ...
         base: training of the embedded demo's own base model.
         teacher: the FP16-SFT teacher.
@@ -259,6 +312,7 @@ class RunConfig:
     task: str = "demo"
     train_file: str | None = None
     validation_file: str | None = None
+    extra_validation_files: dict[str, str] = field(default_factory=dict)
     max_train_rows: int | None = None
     max_length: int = 512
     corpus: str | None = None
@@ -272,6 +326,7 @@ class RunConfig:
     offload: Literal["none", "cpu", "nvme"] = "none"
     teacher_offload: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
+    report: bool = True
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     base: TrainingConfig = field(default_factory=TrainingConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -286,10 +341,24 @@ class RunConfig:
         """Raises UserError for a combination that cannot run; called before anything is loaded."""
         for name in ("base", "teacher", "pretrain", "distill"):
             getattr(self, name).validate(name)
-        _positive("pretrain.block_size", self.pretrain.block_size)
+        for name in ("base", "pretrain"):
+            if getattr(self, name).train_sampling_strategy != "random":
+                raise UserError(
+                    f"{name}.train_sampling_strategy",
+                    expected="random: blocks of a corpus are all of one length",
+                    got=getattr(self, name).train_sampling_strategy,
+                    do="Set it for teacher and distill.",
+                )
         _positive("max_length", self.max_length)
         _positive("export.proof_rows", self.export.proof_rows)
         _at_least_zero("export.speed_tokens", self.export.speed_tokens)
+        if self.refine.embedding != "fp16" and self.export.embedding not in (None, self.refine.embedding):
+            raise UserError(
+                "export.embedding",
+                expected=f"{self.refine.embedding}, as refine.embedding trains it",
+                got=str(self.export.embedding),
+                do="Leave it out: only an embedding trained in full precision can be stored in another format.",
+            )
         if self.max_steps is not None:
             _positive("max_steps", self.max_steps)
         demo = self.model is None
@@ -302,7 +371,8 @@ class RunConfig:
                 got="demo, which is only for the embedded model",
                 do="Give --task.",
             )
-        if not demo and self.student is None and self.corpus is None and self.stage in ("all", "pretrain"):
+        stage_2 = self.student is None and self.pretrain.enabled
+        if not demo and stage_2 and self.corpus is None and self.stage in ("all", "cache", "pretrain"):
             raise UserError(
                 "corpus",
                 expected="text for stage 2",
@@ -320,6 +390,21 @@ class RunConfig:
             raise UserError(
                 "teacher.finetuned", expected="teacher.model with it", got="none", do="Give --teacher.model."
             )
+        self._validate_quantizer()
+
+    def _validate_quantizer(self) -> None:
+        quantizer, expected, do = self.refine.weight_quantizer, None, ""
+        if self.export.enabled and self.stage in ("all", "export") and quantizer in MANY_SCALES:
+            expected = "one with one scale a tensor, for the export: absmean, gptq, tequila or seq"
+            do = "Choose another, or --export.enabled false."
+        elif self.zero == 3 and quantizer in WHOLE:
+            expected = "with ZeRO-3 one that needs its own weight alone: absmean, block, awq or tequila"
+            do = "Choose another, or --zero 2."
+        elif self.pretrain.annealing == "softmax" and quantizer != "absmean":
+            expected = "absmean with pretrain.annealing softmax, whose soft codes are those of absmean"
+            do = "Choose one of the two, or annealing linear."
+        if expected is not None:
+            raise UserError("refine.weight_quantizer", expected=expected, got=quantizer, do=do)
 
 
 def _positive(name: str, value: float) -> None:

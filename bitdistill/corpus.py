@@ -39,7 +39,8 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "tx
 
 
 class TokenStream(IterableDataset):
-    """Endless blocks ``{"input_ids", "labels"}``, both the same int64 tensor (block_size,): models shift by themselves.
+    """Endless blocks ``{"input_ids", "labels", "block"}``: twice the same int64 tensor (block_size,), for models shift by
+    themselves, and the block's number since the very first, which resuming does not change.
 
     Args:
         source: a hub dataset's id, or a local file, a folder (searched below) or a glob, files of one kind.
@@ -104,7 +105,7 @@ class TokenStream(IterableDataset):
             for i in order[skip:]:
                 self._yielded += 1
                 block = torch.from_numpy(blocks[i].astype(np.int64))
-                yield {"input_ids": block, "labels": block.clone()}
+                yield {"input_ids": block, "labels": block.clone(), "block": self._yielded - 1}
             skip = 0
 
     def state_for(self, blocks: int) -> dict:

@@ -72,7 +72,8 @@ class Distillation(Objective):
         lambda_logits, kd_temperature, kd_tau_squared, kd_tokens: logits distillation; lambda 0 turns it off.
         relation: convention, or "none". relation_layers: of the student; teacher_relation_layers: of the teacher.
         split_heads, relation_temperature, relation_causal: of the relations.
-        gamma_attention: a number, or "balanced" with gamma_rho, measured every gamma_every steps.
+        gamma_attention: a number, or "balanced" with gamma_rho. Either way the gradients of the relations and of the rest
+            are measured every gamma_every steps; balanced follows them.
     """
 
     def __init__(
@@ -104,7 +105,9 @@ class Distillation(Objective):
         if relation == "none":
             self.gamma = 0.0
             return
-        self.gamma = BalancedGamma(gamma_rho) if gamma_attention == "balanced" else gamma_attention
+        balanced = gamma_attention == "balanced"
+        self.measured = BalancedGamma(gamma_rho if balanced else 1.0)
+        self.gamma = self.measured if balanced else gamma_attention
         self.gamma_used = 0.0  # in the step that is being logged; the balanced one has moved on by then
         self.student_layers = relation_layers
         self.teacher_layers = relation_layers if teacher_relation_layers is None else teacher_relation_layers
@@ -128,17 +131,15 @@ class Distillation(Objective):
             self.gamma.load_state_dict(state)
 
     def settle(self) -> None:
-        """After the last backward pass of an optimiser step, on every rank: takes what was watched into gamma."""
-        if isinstance(self.gamma, BalancedGamma):
-            self.gamma.settle(launch.all_reduce_sum)
+        """After the last backward pass of an optimiser step, on every rank: takes in what was watched."""
+        if self.relation != "none":
+            self.measured.settle(launch.all_reduce_sum)
 
     def logged(self) -> dict[str, float]:
-        """Beside each line of metrics.jsonl: gamma, and when it is balanced the two gradient norms it comes from."""
+        """Beside each line of metrics.jsonl: gamma, and the gradient norms of the relations and of the rest."""
         if self.relation == "none":
             return {}
-        if not isinstance(self.gamma, BalancedGamma):
-            return {"gamma_attention": self.gamma}
-        norms = {"grad_norm_task": self.gamma.task_norm, "grad_norm_attention": self.gamma.attention_norm}
+        norms = {"grad_norm_task": self.measured.task_norm, "grad_norm_attention": self.measured.attention_norm}
         return {"gamma_attention": self.gamma_used, **norms}
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
@@ -188,13 +189,11 @@ class Distillation(Objective):
             )
             for of_teacher, of_student in zip(self.teacher_layers, self.student_layers, strict=True)
         )
-        if not isinstance(self.gamma, BalancedGamma):
-            return self.gamma, attention
         if counts.step % self.gamma_every == 0:
             highest = max(self.student_layers, key=lambda layer: layer % self.depth)
             capture = self.student_capture
-            self.gamma.watch(ce, attention, capture.qkv[highest], capture.onward[highest])
-        self.gamma_used = self.gamma.gamma
+            self.measured.watch(ce, attention, capture.qkv[highest], capture.onward[highest])
+        self.gamma_used = self.gamma.gamma if isinstance(self.gamma, BalancedGamma) else self.gamma
         return self.gamma_used, attention
 
 

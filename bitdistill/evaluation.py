@@ -1,6 +1,7 @@
 """One setting on one task: its score with an interval, and what each row contributed, for paired comparison.
 
-The same function scores a torch model and the packed CPU runtime; scoring.py has the arithmetic, tasks.py the prompts.
+A task may have several validation splits (MNLI: matched and mismatched); the first is the main one. The same functions
+score a torch model and the packed CPU runtime; scoring.py has the arithmetic, tasks.py the prompts.
 """
 
 from dataclasses import dataclass, field
@@ -8,20 +9,25 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from bitdistill.distributed import launch
-from bitdistill.runtime import MAX_SLOTS, Runtime
+from bitdistill.runtime import MAX_SLOTS, Runtime, log_softmax
 from bitdistill.scoring import (
     accuracy_interval,
     classify,
     generate_greedy,
     paired_difference,
+    perplexity,
     rouge,
     summarization_scores,
+    summarize_losses,
     torch_logits,
 )
 from bitdistill.tasks import Task, encode_prompts, label_indices, label_tokens, pad_token
+
+LOGIT_ROWS = 64  # a packed student's logits of a text are made for so many positions at a time
 
 
 @dataclass
@@ -84,34 +90,80 @@ def score_rows(model, task: Task, rows, tokenizer, *, max_length: int, batch_siz
     return Score(total, (low, high), len(texts), rouge(texts, references)["rougeLsum"], texts, extra)
 
 
-def scores_json(task: Task, rows, scores: dict[str, Score], notes: list[str]) -> dict[str, Any]:
-    """The content of evaluate/scores.json: a row a setting, and paired differences on the same validation rows."""
-    majority = None
-    if task.kind == "classification":
-        counts = np.bincount(label_indices(task, rows))
-        majority = 100 * float(counts.max() / counts.sum())
-    names = list(scores)
+def score_splits(model, task: Task, splits: dict[str, Any], tokenizer, *, name: str, **options) -> dict[str, Score]:
+    """`score_rows` of every split: {split: Score}. Args: splits: {split: rows}; the rest as there."""
+    names = {split: name if len(splits) == 1 else f"{name}, {split}" for split in splits}
+    return {split: score_rows(model, task, rows, tokenizer, name=names[split], **options) for split, rows in splits.items()}
+
+
+def text_perplexity(model, blocks: Tensor, name: str) -> dict[str, float]:
+    """`scoring.perplexity` of a torch model or a Runtime.
+
+    Args:
+        blocks: int64 (N, T), from corpus.token_blocks. name: on the progress bar.
+
+    Raises:
+        UserError: blocks longer than the Runtime's context, or fewer than two blocks.
+
+    Numerics: of a Runtime, log-softmax in float64 of its fp32 logits.
+    """
+    if not isinstance(model, Runtime):
+        return perplexity(model, blocks, desc=f"{name:<11}")
+    losses = []
+    for ids in tqdm(blocks.tolist(), desc=f"{name:<11}"):
+        cache, total = model.new_cache(len(ids)), 0.0
+        for begin in range(0, len(ids) - 1, LOGIT_ROWS):
+            fed = ids[begin : min(begin + LOGIT_ROWS, len(ids) - 1)]
+            following = ids[begin + 1 : begin + 1 + len(fed)]
+            total -= log_softmax(model.logits(fed, cache=cache))[np.arange(len(fed)), following].sum()
+        losses.append(total / (len(ids) - 1))
+    return summarize_losses(np.array(losses), blocks.numel() - len(blocks))
+
+
+def scores_json(
+    task: Task, splits: dict[str, Any], scores: dict[str, dict[str, Score]], notes: list[str]
+) -> dict[str, Any]:
+    """The content of evaluate/scores.json: a row a setting, and paired differences on the same validation rows.
+
+    Args:
+        splits: {split: rows}, the main one first. scores: {setting: `score_splits`}.
+
+    Returns: the main split's figures; each row and `majorities` have the further splits' beside them, and a paired
+        difference of a further split names it under "split".
+    """
+    main, *further = splits
     scale = 100 if task.kind == "classification" else 1
     paired = []
-    for i, a in enumerate(names):
-        for b in names[:i]:
-            difference, low, high = paired_difference(scores[a].values, scores[b].values)
-            interval = [scale * low, scale * high]
-            paired.append({"a": a, "b": b, "difference": scale * difference, "interval": interval})
-    return {
+    for split in splits:
+        for i, a in enumerate(scores):
+            for b in list(scores)[:i]:
+                difference, low, high = paired_difference(scores[a][split].values, scores[b][split].values)
+                row = {"a": a, "b": b, "difference": scale * difference, "interval": [scale * low, scale * high]}
+                paired.append(row if split == main else row | {"split": split})
+    result = {
         "task": task.name,
         "metric": metric_of(task),
-        "majority": majority,
+        "majority": _majority(task, splits[main]),
         "rows": [
-            {
-                "setting": name,
-                "score": score.score,
-                "interval": list(score.interval),
-                "examples": score.examples,
-                "extra": score.extra,
-            }
-            for name, score in scores.items()
+            {"setting": name, **_figures(score[main]), "extra": score[main].extra} for name, score in scores.items()
         ],
         "paired": paired,
         "notes": notes,
     }
+    if further:
+        result["majorities"] = {split: _majority(task, splits[split]) for split in further}
+        for row in result["rows"]:
+            row["splits"] = {split: _figures(scores[row["setting"]][split]) for split in further}
+    return result
+
+
+def _figures(score: Score) -> dict[str, Any]:
+    return {"score": score.score, "interval": list(score.interval), "examples": score.examples}
+
+
+def _majority(task: Task, rows) -> float | None:
+    """Percent of rows with the commonest label; None for generation."""
+    if task.kind != "classification":
+        return None
+    counts = np.bincount(label_indices(task, rows))
+    return 100 * float(counts.max() / counts.sum())

@@ -8,7 +8,8 @@ nothing of it.
     with instead_of_logits(student, lambda hidden, weight: head_cross_entropy(hidden, weight, targets, num_items)):
         ce = engine(**inputs).logits
 
-A teacher hands out its hidden states in the same way (``hidden_states``), and its head's weight separately.
+A teacher hands out its hidden states in the same way (``hidden_states``), and its head's weight separately. A quantized
+head (embeddings.py) hands out its quantized weight, made once a forward, whose gradient reaches the master.
 
 Terms equal those of losses.py on whole logits, by the same rule of averaging; kernels/vocabulary.py has the mathematics.
 Only rows that a term counts are computed: for classification the few positions that predict the label word.
@@ -22,8 +23,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitdistill.embeddings import multiplied_weight
 from bitdistill.errors import UserError
-from bitdistill.kernels.vocabulary import linear_cross_entropy, linear_distillation
+from bitdistill.kernels.vocabulary import linear_cross_entropy, linear_distillation, linear_distillation_top_k
 from bitdistill.losses import IGNORED
 
 
@@ -33,7 +35,8 @@ def instead_of_logits(model: nn.Module, compute: Callable[[Tensor, Tensor], Any]
 
     Args:
         model: the Hugging Face causal LM; under DeepSpeed the one inside the engine, and the engine may run it.
-        compute: gets the final hidden states at the positions of ``logits_to_keep`` and the head's weight, whole.
+        compute: gets the final hidden states at the positions of ``logits_to_keep`` and the weight that the head multiplies
+            with, whole.
 
     Raises:
         UserError: a head that is more than a product with its weight.
@@ -47,7 +50,7 @@ def instead_of_logits(model: nn.Module, compute: Callable[[Tensor, Tensor], Any]
             do="Take another model: this one's loss cannot be computed without all of its logits.",
         )
     assert "forward" not in vars(head), "the head's forward was replaced already"
-    head.forward = lambda hidden_BPH: compute(hidden_BPH, head.weight)
+    head.forward = lambda hidden_BPH: compute(hidden_BPH, multiplied_weight(head))
     try:
         yield
     finally:
@@ -61,15 +64,15 @@ def hidden_states(hidden_BPH: Tensor, weight_VH: Tensor) -> Tensor:
 
 @contextmanager
 def head_weight(model: nn.Module) -> Iterator[Tensor]:
-    """The head's weight (V, H), whole also where it is partitioned: then collective, every rank comes here."""
-    weight = model.get_output_embeddings().weight
-    if not hasattr(weight, "ds_id"):
-        yield weight
+    """What the head multiplies with (V, H), whole also where it is partitioned: then collective, every rank comes here."""
+    head = model.get_output_embeddings()
+    if not hasattr(head.weight, "ds_id"):
+        yield multiplied_weight(head)
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([weight]):
-        yield weight
+    with deepspeed.zero.GatheredParameters([head.weight]):
+        yield multiplied_weight(head)
 
 
 def head_cross_entropy(hidden_BPH: Tensor, weight_VH: Tensor, targets_BP: Tensor, num_items: int) -> Tensor:
@@ -126,6 +129,47 @@ def head_distillation(
         kl_weight=lambda_logits * factor / kl_items,
     )
     return ce / ce_items, kl * (factor / kl_items)
+
+
+def head_distillation_top_k(
+    hidden_BPH: Tensor,
+    weight_VH: Tensor,
+    targets_BP: Tensor,
+    indices_BPK: Tensor,
+    values_BPK: Tensor,
+    log_rest_BP: Tensor,
+    *,
+    lambda_logits: float,
+    temperature: float,
+    ce_items: int,
+    kl_items: int,
+) -> tuple[Tensor, Tensor]:
+    """``(cross-entropy, KL_K of the teacher to the student)``, for ``CE + lambda_logits * KL_K``; every position counts.
+
+    Args:
+        hidden_BPH, weight_VH, targets_BP: as in head_cross_entropy.
+        indices_BPK, values_BPK, log_rest_BP: the teacher's K largest logits and the rest, as in
+            vocabulary.linear_distillation_top_k.
+        lambda_logits: as in head_distillation: a backward pass with another weight gets NaN.
+        temperature: of the KL, which is not multiplied by its square.
+        ce_items, kl_items: targets, and positions, over all ranks and accumulation steps.
+
+    Returns: two fp32 scalars, each with its own place in the graph.
+    """
+    x_NH, rows = hidden_BPH.flatten(0, 1), hidden_BPH.shape[0] * hidden_BPH.shape[1]
+    ce_items, kl_items = max(ce_items, 1), _count(kl_items, rows)
+    ce, kl = linear_distillation_top_k(
+        x_NH,
+        weight_VH,
+        targets_BP.flatten(),
+        indices_BPK.flatten(0, 1),
+        values_BPK.flatten(0, 1),
+        log_rest_BP.flatten(),
+        temperature=temperature,
+        ce_weight=1 / ce_items,
+        kl_weight=lambda_logits / kl_items,
+    )
+    return ce / ce_items, kl / kl_items
 
 
 def _chosen(rows_BP: Tensor, *tensors: Tensor) -> list[Tensor]:

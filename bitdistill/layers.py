@@ -2,14 +2,20 @@
 
 One `if` chooses the backend: the kernels on an NVIDIA GPU (backend.py), else the PyTorch reference. On the kernels what
 stands before the quantiser, SubLN and the gate of an MLP, is one operation with it, and what can be shared is (sharing.py).
+A layer that is being annealed, or has another weight quantizer than absmean, runs in PyTorch on every device
+(quantizers.py).
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bitdistill import quantizers
 from bitdistill.backend import kernels_for
+from bitdistill.distributed import launch
+from bitdistill.errors import UserError
 from bitdistill.kernels import reference
 from bitdistill.sharing import HeldCodes, Siblings
 
@@ -47,14 +53,18 @@ class BitLinear(nn.Module):
         linear: the layer to replace; its weight (O, I) becomes the master and must be fp32 before training
             (`assert_fp32_masters`), because bf16 masters swallow most updates.
         subln: a SubLN of width I in front, or None.
+        weight_quantizer: a name of quantizers.py. What it keeps beside the master is saved with it: `gptq_factor`,
+            `awq_scale` (buffers, to be filled from statistics of the inputs) or `seq_a` (learned).
 
     Attributes:
         backward: how the kernels compute gradients, "exact" or "fast" (kernels/gpu/matmul.py); `use_backward` sets it.
         siblings: the layers that are given the same tensor as this one, or None.
         held: this weight's codes while sharing.WeightCodes holds them.
+        annealing: from 0, full precision, to 1, ternary weights and int8 activations: the ordinary layer, bit for bit.
+        annealing_kind: what lies between, "linear" or "softmax" (quantizers.py).
     """
 
-    def __init__(self, linear: nn.Linear, subln: SubLN | None = None):
+    def __init__(self, linear: nn.Linear, subln: SubLN | None = None, weight_quantizer: str = "absmean"):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight
@@ -63,8 +73,20 @@ class BitLinear(nn.Module):
         self.backward = "exact"
         self.siblings: Siblings | None = None
         self.held: HeldCodes | None = None
+        self.annealing, self.annealing_kind = 1.0, "linear"
+        self.weight_quantizer = weight_quantizer
+        self._refuse_partitions()
+        like = {"dtype": torch.float32, "device": self.weight.device}
+        if weight_quantizer == "gptq":
+            self.register_buffer("gptq_factor", torch.eye(self.in_features, **like))
+        elif weight_quantizer == "awq":
+            self.register_buffer("awq_scale", torch.ones(self.in_features, **like))
+        elif weight_quantizer == "seq":
+            self.seq_a = nn.Parameter(quantizers.seq_start(self.weight))
 
     def forward(self, x: Tensor | Gated) -> Tensor:
+        if self.on_reference():
+            return self._on_reference(x)
         gated = x if isinstance(x, Gated) else None
         x = gated.gate if gated else x
         kernels = kernels_for(x.device)
@@ -97,9 +119,87 @@ class BitLinear(nn.Module):
         biases = [] if self.bias is None else [self.bias]
         return kernels.ternary_linear(x, activation, [self.weight], biases, ternary, dtype, self.backward)
 
+    def on_reference(self) -> bool:
+        """Whether it runs in PyTorch even where there are kernels."""
+        return self.annealing < 1 or self.weight_quantizer != "absmean"
+
+    def _on_reference(self, x: Tensor) -> Tensor:
+        self._refuse_partitions()
+        if kernels_for(x.device) is not None:
+            _say_once("annealing" if self.annealing < 1 else f"weight quantizer {self.weight_quantizer}")
+        x = x if self.subln is None else self.subln(x)
+        codes, scale = self._quantize()
+        bias, weight = self._bias(codes), self.weight
+        if self.annealing < 1 or self.weight_quantizer == "seq":
+            if self.weight_quantizer == "seq":
+                quantized = quantizers.seq_weight(weight, self.seq_a, (codes, scale))
+            else:
+                quantized = quantizers.straight_through(weight, codes * scale)
+            if self.annealing < 1:
+                return quantizers.annealed_linear(x, weight, quantized, bias, self.annealing_kind, self.annealing)
+            weight = quantized
+        if scale.dim():
+            return quantizers.scaled_linear(x, weight, codes * scale, bias)
+        return reference.bit_linear(x, weight, bias, (codes, scale))
+
+    def _quantize(self) -> tuple[Tensor, Tensor]:
+        """(codes int8 (O, I), scale fp32 (), (I,) or (O, I))."""
+        if self.weight_quantizer == "block":
+            return quantizers.block_codes(self.weight)
+        if self.weight_quantizer == "gptq":
+            if self.held is not None and self.held.fit(self.weight):
+                return self.held.codes
+            return quantizers.gptq_codes(self.weight, self.gptq_factor)
+        if self.weight_quantizer == "awq":
+            return quantizers.awq_codes(self.weight, self.awq_scale)
+        if self.weight_quantizer == "seq":
+            return quantizers.seq_codes(self.weight, self.seq_a)
+        return reference.quantize_weight(self.weight)
+
+    def _bias(self, codes: Tensor) -> Tensor | None:
+        if self.weight_quantizer != "tequila":
+            return self.bias
+        extra = self.annealing * quantizers.tequila_bias(self.weight, codes)
+        return extra if self.bias is None else self.bias + extra
+
+    def _refuse_partitions(self) -> None:
+        if self.weight_quantizer in quantizers.WHOLE and hasattr(self.weight, "ds_id"):
+            raise UserError(
+                "refine.weight_quantizer",
+                expected="with ZeRO-3 one that needs its own weight alone: absmean, block, awq or tequila",
+                got=self.weight_quantizer,
+                do="Choose another, or --zero 2.",
+            )
+
+    def ternary(self) -> tuple[Tensor, Tensor]:
+        """(codes int8 (O, I) in {-1, 0, 1}, weight_scale fp32 ()): what the layer multiplies by once it is ternary. Under
+        ZeRO-3 gather its parameters first.
+
+        Raises:
+            UserError: its quantizer has more than one scale.
+        """
+        codes, scale = self._quantize()
+        if scale.dim():
+            raise UserError(
+                "refine.weight_quantizer",
+                expected="one with one scale a tensor, for a packed file: absmean, gptq, tequila or seq",
+                got=f"{self.weight_quantizer}, which has one for each {'block' if scale.dim() == 2 else 'input channel'}",
+                do="Leave the export out (--export.enabled false), or train with another.",
+            )
+        return codes, scale
+
+    def ternary_bias(self) -> Tensor | None:
+        """(O,) or None: the bias of the layer once it is ternary, that of its quantizer included."""
+        return self._bias(self._quantize()[0]) if self.weight_quantizer == "tequila" else self.bias
+
+    def watched(self) -> tuple[Tensor, Tensor]:
+        """`ternary` for looking at: of several scales the mean, fp32 ()."""
+        codes, scale = self._quantize()
+        return codes, scale.mean()
+
     def takes_gated(self) -> bool:
         """Whether it may be given a `Gated`: on the kernels, unless someone wants to see its input or its SubLN's."""
-        kernels = kernels_for(self.weight.device)
+        kernels = None if self.on_reference() else kernels_for(self.weight.device)
         return kernels is not None and not _hooked(self) and (self.subln is None or not _hooked(self.subln))
 
     def extra_repr(self) -> str:
@@ -130,6 +230,11 @@ class GatedMLP(nn.Module):
 def _hooked(module: nn.Module) -> bool:
     """Whether its call does more than its forward, as under ZeRO-3, where it gathers the parameters."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    launch.say(f"{what}: the ternary layers run on plain PyTorch; the Triton kernels know absmean, and no annealing")
 
 
 def bit_linears(model: nn.Module) -> dict[str, BitLinear]:

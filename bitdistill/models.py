@@ -42,12 +42,12 @@ def _from_hub(what: str, name: str, load):
         ) from error
 
 
-def load_language_model(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_language_model(name_or_path: str | Path, dtype: torch.dtype | str = torch.float32) -> nn.Module:
     """A causal language model with sdpa attention, of one of FAMILIES.
 
     Args:
         name_or_path: a local Hugging Face folder or a hub id.
-        dtype: of every parameter.
+        dtype: of every parameter; "auto": as they are stored.
 
     Raises:
         UserError: the folder or hub id cannot be read, the family is unknown, or the folder holds a ternary student.

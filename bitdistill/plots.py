@@ -7,6 +7,7 @@ text in the SVG (small, searchable), and `$` in a token is never taken for mathe
 """
 
 import io
+import itertools
 import re
 import warnings
 
@@ -14,7 +15,10 @@ import numpy as np
 
 INK = "#23272f"
 BLUE, ORANGE, GREEN, PURPLE = "#3d88c7", "#dd7b1e", "#12946f", "#b567a8"
-SETTING_COLOURS = {"FP16-SFT": BLUE, "BitNet-SFT": ORANGE, "BitDistill": GREEN}
+QUIET = "#9aa1ae"
+ON_BARS = "#16181d"  # nearly INK, but not: it stays dark on the dark page
+KIND_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b5483a", "#b79a1f", "#5b6bc0")
+SETTING_COLOURS = {"FP16-SFT": BLUE, "BitNet-SFT": ORANGE, "BitDistill": GREEN, "int4 RTN": QUIET, "int4 GPTQ": PURPLE}
 TERM_COLOURS = {"loss": INK, "loss_ce": BLUE, "loss_logits": ORANGE, "loss_attention": PURPLE}
 TERM_NAMES = {
     "loss": "total",
@@ -215,12 +219,16 @@ def balance(lines: list[dict]):
     """What the balancing did: gamma, the pull of the relations against that of cross-entropy, the gradient norm."""
     norm = "grad_norm_"
     ratios = (
-        ("of losses", PURPLE, _quotient(lines, ("gamma_attention", "loss_attention"), "loss_ce")),
-        ("of gradients", GREEN, _quotient(lines, ("gamma_attention", norm + "attention"), norm + "task")),
+        ("of losses (over cross-entropy)", PURPLE, _quotient(lines, ("gamma_attention", "loss_attention"), "loss_ce")),
+        (
+            "of gradients (over the rest)",
+            GREEN,
+            _quotient(lines, ("gamma_attention", norm + "attention"), norm + "task"),
+        ),
     )
     panels = (
         ("Gamma of the relation loss", "gamma", [(None, PURPLE, _series(lines, "gamma_attention"))]),
-        ("Gamma x relations / cross-entropy", "ratio", ratios),
+        ("Gamma x relations, against the task", "ratio", ratios),
         ("Norm of the whole gradient", "L2 norm, before clipping", [(None, BLUE, _series(lines, "grad_norm"))]),
     )
     figure, axes = _axes(10.5, 2.6, 1, 3)
@@ -298,40 +306,119 @@ def weights(histograms: dict[str, dict]):
 
 
 def health(lines: list[dict]):
-    """Share of zeros (above) and of flipped codes (below) over the steps: a column per projection, a line per layer."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
+    """What the ternary layers did over one stage: heat maps layer x step of zeros and flips, the shares of the codes at the
+    end, and by type of projection the drift of the scales, the outliers of the inputs and the gradients.
+
+    Args:
+        lines: those of health.jsonl of one stage. What they do not hold is named as not logged.
+    """
+    from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for line in lines for name in line["layers"]))
-    kinds, deepest = _kinds(names), max(kind_and_depth(name)[1] for name in names)
-    shades = ListedColormap(colormaps["viridis"](np.linspace(0.28, 0.9, 256)))
-    norm = Normalize(0, max(deepest, 1))
-    figure, axes = _axes(10.5, 4.3, 2, len(kinds), sharex=True, sharey="row")
-    smallest = 1.0
-    for name in names:
-        kind, depth = kind_and_depth(name)
-        rows = [{"step": line["step"], **line["layers"][name]} for line in lines if name in line["layers"]]
-        for axis, key in zip(axes[:, kinds.index(kind)], ("zeros", "flips"), strict=True):
-            steps, values = _series(rows, key)
-            if key == "flips" and (values > 0).any():
-                smallest = min(smallest, values[values > 0].min())
-            dots = {"marker": "o", "markersize": 2.5} if len(values) < 3 else {}
-            axis.plot(*thin(steps, values), color=shades(norm(depth)), linewidth=1, alpha=0.9, **dots)
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        axis.set_title(kind)
-    for axis in axes[1]:
-        axis.set_yscale("symlog", linthresh=smallest)  # a plain log axis would hide the layers that froze
-        _plain_ticks(axis)
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("step")
-    axes[0, 0].set_ylabel("share of codes that are 0")
-    axes[1, 0].set_ylabel("share of codes that\nchange, per step")
-    bar = figure.colorbar(ScalarMappable(norm, shades), ax=axes, fraction=0.015, pad=0.01)
-    bar.set_label("depth (layer number)")
-    bar.outline.set_visible(False)
-    bar.set_ticks(range(0, deepest + 1, max(1, -(-deepest // 6))))
+    kinds = _kinds(names)
+    names.sort(key=lambda name: (kinds.index(kind_and_depth(name)[0]), kind_and_depth(name)[1]))
+    figure = Figure(figsize=(10.5, 6.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.4, 1))
+    zeros, flips, shares = above.subplots(1, 3, width_ratios=(1.1, 1.1, 1))
+    _heat_map(above, zeros, lines, names, "zeros", "Zeros: share of the codes")
+    _heat_map(above, flips, lines, names, "flips", "Flips: share of the codes, per step")
+    _shares(shares, lines[-1], kinds)
+    axes = dict(zip(("scale_drift", "peak_to_rms", "zero_activations", "grad_norm"), below.subplots(1, 4), strict=True))
+    titles = ("Scale, start = 1", "Input: peak / RMS", "Input: int8 codes of 0", "Gradient, L2 norm")
+    for (key, axis), title in zip(axes.items(), titles, strict=True):
+        _by_kind(axis, lines, kinds, key)
+        axis.set(title=title, xlabel="step")
+    handles, labels = next((h for axis in axes.values() if (h := axis.get_legend_handles_labels())[0]), ([], []))
+    if handles:
+        below.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
+
+
+def _heat_map(figure, axis, lines: list[dict], names: list[str], key: str, title: str) -> None:
+    """A row per layer, grouped by projection with the first layer on top; a column per measurement."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm, Normalize
+
+    table = np.array([[line["layers"].get(name, {}).get(key, np.nan) for line in lines] for name in names], dtype=float)
+    axis.set(title=title, xlabel="step")
+    axis.grid(visible=False)
+    if not np.isfinite(table).any():
+        _say(axis, "not logged")
+        axis.set(xticks=[], yticks=[])
+        return
+    shades = colormaps["viridis"].with_extremes(bad=QUIET, under=QUIET)
+    if key == "flips":
+        positive = table[table > 0]
+        low, high = (positive.min(), positive.max()) if positive.size else (1e-6, 1e-5)
+        norm = LogNorm(low, max(high, 1.01 * low))
+    else:  # of a sound stage the middle of the colours; a layer that collapses leaves them
+        norm = Normalize(min(0.25, np.nanmin(table)), max(0.45, np.nanmax(table)))
+    image = axis.imshow(table, aspect="auto", cmap=shades, norm=norm, interpolation="nearest")
+    marks = range(0, len(lines), -(-len(lines) // 6))
+    axis.set_xticks(marks, [f"{lines[mark]['step']:g}" for mark in marks])
+    kinds = [kind_and_depth(name)[0] for name in names]
+    groups = list(dict.fromkeys(kinds))
+    starts = [kinds.index(kind) for kind in groups]
+    middles = [start + (kinds.count(kind) - 1) / 2 for start, kind in zip(starts, groups, strict=True)]
+    axis.set_yticks(middles, groups)
+    axis.tick_params(axis="y", length=0)
+    for start in starts[1:]:
+        axis.axhline(start - 0.5, color="white", linewidth=1)
+    bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02, extend="min" if key == "flips" else "neither")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7.5)
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    bar.ax.yaxis.set_minor_formatter("")
+
+
+def _shares(axis, line: dict, kinds: list[str]) -> None:
+    """Stacked shares of -1, 0 and +1, mean over the layers of a projection, at one measurement."""
+    parts = (("minus", "-1", BLUE), ("zeros", "0", QUIET), ("plus", "+1", ORANGE))
+    axis.set(title=f"Codes -1, 0, +1 at step {line['step']:,}", xlim=(0, 1))
+    axis.grid(visible=False)
+    for y, kind in enumerate(kinds):
+        layers = [layer for name, layer in line["layers"].items() if kind_and_depth(name)[0] == kind]
+        left = 0.0
+        for key, label, colour in parts:
+            if not layers or any(key not in layer for layer in layers):
+                axis.clear()
+                axis.set(title="Codes -1, 0, +1", xticks=[], yticks=[])
+                return _say(axis, "not logged")
+            share = float(np.mean([layer[key] for layer in layers]))
+            axis.barh(y, share, 0.72, left, color=colour)
+            if share > 0.15:
+                words = f"{label}: {100 * share:.0f} %" if y == 0 else f"{100 * share:.0f} %"
+                axis.text(left + share / 2, y, words, ha="center", va="center", fontsize=7.5, color=ON_BARS)
+            left += share
+    axis.set_yticks(range(len(kinds)), kinds)
+    axis.set_ylim(len(kinds) - 0.5, -0.5)
+    axis.set_xticks([])
+    axis.tick_params(axis="y", length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _by_kind(axis, lines: list[dict], kinds: list[str], key: str) -> None:
+    """One line per projection, the median over its layers; a faint band from their lowest to their highest."""
+    drawn = []
+    for kind, colour in zip(kinds, itertools.cycle(KIND_COLOURS), strict=False):
+        rows = [
+            (line["step"], *np.percentile(values, (0, 50, 100)))
+            for line in lines
+            if (
+                values := [v[key] for name, v in line["layers"].items() if kind_and_depth(name)[0] == kind and key in v]
+            )
+        ]
+        if rows:
+            steps, low, middle, high = np.array(rows, dtype=float).T
+            dots = {"marker": "o", "markersize": 2.5} if len(rows) < 3 else {}
+            axis.plot(steps, middle, color=colour, linewidth=1.4, label=kind, **dots)
+            axis.fill_between(steps, low, high, color=colour, alpha=0.1, linewidth=0)
+            drawn += [low, high]
+    if drawn:
+        _log_if_wide(axis, *drawn)
+    else:
+        _say(axis, "not logged")
 
 
 def pick_heads(teacher: np.ndarray, student: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:

@@ -4,25 +4,28 @@
 
 Each of the seven projections of a decoder layer becomes a BitLinear, and an extra RMSNorm (SubLN) stands before o_proj and
 down_proj (the paper's two, `norms="two"`) or before all seven (the authors' code, `norms="all"`). The MLP around three of
-them becomes a GatedMLP: the same computation, which a GPU may fuse. Everything else, the LM head, embeddings, the model's
-own norms and biases, stays as it is. The config remembers the surgery, so that a saved student is loaded by building,
-converting, and then filling it strictly: `from_pretrained` alone would drop the SubLN gains with a mere warning.
+them becomes a GatedMLP: the same computation, which a GPU may fuse. Embedding and LM head stay in full precision, or are
+quantized, too (embeddings.py). Everything else, the model's own norms and biases, stays as it is. The config remembers the
+surgery, so that a saved student is loaded by building, converting, and then filling it strictly: `from_pretrained` alone
+would drop the SubLN gains with a mere warning.
 
 Source: BitNet Distillation, arXiv 2510.13998, section 3.1.
 """
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bitdistill.embeddings import FULL_PRECISION, quantize_embeddings
 from bitdistill.errors import UserError
 from bitdistill.layers import BitLinear, GatedMLP, SubLN, bit_linears
 from bitdistill.models import check_family
+from bitdistill.quantizers import InputStatistics, awq_channel_scale, check_quantizer, gptq_factor
 from bitdistill.sharing import Siblings
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -41,10 +44,12 @@ class Refinement:
     biases: int
     ternary_weights: int
     parameters: int
+    embedding: str = FULL_PRECISION
 
     def __str__(self) -> str:
         total = self.ternary + len(self.kept)
         kept = f", kept in full precision: {', '.join(self.kept)}" if self.kept else ""
+        kept += "" if self.embedding == FULL_PRECISION else f", embedding and LM head {self.embedding}"
         share = 100 * self.ternary_weights / self.parameters
         return (
             f"{self.ternary} of {total} linears ternary{kept}; {self.sublns} SubLN added; {self.biases} biases kept; "
@@ -53,7 +58,13 @@ class Refinement:
 
 
 def refine(
-    model: nn.Module, norms: str = "two", gains: dict[str, float] | None = None, subln_eps: float | None = None
+    model: nn.Module,
+    norms: str = "two",
+    gains: dict[str, float] | None = None,
+    subln_eps: float | None = None,
+    embedding: str = FULL_PRECISION,
+    weight_quantizer: str = "absmean",
+    inputs: dict[str, InputStatistics] | None = None,
 ) -> Refinement:
     """Converts a causal language model in place.
 
@@ -62,18 +73,23 @@ def refine(
         norms: "two" | "all" | "none" ("none" is the BitNet-SFT baseline).
         gains: initial SubLN gain by layer name, from `calibrate_gains`; 1 where absent.
         subln_eps: eps of SubLN; the model's own rms_norm_eps by default (the authors' code has 1e-8).
+        embedding: "fp16" (full precision) | "int8" | "int4" | "ternary": embedding and LM head while they are trained.
+        weight_quantizer: a name of quantizers.py. inputs: what "gptq" and "awq" are calibrated on, by layer name, from
+            `calibrate_inputs`; without, the layer is absmean until its buffers are loaded.
 
     Returns: the counts.
 
     Raises:
-        UserError: unknown family or norms, or a model that is converted already.
+        UserError: unknown family, norms, embedding or quantizer, or a model that is converted already.
     """
     check_family(model.config)
     if norms not in SUBLN_BEFORE:
         raise UserError("norms", expected=f"one of {', '.join(SUBLN_BEFORE)}", got=repr(norms), do="Correct it.")
+    check_quantizer(weight_quantizer)
     if bit_linears(model):
         raise UserError("model", expected="a full-precision model", got="a converted one", do="Load the base model.")
     eps = model.config.rms_norm_eps if subln_eps is None else subln_eps
+    quantize_embeddings(model, embedding)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     sublns = biases = 0
     converted, kept = [], []
@@ -89,7 +105,12 @@ def refine(
                 nn.init.constant_(subln.weight, gains[name])
             sublns += 1
         biases += linear.bias is not None
-        model.set_submodule(name, BitLinear(linear, subln))
+        layer = BitLinear(linear, subln, weight_quantizer)
+        if inputs is not None and weight_quantizer == "gptq":
+            layer.gptq_factor.copy_(gptq_factor(inputs[name].gram))
+        elif inputs is not None and weight_quantizer == "awq":
+            layer.awq_scale.copy_(awq_channel_scale(linear.weight, inputs[name])[0])
+        model.set_submodule(name, layer)
         converted.append(linear)
     _introduce_siblings(model)
     activation = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
@@ -97,7 +118,13 @@ def refine(
         model.set_submodule(name, GatedMLP(model.get_submodule(name), activation))
     expected = model.config.num_hidden_layers * len(PROJECTIONS)
     assert len(converted) == expected, f"expected {expected} projections in the decoder, found {len(converted)}"
-    model.config.bitdistill = {"format_version": FORMAT_VERSION, "norms": norms, "subln_eps": eps}
+    model.config.bitdistill = {
+        "format_version": FORMAT_VERSION,
+        "norms": norms,
+        "subln_eps": eps,
+        "embedding": embedding,
+        "weight_quantizer": weight_quantizer,
+    }
     return Refinement(
         ternary=len(converted),
         kept=tuple(kept),
@@ -105,6 +132,7 @@ def refine(
         biases=biases,
         ternary_weights=sum(_numel(linear.weight) for linear in converted),
         parameters=sum(_numel(parameter) for parameter in model.parameters()),
+        embedding=embedding,
     )
 
 
@@ -140,24 +168,82 @@ def calibrate_gains(model: nn.Module, batches: Iterable[dict[str, Tensor]], norm
     Returns: layer name -> gain.
     """
     sums: dict[str, list[float]] = {}
+
+    def record(name: str, x_NI: Tensor) -> None:
+        total = sums.setdefault(name, [0.0, 0])
+        total[0] += x_NI.square().sum(dtype=torch.float64).item()
+        total[1] += x_NI.numel()
+
+    wanted = _watch_inputs(model, batches, SUBLN_BEFORE[norms], record)
+    if wanted and not sums:
+        raise UserError("calibration", expected="at least one batch", got="none", do="Give a corpus, or --gain one.")
+    return {name: max((total / count) ** 0.5, 1e-8) for name, (total, count) in sums.items()}
+
+
+@torch.no_grad()
+def calibrate_inputs(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], norms: str = "two", subln_eps: float | None = None
+) -> dict[str, InputStatistics]:
+    """What each projection will be given, for the quantizers that look at their inputs: all unpadded tokens.
+
+    Where a SubLN will stand in front, tokens are divided by their RMS first. (Its gain is one number: it changes nothing.)
+
+    Args:
+        model: the full-precision model, before `refine`. batches, norms, subln_eps: as in `calibrate_gains` and `refine`.
+
+    Returns: layer name -> statistics; layers that are given the same tensor share one. I^2 numbers for each of them.
+
+    Raises:
+        UserError: no batches.
+    """
+    eps = model.config.rms_norm_eps if subln_eps is None else subln_eps
+    found: dict[str, InputStatistics] = {}
+    first_of = {name: group[0] if norms != "all" else name for group in SIBLINGS for name in group}
+
+    def record(name: str, x_NI: Tensor) -> None:
+        if name.rpartition(".")[2] in SUBLN_BEFORE[norms]:
+            x_NI = x_NI * torch.rsqrt(x_NI.square().mean(dim=-1, keepdim=True) + eps)
+        statistics = InputStatistics.of(x_NI)
+        if name in found:
+            found[name].add(statistics)
+        else:
+            found[name] = statistics
+
+    watched = [name for name in PROJECTIONS if first_of.get(name, name) == name]
+    _watch_inputs(model, batches, watched, record)
+    if not found:
+        raise UserError("calibration", expected="at least one batch", got="none", do="Give a corpus.")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    result = {}
+    for name in names:
+        parent, dot, projection = name.rpartition(".")
+        if projection in PROJECTIONS:
+            result[name] = found[f"{parent}{dot}{first_of.get(projection, projection)}"]
+    return result
+
+
+def _watch_inputs(
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    projections: Iterable[str],
+    record: Callable[[str, Tensor], None],
+) -> list[str]:
+    """Runs the model, and hands each projection's unpadded inputs, fp32 (..., I), to `record` with the layer's name."""
     mask_now: list[Tensor | None] = [None]
 
-    def record(name):
+    def hook_of(name):
         def hook(_module, args):
             x = args[0].float()
-            x = x[mask_now[0].bool()] if mask_now[0] is not None else x
-            total = sums.setdefault(name, [0.0, 0])
-            total[0] += x.square().sum(dtype=torch.float64).item()
-            total[1] += x.numel()
+            record(name, x[mask_now[0].bool()] if mask_now[0] is not None else x.flatten(0, -2))
 
         return hook
 
     wanted = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in SUBLN_BEFORE[norms]
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in projections
     }
-    handles = [module.register_forward_pre_hook(record(name)) for name, module in wanted.items()]
+    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in wanted.items()]
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -168,9 +254,7 @@ def calibrate_gains(model: nn.Module, batches: Iterable[dict[str, Tensor]], norm
     model.train(training)
     for handle in handles:
         handle.remove()
-    if wanted and not sums:
-        raise UserError("calibration", expected="at least one batch", got="none", do="Give a corpus, or --gain one.")
-    return {name: max((total / count) ** 0.5, 1e-8) for name, (total, count) in sums.items()}
+    return list(wanted)
 
 
 def tied_keys(model: nn.Module) -> set[str]:
@@ -188,6 +272,7 @@ def save_student(folder: str | Path, model: nn.Module, tokenizer=None, state_dic
     """
     from safetensors.torch import save_file
 
+    assert all(layer.annealing == 1 for layer in bit_linears(model).values()), "a student is saved when it is ternary"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state_dict is None else state_dict
@@ -201,17 +286,12 @@ def save_student(folder: str | Path, model: nn.Module, tokenizer=None, state_dic
         tokenizer.save_pretrained(folder)
 
 
-def load_student(folder: str | Path) -> nn.Module:
-    """A saved ternary student, bit for bit as it was, SubLN gains included, in fp32 with sdpa attention.
+def student_record(folder: str | Path) -> dict:
+    """What the surgery wrote into a saved student's config.json.
 
     Raises:
-        UserError: not a student of this project, a newer format, a truncated file, missing or extra tensors, or a
-            tensor of another shape.
+        UserError: not a student of this project, or a newer format.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -234,9 +314,26 @@ def load_student(folder: str | Path) -> nn.Module:
             got=str(written["format_version"]),
             do="Update bitdistill.",
         )
+    return written
+
+
+def load_student(folder: str | Path) -> nn.Module:
+    """A saved ternary student, bit for bit as it was, SubLN gains included, in fp32 with sdpa attention.
+
+    Raises:
+        UserError: not a student of this project, a newer format, a truncated file, missing or extra tensors, or a
+            tensor of another shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, written = Path(folder), student_record(folder)
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    refine(model, norms=written["norms"], subln_eps=written["subln_eps"])
+    embedding = written.get("embedding", FULL_PRECISION)
+    weight_quantizer = written.get("weight_quantizer", "absmean")
+    refine(model, written["norms"], None, written["subln_eps"], embedding, weight_quantizer)
     try:
         state = load_file(folder / "model.safetensors")
     except SafetensorError as error:

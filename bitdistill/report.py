@@ -29,10 +29,12 @@ from rich.text import Text
 from bitdistill.errors import UserError
 
 SETTINGS = ("FP16-SFT", "BitNet-SFT", "BitDistill")
+WEIGHT_ONLY = ("int4 RTN", "int4 GPTQ")  # FP16-SFT with its linears in 4 bits; shown where they were measured
 STAGES = {
     "base": "full-precision base model",
     "teacher": "the base fine-tuned on the task (FP16-SFT)",
     "refine": "stage 1: surgery, SubLN",
+    "cache": "the base model's logits for stage 2",
     "pretrain": "stage 2: continued pre-training, ternary",
     "distill": "stage 3: distillation fine-tuning (BitDistill)",
     "baseline": "ternary student, plain fine-tuning (BitNet-SFT)",
@@ -69,6 +71,7 @@ class Run:
     versions: dict = field(default_factory=dict)
     metrics: dict[str, list[dict]] = field(default_factory=dict)  # stage -> lines in order of steps
     health: dict[str, list[dict]] = field(default_factory=dict)
+    warnings: list[dict] = field(default_factory=list)  # lines of warnings.jsonl, by stage
     weights: dict[str, dict] = field(default_factory=dict)  # stage -> weights.json
     done: dict[str, dict] = field(default_factory=dict)  # stage -> done.json
     scores: dict = field(default_factory=dict)
@@ -102,6 +105,7 @@ def read_run(run_dir: str | Path) -> Run:
     run.metrics, run.health = (_read_lines(run, name) for name in ("metrics.jsonl", "health.jsonl"))
     run.health = {stage: [line for line in lines if line.get("layers")] for stage, lines in run.health.items()}
     run.health = {stage: lines for stage, lines in run.health.items() if lines}
+    run.warnings = _read_warnings(run)
     run.versions, run.scores, run.speed, run.proof = (
         _read_json(run, name) or {}
         for name in ("versions.json", "evaluate/scores.json", "export/speed.json", "export/proof.json")
@@ -170,6 +174,22 @@ def _read_lines(run: Run, name: str) -> dict[str, list[dict]]:
     return {stage: stages[stage] for stage in [*order, *(stage for stage in stages if stage not in STAGES)]}
 
 
+def _read_warnings(run: Run) -> list[dict]:
+    """Lines of warnings.jsonl that are whole, in the order of stages and of time."""
+    path, kept, corrupted = run.path / "warnings.jsonl", [], 0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+            line["step"], line["layers"] = int(line["step"]), [str(name) for name in line["layers"]]
+            kept.append(line | {key: str(line[key]) for key in ("stage", "kind", "seen", "do")})
+        except (ValueError, KeyError, TypeError):
+            corrupted += bool(text.strip())
+    if corrupted:
+        run.remarks.append(f"warnings.jsonl: {corrupted} corrupted {_plural(corrupted, 'line')} left out.")
+    order = list(STAGES)
+    return sorted(kept, key=lambda line: order.index(line["stage"]) if line["stage"] in order else len(order))
+
+
 def _plural(count: int, noun: str) -> str:
     return noun if count == 1 else noun + "s"
 
@@ -180,15 +200,17 @@ def _plural(count: int, noun: str) -> str:
 def table_lines(run: Run) -> list[dict]:
     """One line per setting and runner: {"label", "setting", "first", "score", "speed"}.
 
-    The three settings come first and always; `score` (a row of scores.json) and `speed` (a row of speed.json) are None
-    where they were not measured; `first` marks the first line of its setting.
+    The three settings are always there, the 4-bit ones behind FP16-SFT, whose linears they round; others follow. `score` (a
+    row of scores.json) and `speed` (a row of speed.json) are None where they were not measured; `first` marks the first
+    line of its setting.
     """
     scores = {row["setting"]: row for row in run.scores.get("rows", [])}
     speeds: dict[str, list[dict]] = {}
     for row in run.speed.get("rows", []):
         speeds.setdefault(row["setting"], []).append(row)
     lines = []
-    for setting in dict.fromkeys([*SETTINGS, *scores, *speeds]):
+    rounded = [setting for setting in WEIGHT_ONLY if setting in scores or setting in speeds]
+    for setting in dict.fromkeys([SETTINGS[0], *rounded, *SETTINGS[1:], *scores, *speeds]):
         rows = speeds.get(setting, [None])
         for index, speed in enumerate(rows):
             label = setting if len(rows) == 1 else f"{setting}, {speed.get('runner', NONE)}"
@@ -254,17 +276,59 @@ def summary(run: Run) -> list[str]:
             f"in FP16; the whole file, embedding and head included, takes {_bytes(ours['model_bytes'])}, "
             f"{numbers['model_ratio']:.1f} times less."
         )
+    rounded = next((name for name in reversed(WEIGHT_ONLY) if name in score and firsts[name]["speed"]), None)
+    if rounded and ours and "BitDistill" in score:
+        four_bits = firsts[rounded]["speed"]["linear_bytes"]
+        said.append(
+            f"Without any training, 4 bits a weight ({rounded}) keep FP16-SFT at {score[rounded]:.1f} with linears of "
+            f"{_bytes(four_bits)}, {four_bits / ours['linear_bytes']:.1f} times the student's"
+            f"{_paired(run, 'BitDistill', rounded)}."
+        )
     if numbers["speed_ratio"]:
         said.append(
             f"It generates {_rate(ours['tokens_per_second'])} tokens/s ({ours.get('runner', NONE)}) against "
             f"{_rate(full['tokens_per_second'])} of FP16-SFT ({full.get('runner', NONE)}): {numbers['speed_ratio']:.2f} "
             "times the speed on the same machine."
         )
+    if run.warnings:
+        said.append(f"Caution: {_warnings(run)} while it trained; see Health.")
     if run.proof.get("codes_equal", True) is False:
         said.append("Warning: the exported file does NOT hold the ternary codes that training used. Do not ship it.")
     elif run.proof:  # export raises, and writes none, where a code differs
         said.append("The exported file was unpacked again and holds exactly the ternary codes that training used.")
     return said
+
+
+def health_verdict(run: Run) -> str | None:
+    """One line on how the ternary layers fared while they trained; None when nothing was measured."""
+    measured, stages = sum(map(len, run.health.values())), ", ".join(run.health)
+    if run.warnings:
+        kinds: dict[str, list[str]] = {}
+        for line in run.warnings:
+            kinds.setdefault(line["stage"], []).append(line["kind"])
+        listed = "; ".join(f"{stage}: {', '.join(found)}" for stage, found in kinds.items())
+        return f"{_warnings(run)} while it trained ({listed}). What was seen, and what to try, stands below."
+    if not measured:
+        return None
+    if not _judged(run):
+        return (
+            f"Measured {measured} times in {stages}, but not watched for warning signs: an older version of bitdistill."
+        )
+    ends = [layer["zeros"] for lines in run.health.values() for layer in lines[-1]["layers"].values()]
+    return (
+        f"Healthy: no warning in {measured} measurements ({stages}). At the end of a stage {min(ends):.0%} to "
+        f"{max(ends):.0%} of a layer's codes are zero."
+    )
+
+
+def _judged(run: Run) -> bool:
+    """Whether the measurements were looked at for warning signs while they were made."""
+    return bool(run.health) and all("learning_rate" in line for lines in run.health.values() for line in lines)
+
+
+def _warnings(run: Run) -> str:
+    count = len(run.warnings)
+    return f"{count} {_plural(count, 'warning')}" if count else "no warning"
 
 
 def _paired(run: Run, a: str, b: str) -> str:
@@ -314,8 +378,22 @@ def columns(run: Run) -> list[str]:
     """The head of the comparison table."""
     metric = _metric(run)
     score = f"{metric[:1].upper()}{metric[1:]} [95 %]"
+    further = [f"{split.removeprefix('validation_')} [95 %]" for split in _further(run)]
     sizes = ["Linears", "Whole model", "Bits/weight", "Bits/param."]
-    return ["Setting", score, "of FP16", *sizes, "Runner", "Tokens/s [spread]"]
+    return ["Setting", score, "of FP16", *further, *sizes, "Runner", "Tokens/s [spread]"]
+
+
+def _further(run: Run) -> list[str]:
+    """Validation splits besides the main one that some setting was scored on."""
+    return list(dict.fromkeys(split for row in run.scores.get("rows", []) for split in row.get("splits", ())))
+
+
+def _scored(score: dict | None) -> str:
+    """Score and interval."""
+    if score is None:
+        return NONE
+    interval = " [{:.1f}, {:.1f}]".format(*score["interval"]) if score.get("interval") else ""
+    return f"{score['score']:.1f}{interval}"
 
 
 def cells(run: Run, lines: list[dict]) -> list[list[str]]:
@@ -333,14 +411,14 @@ def cells(run: Run, lines: list[dict]) -> list[list[str]]:
     table = []
     for line in lines:
         score, speed = line["score"], line["speed"]
+        further = [_scored(score and score.get("splits", {}).get(split)) for split in _further(run)]
         if not line["first"]:
-            left = ["", "", ""]
+            left = ["", "", "", *("" for _ in further)]
         elif score is None:
-            left = [line["setting"], NOT_RUN, NONE]
+            left = [line["setting"], NOT_RUN, NONE, *further]
         else:
-            interval = " [{:.1f}, {:.1f}]".format(*score["interval"]) if score.get("interval") else ""
             kept = f"{100 * score['score'] / full_score:.1f} %" if full_score else NONE
-            left = [line["setting"], f"{score['score']:.1f}{interval}", kept]
+            left = [line["setting"], _scored(score), kept, *further]
         if speed is None:
             right = [NOT_RUN, NOT_RUN, NONE, NONE, NONE, NOT_RUN]
         else:
@@ -356,7 +434,8 @@ def cells(run: Run, lines: list[dict]) -> list[list[str]]:
 
 
 def comparison_table(run_dir: str | Path | Run) -> Table:
-    """The table for the terminal, a column per setting (80 characters hold it); what was not measured is "not run".
+    """The table for the terminal, a column per setting; what was not measured is "not run". 80 characters hold three
+    columns; with more, intervals and ratios go into lines of their own.
 
     Args:
         run_dir: the run directory, or what read_run made of it.
@@ -369,17 +448,24 @@ def comparison_table(run_dir: str | Path | Run) -> Table:
     machine = run.speed.get("machine")
     caption = [f"{' / '.join(map(str, examples))} examples scored"] if examples else []
     caption += [f"speed on {machine}"] if machine else []
+    caption += [f"health: {_warnings(run)}"] if run.warnings or _judged(run) else []
     table = Table(
         title=Text(str(run.scores.get("task", "comparison"))),
         caption=Text("; ".join([*caption, "ratios to FP16-SFT"])),
         box=box.SIMPLE_HEAD,
     )
     lines = table_lines(run)
+    narrow = len(lines) > len(SETTINGS)
+    if narrow:
+        table.padding = (0, 1, 0, 0)
     table.add_column("")
     for line in lines:
         table.add_column(Text(line["setting"]))  # Text: a setting called "[red]" is not markup
-    for name, *row in list(zip(columns(run), *cells(run, lines), strict=True))[1:]:
-        table.add_row(*map(Text, (name, *row)))
+    rows = list(zip(columns(run), *cells(run, lines), strict=True))[1:]
+    if narrow:
+        rows = [[re.sub(r"(?<=,) (?=\D)| (?=[\[(])", "\n", cell) for cell in row] for row in rows]
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -418,6 +504,8 @@ def write_report(run_dir: str | Path) -> Path:
         run=run,
         title=f"BitDistill on {run.scores['task']}" if run.scores.get("task") else "BitDistill run",
         summary=summary(run),
+        verdict=health_verdict(run),
+        weight_only=any(line["setting"] in WEIGHT_ONLY for line in lines),
         tiles=_tiles(numbers),
         columns=columns(run),
         table=list(zip(lines, cells(run, lines), strict=True)),
@@ -484,6 +572,8 @@ def _stages(run: Run) -> list[dict[str, str]]:
     rows = []
     for stage, what in STAGES.items():
         done, logged = run.done.get(stage), run.metrics.get(stage, [])
+        if stage == "cache" and done is None:  # most runs have none
+            continue
         state = "done" if done is not None or finished.get(stage) else "unfinished" if logged else NOT_RUN
         rates = [line["tokens_per_second"] for line in logged if line.get("tokens_per_second")]
         steps = (done or {}).get("steps", logged[-1]["step"] if logged else None)

@@ -141,6 +141,17 @@ def perplexity(model, blocks: Tensor, batch_size: int = 8, desc: str = "perplexi
 
     Numerics: log-softmax in float32, the mean in float64.
     """
+    return summarize_losses(block_losses(model, blocks, batch_size, desc), blocks.shape[0] * (blocks.shape[1] - 1))
+
+
+def summarize_losses(losses: np.ndarray, tokens: int) -> dict[str, float]:
+    """What `perplexity` returns, of the mean losses of blocks of one length, float64 (N,), on so many tokens in all."""
+    mean, low, high = mean_interval(losses)
+    return {"perplexity": math.exp(mean), "low": math.exp(low), "high": math.exp(high), "loss": mean, "tokens": tokens}
+
+
+def block_losses(model, blocks: Tensor, batch_size: int = 8, desc: str = "perplexity") -> np.ndarray:
+    """Mean next-token loss of each block in nats, float64 (N,); arguments and numerics as in `perplexity`."""
     device = next(model.parameters()).device
     losses = []
     for batch in tqdm(blocks.split(batch_size), desc=desc):
@@ -149,9 +160,7 @@ def perplexity(model, blocks: Tensor, batch_size: int = 8, desc: str = "perplexi
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         losses.append(loss.double().view(len(batch), -1).mean(dim=1).cpu())
-    mean, low, high = mean_interval(torch.cat(losses).numpy())
-    tokens = blocks.shape[0] * (blocks.shape[1] - 1)
-    return {"perplexity": math.exp(mean), "low": math.exp(low), "high": math.exp(high), "loss": mean, "tokens": tokens}
+    return torch.cat(losses).numpy()
 
 
 def accuracy_interval(correct: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:

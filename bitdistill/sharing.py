@@ -63,7 +63,7 @@ def _count_steps() -> None:
 class HeldCodes:
     """The ternary codes of one weight, and what the weight was when they were made."""
 
-    codes: tuple[Tensor, Tensor, Tensor | None]  # a kernels.gpu.quantize.TernaryWeight
+    codes: tuple[Tensor, ...]  # a kernels.gpu.quantize.TernaryWeight; (codes, scale) of a layer that runs in PyTorch
     weight: Tensor  # an alias of it, which keeps its storage alive
     version: int
     steps: int
@@ -120,12 +120,16 @@ class WeightCodes:
 
     def _quantize(self) -> list[HeldCodes | None]:
         """Of every layer whose weight is whole and on a device with kernels; in the order of the model, so that siblings
-        lie side by side."""
+        lie side by side. Of a layer that runs in PyTorch only where its quantizer is slow."""
         result: list[HeldCodes | None] = [None] * len(self._layers)
         kinds: dict[tuple, list[int]] = {}
         for place, layer in enumerate(self._layers):
             weight = layer.weight
             whole = not hasattr(weight, "ds_id") and weight.numel() > 0 and weight.is_contiguous()
+            if layer.on_reference():
+                if layer.weight_quantizer == "gptq" and whole and not weight.is_inference():
+                    result[place] = HeldCodes(layer.ternary(), weight.detach(), weight._version, _Steps.begun)
+                continue
             if kernels_for(weight.device) is not None and whole and not weight.is_inference():
                 kinds.setdefault((weight.device, weight.dtype), []).append(place)
         for (device, _), places in kinds.items():

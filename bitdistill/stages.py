@@ -2,6 +2,7 @@
 
     base -> teacher ------------------\\
     base -> refine -> pretrain -> distill -> evaluate -> export        (base: the embedded demo's own base model)
+    base -> cache ----/              /                                 (cache: teacher logits for stage 2, if wanted)
     base -> baseline ----------------/
 
 A stage's folder holds `done.json`: the settings and the inputs that its result depends on, and an `id` drawn when it
@@ -24,12 +25,15 @@ AFTER = {
     "base": (),
     "teacher": ("base",),
     "refine": ("base",),
-    "pretrain": ("refine",),
+    "cache": ("base",),
+    "pretrain": ("refine", "cache"),
     "distill": ("pretrain", "teacher"),
     "baseline": ("base",),
     "evaluate": ("teacher", "distill", "baseline"),
     "export": ("distill", "baseline", "evaluate"),
 }
+OPTIONAL = ("cache",)  # left out, it has no place to fill: what it stands on itself does not matter
+ENOUGH = ("cache.blocks",)  # settings of which a finished stage may hold more than is wanted
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -68,7 +72,14 @@ class RunDirectory:
         return self.root / "checkpoints" / stage
 
     def inputs(self, stage: str) -> tuple[str, ...]:
-        return tuple(name for name in AFTER[stage] if name in self.stages)
+        """The stages of this run that a stage stands on; a stage left out is replaced by what it would stand on itself."""
+        found: dict[str, None] = {}
+        for name in AFTER[stage]:
+            if name in self.stages:
+                found[name] = None
+            elif name not in OPTIONAL:
+                found |= dict.fromkeys(self.inputs(name))
+        return tuple(found)
 
     def done(self, stage: str) -> dict[str, Any] | None:
         """done.json of a finished stage, else None."""
@@ -81,7 +92,11 @@ class RunDirectory:
         if done is None:
             return "not run yet"
         before, now = done["settings"], json.loads(json.dumps(flatten(settings)))
-        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        changed = [
+            name
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and not (name in ENOUGH and before.get(name, 0) > now.get(name, 0))
+        ]
         if changed:
             name = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""

@@ -56,7 +56,8 @@ class Task:
             each. Values may share a word.
         target_column: generation: the column with the text to be written.
         max_new_tokens: generation: the longest answer, in tokens.
-        dataset, config, splits: where the hub has it; split name of ours -> split name there.
+        dataset, config, splits: where the hub has it; split name of ours -> split name there. Each whose name begins with
+            "validation" is scored; the one called so alone is the main one.
         chat: put the prompt through the tokenizer's chat template, where it has one.
 
     Raises:
@@ -115,6 +116,11 @@ class Task:
     def columns(self) -> list[str]:
         """The columns of the prompt, in order of appearance."""
         return list(dict.fromkeys(_placeholders(self.prompt)))
+
+    @property
+    def extra_validation(self) -> list[str]:
+        """The splits that are scored besides "validation"."""
+        return [split for split in self.splits if split.startswith("validation") and split != "validation"]
 
     @property
     def words(self) -> list[str]:
@@ -185,7 +191,8 @@ def load_rows(
     Raises:
         UserError: hub out of reach, unreadable or empty file, missing column, unknown label.
     """
-    option = "--train_file" if split == "train" else "--validation_file"
+    option = f"--extra_validation_files.{split}" if split in task.extra_validation else "--validation_file"
+    option = "--train_file" if split == "train" else option
     if file is not None:
         rows, source = _read_file(Path(file), option), str(file)
     elif task.dataset is None:
@@ -218,6 +225,34 @@ def load_rows(
         generator = torch.Generator().manual_seed(seed)
         rows = rows.select(sorted(torch.randperm(len(rows), generator=generator)[:limit].tolist()))
     return rows
+
+
+def load_validation(
+    task: Task, file: str | None, extra_files: dict[str, str], limit: int | None = None, seed: int = 0
+) -> tuple[dict[str, Dataset], list[str]]:
+    """The rows of every validation split, "validation" first.
+
+    Args:
+        file: local rows of "validation"; then a further split is read from its own file or not at all: a hub that has the
+            one may be out of reach for a reason.
+        extra_files: local rows of further splits that the task names: {split: file}.
+        limit, seed: as in `load_rows`, for each split.
+
+    Returns: ({split: rows}, names of the splits that are left out for want of a file).
+
+    Raises:
+        UserError: a split that the task does not name, or what `load_rows` refuses.
+    """
+    extra = task.extra_validation
+    for split in extra_files:
+        if split not in extra:
+            raise UserError(
+                "extra_validation_files", expected=f"a split among {', '.join(extra)}" if extra else "none for this task",
+                got=split, do=f"Correct the name, or add it to the splits of the task {task.name}.",
+            )  # fmt: skip
+    left_out = [split for split in extra if file is not None and split not in extra_files]
+    wanted = {"validation": file} | {split: extra_files.get(split) for split in extra if split not in left_out}
+    return {split: load_rows(task, split, path, limit, seed) for split, path in wanted.items()}, left_out
 
 
 def _needed(task: Task) -> list[str]:
@@ -281,7 +316,7 @@ def encode(task: Task, rows: Dataset, tokenizer, max_length: int) -> tuple[Datas
         tokenizer: a fast tokenizer.
         max_length: the longest row, in tokens.
 
-    Returns: (Dataset with int32 lists ``input_ids`` and ``labels`` in the order of ``rows``,
+    Returns: (Dataset with int32 lists ``input_ids`` and ``labels`` and their ``length``, in the order of ``rows``,
         {"rows", "truncated", "longest_tokens", "tokens", "answer_tokens"}), for the caller to say.
 
     Raises:
@@ -300,7 +335,8 @@ def encode(task: Task, rows: Dataset, tokenizer, max_length: int) -> tuple[Datas
         new_fingerprint=uuid.uuid4().hex,  # saves hashing the tokenizer, seconds for a large one
         desc=f"{task.name}: tokens",
     )
-    tokens = encoded["tokens"][:]
+    encoded = encoded.rename_column("tokens", "length")  # the name by which transformers groups rows of like length
+    tokens = encoded["length"][:]
     counts = {
         "rows": len(encoded),
         "truncated": sum(encoded["truncated"]),
@@ -308,7 +344,7 @@ def encode(task: Task, rows: Dataset, tokenizer, max_length: int) -> tuple[Datas
         "tokens": sum(tokens),
         "answer_tokens": sum(encoded["answer_tokens"]),
     }
-    return encoded.select_columns(["input_ids", "labels"]), counts
+    return encoded.select_columns(["input_ids", "labels", "length"]), counts
 
 
 def encode_prompts(task: Task, rows: Dataset, tokenizer, max_length: int) -> tuple[list[list[int]], int]:
@@ -435,12 +471,20 @@ def _prompts(
     return prompts, cut
 
 
-def _render(task: Task, rows: list[dict], tokenizer) -> list[list[int]]:
+def prompt_texts(task: Task, rows: Sequence[dict], tokenizer) -> list[str]:
+    """The rendered prompts, uncut, without BOS; in a chat up to where the assistant starts, with what the template writes."""
     texts = [task.prompt.format_map(row) for row in rows]
+    if not _is_chat(task, tokenizer):
+        return texts
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    return [tokenizer.apply_chat_template(turn, **options) for turn in turns]
+
+
+def _render(task: Task, rows: list[dict], tokenizer) -> list[list[int]]:
+    texts = prompt_texts(task, rows, tokenizer)
     if _is_chat(task, tokenizer):  # the template writes BOS itself
-        turns = [[{"role": "user", "content": text}] for text in texts]
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        return _tokenize(tokenizer, [tokenizer.apply_chat_template(turn, **options) for turn in turns])
+        return _tokenize(tokenizer, texts)
     bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
     return [bos + ids for ids in _tokenize(tokenizer, texts)]
 

@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from bitdistill import demo
+from bitdistill.annealing import Annealing
 from bitdistill.capture import attention_maps
 from bitdistill.config import RunConfig, TrainingConfig, parse_config
 from bitdistill.corpus import TokenStream
@@ -30,26 +31,39 @@ from bitdistill.distributed import launch, presets
 from bitdistill.distributed.checkpoint import full_state_dict
 from bitdistill.distributed.errors import Refusal
 from bitdistill.distributed.teacher import load_teacher
+from bitdistill.embeddings import FULL_PRECISION, embedding_format
 from bitdistill.errors import UserError
-from bitdistill.evaluation import score_rows, scores_json
-from bitdistill.export.packed import write_packed
+from bitdistill.evaluation import score_splits, scores_json
+from bitdistill.export.packed import read_packed, write_packed
 from bitdistill.export.parity import prove_parity
 from bitdistill.health import weight_histograms
 from bitdistill.layers import bit_linears, use_backward
 from bitdistill.models import load_language_model, load_tokenizer, tokenizer_settings
 from bitdistill.pretrain import pretrain
-from bitdistill.refine import calibrate_gains, load_student, refine, save_student
+from bitdistill.quantizers import CALIBRATED
+from bitdistill.refine import (
+    calibrate_gains,
+    calibrate_inputs,
+    load_student,
+    refine,
+    save_student,
+    student_record,
+    tied_keys,
+)
 from bitdistill.report import show_report
 from bitdistill.runtime import Runtime
 from bitdistill.sharing import WeightCodes
 from bitdistill.speed import full_precision_size, full_precision_speed, machine, packed_speed
 from bitdistill.stages import AFTER, RunDirectory, file_identity
-from bitdistill.tasks import encode, encode_prompts, load_rows, load_task, show_example
-from bitdistill.trainer import collate_blocks, release, training_arguments
+from bitdistill.tasks import encode, encode_prompts, load_rows, load_task, load_validation, show_example
+from bitdistill.teacher_cache import Layout, TeacherCache, check_room, finish_cache, write_shards
+from bitdistill.trainer import capped_steps, collate_blocks, release, training_arguments
 from bitdistill.versions import versions
+from bitdistill.weight_only import CALIBRATION_TOKENS, METHODS, quantize_model, weight_only_size
 
 SETTINGS = {"FP16-SFT": "teacher", "BitNet-SFT": "baseline", "BitDistill": "distill"}
 NOT_A_RESULT = ("logging_steps", "save_steps", "health_steps")  # settings that do not change what a stage produces
+PRETRAIN_DISTILLATION = ("lambda_logits", "kd_temperature", "kd_top_k")
 
 
 def optimisation(section: TrainingConfig) -> dict[str, Any]:
@@ -71,6 +85,10 @@ class Job:
         left_out = set() if self.embedded else {"base"}
         left_out |= set() if config.baseline.enabled else {"baseline"}
         left_out |= {"refine", "pretrain"} if config.student else set()
+        left_out |= set() if config.pretrain.enabled else {"pretrain"}
+        left_out |= set() if "pretrain" not in left_out and config.pretrain.lambda_logits > 0 else {"cache"}
+        left_out |= set() if config.export.enabled and config.evaluate.enabled else {"export"}
+        left_out |= set() if config.evaluate.enabled else {"evaluate"}
         self.directory = RunDirectory(config.output_dir, tuple(stage for stage in AFTER if stage not in left_out))
         self.root = self.directory.root
         launch.initialise(self.device)
@@ -99,17 +117,52 @@ class Job:
 
     def _look_ahead(self) -> None:
         """Opens whatever a later stage will read: a wrong path is said now, and not after hours of training."""
-        for split in ("train", "validation"):
-            self.rows(split)
+        self.rows("train")
+        self.validation()
+        self._check_student()
         if "pretrain" in self.directory.stages:
             self.stream(self.config.pretrain.block_size)
             self._check_steps()
+        if "cache" in self.directory.stages and self.directory.reason_to_run("cache", self.settings("cache")):
+            check_room(self.root, self._cache_layout(len(load_tokenizer(self._tokenizer_folder()))))
 
     def _check_steps(self) -> None:
         if self.config.pretrain.max_steps == -1 and self.config.max_steps is None:
             raise UserError(
                 "pretrain.max_steps", expected="a number of steps", got="-1", do="A token stream has no end: set it."
             )
+
+    def _check_student(self) -> None:
+        """A student of another run brings its quantizers with it: what these settings say must be true of it, too."""
+        if self.config.student is None:
+            return
+        trained = student_record(self.config.student).get("weight_quantizer", "absmean")
+        if trained != self.config.refine.weight_quantizer:
+            raise UserError(
+                "refine.weight_quantizer",
+                expected=f"{trained}, with which {self.config.student} was trained",
+                got=self.config.refine.weight_quantizer,
+                do=f"Give --refine.weight_quantizer {trained}.",
+            )
+        trained = student_record(self.config.student).get("embedding", FULL_PRECISION)
+        if trained != self.config.refine.embedding:
+            raise UserError(
+                "refine.embedding",
+                expected=f"{trained}, in which {self.config.student} was trained",
+                got=self.config.refine.embedding,
+                do=f"Give --refine.embedding {trained}.",
+            )
+
+    def _stage_2_blocks(self) -> int:
+        """Blocks of the corpus that all steps of stage 2 see."""
+        section = self.config.pretrain
+        rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * launch.world_size()
+        return capped_steps(section.max_steps, self.config.max_steps) * rows
+
+    def _cache_layout(self, vocabulary: int) -> Layout:
+        """The teacher's logits that stage 2 needs."""
+        section = self.config.pretrain
+        return Layout(self._stage_2_blocks(), section.block_size, section.kd_top_k, section.kd_temperature, vocabulary)
 
     def _teacher_dtype(self) -> torch.dtype:
         """What the teacher computes in: its stored dtype on a GPU; fp32 on a CPU, where fp16 products are slow."""
@@ -149,7 +202,7 @@ class Job:
 
     def student_folder(self) -> str | Path:
         """Where stage 3 starts."""
-        return self.config.student or self.directory.folder("pretrain")
+        return self.config.student or self.directory.folder("pretrain" if self.config.pretrain.enabled else "refine")
 
     def stream(self, block_size: int) -> TokenStream:
         """The corpus of stage 2."""
@@ -174,6 +227,20 @@ class Job:
         limit = self.config.max_train_rows if split == "train" else self.config.evaluate.max_rows
         file = self.train_side(f"{split}_file")
         return load_rows(self.task, split, str(file) if file else None, limit, self.config.seed)
+
+    def validation(self):
+        """Split -> rows of every validation split, "validation" first; a split left out is said."""
+        file = self.train_side("validation_file")
+        rows, left_out = load_validation(
+            self.task,
+            str(file) if file else None,
+            self.config.extra_validation_files,
+            self.config.evaluate.max_rows,
+            self.config.seed,
+        )
+        for split in left_out:
+            launch.say(f"{self.task.name}: {split} is not scored; --extra_validation_files.{split} FILE adds it")
+        return rows
 
     def encoded(self, tokenizer):
         """The task's training rows as tokens, counts said aloud, one example shown."""
@@ -201,23 +268,37 @@ class Job:
 
         training = {"seed": config.seed, "precision": config.precision, "max_steps_cap": config.max_steps}
         ternary = {"bit_linear_backward": config.bit_linear_backward}
+        embedding = {"embedding": config.refine.embedding}
+        calibrated = config.refine.gain == "calibrated" or config.refine.weight_quantizer in CALIBRATED
         model = {} if self.embedded else {"model": file_identity(config.model)}
         corpus = {"corpus": {"source": file_identity(self.train_side("corpus")), "column": config.corpus_column}}
         train = {"train": {"file": file_identity(self.train_side("train_file")), "max_rows": config.max_train_rows}}
         validation = {"validation_file": file_identity(self.train_side("validation_file"))}
+        if config.extra_validation_files:
+            files = config.extra_validation_files.items()
+            validation["extra_validation_files"] = {split: file_identity(file) for split, file in files}
+        calibration = train | {"seed": config.seed} if config.evaluate.weight_only else {}
         task = {"task": dataclasses.asdict(self.task), "max_length": config.max_length}
         task["task"]["labels"] = str(task["task"]["labels"])
         teacher = {"teacher_model": file_identity(config.teacher.model)}
         student = {"student": file_identity(config.student)} if config.student else {}
         steps = optimisation(config.distill)
+        stage_2 = section("pretrain")
+        if not config.pretrain.lambda_logits > 0:  # nothing of it is used
+            stage_2["pretrain"] = {
+                key: value for key, value in stage_2["pretrain"].items() if key not in PRETRAIN_DISTILLATION
+            }
+        of_cache = {"blocks": self._stage_2_blocks(), "block_size": config.pretrain.block_size}
+        of_cache |= {"top_k": config.pretrain.kd_top_k, "temperature": config.pretrain.kd_temperature}
         return {
             "base": section("base") | training | corpus,
             "teacher": section("teacher") | training | model | task | train | teacher,
-            "refine": section("refine") | model | (corpus if config.refine.gain == "calibrated" else {}),
-            "pretrain": section("pretrain") | training | ternary | corpus,
+            "refine": section("refine") | model | (corpus if calibrated else {}),
+            "cache": {"cache": of_cache, "seed": config.seed} | model | corpus,
+            "pretrain": stage_2 | training | ternary | corpus,
             "distill": section("distill") | training | ternary | task | train | student,
-            "baseline": section("baseline") | section("distill", steps) | training | ternary | model | task | train,
-            "evaluate": section("evaluate") | task | validation,
+            "baseline": section("baseline") | section("distill", steps) | training | ternary | model | task | train | embedding,
+            "evaluate": section("evaluate") | task | validation | calibration,
             "export": section("export"),
         }[stage]
 
@@ -232,7 +313,8 @@ class Job:
                     "stage",
                     expected=f"one of {', '.join(self.directory.stages)} with these settings",
                     got=stage,
-                    do="`base` belongs to the demo, `refine` and `pretrain` to a run without --student.",
+                    do="`base` belongs to the demo, `refine` and `pretrain` to a run without --student, and `pretrain` "
+                    "must be enabled.",
                 )
             self.directory.require_inputs(stage)
             reason = self.directory.reason_to_run(stage, self.settings(stage))
@@ -242,7 +324,7 @@ class Job:
             launch.say(f"{stage}: runs ({reason})")
             getattr(self, stage)()
             launch.barrier()
-        if launch.is_main():
+        if launch.is_main() and self.config.report:
             show_report(self.root)
 
     def _train(
@@ -288,7 +370,7 @@ class Job:
         launch.barrier()
         if not resume and folder.exists():
             why = "their settings differ from those of this run" if self.config.resume else "no --resume was given"
-            if any(folder.glob("checkpoint-*")):
+            if any(folder.glob("checkpoint-*")) or any(folder.glob("shard-*")):
                 launch.say(f"{stage}: earlier checkpoints are removed, because {why}")
             if launch.is_main():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -320,7 +402,8 @@ class Job:
         dtype = getattr(torch, self.config.teacher.dtype)
 
         def save(folder, model, state):
-            model.to(dtype).save_pretrained(folder, state_dict={key: value.to(dtype) for key, value in state.items()})
+            kept = state.keys() - tied_keys(model)  # each in a dtype of its own, ties would be stored twice
+            model.to(dtype).save_pretrained(folder, state_dict={key: state[key].to(dtype) for key in sorted(kept)})
             tokenizer.save_pretrained(folder)
 
         if self.config.teacher.finetuned:
@@ -344,17 +427,66 @@ class Job:
         started = time.perf_counter()
         tokenizer = load_tokenizer(self.base_folder())
         model = load_language_model(self.base_folder())
-        gains = None
-        if config.gain == "calibrated":
-            blocks = iter(self.stream(self.config.pretrain.block_size))
-            batches = ([next(blocks)] for _ in range(config.calibration_blocks))
-            gains = calibrate_gains(model, (collate_blocks(batch) for batch in batches), config.norms)
-        result = refine(model, config.norms, gains, config.subln_eps)
+        gains = inputs = None
+        if config.gain == "calibrated" and config.norms != "none":
+            gains = calibrate_gains(model, self._calibration_blocks(), config.norms)
+        if config.weight_quantizer in CALIBRATED:
+            inputs = calibrate_inputs(model, self._calibration_blocks(), config.norms, config.subln_eps)
+        surgery = (config.norms, gains, config.subln_eps, config.embedding, config.weight_quantizer, inputs)
+        result = refine(model, *surgery)
         launch.say(f"refine: {result}")
         if launch.is_main():
             facts = dataclasses.asdict(result) | {"seconds": round(time.perf_counter() - started, 2), "gains": gains}
             with self.directory.result("refine", self.settings("refine"), facts) as folder:
                 self._save_ternary(tokenizer)(folder, model, model.state_dict())
+
+    def _calibration_blocks(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The first blocks of stage 2's corpus, one at a time."""
+        blocks = iter(self.stream(self.config.pretrain.block_size))
+        return (collate_blocks([next(blocks)]) for _ in range(self.config.refine.calibration_blocks))
+
+    def cache(self) -> None:
+        """The base model's logits for the blocks of stage 2: in its stored dtype on a GPU, in fp32 on a CPU."""
+        started, section = time.perf_counter(), self.config.pretrain
+        self._check_steps()
+        dtype = torch.float32 if self.device == "cpu" else "auto"
+        model = load_language_model(self.base_folder(), dtype).eval().requires_grad_(False).to(self.device)
+        layout = self._cache_layout(model.config.vocab_size)
+        launch.say(f"cache: {layout}")
+        self._prepare_checkpoints("cache")
+        shards = self.directory.checkpoints("cache")
+        if launch.is_main():
+            check_room(shards, layout)
+        stream = self.stream(section.block_size)
+        write_shards(shards, model, stream, layout, batch_size=section.per_device_train_batch_size)
+        del model
+        gc.collect()
+        launch.barrier()
+        if launch.is_main():
+            facts: dict[str, Any] = {"tokens": layout.blocks * layout.block_size}
+            with self.directory.result("cache", self.settings("cache"), facts) as folder:
+                facts["bytes"] = finish_cache(shards, folder, layout)
+                facts["seconds"] = round(time.perf_counter() - started, 2)
+            shutil.rmtree(shards)
+
+    def _teacher_cache(self, vocabulary: int) -> TeacherCache | None:
+        """What `cache` made, if stage 2 distils; refused when it was made for other blocks or another model."""
+        if "cache" not in self.directory.stages:
+            return None
+        reason = self.directory.reason_to_run("cache", self.settings("cache"))
+        if reason is not None:
+            raise UserError(
+                "stage",
+                expected="teacher logits for these settings before `pretrain`",
+                got=f"{self.directory.folder('cache')}, but {reason}",
+                do="Run --stage cache first, or --stage all.",
+            )
+        return TeacherCache(
+            self.directory.folder("cache"),
+            blocks=self._stage_2_blocks(),
+            block_size=self.config.pretrain.block_size,
+            vocabulary=vocabulary,
+        )
 
     def pretrain(self) -> None:
         """Stage 2, continued pre-training."""
@@ -371,11 +503,17 @@ class Job:
             model=model,
             stream=self.stream(section.block_size),
             health_steps=section.health_steps,
+            annealing=None
+            if section.annealing == "none"
+            else Annealing(section.annealing, section.annealing_start, section.annealing_end),
+            cache=self._teacher_cache(model.config.vocab_size),
+            lambda_logits=section.lambda_logits,
         )
 
     def distill(self) -> None:
         """Stage 3, distillation fine-tuning."""
         section = self.config.distill
+        self._check_student()
         tokenizer = load_tokenizer(self.student_folder())
         model = load_student(self.student_folder())
         use_backward(model, self.config.bit_linear_backward)
@@ -407,7 +545,7 @@ class Job:
             section.learning_rate = self.config.baseline.learning_rate
         tokenizer = load_tokenizer(self.base_folder())
         model = load_language_model(self.base_folder())
-        refine(model, norms="none")
+        refine(model, norms="none", embedding=self.config.refine.embedding)
         use_backward(model, self.config.bit_linear_backward)
         self._train(
             "baseline",
@@ -434,9 +572,11 @@ class Job:
         if not launch.is_main():
             return
         started = time.perf_counter()
-        rows = self.rows("validation")
+        splits = self.validation()
+        rows = splits["validation"]
         options = {"max_length": self.config.max_length, "batch_size": self.config.evaluate.per_device_eval_batch_size}
         scores, attention = {}, {}
+        facts: dict[str, Any] = {}
         for setting, stage in SETTINGS.items():
             if stage not in self.directory.stages:
                 continue
@@ -445,7 +585,13 @@ class Job:
             model.to(self.device)
             tokenizer = load_tokenizer(folder)
             with WeightCodes(model).still():
-                scores[setting] = score_rows(model, self.task, rows, tokenizer, name=setting, **options)
+                scores[setting] = score_splits(model, self.task, splits, tokenizer, name=setting, **options)
+            if stage == "teacher" and self.config.evaluate.weight_only:
+                prompts = self._calibration(tokenizer)
+                for name, method in METHODS.items():
+                    rounded = load_language_model(folder).to(self.device)
+                    facts[name] = quantize_model(rounded, method, prompts if method == "gptq" else ())
+                    scores[name] = score_splits(rounded, self.task, splits, tokenizer, name=name, **options)
             if stage != "baseline":
                 layers = self.config.distill.relation_layers
                 if stage == "teacher":
@@ -453,14 +599,15 @@ class Job:
                 prompt = encode_prompts(self.task, rows.select([0]), tokenizer, self.config.max_length)[0][0]
                 attention["teacher" if stage == "teacher" else "student"] = attention_maps(model, prompt, layers[-1])
         notes = [] if self.device == "cpu" else ["scored on the GPU in fp32"]
-        facts: dict[str, Any] = {}
         with self.directory.result("evaluate", self.settings("evaluate"), facts) as folder:
-            result = scores_json(self.task, rows, scores, notes)
+            result = scores_json(self.task, splits, scores, notes)
             (folder / "scores.json").write_text(json.dumps(result, indent=1))
-            with (folder / "predictions.jsonl").open("w") as file:
-                for i, row in enumerate(rows):
-                    predictions = {name: score.predictions[i] for name, score in scores.items()}
-                    file.write(json.dumps({"row": i, **row, "predictions": predictions}) + "\n")
+            for split in splits:
+                name = "predictions.jsonl" if split == "validation" else f"predictions-{split}.jsonl"
+                with (folder / name).open("w") as file:
+                    for i, row in enumerate(splits[split]):
+                        predictions = {name: score[split].predictions[i] for name, score in scores.items()}
+                        file.write(json.dumps({"row": i, **row, "predictions": predictions}) + "\n")
             np.savez_compressed(
                 folder / "attention.npz",
                 teacher=attention["teacher"],
@@ -469,6 +616,15 @@ class Job:
                 layer=layers[-1],
             )
             facts["seconds"] = round(time.perf_counter() - started, 2)
+
+    def _calibration(self, tokenizer) -> list[list[int]]:
+        """Training prompts for GPTQ, drawn by the seed, of CALIBRATION_TOKENS tokens together."""
+        rows = self.rows("train")
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.config.seed))
+        chosen = rows.select(order[: CALIBRATION_TOKENS // 8].tolist())
+        prompts, _ = encode_prompts(self.task, chosen, tokenizer, self.config.max_length)
+        ends = np.cumsum([len(ids) for ids in prompts])
+        return prompts[: int((ends < CALIBRATION_TOKENS).sum()) + 1]
 
     def export(self) -> None:
         """Packs the ternary settings, proves the student's file, and measures decoding on this CPU. Rank 0 alone."""
@@ -492,11 +648,12 @@ class Job:
                     continue
                 path = folder / ("student.safetensors" if stage == "distill" else f"{stage}.safetensors")
                 model = load_student(self.directory.folder(stage))
+                trained = embedding_format(model)
                 sizes = write_packed(
                     path,
                     model,
                     packing=config.packing,
-                    embedding=config.embedding,
+                    embedding=config.embedding or ("int8" if trained == FULL_PRECISION else trained),
                     tokenizer_json=(self.directory.folder(stage) / "tokenizer.json").read_bytes(),
                     metadata={
                         "setting": setting,
@@ -525,6 +682,9 @@ class Job:
                 if config.speed_tokens:
                     row |= packed_speed(Runtime(path, torch.get_num_threads()), prompts[0], config.speed_tokens)
                 speeds.append(row)
+            if self.config.evaluate.weight_only:
+                size = weight_only_size(teacher, read_packed(folder / "student.safetensors").config)
+                speeds[1:1] = [{"setting": name, "runner": "not measured", **size} for name in METHODS]
             (folder / "speed.json").write_text(json.dumps({"machine": machine(), "rows": speeds}, indent=1))
             facts["seconds"] = round(time.perf_counter() - started, 2)
 

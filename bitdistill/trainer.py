@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from bitdistill.annealing import Annealing
 from bitdistill.distributed import launch
 from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete
 from bitdistill.errors import UserError
@@ -62,6 +63,11 @@ class Objective:
         """Takes a `state_dict` back."""
 
 
+def capped_steps(max_steps: int, cap: int | None) -> int:
+    """Optimiser steps of a stage whose own number may be -1 (not given), under a cap that may be None."""
+    return max_steps if cap is None else min(max_steps, cap) if max_steps > 0 else cap
+
+
 def training_arguments(
     folder: Path,
     *,
@@ -92,7 +98,7 @@ def training_arguments(
         seed=seed,
         data_seed=seed,
         report_to=report_to or "none",
-        max_steps=max_steps if steps_cap is None else min(max_steps, steps_cap) if max_steps > 0 else steps_cap,
+        max_steps=capped_steps(max_steps, steps_cap),
         save_strategy="steps" if save_steps else "no",
         save_steps=save_steps or 500,
         save_total_limit=2,
@@ -117,6 +123,7 @@ class StageTrainer(Trainer):
         stage: its name in metrics.jsonl and on the progress bar.
         run_dir: where metrics.jsonl and tensorboard/ are.
         stream: a corpus.TokenStream when the data is one: it resumes without replay.
+        annealing: the callback that takes a ternary model from full precision to ternary, or None.
     """
 
     def __init__(
@@ -126,12 +133,13 @@ class StageTrainer(Trainer):
         stage: str,
         run_dir: Path,
         stream=None,
+        annealing: Annealing | None = None,
         **kwargs,
     ):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard" / stage)
         super().__init__(**kwargs)
         assert_fp32_masters(self.model)
-        self.objective, self.stage, self.stream = objective, stage, stream
+        self.objective, self.stage, self.stream, self.annealing = objective, stage, stream, annealing
         self.weight_codes = WeightCodes(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step: no division by micro-steps
         if hasattr(self, "loss_is_scaled_for_ga"):
@@ -141,6 +149,8 @@ class StageTrainer(Trainer):
         self._steps_summed, self._tokens_summed, self._since = 0, 0, time.perf_counter()
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        if annealing is not None:
+            self.add_callback(annealing)
         self.add_callback(_Files(self, run_dir / "metrics.jsonl"))
         if launch.is_main():
             self.add_callback(_ProgressBar(stage))
@@ -194,6 +204,8 @@ class StageTrainer(Trainer):
             for name, value in zip(names, sums.tolist(), strict=True):
                 logs[f"loss_{name}"] = value / self._steps_summed
             logs |= self.objective.logged()
+            if self.annealing is not None:
+                logs["annealing"] = self.annealing.value
             logs["tokens_per_second"] = self._tokens_summed / seconds
             self._sums, self._steps_summed, self._tokens_summed = {}, 0, 0
             self._since = time.perf_counter()
@@ -240,8 +252,8 @@ class _Files(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if launch.is_main():  # lines of an earlier attempt beyond the point we start from would be drawn twice
-            for path in (self.path, self.path.with_name("health.jsonl")):
-                drop_lines(path, self.trainer.stage, after_step=state.global_step)
+            for name in ("metrics.jsonl", "health.jsonl", "warnings.jsonl"):
+                drop_lines(self.path.with_name(name), self.trainer.stage, after_step=state.global_step)
         self.trainer._since = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -302,9 +314,16 @@ class _ProgressBar(TrainerCallback):
 
 
 def collate_blocks(features: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-    """Equal-length blocks of a corpus to input_ids, labels and an all-ones attention_mask, each int64 (B, T)."""
+    """Equal-length blocks of a corpus to input_ids, labels and an all-ones attention_mask, each int64 (B, T).
+
+    Blocks that know their number (corpus.TokenStream's) bring it along: block, int64 (B,).
+    """
+    features = list(features)
     ids = torch.stack([torch.as_tensor(feature["input_ids"]) for feature in features])
-    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    if "block" in features[0]:
+        batch["block"] = torch.tensor([feature["block"] for feature in features])
+    return batch
 
 
 def release(trainer: StageTrainer) -> None:

@@ -35,6 +35,7 @@ import numpy as np
 PACKINGS = ("2bit", "base3")
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 4
 BLOCK = BLOCK_ROWS * BLOCK_COLUMNS  # bytes of a vector, and values of a block
+TABLE_FORMATS = ("fp16", "int8", "int4", "ternary")  # of an embedding or LM head; fp16 has no codes
 BLOCKS_PER_VECTOR = {"2bit": 4, "base3": 5, "int4": 2, "int8": 1}
 SCALE_BYTES = 4  # one fp32 weight_scale a matrix
 INT4_GROUP = 32  # columns that share one fp16 scale: 4.5 bits a weight

@@ -80,11 +80,11 @@ class _BitLinear(torch.autograd.Function):
     """Quantized forward, straight-through backward: both quantizers are the identity for the gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, out_dtype):
+    def forward(ctx, x, weight, bias, out_dtype, ternary):
         # Autocast off: it would round the exact integer accumulators to bf16.
         with torch.autocast(x.device.type, enabled=False):
             act_codes, act_scale = quantize_activation(x)
-            weight_codes, scale = quantize_weight(weight)
+            weight_codes, scale = quantize_weight(weight) if ternary is None else ternary
             y = _accumulate_fp32(act_codes, weight_codes).float() * (act_scale * scale)
             if bias is not None:
                 y = y + bias.float()
@@ -105,10 +105,12 @@ class _BitLinear(torch.autograd.Function):
                 grad_weight = (scaled.T @ act_codes.to(dtype).flatten(0, -2)).to(ctx.weight_dtype)
             if ctx.needs_input_grad[2]:
                 grad_bias = grad_y.float().flatten(0, -2).sum(0).to(ctx.weight_dtype)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
-def bit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def bit_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, ternary: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """``y = (q(x) @ q(W).T) * (act_scale * weight_scale) + bias`` with the straight-through gradient.
 
     Forward: integers exact, one fp32 scaling. Backward, with ``x~ = act_scale * act_codes`` and
@@ -117,6 +119,7 @@ def bit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: (..., I) float, at least two dimensions. weight: (O, I), the fp32 master. bias: (O,) or None.
+        ternary: another quantizer's (codes int8 (O, I), weight_scale fp32 ()) of `weight`; quantize_weight's by default.
 
     Returns: (..., O) in ``x.dtype``, or in the autocast dtype under torch.autocast, as ``nn.Linear`` does.
 
@@ -127,7 +130,7 @@ def bit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x: expected a last dimension of {weight.shape[-1]} (in_features); got {tuple(x.shape)}")
     device = x.device.type
     out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _BitLinear.apply(x, weight, bias, out_dtype)
+    return _BitLinear.apply(x, weight, bias, out_dtype, ternary)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -139,6 +139,45 @@ def linear_distillation_top_k(
     )
 
 
+def linear_top_k(
+    x_NH: Tensor, weight_VH: Tensor, k: int, *, temperature: float, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest of the logits ``t = W x`` of each row, and the sum of all others: what linear_distillation_top_k needs.
+
+    Args:
+        x_NH, weight_VH: of the teacher, as in linear_cross_entropy. k: at most V. chunk_bytes: as there.
+        temperature: tau of the rest.
+
+    Returns: (words, int64 (N, k), the largest first; ``t - max t`` there, fp32 (N, k); ``log sum exp((t_j - max t) / tau)``
+    over all other words j, fp32 (N,), -inf for none). No gradient.
+
+    Raises: ValueError: k outside 1..V, or widths that do not fit.
+
+    Numerics: products in the common dtype of x and W with an fp32 result (on a CPU in half precision: rounded to it once).
+    """
+    N, V = len(x_NH), len(weight_VH)
+    if not 1 <= k <= V:
+        raise ValueError(f"k: expected 1 to {V}, the words of the head; got {k}. Choose a smaller one.")
+    if x_NH.dim() != 2 or x_NH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(f"x: expected rows (N, {weight_VH.shape[1]}); got {tuple(x_NH.shape)}. Flatten batch and positions.")
+    device, dtype = x_NH.device, torch.promote_types(x_NH.dtype, weight_VH.dtype)
+    indices_NK = torch.empty((N, k), dtype=torch.int64, device=device)
+    values_NK = torch.empty((N, k), dtype=torch.float32, device=device)
+    log_rest_N = torch.empty(N, dtype=torch.float32, device=device)
+    at_once = _rows_at_once(N, V, 12, chunk_bytes)  # fp32 logits and two temporaries of a logsumexp
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        weight = weight_VH.to(dtype)
+        for begin in range(0, N, at_once):
+            of = slice(begin, min(begin + at_once, N))
+            t = _product_fp32(x_NH[of].to(dtype), weight.T)
+            values, indices = t.topk(k)
+            peak = values[:, :1]
+            values_NK[of], indices_NK[of] = values - peak, indices
+            t = t.sub_(peak).mul_(1 / temperature).scatter_(1, indices, -math.inf)
+            log_rest_N[of] = t.logsumexp(-1)
+    return indices_NK, values_NK, log_rest_N
+
+
 # ---------------------------------------------------------------------------------------------------- chunks
 
 

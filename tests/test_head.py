@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qw
 import ranks
 from bitdistill.distill import Answers, Distillation
 from bitdistill.distributed.teacher import Teacher
+from bitdistill.embeddings import quantize_embeddings
 from bitdistill.errors import UserError
 from bitdistill.head import head_weight, hidden_states, instead_of_logits
 from bitdistill.losses import cross_entropy, logits_distillation, next_tokens
@@ -193,12 +194,14 @@ from bitdistill.distributed.teacher import load_teacher
 launch.initialise("cpu")
 import torch
 from test_head import distillation
+from bitdistill.embeddings import quantize_embeddings
 from bitdistill.trainer import Counts
 
 found = {}
-for zero, offload, tokens, precision in json.loads(sys.argv[-3]):
+for zero, offload, tokens, precision, embedding in json.loads(sys.argv[-3]):
     arguments = ranks.tiny_arguments(Path("out"), presets.deepspeed_config(zero, precision=precision, device="cpu"))
     trainer = ranks.tiny_trainer(arguments)
+    quantize_embeddings(trainer.model, embedding)
     teacher = load_teacher(sys.argv[-2], dtype=torch.float32, device="cpu", offload=offload)
     objective = distillation(trainer.model, teacher.module, kd_tokens=tokens)
     objective.teacher = teacher
@@ -211,7 +214,7 @@ for zero, offload, tokens, precision in json.loads(sys.argv[-3]):
     trainer.compute_loss, trainer.model_accepts_loss_kwargs = compute_loss, True
     trainer.train()
     state = checkpoint.full_state_dict(trainer.model_wrapped)
-    name = f"{zero}-{tokens}-{precision}"
+    name = f"{zero}-{tokens}-{precision}-{embedding}"
     if launch.is_main():
         torch.save(state, name)
     found[name] = ranks.losses(trainer)
@@ -223,18 +226,21 @@ launch.shutdown()
 
 @pytest.mark.slow
 def test_two_ranks_at_every_stage_train_like_one_process(tmp_path):
-    """Tied embeddings, gathered for the head's forward alone under ZeRO-3, beside a teacher that is itself partitioned."""
+    """Tied embeddings, gathered for the head's forward alone under ZeRO-3, beside a teacher that is itself partitioned; also
+    quantized ones, whose master is partitioned."""
     made = ranks.tiny_model(seed=5)
     for parameter in made.parameters():
         parameter.data.mul_(4)
     made.save_pretrained(tmp_path / "teacher")
-    cases = [[0, "none", "all", "fp32"], [2, "none", "response", "fp32"], [3, "cpu", "all", "fp32"]]
-    cases += [[3, "cpu", "response", "bf16"]]
+    cases = [[0, "none", "all", "fp32", "fp16"], [2, "none", "response", "fp32", "fp16"], [3, "cpu", "all", "fp32", "fp16"]]
+    cases += [[3, "cpu", "response", "bf16", "fp16"]]
+    cases += [[0, "none", "response", "fp32", "ternary"], [3, "none", "all", "fp32", "int4"]]
     found = ranks.run(tmp_path / "run", SCRIPT, json.dumps(cases), str(tmp_path / "teacher")).found
     teacher, data = made.requires_grad_(False), ranks.tiny_data()
     expected = {}
-    for tokens in ("all", "response"):
+    for tokens, embedding in {(case[2], case[4]) for case in cases}:
         model = ranks.tiny_model()
+        quantize_embeddings(model, embedding)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
         for step in range(ranks.STEPS):
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / ranks.STEPS)
@@ -247,15 +253,16 @@ def test_two_ranks_at_every_stage_train_like_one_process(tmp_path):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            expected.setdefault(tokens, []).append(loss.item())
-        expected[f"{tokens} state"] = model.state_dict()
-    assert len(found) == 4
+            expected.setdefault((tokens, embedding), []).append(loss.item())
+        expected[tokens, embedding, "state"] = model.state_dict()
+    assert len(found) == 6
     for name, history in found.items():
-        _, tokens, precision = name.split("-")
-        assert history == pytest.approx(expected[tokens], rel=1e-4 if precision == "fp32" else 0.02)
+        _, tokens, precision, embedding = name.split("-")
+        assert history == pytest.approx(expected[tokens, embedding], rel=1e-4 if precision == "fp32" else 0.02)
         if precision != "fp32":
             continue
         state = torch.load(tmp_path / "run" / name)
-        assert state.keys() == expected[f"{tokens} state"].keys()
+        want = expected[tokens, embedding, "state"]
+        assert state.keys() == want.keys()
         for key, tensor in state.items():
-            torch.testing.assert_close(tensor, expected[f"{tokens} state"][key], rtol=1e-3, atol=2e-4)
+            torch.testing.assert_close(tensor, want[key], rtol=1e-3, atol=2e-4)

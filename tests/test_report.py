@@ -103,10 +103,12 @@ def _health(rng, stages):
     for stage, steps in stages:
         for step in range(10, steps + 1, 10):
             share = step / steps
-            yield {"stage": stage, "step": step, "layers": {
-                name: {"zeros": 0.31 + 0.01 * (index // 7) * share + rng.normal(0, 1e-3),
+            yield {"stage": stage, "step": step, "learning_rate": 1e-4, "layers": {
+                name: {"minus": 0.33, "zeros": 0.31 + 0.01 * (index // 7) * share, "plus": 0.36 - 0.01 * (index // 7) * share,
                        "flips": (index != 3) * 2e-3 / (1 + index % 7) * math.exp(-3 * share + rng.normal(0, 0.1)),
-                       "weight_scale": 0.02} for index, name in enumerate(NAMES)}}  # fmt: skip
+                       "weight_scale": 0.02, "scale_drift": 1 + 0.1 * share, "peak_to_rms": 5.0 + index % 7,
+                       "peak_to_rms_max": 20.0, "zero_activations": 0.02, "output_rms": 1.0,
+                       "grad_norm": math.exp(-share)} for index, name in enumerate(NAMES)}}  # fmt: skip
 
 
 def _attention(rng, tokens, heads=4):
@@ -411,6 +413,49 @@ def test_unfinished_stage(tmp_path):
         "unfinished", "1,200", report.NONE, report.NONE, "3.25"]  # fmt: skip
 
 
+WARNINGS = [
+    {"stage": "distill", "step": 40, "kind": "thrash", "seen": "codes thrash in 2 of 42 layers", "do": "Lower it.",
+     "layers": NAMES[:2]},
+    {"stage": "pretrain", "step": 1250, "kind": "frozen", "seen": "not one code flips in 42 of 42 layers",
+     "do": "Raise learning_rate.", "layers": NAMES},
+]  # fmt: skip
+
+
+def test_verdict_on_the_health(full, tmp_path, monkeypatch):
+    run_dir, page = full
+    assert page.texts["verdict"] == (
+        "Healthy: no warning in 30 measurements (distill). At the end of a stage 31% to 36% of a layer's codes are zero."
+    )
+    assert "warnings" not in page.rows
+    assert "health: no warning" in report.table_text(run_dir)
+
+    monkeypatch.setattr(plots, "draw", lambda plot, *args: ("<svg></svg>", b""))
+    sick = synthetic_run(tmp_path / "sick")
+    (sick / "warnings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in WARNINGS) + '{"stage": "dis')
+    page = Page(report.write_report(sick))
+    assert page.texts["verdict"].startswith("2 warnings while it trained (pretrain: frozen; distill: thrash).")
+    assert [row[:4] for row in page.rows["warnings"][1:]] == [
+        ["frozen", "pretrain", "1,250", "not one code flips in 42 of 42 layers"],
+        ["thrash", "distill", "40", "codes thrash in 2 of 42 layers"],
+    ]
+    assert page.rows["warnings"][1][4] == "Raise learning_rate."
+    assert "Caution: 2 warnings while it trained; see Health." in page.texts["summary"]
+    assert "health: 2 warnings" in report.table_text(sick)
+    assert "warnings.jsonl: 1 corrupted line left out." in page.texts["remarks"]
+
+
+def test_health_of_an_older_run_is_drawn_but_not_judged(tmp_path):
+    lines = [{"stage": "distill", "step": step, "layers": {name: {"zeros": 0.3, "flips": 0.0, "weight_scale": 1.0}
+                                                           for name in NAMES[:8]}} for step in (5, 10)]  # fmt: skip
+    (tmp_path / "health.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(report.write_report(tmp_path))
+    assert page.texts["verdict"].startswith("Measured 2 times in distill, but not watched for warning signs")
+    assert "Healthy" not in page.texts["all"]
+    assert "health:" not in report.table_text(tmp_path)
+    assert (tmp_path / "figures/health-distill.png").is_file()
+    assert page.texts["all"].count("not logged") == 5  # shares, drift, peaks, int8 codes, gradient
+
+
 HOSTILE = "<script>alert(1)</script>\"'&$x_{$[red]\\frac{"
 
 
@@ -432,10 +477,13 @@ def test_hostile_strings_stay_text(tmp_path):
     tokens = np.array([HOSTILE[:9], "$a_{$", "\x00\x1b", "中文", "]]>"])
     maps = _attention(np.random.default_rng(0), tokens)
     np.savez(run_dir / "evaluate/attention.npz", **maps, tokens=tokens, layer=HOSTILE)
+    _json(
+        run_dir / "warnings.jsonl", {**WARNINGS[0], "stage": HOSTILE, "kind": HOSTILE, "seen": HOSTILE, "do": HOSTILE}
+    )
     page = Page(report.write_report(run_dir))
     assert "script" not in page.tags
     assert page.tags.count("pre") == 1
-    for place in ("all", "table", "proof"):
+    for place in ("all", "table", "proof", "warnings"):
         assert HOSTILE in page.texts[place]
     assert "does NOT hold the ternary codes" in page.texts["summary"]
     assert HOSTILE in report.table_text(run_dir)

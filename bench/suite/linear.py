@@ -1,4 +1,9 @@
-"""BitLinear on this machine's CPU, the plain PyTorch reference, beside `nn.Linear`."""
+"""BitLinear and its quantizers in plain PyTorch on a CPU, beside `nn.Linear` in fp32."""
+
+from . import newer_than_some_commits, shown
+from .side_by_side import memory_ratio, ratio
+
+TOKENS = 256
 
 
 class BitLinear:
@@ -10,37 +15,72 @@ class BitLinear:
     def setup(self, width):
         import torch
 
-        from bitdistill.kernels import reference
-
+        with newer_than_some_commits():
+            from bitdistill.layers import BitLinear
         torch.manual_seed(0)
         torch.set_num_threads(1)
-        self.reference, self.torch = reference, torch
-        self.x = torch.randn(256, width, requires_grad=True)
-        self.linear = torch.nn.Linear(width, width)
-        self.grad = torch.randn(256, width)
+        self.x, self.grad = torch.randn(TOKENS, width, requires_grad=True), torch.randn(TOKENS, width)
+        self.linear, master = (torch.nn.Linear(width, width) for _ in range(2))
+        self.ours = BitLinear(master)
 
-    def _ours(self):
-        return self.reference.bit_linear(self.x, self.linear.weight, self.linear.bias)
+    def _backward(self, layer):
+        self.x.grad = layer.weight.grad = layer.bias.grad = None
+        layer(self.x).backward(self.grad)
 
-    def _backward(self, forward):
-        self.x.grad = self.linear.weight.grad = self.linear.bias.grad = None
-        forward().backward(self.grad)
-
+    @shown("BitLinear forward")
     def time_forward(self, width):
-        self._ours()
+        self.ours(self.x)
 
+    @shown("BitLinear forward and backward")
     def time_forward_backward(self, width):
-        self._backward(self._ours)
+        self._backward(self.ours)
 
-    def time_quantize_weight(self, width):
-        self.reference.quantize_weight(self.linear.weight)
+    @shown("BitLinear forward, against nn.Linear", "x nn.Linear")
+    def track_forward_ratio_to_linear(self, width):
+        return ratio(lambda: self.ours(self.x), lambda: self.linear(self.x))
 
-    def time_quantize_activation(self, width):
-        self.reference.quantize_activation(self.x)
-
+    @shown("BitLinear forward and backward, against nn.Linear", "x nn.Linear")
     def track_forward_backward_ratio_to_linear(self, width):
-        from .side_by_side import ratio
+        return ratio(lambda: self._backward(self.ours), lambda: self._backward(self.linear))
 
-        return ratio(lambda: self._backward(self._ours), lambda: self._backward(lambda: self.linear(self.x)))
+    @shown("BitLinear forward and backward, memory against nn.Linear", "x nn.Linear")
+    def track_peak_memory_ratio_to_linear(self, width):
+        return memory_ratio(lambda: self._backward(self.ours), lambda: self._backward(self.linear))
 
-    track_forward_backward_ratio_to_linear.unit = "x nn.Linear"
+
+class Quantizer:
+    """A weight of 1024 x 1024 and the activations of 256 tokens, beside one pass over the same tensor, `x.abs()`."""
+
+    params = ("weight", "activation")
+    param_names = ("of",)
+
+    def setup(self, of):
+        import torch
+
+        with newer_than_some_commits():
+            from bitdistill.kernels import reference
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        x = torch.randn(1024 if of == "weight" else TOKENS, 1024)
+        quantize = reference.quantize_weight if of == "weight" else reference.quantize_activation
+        self.quantize, self.one_pass = lambda: quantize(x), lambda: x.abs()
+        self.codes, self.x, self.of = quantize(x)[0], x, of
+
+    @shown("quantizer")
+    def time_quantize(self, of):
+        self.quantize()
+
+    @shown("quantizer, against one pass over the tensor", "x one pass")
+    def track_ratio_to_one_pass(self, of):
+        return ratio(self.quantize, self.one_pass)
+
+    @shown("quantizer, codes that differ from numpy's in float64", "mismatches")
+    def track_mismatches(self, of):
+        """Away from ties, which no two number formats see alike."""
+        import numpy as np
+
+        x = self.x.double().numpy()
+        units = x / np.abs(x).mean() if of == "weight" else x * (127 / np.abs(x).max(axis=1, keepdims=True))
+        largest = 1 if of == "weight" else 127
+        clear = np.abs(np.abs(units) % 1 - 0.5) > 1e-3
+        return int((np.clip(np.rint(units), -largest, largest) != self.codes.numpy())[clear].sum())

@@ -1,16 +1,29 @@
-"""Each loss term beside its shortest eager form: time, and the largest tensor that is alive."""
+"""Each loss term beside its shortest eager form: time, and the most memory that is alive."""
+
+from . import newer_than_some_commits, shown
+from .side_by_side import memory_ratio, ratio
 
 
-def eager_relation(teacher, student):
-    """KL over softmax(A A^T / sqrt(d)) for one of Q, K, V, as one would write it down."""
-    import torch.nn.functional as F
+def eager_relation(teacher, student, convention):
+    """One relation as one would write it down. teacher, student: (B, H, T, D), or two of them for attention maps."""
+    import torch
+    from torch.nn import functional as F
 
-    rows = [x @ x.mT / x.shape[-1] ** 0.5 for x in (teacher, student)]
-    return F.kl_div(rows[1].log_softmax(-1), rows[0].log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+    def logits(a, b):
+        if convention in ("alg1", "pr382"):
+            return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).mT
+        scores = a @ b.mT / a.shape[-1] ** 0.5
+        if convention == "attention_maps":
+            size = a.shape[-2]
+            scores = scores.masked_fill(~torch.ones(size, size, dtype=torch.bool).tril(), -1e9)
+        return scores
+
+    p, q = logits(*teacher).log_softmax(-1), logits(*student).log_softmax(-1)
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
 
 
 class Relation:
-    """8 heads of 64 over 256 tokens, batch 4, each convention."""
+    """8 heads of 64 over 256 tokens, in each convention; forward and backward."""
 
     params = ("eq12", "alg1", "pr382", "attention_maps")
     param_names = ("convention",)
@@ -18,64 +31,96 @@ class Relation:
     def setup(self, convention):
         import torch
 
-        from bitdistill.losses import relation_loss
-
+        with newer_than_some_commits():
+            from bitdistill.losses import relation_loss
         torch.manual_seed(0)
         torch.set_num_threads(1)
-        self.loss = relation_loss
-        self.teacher = [torch.randn(4, 8, 256, 64) for _ in range(3)]
-        self.student = [(x + 0.1 * torch.randn_like(x)).requires_grad_() for x in self.teacher]
+        teacher = [torch.randn(1, 8, 256, 64) for _ in range(3)]
+        student = [(x + 0.1 * torch.randn_like(x)).requires_grad_() for x in teacher]
 
-    def _ours(self, convention):
-        self.loss(self.teacher, self.student, None, convention=convention).backward()
-
-    def time_forward_backward(self, convention):
-        self._ours(convention)
-
-    def track_ratio_to_eager(self, convention):
-        if convention != "eq12":
-            raise NotImplementedError("the eager form above is eq12's")
-        from .side_by_side import ratio
+        def ours():
+            relation_loss(teacher, student, None, convention=convention).backward()
 
         def eager():
-            sum(eager_relation(t, s) for t, s in zip(self.teacher, self.student, strict=True)).backward()
+            if convention == "attention_maps":
+                pairs = [(teacher[:2], student[:2])]
+            else:
+                heads = 32 if convention == "pr382" else 8  # as many as the authors' code regroups to
+                split = [[x.transpose(1, 2).reshape(1, 256, heads, -1).transpose(1, 2) for x in side]
+                         for side in (teacher, student)]  # fmt: skip
+                pairs = [((t, t), (s, s)) for t, s in zip(*split, strict=True)]
+            sum(eager_relation(t, s, convention) for t, s in pairs).backward()
 
-        return ratio(lambda: self._ours(convention), eager, rounds=5)
+        self.ours, self.eager = ours, eager
+        ours()
 
-    track_ratio_to_eager.unit = "x eager"
+    @shown("relation loss, forward and backward")
+    def time_forward_backward(self, convention):
+        self.ours()
+
+    @shown("relation loss, against its eager form", "x eager")
+    def track_ratio_to_eager(self, convention):
+        return ratio(self.ours, self.eager, rounds=5)
+
+    @shown("relation loss, memory against its eager form", "x eager")
+    def track_peak_memory_ratio_to_eager(self, convention):
+        return memory_ratio(self.ours, self.eager)
 
 
-class Logits:
-    """512 rows over 32,000 words."""
+class Head:
+    """The LM head with cross-entropy, or with cross-entropy and distillation: 512 hidden states of 64, 32,000 words.
 
-    def setup(self):
+    "default" takes chunks of 1.25 GiB, which is all rows of this size at once; with 16 MiB the logits are never whole.
+    """
+
+    params = (("cross-entropy", "distillation"), ("default", "16 MiB"))
+    param_names = ("term", "chunks")
+
+    def setup(self, term, chunks):
         import torch
-
-        from bitdistill.losses import cross_entropy, logits_distillation
-
-        torch.manual_seed(0)
-        torch.set_num_threads(1)
-        self.torch, self.ce, self.kd = torch, cross_entropy, logits_distillation
-        self.teacher = torch.randn(1, 512, 32_000)
-        self.student = torch.randn(1, 512, 32_000, requires_grad=True)
-        self.targets = torch.randint(0, 32_000, (1, 512))
-        self.rows = torch.ones(1, 512, dtype=torch.bool)
-
-    def time_cross_entropy(self):
-        self.ce(self.student, self.targets).backward()
-
-    def time_distillation(self):
-        self.kd(self.student, self.teacher, self.rows).backward()
-
-    def track_distillation_ratio_to_eager(self):
         from torch.nn import functional as F
 
-        from .side_by_side import ratio
+        with newer_than_some_commits():
+            from bitdistill.kernels.vocabulary import linear_cross_entropy, linear_distillation
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        rows, width, vocabulary = 512, 64, 32_000
+        hidden, weight = torch.randn(rows, width), 0.02 * torch.randn(vocabulary, width)
+        teacher_hidden, teacher_weight = hidden + 0.1 * torch.randn_like(hidden), weight.clone()
+        hidden.requires_grad_(), weight.requires_grad_()
+        targets = torch.randint(0, vocabulary, (rows,))
+        options = {} if chunks == "default" else {"chunk_bytes": 2**24}
+
+        def ours():
+            if term == "cross-entropy":
+                (linear_cross_entropy(hidden, weight, targets, **options) / rows).backward()
+                return
+            ce, kl = linear_distillation(
+                hidden, weight, targets, teacher_hidden, teacher_weight,
+                temperature=5.0, ce_weight=1.0, kl_weight=10.0, **options,
+            )  # fmt: skip
+            ((ce + 10.0 * kl) / rows).backward()
 
         def eager():
-            p, q = (x[0].div(5).log_softmax(-1) for x in (self.teacher, self.student))
-            F.kl_div(q, p, log_target=True, reduction="batchmean").backward()
+            logits = hidden @ weight.T
+            loss = F.cross_entropy(logits, targets)
+            if term == "distillation":
+                with torch.no_grad():
+                    p = (teacher_hidden @ teacher_weight.T / 5).log_softmax(-1)
+                q = (logits / 5).log_softmax(-1)
+                loss = loss + 10.0 * F.kl_div(q, p, log_target=True, reduction="batchmean")
+            loss.backward()
 
-        return ratio(self.time_distillation, eager, rounds=5)
+        self.ours, self.eager = ours, eager
 
-    track_distillation_ratio_to_eager.unit = "x eager"
+    @shown("LM head and its loss, forward and backward")
+    def time_forward_backward(self, term, chunks):
+        self.ours()
+
+    @shown("LM head and its loss, against eager logits", "x eager")
+    def track_ratio_to_eager(self, term, chunks):
+        return ratio(self.ours, self.eager, rounds=3)
+
+    @shown("LM head and its loss, memory against eager logits", "x eager")
+    def track_peak_memory_ratio_to_eager(self, term, chunks):
+        return memory_ratio(self.ours, self.eager)

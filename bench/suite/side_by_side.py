@@ -1,17 +1,22 @@
-"""Two pieces of work timed alternately in one process, so that what the machine does meanwhile hits both."""
+"""Two pieces of work measured in one process: times in turn, so that what the machine does meanwhile hits both, and
+the memory that each has alive at most."""
 
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int = 9, seconds: float = 0.02) -> float:
     """Median over rounds of time(theirs) / time(ours): above 1, ours is faster.
 
     Args:
-        rounds: each times both, in alternating order. seconds: at least so long a timing, by repeating the call.
+        rounds: each times both, in alternating order.
+        seconds: at least so long a timing, by repeating the call; 0 for work that needs no warming, such as a process.
     """
-    repeats = [max(1, int(seconds / _once(work))) for work in (ours, theirs)]
+    repeats = [max(1, int(seconds / _once(work))) if seconds else 1 for work in (ours, theirs)]
     quotients = []
     for turn in range(rounds):
         order = (0, 1) if turn % 2 else (1, 0)
@@ -31,3 +36,26 @@ def _once(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return max(time.perf_counter() - started, 1e-7)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator has alive during a call beyond those before it; exact, no sampling."""
+    from torch.profiler import ProfilerActivity, profile
+
+    work()  # warm: what stays, gradients and optimiser states, is there now
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(path))
+        events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    alive = highest = 0
+    for event in sorted(events, key=lambda event: event["args"]["Ev Idx"]):
+        alive += event["args"]["Bytes"]
+        highest = max(highest, alive)
+    return highest
+
+
+def memory_ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> float:
+    """``peak_bytes`` of theirs over ours: above 1, ours needs less."""
+    return peak_bytes(theirs) / peak_bytes(ours)

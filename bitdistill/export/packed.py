@@ -30,7 +30,7 @@ from bitdistill.kernels.packing import INT4_GROUP
 
 FORMAT = "bitdistill-packed"
 VERSION = 2
-EMBEDDINGS = ("fp16", "int8", "int4", "ternary")
+EMBEDDINGS = layout.TABLE_FORMATS
 TOKENIZER = "tokenizer.json"
 _DTYPES = {"U8": np.uint8, "I8": np.int8, "F16": np.float16, "F32": np.float32}
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
@@ -145,13 +145,16 @@ class PackedModel:
         """float32 (rows, hidden) of an embedding or LM head, dequantised."""
         if self.config.embedding == "fp16":
             return self.tensors[f"{name}.weight"][rows].astype(np.float32)
+        codes, scale = self.table_codes(name, rows)
+        return (decode_int4 if self.config.embedding == "int4" else decode_rows)(codes, scale)
+
+    def table_codes(self, name: str, rows: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """(int8 (rows, hidden), scale) of an int8, int4 or ternary table: float32 (rows,), int4 float16 (rows, hidden / 32)."""
         rows = np.arange(self.config.vocab_size)[rows]
         scale, packed = self.tensors[f"{name}.weight_scale"], self.tensors[f"{name}.weight_packed"]
-        if self.config.embedding == "int4":
-            codes = layout.unpack_rows(packed, rows, self.config.hidden_size, "int4")
-            return decode_int4(codes, layout.unpack_int4_scale(scale, rows))
-        kind = "int8" if self.config.embedding == "int8" else self.config.packing
-        return decode_rows(layout.unpack_rows(packed, rows, self.config.hidden_size, kind), scale[rows])
+        kind = self.config.packing if self.config.embedding == "ternary" else self.config.embedding
+        codes = layout.unpack_rows(packed, rows, self.config.hidden_size, kind)
+        return codes, layout.unpack_int4_scale(scale, rows) if kind == "int4" else scale[rows]
 
     def tokenizer_json(self) -> str | None:
         return self.tensors[TOKENIZER].tobytes().decode("utf-8") if self.config.tokenizer_bytes else None
@@ -225,7 +228,7 @@ def write_packed(
     model,
     *,
     packing: str = "base3",
-    embedding: str = "fp16",
+    embedding: str | None = None,
     tokenizer_json: bytes | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -235,8 +238,9 @@ def write_packed(
         path: the file; its folder must exist. An existing file is replaced once the new one is whole and on disk.
         model: a refined causal language model (torch) with fp32 master weights.
         packing: "base3" (1.6 bits a weight) or "2bit".
-        embedding: "fp16", "int8" (a scale a row), "int4" (a scale for 32 columns) or "ternary" (a scale a row; only for
-            an embedding that was trained so: the proof of parity shows what it costs); an untied LM head likewise.
+        embedding: "fp16", "int8" (a scale a row), "int4" (a scale for 32 columns) or "ternary" (a scale a row); an untied
+            LM head likewise. None is as trained: the codes that training multiplied with, or fp16. Another one than was
+            trained only rounds what was trained in full precision: the proof of parity shows what that costs.
         tokenizer_json: the bytes of tokenizer.json, or None for a file that only takes token ids.
         metadata: JSON values kept in the header for the reader's information.
 
@@ -245,14 +249,16 @@ def write_packed(
         parameters (ties counted once), model_bits_per_parameter. The three parts sum to file_bytes.
 
     Raises:
-        UserError: not a refined student, weights that are not fp32 or not finite, a RoPE scaling that depends on the
-            length of the text, or another property that the runtime does not have.
+        UserError: not a refined student, weights that are not fp32 or not finite, another embedding than the quantized one
+            that was trained, a RoPE scaling that depends on the length of the text, or another property that the runtime
+            does not have.
     """
     path = Path(path)
     if packing not in layout.PACKINGS:
         raise UserError("packing", expected=f"one of {', '.join(layout.PACKINGS)}", got=repr(packing), do="Correct it.")
-    if embedding not in EMBEDDINGS:
+    if embedding is not None and embedding not in EMBEDDINGS:
         raise UserError("embedding", expected=f"one of {', '.join(EMBEDDINGS)}", got=repr(embedding), do="Correct it.")
+    embedding = _embedding_to_store(model, embedding)
     if not path.parent.is_dir():
         raise UserError("path", expected="a file in an existing folder", got=str(path), do="Create the folder first.")
     config, tensors = _collect(model, packing, embedding, tokenizer_json)
@@ -299,7 +305,6 @@ def write_tensors(
 
 def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) -> tuple[Config, dict[str, np.ndarray]]:
     """The config and the tensors of a student, ready to be written."""
-    from bitdistill.kernels.reference import quantize_weight
     from bitdistill.layers import bit_linears
 
     layers = bit_linears(model)
@@ -312,19 +317,19 @@ def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) 
     linears = {}
     for name, layer in layers.items():
         _check_master(name, layer.weight)
-        codes, scale = quantize_weight(layer.weight)
+        codes, scale = layer.ternary()
         tensors[f"{name}.weight_packed"] = layout.pack(codes.cpu().numpy(), packing)
         tensors[f"{name}.weight_scale"] = scale.cpu().numpy()
-        used.append(layer.weight)
-        if layer.bias is not None:
-            tensors[f"{name}.bias"] = _float32(f"{name}.bias", layer.bias)
-            used.append(layer.bias)
+        bias = layer.ternary_bias()
+        if bias is not None:
+            tensors[f"{name}.bias"] = _float32(f"{name}.bias", bias)
+        used += layer.parameters(recurse=False)  # weight, bias, learned scale
         if layer.subln is not None:
             tensors[f"{name}.subln"] = _float32(f"{name}.subln", layer.subln.weight)
             used.append(layer.subln.weight)
         rows, columns = layer.weight.shape
         eps = None if layer.subln is None else layer.subln.eps
-        linears[name] = Linear(rows, columns, layer.bias is not None, eps)
+        linears[name] = Linear(rows, columns, bias is not None, eps)
 
     hf, decoder = model.config, model.model
     head_dim = decoder.layers[0].self_attn.head_dim
@@ -396,6 +401,21 @@ def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) 
         norms={name: norm.weight.shape[0] for name, norm in norms.items()},
     )
     return config, tensors
+
+
+def _embedding_to_store(model, wanted: str | None) -> str:
+    """The format of the embedding: as trained, or as wanted where it was trained in full precision."""
+    from bitdistill.embeddings import FULL_PRECISION, embedding_format
+
+    trained = embedding_format(model)
+    if wanted not in (None, trained) and trained != FULL_PRECISION:
+        raise UserError(
+            "embedding",
+            expected=f"{trained}, in which the student's embedding was trained",
+            got=wanted,
+            do="Leave it out: only an embedding trained in full precision can be stored in another format.",
+        )
+    return wanted or trained
 
 
 def _activation(hf) -> str:

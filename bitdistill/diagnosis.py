@@ -1,0 +1,255 @@
+"""What a sick ternary student looks like while it trains: the signs, their thresholds and why, and what to try.
+
+Knows neither models nor files: it is given the lines of health.jsonl and metrics.jsonl as they come (health.py), and
+answers with findings. So it can be replayed: after a resume the kept lines bring it back to where it was. Each kind of
+finding is given once a stage, by the first measurement that shows it.
+
+    dead          a layer's codes are all zero, its output is zero, or no gradient has reached it twice in a row
+    collapse      one code holds nearly all weights of a layer
+    saturated     hardly a zero is left in a layer
+    frozen        no code flips while the learning rate is far from zero
+    thrash        codes flip back and forth faster than they can be learned with
+    drift         weight_scale has left the start of the stage by a factor
+    outliers      most int8 codes of a layer's input are zero, because single channels take the range
+    drowned       one loss term's gradient is a hundred times the others'
+    rising        cross-entropy rises over the last third of what was logged
+
+In sound runs (the demo and a model of 6 M parameters on three tasks) zeros lie between 0.31 and 0.36, flips
+below 2 % of a layer a step.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+# A code that holds 80 % of the weights leaves at most 0.92 bits of the 1.58; a Gaussian layer has 31 % zeros.
+COLLAPSED_SHARE = 0.8
+# Below, a layer is binary: its masters have left the middle, where a small gradient could still switch a weight off.
+SATURATED_ZEROS = 0.05
+# At a lower learning rate, as a share of the stage's peak, codes rest in sound runs too: warm-up and the schedule's end.
+AWAKE_LEARNING_RATE = 0.1
+# No flip in this many measurements, nor in so many looks at a code that a rate of FROZEN_FLIPS a step would have shown
+# (rule of three: none seen in n looks bounds the rate by 3 / n). At 1e-5 a step a tenth of the codes change in 10 000.
+FROZEN_MEASUREMENTS = 3
+FROZEN_FLIPS = 1e-5
+# At 5 % a step every code changes within 20 steps: faster than what is built on it can follow. Sound: 0.05 to 2 %.
+THRASHED_FLIPS = 0.05
+# Sound stages move the scale by 20 %; after a factor of three the layer is not the one the stage began with.
+DRIFTED_FACTOR = 3.0
+# Gaussian inputs have 1 % zero codes; three quarters means that the layer reads a quarter of its channels, or fewer.
+WASTED_CODES = 0.75
+# A term whose gradient is a hundredth of another's moves nothing: AdamW and clipping see the sum alone.
+DROWNED_RATIO = 100.0
+# A single measurement may be a batch without labels, or chance.
+MEASUREMENTS_IN_A_ROW = 2
+# The last third of fewer lines says nothing; and a rise counts beyond 5 % and three standard errors of the line noise.
+RISING_LINES = 24
+RISING_SHARE = 0.05
+RISING_ERRORS = 3.0
+
+ADVICE = {
+    "dead": "Start from refine.gain calibrated or refine.norms all, and lower the learning rate or lengthen the warm-up; "
+    "a layer without gradient may be held frozen, or lie behind one that is dead.",
+    "collapse": "Lower learning_rate or weight_decay, lengthen warmup_steps; a longer stage 2 at a lower rate moves the "
+    "weights apart again.",
+    "saturated": "Lower learning_rate or raise weight_decay a little, lengthen warmup_steps.",
+    "frozen": "Raise learning_rate (ternary training takes 10 to 100 times that of full precision); see that the master "
+    "weights are fp32 and that no schedule or clipping keeps the step near zero.",
+    "thrash": "Lower learning_rate, lengthen warmup_steps, or take larger batches (gradient_accumulation_steps).",
+    "drift": "Lower learning_rate; a scale that falls: lower weight_decay too; a scale that grows: raise it.",
+    "outliers": "Try refine.norms all, a SubLN in front of every projection, and a longer stage 2, in which the model "
+    "learns to spread its activations.",
+    "drowned": "Set distill.gamma_attention to balanced with distill.gamma_rho near 1, or move gamma by the ratio seen.",
+    "rising": "Lower learning_rate, lengthen warmup_steps, clip harder (max_grad_norm); in distill see which term of the "
+    "loss pulls the other way.",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One warning.
+
+    Args:
+        kind: a key of ADVICE. step: of the measurement.
+        seen: a sentence with the numbers. layers: whom it concerns, the worst first; empty for the whole model.
+    """
+
+    kind: str
+    step: int
+    seen: str
+    layers: tuple[str, ...] = ()
+
+    def line(self, stage: str) -> dict:
+        """The finding as a line of warnings.jsonl."""
+        content = {"stage": stage, "step": self.step, "kind": self.kind, "seen": self.seen}
+        return content | {"do": ADVICE[self.kind], "layers": list(self.layers)}
+
+
+class Diagnosis:
+    """Follows one stage.
+
+    Args:
+        learning_rate: the stage's peak. weights: number of weights of each layer, by its name.
+    """
+
+    def __init__(self, learning_rate: float, weights: dict[str, int]):
+        self.learning_rate, self.weights = learning_rate, weights
+        self._said: set[str] = set()
+        self._quiet = dict.fromkeys(weights, 0)  # measurements since a layer's last flip, the learning rate awake
+        self._in_a_row: dict[str, int] = {}
+        self._losses: list[float] = []
+        self._norms: tuple[float | None, ...] = ()
+
+    def measured(self, line: dict) -> list[Finding]:
+        """What a line of health.jsonl shows for the first time."""
+        layers, found = line["layers"], []
+
+        def values(key: str) -> dict[str, float]:
+            return {name: layer[key] for name, layer in layers.items() if key in layer}
+
+        def report(kind: str, sick: dict[str, float], words: str, *, smallest_first: bool = False) -> None:
+            """`words` may name {count}, {total}, {worst} and {value}, that of the worst."""
+            if sick:
+                names = sorted(sick, key=sick.get, reverse=not smallest_first)
+                words = words.format(count=len(sick), total=len(layers), worst=names[0], value=sick[names[0]])
+                found.append(Finding(kind, line["step"], words, tuple(names)))
+
+        zeros, output = values("zeros"), values("output_rms")
+        report(
+            "dead",
+            {name: v for name, v in zeros.items() if v == 1},
+            "{count} of {total} layers hold zeros alone ({worst})",
+        )
+        report(
+            "dead",
+            {name: v for name, v in output.items() if v == 0},
+            "{count} of {total} layers give zeros alone ({worst})",
+        )
+        still = {name: v for name, v in values("grad_norm").items() if self._again(f"grad {name}", v == 0)}
+        report(
+            "dead",
+            still,
+            f"no gradient reaches {{count}} of {{total}} layers ({{worst}}), in {MEASUREMENTS_IN_A_ROW} measurements",
+        )
+
+        shares = {
+            name: max(layer.get(code, 0) for code in ("minus", "zeros", "plus")) for name, layer in layers.items()
+        }
+        report(
+            "collapse",
+            {name: share for name, share in shares.items() if share > COLLAPSED_SHARE and zeros.get(name) != 1},
+            "one code holds most weights in {count} of {total} layers (worst {worst}: {value:.0%})",
+        )
+        report(
+            "saturated",
+            {name: v for name, v in zeros.items() if v < SATURATED_ZEROS},
+            "hardly a zero is left in {count} of {total} layers (worst {worst}: {value:.1%})",
+            smallest_first=True,
+        )
+        report(
+            "drift",
+            {
+                name: math.exp(abs(math.log(v)))
+                for name, v in values("scale_drift").items()
+                if v > 0 and not 1 / DRIFTED_FACTOR < v < DRIFTED_FACTOR
+            },
+            "weight_scale of {count} of {total} layers has left the stage's start (worst {worst}: by a factor of {value:.1f})",
+        )
+        wasted = values("zero_activations")
+        report(
+            "outliers",
+            {name: v for name, v in wasted.items() if self._again(f"outliers {name}", v > WASTED_CODES)},
+            "single channels take the int8 range of {count} of {total} layers' inputs (worst {worst}: {value:.0%} of the "
+            "codes are zero)",
+        )
+        flips = values("flips")
+        report(
+            "thrash",
+            {name: v for name, v in flips.items() if self._again(f"thrash {name}", v > THRASHED_FLIPS)},
+            "codes thrash in {count} of {total} layers (worst {worst}: {value:.1%} of them change in a step)",
+        )
+        frozen = self._frozen(flips, line.get("learning_rate", 0.0))
+        report(
+            "frozen",
+            dict.fromkeys(frozen, 0.0),
+            f"not one code flips in {{count}} of {{total}} layers ({{worst}}) over {FROZEN_MEASUREMENTS} measurements or "
+            f"more, at {line.get('learning_rate', 0.0) / self.learning_rate:.0%} of the peak learning rate",
+        )
+        return self._new(found)
+
+    def logged(self, line: dict, *, past_half: bool = True) -> list[Finding]:
+        """What a line of metrics.jsonl shows for the first time; `past_half`: of the stage, where a rise counts."""
+        found, step = [], line["step"]
+        norms, ratio = (line.get("grad_norm_attention"), line.get("grad_norm_task")), gradient_ratio(line)
+        new, self._norms = norms != self._norms, norms  # a measurement may be logged more than once
+        if new and ratio is not None and self._again("drowned", not 1 / DROWNED_RATIO < ratio < DROWNED_RATIO):
+            strong, weak = ("relations", "task") if ratio > 1 else ("task", "relations")
+            times = ratio if ratio > 1 else 1 / ratio if ratio else math.inf
+            found.append(
+                Finding(
+                    "drowned",
+                    step,
+                    f"the gradient of the {strong} is {times:.3g} times that of the {weak} at Q, K and V",
+                )
+            )
+        if isinstance(loss := line.get("loss_ce"), int | float) and math.isfinite(loss):
+            self._losses.append(loss)
+        rise = rise_of_last_third(self._losses) if past_half else None
+        if rise is not None:
+            found.append(
+                Finding(
+                    "rising", step, f"cross-entropy has risen by {rise:.0%} within the last third of the steps so far"
+                )
+            )
+        return self._new(found)
+
+    def _new(self, found: list[Finding]) -> list[Finding]:
+        new = [
+            finding for i, finding in enumerate(found) if finding.kind not in self._said | {f.kind for f in found[:i]}
+        ]
+        self._said |= {finding.kind for finding in new}
+        return new
+
+    def _again(self, what: str, holds: bool) -> bool:
+        """Whether it holds now and has held for MEASUREMENTS_IN_A_ROW."""
+        self._in_a_row[what] = self._in_a_row.get(what, 0) + 1 if holds else 0
+        return self._in_a_row[what] >= MEASUREMENTS_IN_A_ROW
+
+    def _frozen(self, flips: dict[str, float], learning_rate: float) -> list[str]:
+        """Layers that have not flipped for long enough to say so; small layers all together or not at all."""
+        if learning_rate < AWAKE_LEARNING_RATE * self.learning_rate:
+            return []
+        for name, share in flips.items():
+            self._quiet[name] = 0 if share > 0 else self._quiet[name] + 1
+        quiet = [name for name in flips if self._quiet[name] >= FROZEN_MEASUREMENTS]
+        looks = {name: self._quiet[name] * self.weights[name] for name in quiet}
+        enough = 3 / FROZEN_FLIPS
+        if flips and len(quiet) == len(flips) and sum(looks.values()) >= enough:
+            return quiet
+        return [name for name in quiet if looks[name] >= enough]
+
+
+def gradient_ratio(line: dict) -> float | None:
+    """``gamma * |grad relations| / |grad task|`` at Q, K and V from a line of metrics.jsonl; None where it says nothing:
+    without the two norms, before the first of them, and with a gamma of 0."""
+    gamma, relations, task = (line.get(key) for key in ("gamma_attention", "grad_norm_attention", "grad_norm_task"))
+    if not gamma or relations is None or not task:
+        return None
+    return gamma * relations / task
+
+
+def rise_of_last_third(losses: list[float]) -> float | None:
+    """By which share the mean of the last sixth lies above that of the sixth before, where that is more than noise.
+
+    The noise of a line is read off the differences of neighbours, which a slow trend hardly touches.
+    """
+    if len(losses) < RISING_LINES:
+        return None
+    last = np.asarray(losses[-(2 * len(losses) // 3) :])
+    noise = math.sqrt(np.square(np.diff(last)).mean() / 2)
+    half = len(losses) // 6
+    before, after = last[-2 * half : -half].mean(), last[-half:].mean()
+    rise = after - before
+    beyond = rise > RISING_SHARE * before and rise > RISING_ERRORS * noise * math.sqrt(2 / half)
+    return rise / before if beyond else None

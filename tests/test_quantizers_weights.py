@@ -1,0 +1,359 @@
+"""The weight quantizers beside absmean: hand examples, gradients, what each promises on inputs, and the way to a file."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import tiny_students
+from bitdistill import quantizers
+from bitdistill.config import parse_config
+from bitdistill.errors import UserError
+from bitdistill.export.packed import write_packed
+from bitdistill.export.parity import prove_parity
+from bitdistill.health import measure, snapshot
+from bitdistill.kernels.reference import bit_linear, quantize_activation, quantize_weight
+from bitdistill.layers import BitLinear, SubLN, bit_linears
+from bitdistill.quantizers import InputStatistics, awq_channel_scale, awq_codes, gptq_codes, gptq_factor, output_error
+from bitdistill.refine import calibrate_inputs, load_student, refine, save_student
+from bitdistill.sharing import WeightCodes
+
+OTHERS = ("block", "gptq", "awq", "tequila", "seq")
+EXPORTED = ("gptq", "tequila", "seq")
+
+
+def correlated(tokens=400, I=48, seed=0):
+    """Tokens whose channels depend on each other and differ in size, as activations do."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(I, I, generator=generator) / I**0.5
+    x = torch.randn(tokens, I // 3, generator=generator) @ torch.randn(I // 3, I, generator=generator) / 4
+    x = (x + torch.randn(tokens, I, generator=generator)) @ (torch.eye(I) + mixing)
+    return x * torch.logspace(-1, 1, I)[torch.randperm(I, generator=generator)]
+
+
+def make_layer(quantizer, I=48, O=20, bias=True, subln=False):
+    torch.manual_seed(0)
+    layer = BitLinear(nn.Linear(I, O, bias=bias), SubLN(I, 1e-6) if subln else None, quantizer)
+    statistics = InputStatistics.of(correlated(I=I))
+    if quantizer == "gptq":
+        layer.gptq_factor.copy_(gptq_factor(statistics.gram))
+    if quantizer == "awq":
+        layer.awq_scale.copy_(awq_channel_scale(layer.weight, statistics)[0])
+    return layer
+
+
+def student(family, quantizer, norms="two"):
+    """A tiny student with random gains and biases, calibrated where it needs to be."""
+    torch.manual_seed(0)
+    config = tiny_students.CONFIGS[family]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    batches = [{"input_ids": torch.randint(3, 97, (2, 40))} for _ in range(3)]
+    inputs = calibrate_inputs(model, batches, norms)
+    refine(model, norms, weight_quantizer=quantizer, inputs=inputs)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith(("norm.weight", "subln.weight")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif key.endswith("bias"):
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------- by hand
+
+
+def test_block_by_hand():
+    weight = torch.tensor([[1.0, 3.0, -10.0, 0.0, 5.0], [0.0, 0.0, 1.0, -1.0, -7.0]])
+    codes, scales = quantizers.block_codes(weight, columns=2)
+    assert scales.tolist() == [[2, 2, 5, 5, 5], [pytest.approx(1e-5)] * 2 + [1, 1, 7]]
+    assert codes.tolist() == [[0, 1, -1, 0, 1], [0, 0, 1, -1, -1]]  # 1 / 2 is a tie: to even
+    whole, scale = quantizers.block_codes(torch.ones(1, 128) * 0.3)
+    assert torch.equal(whole, torch.ones_like(whole))
+    assert scale.unique().numel() == 1
+
+
+def test_gptq_by_hand():
+    """Two channels that are always equal, s = 0.5: rounding 0.2 away is made up by the other one, 0.6 + 0.2 -> 1; and in the
+    other row 0.8 - 0.5 too little goes to 0.4, which makes 1 of it, too, where 0.24 alone would be nothing."""
+    gram = torch.full((2, 2), 1e6) + torch.eye(2)
+    factor = gptq_factor(gram)
+    weight = torch.tensor([[0.2, 0.6], [0.96, 0.24]])
+    codes, scale = gptq_codes(weight, factor)
+    assert scale.item() == pytest.approx(0.5)
+    assert quantize_weight(weight)[0].tolist() == [[0, 1], [1, 0]]
+    assert codes.tolist() == [[0, 1], [1, 1]]
+    independent = gptq_codes(weight, gptq_factor(torch.eye(2)))[0]
+    assert torch.equal(independent, quantize_weight(weight)[0])
+
+
+def test_gptq_factor_is_the_root_of_the_inverse():
+    gram = InputStatistics.of(correlated()).gram
+    factor = gptq_factor(gram).double()
+    hessian = 2 * gram.double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(48)
+    assert torch.allclose(factor.T @ factor @ hessian, torch.eye(48, dtype=torch.float64), atol=1e-4)
+    assert torch.equal(factor, factor.triu())
+    assert gptq_factor(torch.zeros(3, 3)).isfinite().all()  # never seen any input
+
+
+def test_gptq_blocks_of_columns_only_postpone():
+    layer = make_layer("gptq")
+    in_one, scale = gptq_codes(layer.weight, layer.gptq_factor)
+    for columns in (1, 7, 48):
+        assert (gptq_codes(layer.weight, layer.gptq_factor, columns)[0] != in_one).float().mean() < 0.01
+    assert scale == quantize_weight(layer.weight)[1]
+
+
+def test_gptq_is_the_textbook_loop():
+    """Against the definition: after each column the rest is the least-squares optimum (no lazy blocks, no Cholesky)."""
+    torch.manual_seed(1)
+    weight, gram = torch.randn(5, 12).double(), InputStatistics.of(correlated(I=12)).gram
+    hessian = 2 * gram.double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(12)
+    rest, expected = weight.clone(), torch.empty(5, 12)
+    scale = quantize_weight(weight.float())[1].double()
+    for j in range(12):
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        expected[:, j] = torch.round(rest[:, j] / scale).clamp(-1, 1)
+        error = rest[:, j] - scale * expected[:, j]
+        rest[:, j:] -= torch.outer(error / inverse[0, 0], inverse[0])
+    assert torch.equal(gptq_codes(weight.float(), gptq_factor(gram))[0].float(), expected)
+
+
+def test_awq_by_hand():
+    """c = (1, 4): W c = (2, 8, 1, 4), s = 3.75, codes 1 1 0 1; s / c = (3.75, 0.9375)."""
+    codes, scale = awq_codes(torch.tensor([[2.0, 2.0], [1.0, 1.0]]), torch.tensor([1.0, 4.0]))
+    assert codes.tolist() == [[1, 1], [0, 1]]
+    assert scale.tolist() == [3.75, 0.9375]
+
+
+def test_tequila_by_hand():
+    """s = 1: 0.4 and -0.2 are dead in the first row, their sum 0.2 is 2e-4 of bias; gradient 1e-3 on each of them."""
+    weight = torch.tensor([[2.4, 0.4, -0.2], [-1.0, 1.0, 1.0]], requires_grad=True)
+    with torch.no_grad():
+        weight *= 6 / weight.abs().sum()  # absmean exactly 1
+    codes, _ = quantize_weight(weight)
+    assert codes.tolist() == [[1, 0, 0], [-1, 1, 1]]
+    bias = quantizers.tequila_bias(weight, codes)
+    assert torch.allclose(bias, torch.tensor([2e-4, 0.0]))
+    bias.sum().backward()
+    assert weight.grad.tolist() == [[0, pytest.approx(1e-3), pytest.approx(1e-3)], [0, 0, 0]]
+
+
+def test_seq_by_hand():
+    """a = 3: thirds at 1; levels -2, 0, 2. Beyond 2.97 the weight gets no gradient and a gets the level over a."""
+    weight = torch.tensor([[0.9, 1.1, -2.0, 5.0]], requires_grad=True)
+    a = torch.tensor([3.0], requires_grad=True)
+    codes, scale = quantizers.seq_codes(weight, a)
+    assert codes.tolist() == [[0, 1, -1, 1]]
+    assert scale.item() == pytest.approx(2)
+    quantizers.seq_weight(weight, a, (codes, scale)).sum().backward()
+    assert weight.grad.tolist() == [[1, 1, 1, 0]]
+    third = 1 / 3
+    expected = (-0.9 * third) + (2 * third - 1.1 * third) + (-2 * third + 2 * third) + 2 * third
+    assert a.grad.item() == pytest.approx(expected / 4**0.5, rel=1e-5)
+    assert quantizers.seq_start(torch.tensor([[1.0, -4.0], [2.0, 0.0]])).tolist() == [3]
+    assert quantizers.seq_codes(weight, torch.zeros(1))[1].item() > 0  # a scale that collapsed is held at EPSILON
+
+
+# ---------------------------------------------------------------------------------------------------- what it is for
+
+
+def test_gptq_and_awq_beat_absmean_on_correlated_inputs():
+    """Weights are smaller where inputs are larger, as those behind a norm are."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = correlated(seed=seed)
+        weight = torch.randn(32, 48) / x.abs().mean(0) ** 0.5
+        statistics = InputStatistics.of(x)
+        codes, scale = quantize_weight(weight)
+        plain = output_error(weight, codes * scale, statistics.gram)
+        assert plain == pytest.approx((x @ (codes * scale - weight).T).square().sum().item(), rel=1e-4)
+        codes, scale = gptq_codes(weight, gptq_factor(statistics.gram))
+        assert output_error(weight, codes * scale, statistics.gram) < 0.9 * plain
+        channel_scale, alpha = awq_channel_scale(weight, statistics)
+        codes, scale = awq_codes(weight, channel_scale)
+        assert 0 < alpha <= 1
+        assert output_error(weight, codes * scale, statistics.gram) < 0.9 * plain
+    even = InputStatistics.of(torch.eye(48))
+    assert torch.allclose(awq_channel_scale(weight, even)[0], torch.ones(48))  # all channels alike: absmean
+
+
+# ---------------------------------------------------------------------------------------------------- the layer
+
+
+@pytest.mark.parametrize("subln", [False, True])
+def test_absmean_is_what_it_was(subln):
+    layer, x = make_layer("absmean", subln=subln), torch.randn(2, 3, 48)
+    inside = x if layer.subln is None else layer.subln(x)
+    assert not layer.on_reference()
+    assert torch.equal(layer(x), bit_linear(inside, layer.weight, layer.bias))
+    assert set(layer.state_dict()) == {"weight", "bias"} | ({"subln.weight"} if subln else set())
+    for ours, theirs in zip(layer.ternary(), quantize_weight(layer.weight), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("quantizer", OTHERS)
+@pytest.mark.parametrize("subln", [False, True])
+def test_forward_and_straight_through_gradient(quantizer, subln):
+    """y = x~ W~^T + b, dX = dY W~, dW = dY^T x~, where x~ and W~ are codes times scales."""
+    layer = make_layer(quantizer, subln=subln)
+    x = torch.randn(2, 3, 48, requires_grad=True)
+    codes, scale = layer._quantize()
+    assert codes.dtype == torch.int8
+    assert codes.abs().max() == 1
+    inside = (x if layer.subln is None else layer.subln(x)).detach()
+    act_codes, act_scale = quantize_activation(inside)
+    bias = layer.bias + (quantizers.tequila_bias(layer.weight, codes) if quantizer == "tequila" else 0)
+    y = layer(x)
+    assert torch.allclose(y, F.linear(act_codes * act_scale, codes * scale, bias), atol=1e-5)
+    dy = torch.randn(2, 3, 20)
+    y.backward(dy)
+    if layer.subln is None:
+        assert torch.allclose(x.grad, dy @ (codes * scale), atol=1e-5)
+    expected = torch.einsum("bto,bti->oi", dy, act_codes * act_scale)
+    if quantizer == "tequila":
+        expected = expected + 1e-3 * (codes == 0) * dy.sum((0, 1))[:, None]
+    if quantizer == "seq":
+        expected = expected * (layer.weight.abs() <= 0.99 * layer.seq_a)
+        assert layer.seq_a.grad.abs() > 0
+    assert torch.allclose(layer.weight.grad, expected, atol=1e-4)
+    assert torch.allclose(layer.bias.grad, dy.sum((0, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("quantizer", OTHERS)
+def test_annealing_goes_into_it(quantizer):
+    layer, x = make_layer(quantizer), torch.randn(4, 48)
+    ternary = layer(x)
+    layer.annealing = 0.0
+    assert torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5)
+    layer.annealing = 1 - 1e-6
+    assert torch.allclose(layer(x), ternary, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantizer", OTHERS)
+def test_zero_weights_and_bf16_autocast(quantizer):
+    layer = make_layer(quantizer)
+    x = torch.randn(4, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.float(), layer(x), atol=0.05)
+    nn.init.zeros_(layer.weight)
+    assert torch.equal(layer(x), layer.bias.expand(4, 20))
+
+
+def test_gptq_codes_are_made_once_while_the_weights_stand_still(monkeypatch):
+    layer, x = make_layer("gptq"), torch.randn(4, 48)
+    calls, original = [], quantizers.gptq_codes
+    monkeypatch.setattr(quantizers, "gptq_codes", lambda *args: calls.append(0) or original(*args))
+    codes, expected = WeightCodes(layer), layer(x)
+    for step, changed in ((7, False), (7, True), (8, False)):
+        with codes.still(step):
+            before = len(calls)
+            assert torch.equal(layer(x), expected)
+            layer(x)
+            assert len(calls) == before
+            if changed:  # written in place: the held codes are not its own any more
+                with torch.no_grad():
+                    layer.weight.neg_()
+                expected = layer(x)
+                assert len(calls) == before + 1
+    assert torch.equal(layer(x), expected)
+
+
+# ---------------------------------------------------------------------------------------------------- the model
+
+
+def test_statistics_are_those_of_the_inputs():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_students.CONFIGS["qwen3"], dtype=torch.float32)
+    tokens = torch.randint(3, 97, (2, 10))
+    mask = torch.ones_like(tokens)
+    mask[1, 6:] = 0
+    seen = {}
+    for name in ("q_proj", "o_proj"):
+        layer = getattr(model.model.layers[1].self_attn, name)
+        layer.register_forward_pre_hook(lambda _m, args, name=name: seen.update({name: args[0][mask.bool()].detach()}))
+    inputs = calibrate_inputs(model, [{"input_ids": tokens, "attention_mask": mask}] * 2, subln_eps=1e-6)
+    assert len(inputs) == 21
+    assert inputs["model.layers.1.self_attn.q_proj"] is inputs["model.layers.1.self_attn.v_proj"]
+    for name, x in seen.items():
+        if name == "o_proj":  # behind the SubLN that is to come
+            x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        statistics = inputs[f"model.layers.1.self_attn.{name}"]
+        assert statistics.tokens == 32
+        assert torch.allclose(statistics.gram, 2 * x.T @ x, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(statistics.magnitude, 2 * x.abs().sum(0), rtol=1e-4)
+    with pytest.raises(UserError, match="at least one batch"):
+        calibrate_inputs(model, [])
+
+
+@pytest.mark.parametrize("quantizer", OTHERS)
+def test_saved_and_loaded_strictly(tmp_path, quantizer):
+    from safetensors.torch import load_file, save_file
+
+    model = student("llama", quantizer)
+    save_student(tmp_path, model)
+    assert json.loads((tmp_path / "config.json").read_text())["bitdistill"]["weight_quantizer"] == quantizer
+    again, tokens = load_student(tmp_path), torch.tensor([tiny_students.prompt(12)])
+    assert torch.equal(model(tokens).logits, again.eval()(tokens).logits)
+    assert {layer.weight_quantizer for layer in bit_linears(again).values()} == {quantizer}
+    kept = {"gptq": "gptq_factor", "awq": "awq_scale", "seq": "seq_a"}.get(quantizer)
+    if kept is not None:
+        tensors = load_file(tmp_path / "model.safetensors")
+        gone = next(key for key in tensors if key.endswith(kept))
+        save_file({key: value for key, value in tensors.items() if key != gone}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=f"1 missing: {gone}"):
+            load_student(tmp_path)
+
+
+@pytest.mark.parametrize("quantizer", OTHERS)
+def test_health_can_look_at_it(quantizer):
+    model = student("qwen3", quantizer)
+    for line in measure(model, snapshot(model)[0]).values():
+        assert line["flips"] == 0
+        assert line["zeros"] + line["minus"] + line["plus"] == pytest.approx(1)
+        assert line["weight_scale"] > 0
+
+
+@pytest.mark.parametrize(("quantizer", "family"), [("gptq", "llama"), ("tequila", "qwen2"), ("seq", "gemma3")])
+def test_exported_file_holds_it(tmp_path, quantizer, family):
+    model = student(family, quantizer)
+    write_packed(tmp_path / "s.safetensors", model)
+    proof = prove_parity(tmp_path / "s.safetensors", model, [tiny_students.prompt(20)])
+    assert proof["linears"] == 21
+    assert proof["product_max_diff"] < 1e-6
+
+
+@pytest.mark.parametrize("quantizer", ["block", "awq"])
+def test_refused_by_the_export(tmp_path, quantizer):
+    with pytest.raises(UserError, match=f"one scale a tensor.*{quantizer}"):
+        write_packed(tmp_path / "s.safetensors", student("llama", quantizer))
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def test_refusals():
+    with pytest.raises(UserError, match=r"absmean, block, gptq, awq, tequila, seq; got 'int3'"):
+        refine(AutoModelForCausalLM.from_config(tiny_students.CONFIGS["llama"]), weight_quantizer="int3")
+    for quantizer in ("gptq", "seq"):
+        partitioned = nn.Linear(4, 4)
+        partitioned.weight.ds_id = 0
+        with pytest.raises(UserError, match="ZeRO-3"):
+            BitLinear(partitioned, None, quantizer)
+        with pytest.raises(UserError, match="ZeRO-3"):
+            parse_config(["--refine.weight_quantizer", quantizer, "--zero", "3"])
+    for quantizer in ("block", "awq"):
+        with pytest.raises(UserError, match="for the export"):
+            parse_config(["--refine.weight_quantizer", quantizer])
+        parse_config(["--refine.weight_quantizer", quantizer, "--export.enabled", "false"])
+    with pytest.raises(UserError, match="softmax"):
+        parse_config(["--refine.weight_quantizer", "tequila", "--pretrain.annealing", "softmax"])
+    with pytest.raises(UserError, match="weight_quantizer"):
+        parse_config(["--refine.weight_quantizer", "int3"])

@@ -1,0 +1,252 @@
+"""Studies: the statistics by hand and against scipy, the grid, what is shared, what is resumed, and one real run."""
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import study
+import study_report
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = sorted((ROOT / "bench" / "studies").glob("*.yaml"))
+RESULTS = sorted((ROOT / "bench" / "results" / "studies").glob("*.json"))
+
+
+def cell(name, seed, right, **facts):
+    right = np.asarray(right, bool)
+    bits = base64.b64encode(np.packbits(right).tobytes()).decode()
+    facts = {"stages": {}, "scored": "distill", **facts}
+    return {
+        "cell": name,
+        "seed": seed,
+        "metric": "accuracy",
+        "score": 100 * right.mean(),
+        "rows": len(right),
+        "right": bits,
+        **facts,
+    }
+
+
+def result_of(*cells, **facts):
+    return {
+        "name": "s",
+        "settings": {one["cell"]: {} for one in cells},
+        "cells": {f"{one['cell']} | {one['seed']}": one for one in cells},
+        "machine": {"processor": "p", "date": "2026-01-01 00:00 UTC", "commit": "c"},
+        **facts,
+    }
+
+
+def test_right_and_wrong_survive_packing():
+    right = np.random.default_rng(0).random(37) < 0.5
+    np.testing.assert_array_equal(study_report.scores_of(cell("a", 0, right)), right)
+
+
+def test_interval_of_one_seed_is_the_bootstrap_of_rows():
+    rows = (np.random.default_rng(1).random(400) < 0.7).astype(float)
+    low, high = study_report.interval(rows[None])
+    theirs = scipy.stats.bootstrap(
+        (rows,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
+    )
+    assert low == pytest.approx(theirs.confidence_interval.low, abs=0.006)
+    assert high == pytest.approx(theirs.confidence_interval.high, abs=0.006)
+
+
+def test_interval_covers_the_spread_of_seeds():
+    rows = np.ones((3, 500)) * np.array([[0.2], [0.5], [0.8]])  # no spread among rows at all
+    low, high = study_report.interval(rows)
+    assert (low, high) == (pytest.approx(0.2), pytest.approx(0.8))  # 1 of 27 draws is three times the lowest: 3.7 %
+    shifted = study_report.interval(rows + 1)
+    assert shifted == (pytest.approx(low + 1), pytest.approx(high + 1))
+
+
+def test_sign_flip_against_scipy():
+    differences = np.array([1.0, 1.0, 0.0, -1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    theirs = scipy.stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+    ).pvalue
+    assert study_report.sign_flip_p(differences) == pytest.approx(theirs, abs=0.01)
+    assert study_report.sign_flip_p(np.zeros(5)) == 1.0
+
+
+def test_holm_by_hand():
+    assert study_report.holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]
+    assert study_report.holm([]) == []
+
+
+def test_paired_rows_and_table():
+    a, b = [1, 1, 1, 0], [1, 0, 0, 0]
+    result = result_of(cell("A", 0, a), cell("A", 1, a), cell("B", 0, b), cell("B", 1, b), references=["B"], task="t")
+    rows = {row["cell"]: row for row in study_report.summaries(result)}
+    assert rows["A"]["mean"] == 75
+    assert rows["B"]["mean"] == 25
+    assert rows["A"]["against"]["B"]["difference"] == 50
+    assert rows["A"]["against"]["B"]["ratio"] == 3
+    assert rows["B"]["against"] == {}
+    text = study_report.markdown(result)
+    assert "| A | 75.0 [" in text
+    assert "75.0 75.0" in text
+    assert "+50.0 [" in text
+
+
+def test_differences_for_the_claims():
+    teacher, student = [1, 1, 0, 0], [1, 0, 0, 0]
+    result = result_of(cell("BitDistill", 0, student), cell("FP16-SFT", 0, teacher), task="sst2")
+    found = study_report.differences(result)["difference_to_fp16_sft"]["sst2"]
+    assert found["points"] == -25
+    assert found["interval"][0] < -25 < found["interval"][1] + 1e-9
+    assert study_report.differences(result_of(cell("A", 0, teacher), task="sst2")) == {}
+
+
+def test_seeds_that_one_of_two_cells_lacks_are_not_compared():
+    result = result_of(cell("A", 0, [1, 1]), cell("A", 1, [0, 0]), cell("B", 1, [0, 1]), references=["B"])
+    row = next(row for row in study_report.summaries(result) if row["cell"] == "A")
+    assert row["against"]["B"]["difference"] == -50
+
+
+def test_shared_stages_depend_on_what_they_should():
+    def key(stage, **settings):
+        return study.share_key(stage, {"model": "m", **settings}, 0)
+
+    assert key("teacher", **{"distill.max_steps": 5}) == key("teacher")
+    assert key("teacher", **{"teacher.max_steps": 5}) != key("teacher")
+    assert key("pretrain", task="sst2") == key("pretrain", task="qnli")
+    assert key("pretrain", **{"refine.norms": "all"}) != key("pretrain")
+    assert key("distill", **{"teacher.max_steps": 5}) != key("distill")
+    assert key("base") != study.share_key("base", {"model": "m"}, 1)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_grid_and_cells(tmp_path):
+    text = "{name: s, run: {}, seeds: [0, 1], grid: {a.b: [1, 2], c: [x]}, cells: {plain: {grid: false}, more: {d: 3}}}"
+    loaded = study.load_study(write(tmp_path, text), None)
+    assert loaded["cells"] == {
+        "plain": {},
+        "more, b 1, c x": {"d": 3, "a.b": 1, "c": "x"},
+        "more, b 2, c x": {"d": 3, "a.b": 2, "c": "x"},
+    }
+    jobs = study.jobs_of(loaded, tmp_path)
+    assert [(job["cell"], job["seed"]) for job in jobs][:2] == [("plain", 0), ("plain", 1)]
+    alone = study.load_study(write(tmp_path, "{name: s, run: {}, seeds: [0], grid: {a: [1, 2]}}"), None)
+    assert list(alone["cells"]) == ["a 1", "a 2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{name: s, run: {}, seeds: [0]}", "cells"),
+        ("{name: s, run: {}, seeds: [0], cells: {a: {}}, references: [b]}", "b"),
+        ("{name: s, run: {}, seeds: [0], cells: {a: {}}, typo: 1}", "typo"),
+        ("[1, 2]", "expected name"),
+        ("{a: b: c}", "expected YAML"),
+        ("{name: s, run: {model: $DATA/m}, seeds: [0], cells: {a: {}}}", "--data"),
+    ],
+)
+def test_bad_studies(tmp_path, text, match):
+    with pytest.raises(ValueError, match=match):
+        study.load_study(write(tmp_path, text), None)
+
+
+def test_the_same_data_elsewhere_is_the_same_study(tmp_path):
+    text = "{name: s, run: {model: $DATA/m}, seeds: [0], cells: {a: {}}}"
+    found = set()
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        loaded = study.load_study(write(tmp_path, text), str(tmp_path / name))
+        found.add(study.identity(study.jobs_of(loaded, tmp_path)[0], str(tmp_path / name)))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_the_project_is_one_and_its_settings_exist(path, tmp_path):
+    from bitdistill.config import parse_config
+
+    loaded = study.load_study(path, str(tmp_path))
+    assert loaded["name"] == path.stem
+    assert loaded["about"]
+    for job in study.jobs_of(loaded, tmp_path)[:: len(loaded["seeds"])]:
+        arguments = [f"--{name}={study._text(value)}" for name, value in job["settings"].items()]
+        parse_config(arguments)  # an unknown name or a value that cannot be is a UserError
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_tables_are_those_of_their_results(path):
+    result = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == study_report.markdown(result) + "\n"
+    assert path.with_suffix(".png").is_file()
+    assert set(result["settings"]) >= {one["cell"] for one in result["cells"].values()}
+
+
+def test_the_page_shows_what_the_results_hold():
+    page = ROOT / "docs" / "results.md"
+    assert page.read_text() == study_report.into_page(page.read_text(), ROOT / "bench" / "results" / "studies")
+
+
+def test_a_page_without_an_end_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="end of study"):
+        study_report.into_page("<!-- study: a -->", tmp_path)
+    filled = study_report.into_page("x\n<!-- study: a -->\nold\n<!-- end of study -->\ny", tmp_path)
+    assert filled == "x\n<!-- study: a -->\nNot run yet.\n<!-- end of study -->\ny"
+
+
+@pytest.mark.slow
+def test_a_study_runs_shares_and_resumes(tmp_path):
+    path = write(
+        tmp_path,
+        "{name: tiny, about: none, seeds: [0], references: [FP16-SFT], run: {recipe: demo, max_steps: 2, report: false, "
+        "report_to: [], export.enabled: false, baseline.enabled: false}, cells: {FP16-SFT: {score: teacher}, "
+        "BitDistill: {}, broken: {distill.learning_rate: -1}}}",
+    )
+    code = (
+        f"import study, sys; from pathlib import Path; study.RESULTS = Path({str(tmp_path)!r}); "
+        f"sys.argv = ['study.py', {str(path)!r}, '--workers', '1', '--folder', {str(tmp_path / 'runs')!r}]; "
+        "sys.exit(study.main())"
+    )
+
+    def run():
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT / "bench", capture_output=True, text=True, check=False, timeout=500
+        )
+
+    first = run()
+    assert first.returncode == 1, first.stderr
+    assert "broken | 0: FAILED" in first.stdout
+    assert "learning_rate" in first.stdout
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    assert set(result["cells"]) == {"FP16-SFT | 0", "BitDistill | 0"}
+    teacher, student = (result["cells"][f"{name} | 0"] for name in ("FP16-SFT", "BitDistill"))
+    assert teacher["stages"]["distill"] == student["stages"]["distill"]  # one training, shared by hard links
+    assert teacher["rows"] == 1000
+    assert 0 <= student["score"] <= 100
+    assert (tmp_path / "tiny.md").is_file()
+    assert (tmp_path / "tiny.png").stat().st_size > 5000
+    again = run()
+    assert "3 runs, 2 of them done already" in again.stdout
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_model_without_pretraining(keep):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    import without_pretraining
+
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    model = Qwen3ForCausalLM(Qwen3Config(**shape, num_attention_heads=2, num_key_value_heads=1))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fresh = without_pretraining.forget(model, 1, keep)
+    again = without_pretraining.forget(model, 1, keep)
+    for key, value in fresh.state_dict().items():
+        same = "norm" in key or (keep and ("embed" in key or "lm_head" in key))
+        assert bool((value == before[key]).all()) == same, key
+        assert bool((value == again.state_dict()[key]).all()), key
