@@ -1,21 +1,98 @@
-"""How close decode comes to the memory's limit and prefill to the arithmetic's: a picture from bench/peers.py's JSON.
+"""How close the kernels come to the limits of the memory and of the arithmetic, as pictures.
 
     python bench/roofline.py PEERS.json [--kernels KERNELS.json] [--shape 0.6B] --output docs/roofline_cpu.png
+    python bench/roofline.py --gpu [GPU.json] --output docs/roofline_gpu.png
 
-Left: tokens/s over the bytes that a token reads; the line is the read bandwidth measured in the same run, which no one can
-pass. Right: multiply-adds of the linears in prefill, twice counted as operations a second; the line is the best GEMM of
-bench/cpu_kernels.py's JSON on as many threads.
+CPU, from bench/peers.py's JSON. Left: tokens/s over the bytes that a token reads; the line is the read bandwidth measured in
+the same run, which no one can pass. Right: multiply-adds of the linears in prefill, twice counted as operations a second;
+the line is the best GEMM of bench/cpu_kernels.py's JSON on as many threads.
+
+GPU, from bench/gpu_proof.py's JSON, by default the latest in bench/results/gpu: operations a second over operations a byte,
+under the copy bandwidth and the bf16 rate that the same run measured (int8 has twice that rate). Without such a file the
+picture holds the data sheet of an H200 and where the products would stand, and says that nothing was measured.
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 from random_models import SHAPES
 
+ROOT = Path(__file__).resolve().parents[1]
+H200 = {"bytes": 4.8e12, "bf16": 989e12, "int8": 1979e12}  # a second, dense; NVIDIA's data sheet
+TOKENS = 16_384  # of a training step, gpu_sections.py
 COLOURS = {"bitdistill": "#c0392b", "transformers": "#7f8c8d"}
 OTHERS = ("#1f6f8b", "#8e6c3a", "#2e7d32")
+
+
+def product_intensity(tokens: int, rows: int, columns: int) -> float:
+    """Operations a byte of an int8 product: codes of the activations, 2-bit weights, a result in bf16."""
+    return 2 * tokens * rows * columns / (tokens * columns + rows * columns / 4 + 2 * tokens * rows)
+
+
+def gpu_points(report: dict) -> list[tuple[str, float, float]]:
+    """(label, operations a byte, operations a second) of every product that a run measured."""
+    points = []
+    for row in report["rows"]:
+        seconds = (row["timing"] or {}).get("median")
+        sizes = [int(number) for number in re.findall(r"\d+", row["what"].rpartition(":")[2])]
+        if not seconds or len(sizes) != 2:
+            continue
+        if row["section"].startswith("decoding product"):
+            rows, columns = sizes
+            points.append((f"decode {rows} x {columns}", 8.0, 2 * rows * columns / seconds))
+        elif row["section"].startswith("int8 product"):
+            columns, rows = sizes
+            operations = row["floor"] * 2e12 * report["bf16_teraflops"]
+            tokens = operations / (2 * rows * columns)
+            points.append(
+                (f"train {columns} -> {rows}", product_intensity(tokens, rows, columns), operations / seconds)
+            )
+    return points
+
+
+def draw_gpu(report: dict | None, output: str) -> None:
+    """The roofs, and under them what was measured; without a run where each product would stand, on the axis alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    limits = H200
+    if report:
+        rate = 1e12 * report["bf16_teraflops"]
+        limits = {"bytes": 1e9 * report["copy_gigabytes_per_second"], "bf16": rate, "int8": 2 * rate}
+    figure, axis = plt.subplots(figsize=(9, 5.4), layout="constrained")
+    x = np.geomspace(0.3, 20_000, 200)
+    for kind, colour in (("bf16", "#7f8c8d"), ("int8", "#c0392b")):
+        roof = np.minimum(x * limits["bytes"], limits[kind]) / 1e12
+        axis.plot(x, roof, color=colour, lw=1.4, label=f"{kind}: {limits[kind] / 1e12:,.0f} tera-operations/s")
+    marks = [("decode, bf16 weights", 1.0), ("decode, 2-bit weights", 8.0)]
+    for name, shape in list(SHAPES.items())[:3]:
+        intensity = product_intensity(TOKENS, 2 * shape.intermediate, shape.hidden)
+        marks.append((f"training, {name}: {shape.hidden} -> {2 * shape.intermediate}", intensity))
+    for label, intensity in marks:
+        axis.axvline(intensity, color="#1f6f8b", lw=0.8, ls=":")
+        axis.annotate(f" {label}", (intensity, 0.35), rotation=90, fontsize=7, va="bottom", ha="right", color="#1f6f8b")
+    for label, intensity, rate in gpu_points(report) if report else ():
+        axis.plot(intensity, rate / 1e12, "o", color="#c0392b", markersize=4)
+        axis.annotate(label, (intensity, rate / 1e12), fontsize=6, xytext=(5, -3), textcoords="offset points")
+    axis.set(
+        xscale="log", yscale="log", ylim=(0.3, 4_000), xlabel="operations a byte", ylabel="tera-operations a second"
+    )
+    memory = f"memory: {limits['bytes'] / 1e12:.1f} TB/s"
+    if report:
+        axis.set_title(
+            f"{report.get('gpu', 'GPU')}, {report.get('date', '')[:10]}; limits measured in the same run, {memory}"
+        )
+    else:
+        axis.set_title(f"Not measured: the model alone. Limits from the data sheet of an H200, {memory}", fontsize=10)
+    axis.legend(loc="upper left", fontsize=8)
+    axis.grid(True, which="major", alpha=0.25)
+    figure.savefig(output, dpi=110)
 
 
 def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None:
@@ -110,11 +187,20 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
 def main() -> int:
     """Draws."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("peers", metavar="PEERS.json")
+    parser.add_argument("peers", metavar="PEERS.json", nargs="?")
+    parser.add_argument("--gpu", metavar="GPU.json", nargs="?", const="latest")
     parser.add_argument("--kernels", metavar="KERNELS.json")
     parser.add_argument("--shape", default="0.6B", choices=SHAPES)
     parser.add_argument("--output", required=True, metavar="FILE")
     arguments = parser.parse_args()
+    if (arguments.gpu is None) == (arguments.peers is None):
+        parser.error("expected PEERS.json or --gpu, one of the two")
+    if arguments.gpu is not None:
+        files = sorted((ROOT / "bench" / "results" / "gpu").glob("*.json"))
+        files = files[-1:] if arguments.gpu == "latest" else [Path(arguments.gpu)]
+        draw_gpu(json.loads(files[0].read_text()) if files else None, arguments.output)
+        print(f"{arguments.output}: {files[0] if files else 'not measured, the model alone'}")
+        return 0
     report = json.loads(Path(arguments.peers).read_text())
     result = next((one for one in report["results"] if one["shape"] == arguments.shape), None)
     if result is None:

@@ -2,12 +2,12 @@
 
     python bench/scaling.py [--packing base3] [--embedding int4] [--threads N] [--json FILE] [--plot FILE]
 
-Each point is a median over rounds; memory is sampled from the process itself (anonymous pages and pages of the mapped
-file). An exponent p is the slope of log(cost) over log(size): 1 is linear growth, 0 none.
+Each time is a median over rounds; memory is the peak of the process's resident set (anonymous pages and pages of the mapped
+file) beyond what it was before: for a context the prompt, its KV cache and a token; for a size the model, too; for a batch
+its KV caches and 8 tokens each. An exponent p is the slope of log(cost) over log(size): 1 is linear growth, 0 none.
 """
 
 import argparse
-import gc
 import sys
 import tempfile
 import time
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from bitdistill.runtime import Runtime
-from measure import cores, machine, resident_bytes, summary, table, write_json
+from measure import cores, machine, peak_growth, summary, table, write_json
 from random_models import SHAPES, Shape, write_packed_model
 
 SIZES = {
@@ -45,29 +45,25 @@ def timed(work, rounds: int) -> dict[str, float]:
     return summary(seconds)
 
 
-def memory() -> int:
-    """Resident bytes of this process, after a collection."""
-    gc.collect()
-    return sum(resident_bytes().values())
-
-
 def by_context(runtime: Runtime, rounds: int) -> list[dict]:
     """A decoded token after a context, and the bytes that the context costs."""
     points = []
     for context in CONTEXTS:
-        before = memory()
-        cache = runtime.new_cache(context + 1)
-        runtime.logits([(7 * i) % 1000 for i in range(context)], last_only=True, cache=cache)
-        grown = memory() - before
+
+        def fill(context=context):
+            cache = runtime.new_cache(context + 1)
+            runtime.logits([(7 * i) % 1000 for i in range(context)], last_only=True, cache=cache)
+            return cache
+
+        grown, cache = peak_growth(fill), fill()
 
         def decode(cache=cache, context=context):
             cache.length = context
             runtime.logits([5], cache=cache)
 
-        points.append(
-            {"size": context, "seconds": timed(decode, rounds), "bytes": max(grown, 1), "cache_bytes": cache.nbytes}
-        )
-        del cache
+        seconds = timed(decode, rounds)
+        points.append({"size": context, "seconds": seconds, "bytes": grown, "cache_bytes": cache.nbytes})
+        del cache, decode
     return points
 
 
@@ -79,27 +75,29 @@ def by_size(folder: Path, packing: str, embedding: str, threads: int, rounds: in
         path = folder / f"scaling-{name.replace(' ', '')}-{packing}-{embedding}.safetensors"
         if not path.is_file():
             write_packed_model(path, shape, packing, embedding)
-        before = memory()
-        runtime = Runtime(path, threads=threads)
-        cache = runtime.new_cache(64)
+        seconds = {}
 
-        def decode(runtime=runtime, cache=cache):
-            cache.length = 16
-            runtime.logits([5], cache=cache)
+        def run(path=path, seconds=seconds):
+            runtime = Runtime(path, threads=threads)
+            cache = runtime.new_cache(64)
+            runtime.logits(range(1, 17), last_only=True, cache=cache)
 
-        runtime.logits(range(1, 17), last_only=True, cache=cache)
-        seconds = timed(decode, rounds)
+            def decode():
+                cache.length = 16
+                runtime.logits([5], cache=cache)
+
+            seconds |= timed(decode, rounds)
+            runtime.close()
+
+        grown = peak_growth(run)
         parameters = shape.linear_weights() + shape.vocabulary * shape.hidden
-        points.append(
-            {"name": name, "size": parameters, "seconds": seconds, "bytes": memory() - before, "file_bytes": path.stat().st_size}
-        )  # fmt: skip
-        runtime.close()
-        del runtime, cache, decode
+        size = path.stat().st_size
+        points.append({"name": name, "size": parameters, "seconds": seconds, "bytes": grown, "file_bytes": size})
     return points[1:]
 
 
 def by_batch(runtime: Runtime, rounds: int) -> list[dict]:
-    """A decoding step of several sequences at once."""
+    """A decoding step of several sequences at once, and the bytes of their KV caches and scratch."""
     points = []
     for batch in BATCHES:
         prompts = [[1 + (7 * i + b) % 1000 for i in range(16)] for b in range(batch)]
@@ -108,45 +106,60 @@ def by_batch(runtime: Runtime, rounds: int) -> list[dict]:
             for _ in runtime.generate_batch(prompts, 8, slots=batch):
                 pass
 
+        runtime.forget()
+        grown = peak_growth(decode)
         seconds = timed(decode, max(2, rounds // 3))
-        points.append({"size": batch, "seconds": {key: value / 8 for key, value in seconds.items()}})
+        points.append({"size": batch, "seconds": {key: value / 8 for key, value in seconds.items()}, "bytes": grown})
     return points
 
 
 def draw(report: dict, path: str) -> None:
-    """Three panels, log-log: context, model size, batch."""
+    """Time above, memory below, log-log, with the fitted powers: context, model size, batch."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    labels = {"context": "context (tokens)", "size": "parameters", "batch": "sequences at once"}
-    for axis, (kind, label) in zip(axes, labels.items(), strict=True):
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.6), layout="constrained", sharex="col")
+    labels = {"context": "context (tokens)", "size": "parameters (millions)", "batch": "sequences at once"}
+    for column, (kind, label) in enumerate(labels.items()):
         points = report[kind]["points"]
-        sizes = [point["size"] for point in points]
-        milliseconds = [1e3 * point["seconds"]["median"] for point in points]
-        axis.plot(
-            sizes, milliseconds, "o-", color="#1f6f8b", label=f"ms a step, exponent {report[kind]['time_exponent']:.2f}"
-        )
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="milliseconds a step")
-        if "memory_exponent" in report[kind]:
-            other = axis.twinx()
-            megabytes = [point["bytes"] / 1e6 for point in points]
-            other.plot(
-                sizes,
-                megabytes,
-                "s--",
-                color="#b5651d",
-                label=f"MB resident, exponent {report[kind]['memory_exponent']:.2f}",
-            )
-            other.set(yscale="log", ylabel="megabytes resident")
-            handles = [*axis.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-            axis.legend(handles=handles, loc="upper left", fontsize=8)
-        else:
-            axis.legend(loc="upper left", fontsize=8)
-        axis.grid(True, which="both", alpha=0.2)
-    figure.suptitle(f"CPU runtime, {report['packing']}, {report['embedding']} embedding, {report['threads']} threads")
+        sizes = np.array([point["size"] for point in points], float)
+        costs = {"time": [1e3 * point["seconds"]["median"] for point in points]}
+        if "bytes" in points[0]:
+            costs["memory"] = [point["bytes"] / 1e6 for point in points]
+        units = {"time": ("milliseconds a step", "#1f6f8b"), "memory": ("megabytes resident, peak", "#b5651d")}
+        x = sizes / 1e6 if kind == "size" else sizes
+        for row, (what, (unit, colour)) in enumerate(units.items()):
+            axis = axes[row, column]
+            if what not in costs:
+                axis.set_visible(False)
+                continue
+            slope = report[kind][f"{what}_exponent"]
+            middle = np.exp(np.mean(np.log(costs[what])) - slope * np.mean(np.log(x)))
+            axis.plot(x, middle * x**slope, "--", color="#888", lw=1, label=f"fitted, exponent {slope:.2f}")
+            axis.plot(x, costs[what], "o", color=colour, label="measured")
+            if what == "time":
+                ends = [[1e3 * abs(point["seconds"][end] - point["seconds"]["median"]) for point in points]
+                        for end in ("min", "max")]  # fmt: skip
+                axis.errorbar(x, costs[what], yerr=ends, fmt="none", ecolor=colour, capsize=3)
+            axis.set(xscale="log", yscale="log")
+            for side in (axis.xaxis, axis.yaxis):
+                side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+                side.set_minor_formatter(NullFormatter())
+            axis.set_xlabel(label if row == 1 or "memory" not in costs else "")
+            axis.set_ylabel(unit if column == 0 else "")
+            axis.margins(y=0.25)
+            axis.legend(loc="upper left", fontsize=8, frameon=False)
+            axis.grid(True, alpha=0.25)
+    at = report["machine"]
+    figure.suptitle(
+        f"CPU runtime, {report['packing']}, {report['embedding']} embedding, {report['threads']} threads, "
+        f"{at['processor']}, {at['date'][:10]}",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=110)
 
 

@@ -197,7 +197,7 @@ def evaluate(
     if perplexity and lm_eval:
         raise UserError("eval", expected="--perplexity or --lm_eval", got="both", do="Run them one after the other.")
     run = Path(run_or_file).expanduser()
-    known = _run_defaults(run)
+    known = own = _run_defaults(run)
     given = {"task": task, "validation_file": validation_file, "max_length": max_length}
     if task is not None and task != known.get("task"):  # the run's rows are of its own task
         known = {"max_length": known.get("max_length")}
@@ -207,7 +207,10 @@ def evaluate(
     if perplexity:
         result = _perplexity(run_or_file, setting, perplexity, block_size, max_rows, threads)
     elif lm_eval:
-        result = _lm_eval(run_or_file, setting, lm_eval, options, max_rows, threads)
+        files = {own.get("task"): own.get("validation_file")}  # the run's own rows, for its own task
+        result = _lm_eval(
+            run_or_file, setting, lm_eval, validation_file, files, options["max_length"], max_rows, threads
+        )
     elif options["task"] is None:
         raise UserError("task", expected="a task for a bare file", got="none", do="Give --task.")
     else:
@@ -238,7 +241,9 @@ def _subject(run_or_file: str, setting: str | None, threads: int | None):
     run = Path(run_or_file).expanduser()
     if setting not in (None, "BitDistill"):
         if not run.is_dir():
-            raise UserError("setting", expected="a run directory for it", got=run_or_file, do="Name the run, or leave it.")
+            raise UserError(
+                "setting", expected="a run directory for it", got=run_or_file, do="Name the run, or leave it."
+            )
         if setting == "FP16-SFT":
             return setting, load_language_model(run / "teacher"), load_tokenizer(run / "teacher")
         run_or_file = str(run / "export" / "baseline.safetensors")
@@ -246,7 +251,9 @@ def _subject(run_or_file: str, setting: str | None, threads: int | None):
     return setting or runtime.model.metadata.get("setting", "packed"), runtime, packed_tokenizer(runtime.model)
 
 
-def _task_score(run_or_file: str, setting: str | None, options: dict, max_rows: int | None, threads: int | None) -> dict:
+def _task_score(
+    run_or_file: str, setting: str | None, options: dict, max_rows: int | None, threads: int | None
+) -> dict:
     from bitdistill.evaluation import metric_of, score_splits
     from bitdistill.tasks import load_task, load_validation
 
@@ -298,7 +305,9 @@ def _lm_eval(
     run_or_file: str,
     setting: str | None,
     names: str,
-    options: dict,
+    file: str | None,
+    files: dict[str, str],
+    max_length: int,
     max_rows: int | None,
     threads: int | None,
 ) -> dict:
@@ -307,7 +316,6 @@ def _lm_eval(
 
     names = [name.strip() for name in names.split(",") if name.strip()]
     ours = [name for name in names if (BUILT_IN / f"{name}.yaml").is_file() or Path(name).is_file()]
-    file = options["validation_file"]
     if file is not None and len(ours) > 1:
         got = f"one file and {', '.join(ours)}"
         raise UserError("lm_eval", expected="one task of ours for local rows", got=got, do="Run them one by one.")
@@ -318,14 +326,16 @@ def _lm_eval(
             found = stock_task(wanted)
             if found is None:
                 do = "See `lm_eval ls tasks`."
-                raise UserError("lm_eval", expected="a task of ours, a YAML file or one of lm_eval's", got=wanted, do=do)
+                raise UserError(
+                    "lm_eval", expected="a task of ours, a YAML file or one of lm_eval's", got=wanted, do=do
+                )
             lines += run_harness(model, tokenizer, found, max_rows)
             continue
         task = load_task(wanted)
-        rows = load_rows(task, "validation", file, max_rows)
-        _, cut = encode_prompts(task, rows, tokenizer, options["max_length"])
+        rows = load_rows(task, "validation", file or files.get(wanted), max_rows)
+        _, cut = encode_prompts(task, rows, tokenizer, max_length)
         if cut:
-            print(f"[{cut:,} prompts exceed {options['max_length']} tokens; the harness does not cut them]", file=sys.stderr)
+            print(f"[{cut:,} prompts exceed {max_length} tokens; the harness does not cut them]", file=sys.stderr)
         lines += run_harness(model, tokenizer, [harness_task(task, rows, tokenizer)])
         if found := stock_task(task.name, rows):
             stock = run_harness(model, tokenizer, found)

@@ -93,7 +93,9 @@ def score_rows(model, task: Task, rows, tokenizer, *, max_length: int, batch_siz
 def score_splits(model, task: Task, splits: dict[str, Any], tokenizer, *, name: str, **options) -> dict[str, Score]:
     """`score_rows` of every split: {split: Score}. Args: splits: {split: rows}; the rest as there."""
     names = {split: name if len(splits) == 1 else f"{name}, {split}" for split in splits}
-    return {split: score_rows(model, task, rows, tokenizer, name=names[split], **options) for split, rows in splits.items()}
+    return {
+        split: score_rows(model, task, rows, tokenizer, name=names[split], **options) for split, rows in splits.items()
+    }
 
 
 def text_perplexity(model, blocks: Tensor, name: str) -> dict[str, float]:

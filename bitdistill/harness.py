@@ -8,6 +8,7 @@ task of the harness, with its own data from the hub.
 A packed file is asked through `PackedLM`, a torch model through the harness's HFLM. Needs the extra `bitdistill[eval]`.
 """
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,9 @@ class PackedLM(TemplateLM):
         fed, cache, after = None, None, None
         for index in tqdm(order, desc="packed", disable=disable_tqdm):
             _, context, continuation = requests[index]
-            context = context[-max(1, self.runtime.context + 1 - len(continuation)) :]  # the left end is lost, as in HFLM
+            context = context[
+                -max(1, self.runtime.context + 1 - len(continuation)) :
+            ]  # the left end is lost, as in HFLM
             if context != fed:
                 cache = self.runtime.new_cache(self.runtime.context)
                 fed, after = context, self.runtime.logits(context, last_only=True, cache=cache)
@@ -152,13 +155,15 @@ def stock_task(name: str, rows: Dataset | None = None):
     Raises:
         UserError: its data cannot be had, for want of a network.
     """
-    manager = TaskManager()
+    manager = _stock_tasks()
     if name not in manager.all_tasks:
         return None
     try:
         if rows is None:
             return list(manager.load([name])["tasks"].values())
-        with tempfile.TemporaryDirectory() as folder:  # the harness takes local rows by a YAML file that changes its own
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # the harness takes local rows by a YAML file that changes its own
             rows.to_json(f"{folder}/rows.jsonl")
             changed = {"include": str(manager.task_index[name].yaml_path), "task": name, "dataset_path": "json"}
             changed |= {"dataset_name": None, "dataset_kwargs": {"data_files": {"validation": f"{folder}/rows.jsonl"}}}
@@ -174,6 +179,12 @@ def stock_task(name: str, rows: Dataset | None = None):
         ) from error
 
 
+@functools.cache
+def _stock_tasks() -> TaskManager:
+    """The index of the harness's tasks: seconds to make, of some ten thousand files."""
+    return TaskManager()
+
+
 def run_harness(model, tokenizer, tasks: Sequence[Any], limit: int | None = None) -> list[dict[str, Any]]:
     """Asks the harness.
 
@@ -184,7 +195,13 @@ def run_harness(model, tokenizer, tasks: Sequence[Any], limit: int | None = None
     Returns: a dict for each task and metric: {"task", "metric", "value", "stderr" (or None), "rows"}.
     """
     # The standard error of a mean, such as acc, is a formula; other metrics are resampled.
-    output = simple_evaluate(harness_model(model, tokenizer), tasks=list(tasks), limit=limit, bootstrap_iters=100)
+    output = simple_evaluate(
+        harness_model(model, tokenizer),
+        tasks=list(tasks),
+        limit=limit,
+        bootstrap_iters=100,
+        task_manager=TaskManager(include_defaults=False),
+    )
     lines = []
     for name, found in output["results"].items():
         rows = output["n-samples"].get(name, {}).get("effective")

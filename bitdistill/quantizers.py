@@ -1,5 +1,5 @@
-"""Weight quantizers beside the ordinary one, and annealing into any of them. docs/method.md, sections "Other quantizers"
-and "Annealing". Plain PyTorch: on an NVIDIA GPU only the ordinary one, `absmean`, has kernels.
+"""Weight quantizers beside the ordinary one, and annealing into any of them. docs/method.md, sections 7 and 8.
+Plain PyTorch: on an NVIDIA GPU only the ordinary one, `absmean`, has kernels.
 
     name      codes of                                          scale             stored beside the master
     absmean   W / s, rounded to {-1, 0, 1}: kernels/reference   one, mean|W|      -

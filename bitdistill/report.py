@@ -435,7 +435,7 @@ def cells(run: Run, lines: list[dict]) -> list[list[str]]:
 
 def comparison_table(run_dir: str | Path | Run) -> Table:
     """The table for the terminal, a column per setting; what was not measured is "not run". 80 characters hold three
-    columns; with more, intervals and ratios go into lines of their own.
+    columns; with 4-bit ones besides, intervals and ratios go into lines of their own.
 
     Args:
         run_dir: the run directory, or what read_run made of it.
@@ -455,7 +455,7 @@ def comparison_table(run_dir: str | Path | Run) -> Table:
         box=box.SIMPLE_HEAD,
     )
     lines = table_lines(run)
-    narrow = len(lines) > len(SETTINGS)
+    narrow = any(line["setting"] in WEIGHT_ONLY for line in lines)
     if narrow:
         table.padding = (0, 1, 0, 0)
     table.add_column("")

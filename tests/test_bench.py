@@ -14,7 +14,10 @@ import claims
 import history
 import measure
 import random_models
+import ratios
 import regressions
+import resident
+import roofline
 import scaling
 from bitdistill.export.packed import read_packed
 from bitdistill.kernels import packing
@@ -86,6 +89,64 @@ def test_a_ratio_is_worse_only_beyond_the_noise():
     assert regressions.judge([2.0, 2.0], [1.88, 1.88])["worse"]
 
 
+def test_counts_are_worse_when_they_rise_and_mismatches_when_there_is_one():
+    assert regressions.judge([100, 100], [110, 110], "bytes")["worse"]
+    assert not regressions.judge([100, 100], [90, 90], "bytes")["worse"]
+    assert not regressions.judge([100, 100], [103, 103], "bytes")["worse"]
+    assert regressions.judge([0, 0], [1, 1], "mismatches")["worse"]
+    assert regressions.judge([1, 1], [1, 1], "mismatches")["worse"]
+    assert not regressions.judge([1, 1], [0, 0], "mismatches")["worse"]
+
+
+def test_peak_bytes_are_those_alive_at_once():
+    torch = pytest.importorskip("torch")
+
+    def one_by_one(size):
+        for _ in range(3):
+            torch.zeros(size, dtype=torch.uint8)
+
+    def together(size):
+        return [torch.zeros(size, dtype=torch.uint8) for _ in range(3)]
+
+    assert side_by_side.peak_bytes(lambda: one_by_one(100_000)) == 100_000
+    assert side_by_side.peak_bytes(lambda: together(100_000)) == 300_000
+    assert side_by_side.memory_ratio(lambda: one_by_one(100_000), lambda: together(100_000)) == 3
+
+
+def test_every_benchmark_has_a_name_a_unit_and_its_own_inputs():
+    found = ratios.benchmarks([])
+    assert {"cpu_kernels.Product", "runtime.Decode", "training.Step", "gpu.BitLinear"} <= set(found)
+    names = {}
+    for name, benchmark in found.items():
+        methods = [method for method in dir(benchmark) if method.startswith(("time_", "track_"))]
+        assert methods, f"{name} measures nothing"
+        for method in methods:
+            function = getattr(benchmark, method)
+            assert function.pretty_name, f"{name}.{method}"
+            assert names.setdefault(function.pretty_name, name) == name, "two benchmarks are shown under one name"
+            if method.startswith("track_"):
+                assert function.unit.startswith("x ") or function.unit in ("bytes", "bits", "mismatches"), method
+                assert function.unit.startswith("x ") == ("ratio" in method), f"{name}.{method}: {function.unit}"
+
+
+def test_a_benchmark_runs_and_what_a_commit_lacks_is_not_applicable(monkeypatch):
+    one = ratios.figures(["packing"])
+    assert one["packing.Pack(base3).track_mismatches"] == {"value": 0, "unit": "mismatches"}
+    assert one["packing.Size(base3).track_bits_per_weight"]["value"] == pytest.approx(1.6, abs=2e-4)
+    monkeypatch.setitem(sys.modules, "bitdistill.kernels.packing", None)
+    assert ratios.figures(["packing"]) == {}
+
+
+def test_resident_memory_of_the_weights(tmp_path):
+    shape = random_models.SHAPES["tiny"]
+    random_models.write_packed_model(tmp_path / "s", shape, "base3", "int8")
+    found = resident.growth("ours", shape, tmp_path / "s", context=8)
+    size = (tmp_path / "s").stat().st_size
+    assert 0.9 * size < found["weights"] <= size + 4096  # whole pages of the map
+    assert found["kv_cache"] == 2 * 2 * 2 * 64 * 2 * 8
+    assert found["growth"] < 64 * 2**20
+
+
 def test_regressions_runs_another_checkouts_code(tmp_path):
     checkout = tmp_path / "checkout"
     (checkout / "bitdistill").mkdir(parents=True)
@@ -106,6 +167,28 @@ def test_regressions_runs_another_checkouts_code(tmp_path):
     assert output.stdout.strip() == "the other one kernels distributed"
 
 
+def test_gpu_roofline_has_the_points_that_were_measured_and_no_others(tmp_path, monkeypatch):
+    rows = [
+        {
+            "section": "decoding product, 2 bits, one row",
+            "what": "0.6B q, k, v: 4096 x 1024",
+            "timing": {"median": 2e-6},
+        },
+        {"section": "int8 product (M x I -> O)", "what": "1024 -> 2048", "timing": {"median": 1e-4}, "floor": 5e-5},
+        {"section": "int8 product (M x I -> O)", "what": "1024 -> 4096", "timing": None, "floor": 5e-5},
+        {"section": "absmean + ternary codes", "what": "28 linears of 0.6B, fp32", "timing": {"median": 1e-4}},
+    ]
+    report = {"rows": rows, "bf16_teraflops": 800.0, "copy_gigabytes_per_second": 4000.0}
+    (_, low, slow), (_, high, fast) = roofline.gpu_points(report)
+    assert (low, slow) == (8.0, pytest.approx(2 * 4096 * 1024 / 2e-6))
+    assert fast == pytest.approx(8e14)  # half of twice the bf16 rate: the floor was half of its time
+    assert 500 < high < 4096
+    roofline.draw_gpu(report, str(tmp_path / "measured.png"))
+    monkeypatch.setattr(roofline, "gpu_points", None)  # without a run nothing may ask for points
+    roofline.draw_gpu(None, str(tmp_path / "model.png"))
+    assert (tmp_path / "model.png").stat().st_size > 10_000
+
+
 def test_exponents():
     sizes = [1, 2, 4, 8, 16]
     assert scaling.exponent(sizes, [3 * size for size in sizes]) == pytest.approx(1)
@@ -121,6 +204,9 @@ def test_memory_and_energy_are_read_from_the_system():
     output, peak = measure.peak_resident([sys.executable, "-c", code])
     assert output.strip() == "done"
     assert 64 * 2**20 < peak < 256 * 2**20
+    for size in (32, 48, 32):  # what an earlier call freed does not hide what a later one takes
+        grown = measure.peak_growth(lambda size=size: np.ones(size * 2**20, np.uint8))
+        assert 0.95 * size * 2**20 < grown < (size + 8) * 2**20
     joules = measure.Energy().joules()
     assert joules is None or joules >= 0
 
@@ -146,12 +232,35 @@ def report(**changes):
 
 
 def test_claims_say_what_holds():
-    assert [row["holds"] for row in report()["rows"]] == ["holds", "does not hold", "not measured", "holds"]
+    verdicts = ["holds", "does not hold", "not measured", "holds, within the noise"]
+    assert [row["holds"] for row in report()["rows"]] == verdicts
+    assert claims.row("sure", "paper", "cmd", -1.0, -0.4, [-0.9, 0.1])["holds"] == "holds"
     text = claims.markdown(report())
     assert "| small | 10.00x | exact | holds | `cmd` |" in text
     assert "| fast | 2.50x | 2.40 to 2.60 | does not hold | `cmd` |" in text
     assert "| on a GPU | not measured (no run on a GPU yet) |  | not measured | `cmd` |" in text
-    assert "| accurate | -0.40 points | -1.20 to 0.40 | holds | `cmd` |" in text
+    assert "| accurate | -0.40 points | -1.20 to 0.40 | holds, within the noise | `cmd` |" in text
+
+
+def test_claims_read_the_latest_study_of_a_task(tmp_path):
+    for name, date, points in (("b", "2026-01-01", -3.0), ("a", "2026-02-01", -0.5), ("c", "2026-03-01", None)):
+        study = {"name": name, "machine": {"date": date}}
+        if points is not None:
+            study["difference_to_fp16_sft"] = {"sst2": {"points": points, "interval": [points - 0.2, points + 0.2]}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(study))
+    sst2, qnli, mnli = claims.accuracy_rows(tmp_path)
+    assert (sst2["measured"], sst2["holds"]) == (-0.5, "holds")
+    assert sst2["command"] == "bench/study.py bench/studies/a.yaml"
+    assert qnli["holds"] == mnli["holds"] == "not measured"
+
+
+def test_claims_about_memory():
+    sizes = {"fp16": 400, "int8": 245, "int4": 176, "ternary": 121, "linears": 88, "transformers, linears": 880}
+    found = {name: {"weights": size, "growth": size + 20, "kv_cache": 7e6} for name, size in sizes.items()}
+    found["transformers"] = {"weights": 1192, "growth": 1210, "kv_cache": 7e6}
+    rows = claims.memory_rows(Path(), {"resident": found, "context": 64})
+    assert [round(row["measured"], 2) for row in rows] == [10.0, 2.98, 4.87, 6.77, 9.85, 6.17]
+    assert "KV cache of 7.0 MB in both" in rows[-1]["claim"]
 
 
 def test_claims_exit_status_and_readme(tmp_path):
@@ -191,13 +300,39 @@ def test_history_reads_asv(tmp_path):
         }
         (folder / f"{commit[:8]}-env.json").write_text(json.dumps(content))
     found = history.read(tmp_path)
-    assert [one["commit"] for one in found] == ["a" * 8, "b" * 8]
+    assert [one["commit"] for one in found] == ["a" * 40, "b" * 40]
     assert found[0]["values"] == {
         "packing.Size.track_bits(base3)": 1.6,
         "packing.Size.track_bits(2bit)": 2.0,
         "one.Z.track_ratio": 2.0,
     }
-    text = history.page(found)
-    assert "src='http" not in text
-    assert 'src="http' not in text
-    assert "packing.Size.track_bits(base3)" in text
+    about = {
+        "packing.Size.track_bits": {"pretty_name": "bits of a weight", "unit": "bits", "param_names": ["packing"]},
+        "one.Z.track_ratio": {"pretty_name": "a against b", "unit": "x b"},
+    }
+    text = history.page(found, about)
+    for address in ("src=", "href='http", 'href="http', "@import", "<script", "<link"):
+        assert address not in text, "the page opens without a network"
+    assert "bits of a weight" in text
+    assert "<svg" in text
+    assert "+50 %" in text
+
+
+def test_a_change_is_better_or_worse_by_its_unit():
+    assert history.change("x torch", [2.0, None, 3.0]) == ("+50 %", "better")
+    assert history.change("x torch", [2.0, 1.0]) == ("-50 %", "worse")
+    assert history.change("x torch", [2.0, 2.1]) == ("+5 %", "none")
+    assert history.change("bytes", [100, 99]) == ("-1 %", "better")
+    assert history.change("mismatches", [0, 2]) == ("+2", "worse")
+    assert history.change("bits", [1.6, 1.6]) == ("same", "none")
+    assert history.change("bits", [None, 1.6]) == ("", "none")
+
+
+def test_parameters_are_shown_with_their_names_where_they_are_numbers():
+    about = {"a.B.track_c": {"param_names": ["packing", "tokens"]}}
+    assert history.setting_of("a.B.track_c(2bit, 64)", about) == "2bit, 64 tokens"
+    assert history.setting_of("a.B.track_d", about) == ""
+
+
+def test_figures_in_tables():
+    assert [measure.figure(x) for x in (1234567, 0.0, 1.60011, 1234.5)] == ["1,234,567", "0", "1.6", "1,234"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_runtime import byte_tokenizer
 
+from bitdistill.evaluation import text_perplexity
 from bitdistill.export.packed import write_packed
 from bitdistill.runtime import Runtime
 from bitdistill.sampling import Sampling
@@ -83,3 +84,61 @@ def test_a_missing_library_is_named(file):
     assert result.returncode == 2
     assert "library jsonargparse" in result.stderr
     assert "bitdistill[train]" in result.stderr
+
+
+def evaluate(*arguments, check=0):
+    command = [sys.executable, "-m", "bitdistill.cli", "eval", *map(str, arguments), "--threads", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == check, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def test_eval_scores_splits_and_perplexity(file, tmp_path, monkeypatch):
+    """A task of one's own on local rows of two splits; then the perplexity of a text, equal to that of the same logits."""
+    task = (
+        "kind: classification\nprompt: '{text}:'\ntruncate_column: text\nlabel_column: label\nlabels: {0: no, 1: yes}\n"
+    )
+    task = task.replace("no, 1: yes", "'no', 1: 'yes'")
+    (tmp_path / "mine.yaml").write_text(task + "splits: {train: a, validation: b, validation_other: c}\n")
+    rows = [json.dumps({"text": f"row {i}", "label": i % 2}) for i in range(6)]
+    (tmp_path / "main.jsonl").write_text("\n".join(rows))
+    (tmp_path / "other.jsonl").write_text("\n".join(rows[:4]))
+    options = ["--task", tmp_path / "mine.yaml", "--validation_file", tmp_path / "main.jsonl"]
+    result = evaluate(file, *options)
+    assert "mine: packed accuracy" in result.stdout
+    assert "on 6 rows" in result.stdout
+    assert "[validation_other is not scored; --extra_validation_files.validation_other FILE adds it]" in result.stderr
+    options += ["--extra_validation_files.validation_other", tmp_path / "other.jsonl"]
+    result = evaluate(file, *options, "--json_file", tmp_path / "out.json")
+    assert "mine, validation_other: packed accuracy" in result.stdout
+    scores = json.loads((tmp_path / "out.json").read_text())
+    assert (scores["examples"], scores["validation_other"]["examples"]) == (6, 4)
+    assert scores["validation_other"]["predictions"] == scores["predictions"][:4]
+
+    runtime = Runtime(file, 1)
+    (tmp_path / "text.txt").write_text("boats on a river. " * 20)
+    options = ["--perplexity", tmp_path / "text.txt", "--block_size", 80, "--json_file", tmp_path / "out.json"]
+    refused = evaluate(file, *options, check=2)  # byte_tokenizer has no end-of-text token, which ends a document
+    assert "bitdistill: tokenizer: expected an EOS token" in refused.stderr
+    blocks = torch.tensor([[*b"boats on a river. " * 3], [*b"a river with boats" * 3]])
+    monkeypatch.setattr("bitdistill.evaluation.LOGIT_ROWS", 7)  # in pieces, each behind those before
+    found = text_perplexity(runtime, blocks, "packed")
+    logits = torch.stack([torch.from_numpy(runtime.logits(block[:-1].tolist())) for block in blocks]).double()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+    assert found["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert found["tokens"] == blocks.numel() - 2
+
+
+def test_eval_refusals(file, tmp_path):
+    for arguments, message in (
+        ([file], "task: expected a task for a bare file"),
+        ([file, "--setting", "FP16-SFT", "--task", "sst2"], "setting: expected a run directory"),
+        ([file, "--perplexity", "a.txt", "--lm_eval", "sst2"], "eval: expected --perplexity or --lm_eval"),
+        ([tmp_path / "nowhere", "--task", "sst2"], "RUN_OR_FILE"),
+    ):
+        if "sst2" in arguments and "--lm_eval" not in arguments:
+            rows = tmp_path / "rows.jsonl"
+            rows.write_text('{"sentence": "a", "label": 0}')
+            arguments = [*arguments, "--validation_file", rows]
+        assert evaluate(*arguments, check=2).stderr.splitlines()[-1].startswith(f"bitdistill: {message}")

@@ -239,6 +239,8 @@ def test_the_main_job(world, tmp_path):  # noqa: F811
     run, short = tmp_path / "run", ["--max_steps", "3", "--export.speed_tokens", "0", "--report", "false"]
     output = job(world, run, *short, "--refine.embedding", "ternary")
     assert "14 of 14 linears ternary, embedding and LM head ternary; 4 SubLN added" in output
+    teacher = load_file(run / "teacher" / "model.safetensors")
+    assert "lm_head.weight" not in teacher  # tied: it would count twice in the sizes
     folders = [run / stage for stage in ("refine", "pretrain", "distill", "baseline")]
     masters = [load_file(folder / "model.safetensors")["model.embed_tokens.weight"] for folder in folders]
     assert len({master.sum().item() for master in masters}) == 4

@@ -368,6 +368,35 @@ def test_generation_scores_bring_further_metrics(tmp_path):
                                   ["BitDistill", "40.62 [40.00, 41.25]", "14.5"]]  # fmt: skip
 
 
+def test_four_bits_and_further_splits(tmp_path):
+    """The 4-bit settings stand behind FP16-SFT; a further validation split has its own column and paired differences."""
+    further = {"validation_mismatched": {"score": 71.25, "interval": [70.0, 72.5], "examples": 40}}
+    rounded = [{"setting": name, "score": 89.5, "interval": [88.0, 91.0], "examples": 872, "extra": {}}
+               for name in ("int4 RTN", "int4 GPTQ")]  # fmt: skip
+    rows = [row | {"splits": further} for row in [*SCORES["rows"], *rounded]]
+    paired = [*SCORES["paired"], {"a": "BitDistill", "b": "int4 GPTQ", "difference": -1.3, "interval": [-3.0, 0.4]}]
+    paired.append(paired[-1] | {"split": "validation_mismatched", "difference": 5.5})
+    _json(tmp_path / "evaluate/scores.json", {**SCORES, "rows": rows, "paired": paired})
+    sizes = {"runner": "not measured", "linear_bytes": 220_000_000, "model_bytes": 376_000_000,
+             "bits_per_weight": 4.125, "model_bits_per_parameter": 5.05}  # fmt: skip
+    speeds = [*SPEED["rows"][:3], *({"setting": name, **sizes} for name in ("int4 RTN", "int4 GPTQ"))]
+    _json(tmp_path / "export/speed.json", {**SPEED, "rows": speeds})
+    page = Page(report.write_report(tmp_path))
+    head, *lines = page.rows["table"]
+    assert head[1:4] == ["Accuracy [95 %]", "of FP16", "mismatched [95 %]"]
+    assert [line[0] for line in lines] == ["FP16-SFT", "int4 RTN", "int4 GPTQ", "BitNet-SFT", "BitDistill"]
+    assert {line[3] for line in lines} == {"71.2 [70.0, 72.5]"}
+    assert lines[2][4:6] == ["220 MB (4.0x)", "376 MB (3.2x)"]
+    pairs = [[row[0].replace("\N{MINUS SIGN}", "-"), row[1]] for row in page.rows["paired"]]
+    assert ["BitDistill - int4 GPTQ, validation_mismatched", "+5.50"] in pairs
+    said = " ".join(report.summary(report.read_run(tmp_path)))
+    assert "4 bits a weight (int4 GPTQ) keep FP16-SFT at 89.5 with linears of 220 MB, 2.5 times the student's" in said
+    assert "paired difference -1.3 points" in said
+    text = report.table_text(tmp_path)
+    assert max(map(len, text.splitlines())) <= 90
+    assert "[88.0, 91.0]" in text
+
+
 def test_zero_scores_divide_nothing(tmp_path):
     rows = [{**row, "score": 0.0, "interval": [0.0, 0.4]} for row in SCORES["rows"]]
     _json(tmp_path / "evaluate/scores.json", {**SCORES, "rows": rows, "paired": [], "majority": None})

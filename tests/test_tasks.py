@@ -398,3 +398,119 @@ def test_words_that_begin_each_other_are_refused():
     task = tasks.Task(**REVIEW | {"labels": {0: "unheard", 1: "unseen"}})  # both <unk>
     with pytest.raises(UserError, match="begins another"):
         tasks.label_tokens(task, word_tokenizer())
+
+
+MNLI = [
+    {"premise": "All boats float .", "hypothesis": "A boat floats .", "label": 0},
+    {"premise": "A boat floats .", "hypothesis": "It is red .", "label": 1},
+    {"premise": "A boat floats .", "hypothesis": "No boat floats .", "label": 2},
+]
+
+
+def test_mnli_has_two_validation_splits(tmp_path):
+    """Matched and mismatched, three labels, each from its own file; one without a file is left out, not sought on the hub."""
+    task = tasks.load_task("mnli")
+    assert task.extra_validation == ["validation_mismatched"]
+    (tmp_path / "other").mkdir()
+    matched, mismatched = write(tmp_path, "jsonl", MNLI), write(tmp_path / "other", "csv", MNLI[:2] * 2)
+    splits, left_out = tasks.load_validation(task, str(matched), {"validation_mismatched": str(mismatched)})
+    assert {name: len(rows) for name, rows in splits.items()} == {"validation": 3, "validation_mismatched": 4}
+    assert next(iter(splits)) == "validation"
+    assert left_out == []
+    assert tasks.label_indices(task, splits["validation"]) == [0, 1, 2]
+    splits, left_out = tasks.load_validation(task, str(matched), {}, limit=2)
+    assert ({name: len(rows) for name, rows in splits.items()}, left_out) == (
+        {"validation": 2},
+        ["validation_mismatched"],
+    )
+    with pytest.raises(UserError, match="validation_mismatched; got mismatched"):
+        tasks.load_validation(task, str(matched), {"mismatched": str(mismatched)})
+    with pytest.raises(UserError, match="none for this task"):
+        tasks.load_validation(tasks.load_task("sst2"), str(matched), {"test": str(matched)})
+    with pytest.raises(UserError, match=r"--extra_validation_files\.validation_mismatched"):
+        tasks.load_validation(task, str(matched), {"validation_mismatched": str(tmp_path / "no.csv")})
+
+
+def test_both_splits_of_mnli_are_scored(tmp_path):
+    """Each with its own interval, majority and paired differences; the main one stands where it always stood."""
+    from bitdistill.evaluation import score_splits, scores_json
+
+    task, tokenizer = tasks.load_task("mnli"), real_tokenizer("models/base-6m")
+    (tmp_path / "other").mkdir()
+    files = {"validation_mismatched": str(write(tmp_path / "other", "jsonl", MNLI[:2]))}
+    splits, _ = tasks.load_validation(task, str(write(tmp_path, "jsonl", MNLI)), files)
+    models_ = {name: tiny_model(len(tokenizer), seed) for name, seed in (("a", 0), ("b", 1))}
+    options = {"max_length": 64, "batch_size": 2}
+    scores = {n: score_splits(m, task, splits, tokenizer, name=n, **options) for n, m in models_.items()}
+    result = scores_json(task, splits, scores, [])
+    assert result["majority"] == pytest.approx(100 / 3)
+    assert result["majorities"] == {"validation_mismatched": 50.0}
+    for row in result["rows"]:
+        score = scores[row["setting"]]
+        assert row["score"] == pytest.approx(100 * score["validation"].values.mean())
+        assert row["examples"] == 3
+        mismatched = row["splits"]["validation_mismatched"]
+        assert mismatched["score"] == pytest.approx(100 * score["validation_mismatched"].values.mean())
+        assert mismatched["examples"] == 2
+    assert [(row["a"], row["b"], row.get("split")) for row in result["paired"]] == [
+        ("b", "a", None),
+        ("b", "a", "validation_mismatched"),
+    ]
+
+
+def tiny_model(vocabulary: int, seed: int):
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, initializer_range=0.5, eos_token_id=0,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def test_any_labels_of_a_users_yaml(tmp_path):
+    """Three text labels, of one, two and three words: likelihoods are sums over all tokens of a label."""
+    import torch
+
+    from bitdistill.evaluation import score_rows
+
+    labels = {"up": "better", "level": "the same", "down": "worse by far"}
+    settings = REVIEW | {"labels": labels, "prompt": "{sentence}\nTrend:"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    task, tokenizer = tasks.load_task(str(tmp_path / "mine.yaml")), real_tokenizer("models/base-6m")
+    words = tasks.label_tokens(task, tokenizer)
+    assert sorted(map(len, words))[-1] >= 3
+    path = write(tmp_path, "jsonl", [{"sentence": f"Sales of {i} boats", "label": l} for i, l in enumerate(labels)])
+    rows, model = tasks.load_rows(task, "validation", str(path)), tiny_model(len(tokenizer), 2)
+    score = score_rows(model, task, rows, tokenizer, max_length=64, batch_size=2, name="mine")
+    prompts, _ = tasks.encode_prompts(task, rows, tokenizer, 64)
+    for prompt, said in zip(prompts, score.predictions, strict=True):
+        sums = []
+        for word in words:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + word])).logits[0, len(prompt) - 1 : -1].double()
+            sums.append(logits.log_softmax(-1)[range(len(word)), word].sum().item())
+        assert said == task.words[sums.index(max(sums))]
+    assert score.values.tolist() == [
+        said == word for said, word in zip(score.predictions, labels.values(), strict=True)
+    ]
+
+
+def test_articles_lose_their_end_and_highlights_nothing():
+    """Real articles longer than the context."""
+    task, tokenizer = tasks.load_task("cnndm"), real_tokenizer("models/base-6m")
+    rows = tasks.load_rows(task, "validation", file=DATA / "cnndm" / "validation.jsonl", limit=20, seed=1)
+    encoded, counts = tasks.encode(task, rows, tokenizer, 256)
+    prompts, cut = tasks.encode_prompts(task, rows, tokenizer, 256)
+    assert counts["truncated"] > 10
+    assert cut > 10
+    for ids, labels, prompt, row in zip(encoded["input_ids"], encoded["labels"], prompts, rows, strict=True):
+        answer = [label for label in labels if label != tasks.IGNORED]
+        assert tokenizer.decode(answer[:-1]).strip() == row["highlights"].strip()
+        assert answer[-1] == tokenizer.eos_token_id
+        for tokens in (ids[: -len(answer)], prompt):
+            kept = tokenizer.decode(tokens).removesuffix("\nSummary:")
+            assert row["article"].startswith(kept.strip())
+        assert len(prompt) <= 256 - task.max_new_tokens

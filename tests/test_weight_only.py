@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_students import CONFIGS, student
 from transformers import AutoModelForCausalLM
 
 from bitdistill import weight_only
 from bitdistill.errors import UserError
 from bitdistill.export.packed import read_packed, write_packed
 from bitdistill.weight_only import dequantize, gptq, linear_bytes, quantize_model, round_to_nearest, weight_only_size
+from tiny_students import CONFIGS, student
 
 
 def test_rounding_by_hand():
@@ -107,7 +107,9 @@ def test_gptq_changes_the_output_less_than_rounding(bits, columns):
 
 def test_gptq_without_correlation_rounds_to_nearest():
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(3))
-    for ours, expected in zip(gptq(weight, 3 * torch.eye(40), group=16), round_to_nearest(weight, group=16), strict=True):
+    for ours, expected in zip(
+        gptq(weight, 3 * torch.eye(40), group=16), round_to_nearest(weight, group=16), strict=True
+    ):
         assert torch.equal(ours, expected)
 
 
@@ -149,8 +151,8 @@ def one_prompt_at_a_time(model, texts, group, quantized_before):
         seen, hooks = {}, []
         for name, module in watched.named_modules():
             if isinstance(module, torch.nn.Linear):
-                hook = lambda _, args, name=name: seen.setdefault(name, []).append(args[0][0])  # noqa: E731
-                hooks.append(module.register_forward_pre_hook(hook))
+                parts = seen[name] = []
+                hooks.append(module.register_forward_pre_hook(lambda _, args, parts=parts: parts.append(args[0][0])))
         with torch.no_grad():
             for text in texts:
                 runs(torch.tensor([text]), use_cache=False)

@@ -29,7 +29,7 @@ def run(code):
 class Import:
     """A fresh process."""
 
-    params = ("bitdistill", "bitdistill.runtime", "bitdistill.layers")
+    params = ("bitdistill", "bitdistill.runtime")
     param_names = ("module",)
     number, repeat, warmup_time = 1, 5, 0
 
