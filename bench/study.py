@@ -200,7 +200,8 @@ def accuracy_of(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"task {task.name}: expected classification; got {task.kind}. Studies compare right and wrong."
         )
-    rows = load_rows(task, "validation", config["validation_file"], config["evaluate"]["max_rows"], config["seed"])
+    limit = config["evaluate"]["max_rows"]
+    rows = load_rows(task, "validation", config["validation_file"], limit, seed=0)  # the same rows for every seed
     source = folder / job["score"]
     model = load_language_model(source) if job["score"] == "teacher" else load_student(source)
     options = {"max_length": config["max_length"], "batch_size": config["evaluate"]["per_device_eval_batch_size"]}

@@ -147,6 +147,20 @@ def test_resident_memory_of_the_weights(tmp_path):
     assert found["growth"] < 64 * 2**20
 
 
+def test_only_what_every_round_of_both_sides_has_is_judged(monkeypatch):
+    rounds = {"before": [{"a.B().c": 2.0}, {"a.B().c": 2.1}], "after": [{"a.B().c": 1.0, "new": 1}, {"a.B().c": 1.1}]}
+    left = {side: list(found) for side, found in rounds.items()}
+
+    def measure(side, only):
+        assert only == ["a"]
+        return {name: {"value": value, "unit": "x"} for name, value in left[side].pop(0).items()}
+
+    monkeypatch.setattr(regressions, "measure", measure)
+    figures = regressions.measured({"before": "before", "after": "after"}, 2, ["a"])
+    assert figures["after"] == {"a.B().c": {"values": [1.0, 1.1], "unit": "x"}}
+    assert regressions.judged(figures)["a.B().c"]["worse"]
+
+
 def test_regressions_runs_another_checkouts_code(tmp_path):
     checkout = tmp_path / "checkout"
     (checkout / "bitdistill").mkdir(parents=True)
