@@ -144,8 +144,8 @@ def peak_growth(work: Callable[[], object]) -> int:
     The kernel keeps the peak itself (VmHWM), which is set back before: nothing between two samples is missed.
     """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: what was freed goes back, and counts when used again
-    if trim is not None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc: what was freed goes back to the system, and counts when it is used again
         trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = sum(resident_bytes().values())

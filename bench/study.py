@@ -164,11 +164,15 @@ def run_cell(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_stage(job: dict[str, Any], stage: str) -> None:
     """The main job with --stage, in this process."""
+    sys.argv = ["train.py", *arguments_of(job, stage)]
+    runpy.run_path(str(ROOT / "bitdistill" / "train.py"), run_name="__main__")
+
+
+def arguments_of(job: dict[str, Any], stage: str) -> list[str]:
+    """The main job's command line for a stage of a cell."""
     arguments = [f"--{name}={_text(value)}" for name, value in job["settings"].items()]
     arguments += [f"--seed={job['seed']}", f"--output_dir={job['folder']}", f"--stage={stage}"]
-    arguments += ["--baseline.enabled=false", "--evaluate.enabled=false"] if stage == "all" else []
-    sys.argv = ["train.py", *arguments]
-    runpy.run_path(str(ROOT / "bitdistill" / "train.py"), run_name="__main__")
+    return arguments + (["--baseline.enabled=false", "--evaluate.enabled=false"] if stage == "all" else [])
 
 
 def stages_to_run(job: dict[str, Any]) -> list[str]:

@@ -394,7 +394,8 @@ class RunConfig:
 
     def _validate_quantizer(self) -> None:
         quantizer, expected, do = self.refine.weight_quantizer, None, ""
-        if self.export.enabled and self.stage in ("all", "export") and quantizer in MANY_SCALES:
+        exported = self.export.enabled and self.evaluate.enabled
+        if exported and self.stage in ("all", "export") and quantizer in MANY_SCALES:
             expected = "one with one scale a tensor, for the export: absmean, gptq, tequila or seq"
             do = "Choose another, or --export.enabled false."
         elif self.zero == 3 and quantizer in WHOLE:

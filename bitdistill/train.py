@@ -297,7 +297,14 @@ class Job:
             "cache": {"cache": of_cache, "seed": config.seed} | model | corpus,
             "pretrain": stage_2 | training | ternary | corpus,
             "distill": section("distill") | training | ternary | task | train | student,
-            "baseline": section("baseline") | section("distill", steps) | training | ternary | model | task | train | embedding,
+            "baseline": section("baseline")
+            | section("distill", steps)
+            | training
+            | ternary
+            | model
+            | task
+            | train
+            | embedding,
             "evaluate": section("evaluate") | task | validation | calibration,
             "export": section("export"),
         }[stage]

@@ -159,7 +159,9 @@ def linear_top_k(
     if not 1 <= k <= V:
         raise ValueError(f"k: expected 1 to {V}, the words of the head; got {k}. Choose a smaller one.")
     if x_NH.dim() != 2 or x_NH.shape[1] != weight_VH.shape[1]:
-        raise ValueError(f"x: expected rows (N, {weight_VH.shape[1]}); got {tuple(x_NH.shape)}. Flatten batch and positions.")
+        raise ValueError(
+            f"x: expected rows (N, {weight_VH.shape[1]}); got {tuple(x_NH.shape)}. Flatten batch and positions."
+        )
     device, dtype = x_NH.device, torch.promote_types(x_NH.dtype, weight_VH.dtype)
     indices_NK = torch.empty((N, k), dtype=torch.int64, device=device)
     values_NK = torch.empty((N, k), dtype=torch.float32, device=device)

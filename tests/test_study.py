@@ -176,8 +176,8 @@ def test_every_study_of_the_project_is_one_and_its_settings_exist(path, tmp_path
     assert loaded["name"] == path.stem
     assert loaded["about"]
     for job in study.jobs_of(loaded, tmp_path)[:: len(loaded["seeds"])]:
-        arguments = [f"--{name}={study._text(value)}" for name, value in job["settings"].items()]
-        parse_config(arguments)  # an unknown name or a value that cannot be is a UserError
+        for stage in study.stages_to_run(job):  # an unknown name or a value that cannot be is a UserError
+            parse_config(study.arguments_of(job, stage))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -226,7 +226,7 @@ def test_a_study_runs_shares_and_resumes(tmp_path):
     result = json.loads((tmp_path / "tiny.json").read_text())
     assert set(result["cells"]) == {"FP16-SFT | 0", "BitDistill | 0"}
     teacher, student = (result["cells"][f"{name} | 0"] for name in ("FP16-SFT", "BitDistill"))
-    assert teacher["stages"]["distill"] == student["stages"]["distill"]  # one training, shared by hard links
+    assert teacher["stages"]["teacher"] == student["stages"]["teacher"]  # one training, shared by hard links
     assert teacher["rows"] == 1000
     assert 0 <= student["score"] <= 100
     assert (tmp_path / "tiny.md").is_file()

@@ -247,10 +247,12 @@ def test_two_ranks_equal_one(world, one_rank, tmp_path, rows, accumulation, opti
     for stage in ("teacher", "pretrain", "distill"):
         a, b = losses(run, stage), losses(one_rank, stage)
         assert sorted(a) == sorted(b) == list(range(1, 7))
-        # Float noise is 2e-7. By stage 3 it has flipped single ternary codes of the student, which starts from stage 2's.
-        tolerance = 2e-3 if stage == "distill" else 1e-5
         for step in b:
             for name in (name for name in b[step] if name.startswith("loss")):
+                # Float noise is 2e-7. In stage 3 it flips single ternary codes of a model that has few, after its first
+                # step: relations, which see Q, K and V directly, then move by percents, the words' likelihoods hardly.
+                flipped = stage == "distill" and step > 1
+                tolerance = (5e-2 if name == "loss_attention" else 2e-3) if flipped else 1e-5
                 assert a[step][name] == pytest.approx(b[step][name], rel=tolerance, abs=1e-6), (stage, step, name)
 
 

@@ -72,6 +72,7 @@ class Decode(_Student):
         prompts = [[1 + (7 * i + b) % 1000 for i in range(16)] for b in range(8)]
         self.batch = lambda: list(runtime.generate_batch(prompts, 8, slots=8))
         self.decode()
+        self.prefill()
 
     def decode(self):
         self.cache.length = CONTEXT
@@ -112,7 +113,7 @@ class Decode(_Student):
 
         model, ids = full_precision(), torch.tensor([self.ids])
         with torch.inference_mode():
-            return ratio(self.prefill, lambda: model(ids, logits_to_keep=1), rounds=3)
+            return ratio(self.prefill, lambda: model(ids, logits_to_keep=1), rounds=3, seconds=0)
 
     @shown("decode, share of the read bandwidth", "x reading the same bytes")
     def track_decode_ratio_to_bandwidth(self, packing):

@@ -14,7 +14,7 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int 
 
     Args:
         rounds: each times both, in alternating order.
-        seconds: at least so long a timing, by repeating the call; 0 for work that needs no warming, such as a process.
+        seconds: at least so long a timing, by repeating the call; 0 for long work, once a round and not warmed.
     """
     repeats = [max(1, int(seconds / _once(work))) if seconds else 1 for work in (ours, theirs)]
     quotients = []
