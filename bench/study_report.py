@@ -46,6 +46,21 @@ def by_cell(result: dict[str, Any]) -> dict[str, dict[int, np.ndarray]]:
 
 def interval(values_SN: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap of the mean, over seeds and rows at once."""
+    return _ends(_resampled_means(values_SN, seed))
+
+
+def ratio_interval(a_SN: np.ndarray, b_SN: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The same of ``mean(a) / mean(b)``, both drawn with the same seeds and rows: what is retained."""
+    return _ends(_resampled_means(a_SN, seed) / _resampled_means(b_SN, seed))
+
+
+def _ends(means_R: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(means_R, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _resampled_means(values_SN: np.ndarray, seed: int) -> np.ndarray:
+    """Means of RESAMPLES draws; the same draws for every array of one shape."""
     generator = np.random.default_rng(seed)
     seeds, rows = values_SN.shape
     weights_RS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
@@ -53,8 +68,7 @@ def interval(values_SN: np.ndarray, seed: int = 0) -> tuple[float, float]:
     for begin in range(0, RESAMPLES, 500):  # rows drawn as counts: a product instead of 10,000 gathers
         counts_RN = generator.multinomial(rows, np.full(rows, 1 / rows), 500) / rows
         means[begin : begin + 500] = ((weights_RS[begin : begin + 500] @ values_SN) * counts_RN).sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return means
 
 
 def sign_flip_p(differences_N: np.ndarray, seed: int = 0) -> float:
@@ -104,7 +118,7 @@ def summaries(result: dict[str, Any]) -> list[dict[str, Any]]:
                     "difference": percent * float(difference_SN.mean()),
                     "interval": [percent * end for end in interval(difference_SN)],
                     "p": sign_flip_p(difference_SN.mean(axis=0)),
-                    "ratio": float(values_SN.mean() / (values_SN.mean() - difference_SN.mean())),
+                    "ratio": retained(of_seeds, cells[reference]),
                 }
         used = [stages_behind(one) for one in runs]
         rows.append(
@@ -126,6 +140,13 @@ def summaries(result: dict[str, Any]) -> list[dict[str, Any]]:
         for row, p in zip(compared, corrected, strict=True):
             row["against"][reference]["p_holm"] = p
     return rows
+
+
+def retained(a: dict[int, np.ndarray], b: dict[int, np.ndarray]) -> tuple[float, float, float]:
+    """(mean of a / mean of b, low, high) over the seeds that both have."""
+    seeds = sorted(set(a) & set(b))
+    a_SN, b_SN = np.stack([a[seed] for seed in seeds]), np.stack([b[seed] for seed in seeds])
+    return float(a_SN.mean() / b_SN.mean()), *ratio_interval(a_SN, b_SN)
 
 
 def stages_behind(cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -168,9 +189,11 @@ def markdown(result: dict[str, Any]) -> str:
                 cells.append("")
                 continue
             low, high = one["interval"]
-            cells.append(
-                f"{one['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], p {one['p_holm']:.2g}"
-            )
+            text = f"{one['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], p {one['p_holm']:.2g}"
+            if name == "FP16-SFT":
+                share, low, high = (100 * value for value in one["ratio"])
+                text += f"; {share:.1f} % [{low:.1f}, {high:.1f}] of it"
+            cells.append(text)
         tokens = f"{row['stage2_tokens']:,}" if row["stage2_tokens"] else ""
         lines.append(f"| {' | '.join([*cells, format(row['training_seconds'], '.0f'), tokens])} |")
     at = result["machine"]

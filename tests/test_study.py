@@ -66,6 +66,15 @@ def test_interval_covers_the_spread_of_seeds():
     assert shifted == (pytest.approx(low + 1), pytest.approx(high + 1))
 
 
+def test_what_is_retained():
+    a, b = np.full((2, 50), 0.9), np.full((2, 50), 0.6)
+    assert study_report.ratio_interval(a, b) == (pytest.approx(1.5), pytest.approx(1.5))
+    rows = (np.random.default_rng(3).random((1, 300)) < 0.7).astype(float)
+    assert study_report.ratio_interval(rows, rows) == (1.0, 1.0)  # the same rows are drawn for both
+    low, high = study_report.ratio_interval(rows, 1 - rows)
+    assert low < rows.mean() / (1 - rows).mean() < high
+
+
 def test_sign_flip_against_scipy():
     differences = np.array([1.0, 1.0, 0.0, -1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0])
     theirs = scipy.stats.permutation_test(
@@ -87,7 +96,7 @@ def test_paired_rows_and_table():
     assert rows["A"]["mean"] == 75
     assert rows["B"]["mean"] == 25
     assert rows["A"]["against"]["B"]["difference"] == 50
-    assert rows["A"]["against"]["B"]["ratio"] == 3
+    assert rows["A"]["against"]["B"]["ratio"][0] == 3
     assert rows["B"]["against"] == {}
     text = study_report.markdown(result)
     assert "| A | 75.0 [" in text
