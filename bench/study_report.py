@@ -227,7 +227,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 (one for one in rows if one["cell"] in result.get("references", [])), GREYS, strict=False
             ):
                 axes.axhline(row["mean"], color=colour, lw=1, ls="--", label=row["cell"])
-            axes.set(xscale="log", xlabel=X_NAMES.get(result["x"], result["x"]), ylabel=label)
+            ticks = sorted({point[0] for points in curves(result, rows).values() for point in points})
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+            axes.set(xlabel=X_NAMES.get(result["x"], result["x"]), ylabel=label)
             axes.legend()
         else:
             figure, axes = plt.subplots(figsize=(7.5, 0.34 * len(rows) + 1), layout="constrained")
