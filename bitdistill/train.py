@@ -136,22 +136,16 @@ class Job:
         """A student of another run brings its quantizers with it: what these settings say must be true of it, too."""
         if self.config.student is None:
             return
-        trained = student_record(self.config.student).get("weight_quantizer", "absmean")
-        if trained != self.config.refine.weight_quantizer:
-            raise UserError(
-                "refine.weight_quantizer",
-                expected=f"{trained}, with which {self.config.student} was trained",
-                got=self.config.refine.weight_quantizer,
-                do=f"Give --refine.weight_quantizer {trained}.",
-            )
-        trained = student_record(self.config.student).get("embedding", FULL_PRECISION)
-        if trained != self.config.refine.embedding:
-            raise UserError(
-                "refine.embedding",
-                expected=f"{trained}, in which {self.config.student} was trained",
-                got=self.config.refine.embedding,
-                do=f"Give --refine.embedding {trained}.",
-            )
+        record = student_record(self.config.student)
+        for name, usual in (("weight_quantizer", "absmean"), ("embedding", FULL_PRECISION)):
+            trained, given = record.get(name, usual), getattr(self.config.refine, name)
+            if trained != given:
+                raise UserError(
+                    f"refine.{name}",
+                    expected=f"{trained}, with which {self.config.student} was trained",
+                    got=given,
+                    do=f"Give --refine.{name} {trained}.",
+                )
 
     def _stage_2_blocks(self) -> int:
         """Blocks of the corpus that all steps of stage 2 see."""

@@ -35,13 +35,14 @@ from torch import Tensor
 
 from bitdistill.kernels.vocabulary_rows import dense_rows_, rest_rows_, top_k_rows_
 
-# 1.25 GiB: 2,048 rows of 151,936 words in bf16, of student and teacher. 8,192 rows then read and write dW four times.
-CHUNK_BYTES = 5 * 2**28
+# On a GPU 2,048 rows of 151,936 words in bf16, of student and teacher: 8,192 rows then read and write dW four times.
+# On a CPU, where products are slower beside the memory, 27 such rows cost no more time than all at once.
+CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**27}
 SLICE_BYTES = 2**25  # of dW while a product is added to it: stays in the L2 cache
 
 
 def linear_cross_entropy(
-    x_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, chunk_bytes: int = CHUNK_BYTES
+    x_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, chunk_bytes: int | None = None
 ) -> Tensor:
     """``sum_n -log softmax(W x_n)[target_n]`` over the rows that have a target.
 
@@ -49,7 +50,7 @@ def linear_cross_entropy(
         x_NH: float; under autocast the products run in its dtype, else in the common dtype of x and W.
         weight_VH: float; fp32 masters or half precision, trained or frozen.
         targets_N: int64; -100 where a row has none (better not to pass such rows).
-        chunk_bytes: what logits and their temporaries may take at a time; at least one row.
+        chunk_bytes: what logits and their temporaries may take at a time, at least one row; None is the device's CHUNK_BYTES.
 
     Returns: fp32 scalar; 0 with a graph for N = 0.
 
@@ -71,7 +72,7 @@ def linear_distillation(
     temperature: float,
     ce_weight: float,
     kl_weight: float,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(CE, KL)`` summed over rows, of a student head and a teacher head on the same positions.
 
@@ -110,7 +111,7 @@ def linear_distillation_top_k(
     temperature: float,
     ce_weight: float,
     kl_weight: float,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(CE, KL_K)`` summed over rows, with the teacher's logits known at K words of each row.
 
@@ -140,7 +141,7 @@ def linear_distillation_top_k(
 
 
 def linear_top_k(
-    x_NH: Tensor, weight_VH: Tensor, k: int, *, temperature: float, chunk_bytes: int = CHUNK_BYTES
+    x_NH: Tensor, weight_VH: Tensor, k: int, *, temperature: float, chunk_bytes: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest of the logits ``t = W x`` of each row, and the sum of all others: what linear_distillation_top_k needs.
 
@@ -166,7 +167,8 @@ def linear_top_k(
     indices_NK = torch.empty((N, k), dtype=torch.int64, device=device)
     values_NK = torch.empty((N, k), dtype=torch.float32, device=device)
     log_rest_N = torch.empty(N, dtype=torch.float32, device=device)
-    at_once = _rows_at_once(N, V, 12, chunk_bytes)  # fp32 logits and two temporaries of a logsumexp
+    # fp32 logits and two temporaries of a logsumexp
+    at_once = _rows_at_once(N, V, 12, chunk_bytes or CHUNK_BYTES[device.type])
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         weight = weight_VH.to(dtype)
         for begin in range(0, N, at_once):
@@ -196,7 +198,7 @@ def _losses(
     temperature: float = 1.0,
     ce_weight: float = 1.0,
     kl_weight: float = 0.0,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
     _check(x_NH, weight_VH, targets_N, teacher_x, teacher_weight, indices, values, log_rest, temperature)
     device = x_NH.device.type
@@ -219,7 +221,7 @@ def _losses(
         dtype,
         differentiate and x_NH.requires_grad,
         differentiate and weight_VH.requires_grad,
-        chunk_bytes,
+        chunk_bytes or CHUNK_BYTES[device],
     )
     return losses[0], losses[1]
 

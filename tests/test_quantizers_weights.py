@@ -53,13 +53,7 @@ def student(family, quantizer, norms="two"):
     batches = [{"input_ids": torch.randint(3, 97, (2, 40))} for _ in range(3)]
     inputs = calibrate_inputs(model, batches, norms)
     refine(model, norms, weight_quantizer=quantizer, inputs=inputs)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith(("norm.weight", "subln.weight")):
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            elif key.endswith("bias"):
-                parameter.copy_(0.2 * torch.randn_like(parameter))
-    return model.eval()
+    return tiny_students.randomise(model).eval()
 
 
 # ---------------------------------------------------------------------------------------------------- by hand

@@ -337,8 +337,8 @@ def test_the_logits_of_all_rows_never_exist(cached):
 def test_chunks_fit_their_bytes():
     """The production shape: 8,192 rows of 151,936 words in bf16, of student and teacher, in 1.25 GiB at a time."""
     rows_at_once = vocabulary._rows_at_once
-    assert rows_at_once(8192, 151_936, 4, vocabulary.CHUNK_BYTES) == 2048
-    assert rows_at_once(32, 151_936, 4, vocabulary.CHUNK_BYTES) == 32
+    assert rows_at_once(8192, 151_936, 4, vocabulary.CHUNK_BYTES["cuda"]) == 2048
+    assert rows_at_once(32, 151_936, 4, vocabulary.CHUNK_BYTES["cuda"]) == 32
     assert rows_at_once(32, 151_936, 4, 1) == 1
     assert rows_at_once(0, 151_936, 4, 1) == 1
     for rows, chunk_bytes in ((100, 41 * 40), (7, 10**9), (1000, 999 * 40)):

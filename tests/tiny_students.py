@@ -56,13 +56,18 @@ def student(name: str, norms: str = "two", seed: int = 0):
     config = copy.deepcopy(CONFIGS[name])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     refine(model, norms=norms)
+    return randomise(model).eval()
+
+
+def randomise(model):
+    """Random gains and biases in place of the ones and zeros that a new model has."""
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith(("norm.weight", "subln.weight")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif key.endswith("bias"):
                 parameter.copy_(0.2 * torch.randn_like(parameter))
-    return model.eval()
+    return model
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -70,7 +70,7 @@ class Relation:
 class Head:
     """The LM head with cross-entropy, or with cross-entropy and distillation: 512 hidden states of 64, 32,000 words.
 
-    "default" takes chunks of 1.25 GiB, which is all rows of this size at once; with 16 MiB the logits are never whole.
+    "default" takes chunks as training does (128 MiB on a CPU); with 16 MiB the logits of 16 rows are the most there is.
     """
 
     params = (("cross-entropy", "distillation"), ("default", "16 MiB"))
