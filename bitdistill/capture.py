@@ -1,4 +1,4 @@
-"""Q, K, V and the residual stream of chosen decoder layers, without touching modelling code.
+"""Q, K and V of chosen decoder layers, without touching modelling code.
 
 transformers lets a model's attention function be chosen by name. Ours, ``bitdistill_capture``, notes q, k and v as they
 arrive (after their norms and RoPE, k and v before the GQA repeat) and calls transformers' own sdpa function; its mask
@@ -54,7 +54,6 @@ class AttentionCapture:
         qkv: {layer as given: (q_BHTD, k_BGTD, v_BGTD)} in the model's dtype, connected to the graph.
         onward: the same tensors once more, as the model itself goes on with them. The graph forks here: a gradient that
             reaches ``qkv`` comes from the relations, one that reaches ``onward`` from everything above.
-        residual: (B, T, hidden) the stream that enters the lowest of ``layers``.
 
     Raises:
         UserError: a layer that the model does not have or that is named twice; with ``require_grad``, in the forward
@@ -81,7 +80,6 @@ class AttentionCapture:
                 got=str(list(layers)),
                 do=f"Mind that -1 and {count - 1} are the same layer.",
             )
-        self._lowest = self._decoder.layers[min(layer % count for layer in layers)]
         self._require_grad = require_grad
         self._running = False
         self._hooks = []
@@ -93,7 +91,6 @@ class AttentionCapture:
         """Lets go of the captured tensors."""
         self.qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.onward: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.residual: Tensor | None = None
 
     def __enter__(self):
         assert not self._hooks, "already inside this capture"
@@ -105,7 +102,6 @@ class AttentionCapture:
         self._hooks = [
             self._decoder.register_forward_pre_hook(self._start),
             self._decoder.register_forward_hook(self._stop),
-            self._lowest.register_forward_pre_hook(self._note_residual, with_kwargs=True),
         ]
         return self
 
@@ -139,10 +135,6 @@ class AttentionCapture:
         self.qkv[layer] = tuple(x.view_as(x) for x in qkv)
         self.onward[layer] = tuple(x.view_as(x) for x in qkv)
         return self.onward[layer]
-
-    def _note_residual(self, _, args: tuple, kwargs: dict) -> None:
-        if self._running:
-            self.residual = args[0] if args else kwargs["hidden_states"]
 
 
 @torch.no_grad()

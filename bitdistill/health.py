@@ -203,12 +203,12 @@ def outliers(x_NI: Tensor) -> Tensor:
 
 
 def weight_histograms(state: dict[str, Tensor], names: list[str]) -> dict[str, Any]:
-    """Histograms of ``W / weight_scale`` over [-4, 4] for the report: the ternary boundaries lie at -0.5 and 0.5.
+    """Histograms of ``W / absmean(W)`` over [-4, 4] for the report: absmean rounds at -0.5 and 0.5.
 
     Args:
         state: full tensors by key. names: layer names whose `.weight` is wanted.
 
-    Returns: {"edges": [...], "layers": {name: {"counts", "weight_scale", "zeros"}}}; values beyond 4 count in the last bin.
+    Returns: {"edges": [...], "layers": {name: {"counts", "weight_scale"}}}; values beyond 4 count in the last bin.
     """
     layers = {}
     for name in names:
@@ -216,8 +216,7 @@ def weight_histograms(state: dict[str, Tensor], names: list[str]) -> dict[str, A
         scale = weight_scale(weight)
         units = (weight / scale).flatten()
         counts = torch.histc(units.clamp(-3.9999, 3.9999), bins=len(HISTOGRAM_EDGES) - 1, min=-4, max=4)
-        zeros = (torch.round(units) == 0).float().mean().item()
-        layers[name] = {"counts": counts.int().tolist(), "weight_scale": scale.item(), "zeros": zeros}
+        layers[name] = {"counts": counts.int().tolist(), "weight_scale": scale.item()}
     return {"edges": [round(edge, 6) for edge in HISTOGRAM_EDGES.tolist()], "layers": layers}
 
 

@@ -258,7 +258,7 @@ def _kinds(names) -> list[str]:
 
 
 def weights(histograms: dict[str, dict]):
-    """Density of weight / weight_scale, all layers and by type of projection, with the rounding boundaries at +-0.5.
+    """Density of weight / absmean, all layers and by type of projection, with the rounding boundaries of absmean at +-0.5.
 
     Args:
         histograms: stage -> content of weights.json, in the order in which the stages ran.

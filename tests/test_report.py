@@ -66,8 +66,7 @@ def _weights(rng, sharpness):
         codes = np.clip(np.rint(hump), -1, 1) * (1 + 0.1 * (index % 7))
         values = hump * (1 - sharpness) + (codes + rng.normal(0, 0.22, hump.size)) * sharpness
         counts = np.histogram(np.clip(values, -4, 4), edges)[0]
-        zeros = float((np.abs(values) < 0.5).mean())
-        layers[name] = {"counts": counts.tolist(), "weight_scale": 0.02 + 0.001 * index, "zeros": zeros}
+        layers[name] = {"counts": counts.tolist(), "weight_scale": 0.02 + 0.001 * index}
     return {"edges": edges.tolist(), "layers": layers}
 
 
