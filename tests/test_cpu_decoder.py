@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import signal
 import threading
 from pathlib import Path
 
@@ -316,6 +317,15 @@ def test_the_memory_of_a_cache():
     assert KVCache(model, 2, 60, "int8").nbytes == positions * 2 * (16 + 4)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where a shell started pytest in the background and had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_interrupted_call_leaves_the_decoder_usable(long_model, long_ids, threads):
     want = logits(long_model, long_ids)
