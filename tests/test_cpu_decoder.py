@@ -5,9 +5,9 @@ import dataclasses
 import gc
 import itertools
 import os
+import signal
 import subprocess
 import sys
-import signal
 import threading
 from pathlib import Path
 
