@@ -182,7 +182,7 @@ def test_a_quantized_embedding_is_stored_as_it_was_trained_or_not_at_all(tmp_pat
         assert write_packed(tmp_path / "s", model, embedding=embedding)["embedding"] == embedding
         for other in {"fp16", *FORMATS} - {embedding}:
             with pytest.raises(
-                UserError, match=f"expected {embedding}, with which .* was trained; got {other}"
+                UserError, match=f"expected {embedding}, in which .* was trained; got {other}"
             ) as caught:
                 write_packed(tmp_path / "s", model, embedding=other)
             assert caught.value.field == "embedding"
