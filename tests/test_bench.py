@@ -79,6 +79,13 @@ def test_ratio_of_two_pieces_of_work():
     assert side_by_side.ratio(spin(200_000), spin(20_000), rounds=5) < 0.33
 
 
+def test_a_quick_ratio_runs_each_once(monkeypatch):
+    monkeypatch.setenv("ASV_QUICK_RATIOS", "1")
+    calls = []
+    side_by_side.ratio(lambda: calls.append("ours"), lambda: calls.append("theirs"), rounds=5)
+    assert sorted(calls) == ["ours", "theirs"]
+
+
 def test_a_ratio_is_worse_only_beyond_the_noise():
     worse = regressions.judge([2.0, 2.02], [1.0, 1.01])
     assert worse["worse"]
