@@ -67,7 +67,7 @@ def _resampled_means(values_SN: np.ndarray, seed: int) -> np.ndarray:
     return (weights_RS * sums_RS).sum(axis=1) / values_SN.shape[1]
 
 
-@functools.lru_cache(maxsize=4)  # drawing takes a hundred times as long as using what was drawn
+@functools.lru_cache(maxsize=4)  # the cells of a study have one shape, and drawing is the slow part
 def _draws(seeds: int, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """How much each seed weighs (RESAMPLES, S), and how often each row is drawn (RESAMPLES, N)."""
     generator = np.random.default_rng(seed)
@@ -83,9 +83,8 @@ def sign_flip_p(differences_N: np.ndarray, seed: int = 0) -> float:
         return 1.0
     total, extreme = nonzero.sum(), 0
     for _ in range(RESAMPLES // 500):
-        kept = np.unpackbits(np.frombuffer(generator.bytes((500 * len(nonzero) + 7) // 8), np.uint8))[
-            : 500 * len(nonzero)
-        ]
+        bits = np.frombuffer(generator.bytes(-(-500 * len(nonzero) // 8)), np.uint8)
+        kept = np.unpackbits(bits, count=500 * len(nonzero))
         flipped = 2 * (kept.reshape(500, -1) @ nonzero) - total
         extreme += int((np.abs(flipped) >= abs(total) - 1e-12).sum())
     return (extreme + 1) / (RESAMPLES + 1)
@@ -224,7 +223,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     with plt.rc_context({**STYLE, "figure.facecolor": "white"}):
         if result.get("x"):
             figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-            for (name, points), colour in zip(curves(result, rows).items(), COLOURS, strict=False):
+            lines = curves(result, rows)
+            for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
                 x = [point[0] for point in points]
                 mean = np.array([point[1]["mean"] for point in points])
                 ends = np.array([point[1]["interval"] for point in points]).T
@@ -234,7 +234,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 (one for one in rows if one["cell"] in result.get("references", [])), GREYS, strict=False
             ):
                 axes.axhline(row["mean"], color=colour, lw=1, ls="--", label=row["cell"])
-            ticks = sorted({point[0] for points in curves(result, rows).values() for point in points})
+            ticks = sorted({point[0] for points in lines.values() for point in points})
             axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
             axes.minorticks_off()

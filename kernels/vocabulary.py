@@ -36,7 +36,7 @@ from torch import Tensor
 from bitdistill.kernels.vocabulary_rows import dense_rows_, rest_rows_, top_k_rows_
 
 # On a GPU 2,048 rows of 151,936 words in bf16, of student and teacher: 8,192 rows then read and write dW four times.
-# On a CPU, where products are slower beside the memory, 27 such rows cost no more time than all at once.
+# On a CPU, where fp32 temporaries make a logit eight times as large, a tenth of that still has dozens of rows.
 CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**27}
 SLICE_BYTES = 2**25  # of dW while a product is added to it: stays in the L2 cache
 
@@ -168,7 +168,7 @@ def linear_top_k(
     values_NK = torch.empty((N, k), dtype=torch.float32, device=device)
     log_rest_N = torch.empty(N, dtype=torch.float32, device=device)
     # fp32 logits and two temporaries of a logsumexp
-    at_once = _rows_at_once(N, V, 12, chunk_bytes or CHUNK_BYTES[device.type])
+    at_once = _rows_at_once(N, V, 12, _chunk_bytes(chunk_bytes, device.type))
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         weight = weight_VH.to(dtype)
         for begin in range(0, N, at_once):
@@ -221,7 +221,7 @@ def _losses(
         dtype,
         differentiate and x_NH.requires_grad,
         differentiate and weight_VH.requires_grad,
-        chunk_bytes or CHUNK_BYTES[device],
+        _chunk_bytes(chunk_bytes, device),
     )
     return losses[0], losses[1]
 
@@ -266,6 +266,10 @@ def _row_functions(device: torch.device) -> tuple[Callable, Callable]:
 
         return vocabulary_kl.dense_rows_, vocabulary_kl.rest_rows_
     return dense_rows_, rest_rows_
+
+
+def _chunk_bytes(wanted: int | None, device_type: str) -> int:
+    return CHUNK_BYTES[device_type] if wanted is None else wanted
 
 
 def _rows_at_once(rows: int, vocabulary: int, bytes_a_logit: int, chunk_bytes: int) -> int:
