@@ -117,11 +117,11 @@ def training(bench: Bench) -> None:
     backward modes, fake quantisation, full precision. All have the same head and loss (kernels/vocabulary.py)."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from bitdistill.head import head_cross_entropy, instead_of_logits
-    from bitdistill.layers import use_backward
-    from bitdistill.losses import next_tokens
-    from bitdistill.refine import PROJECTIONS, SUBLN_BEFORE, refine
-    from bitdistill.sharing import WeightCodes
+    from bitdistill.student.layers import use_backward
+    from bitdistill.student.refine import PROJECTIONS, SUBLN_BEFORE, refine
+    from bitdistill.student.sharing import WeightCodes
+    from bitdistill.training.head import head_cross_entropy, instead_of_logits
+    from bitdistill.training.losses import next_tokens
 
     shape = SHAPES["tiny" if bench.dry else "0.6B"]
     B, T = (1, 16) if bench.dry else (16, 512)

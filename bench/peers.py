@@ -57,7 +57,7 @@ def serve(kind: str, argument: str, threads: int) -> None:
 
 class _Ours:
     def __init__(self, path: str, threads: int):
-        from bitdistill.runtime import Runtime
+        from bitdistill.runtime.cpu import Runtime
 
         self.runtime = Runtime(path, threads=threads)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bitdistill.export.packed import Config, Linear, encode_int4, encode_int8, encode_ternary, write_tensors
+from bitdistill.export.write import encode_int4, encode_int8, encode_ternary, write_tensors
 from bitdistill.kernels import packing as layout
+from bitdistill.runtime.packed_file import Config, Linear
 
 WEIGHT_SCALE = 0.02
 CONTEXT = 40_960

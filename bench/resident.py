@@ -47,7 +47,7 @@ def child(kind: str, shape: Shape, path: str, context: int) -> None:
 
 
 def _ours(_shape: Shape, path: str, context: int) -> int:
-    from bitdistill.runtime import Runtime
+    from bitdistill.runtime.cpu import Runtime
 
     runtime = Runtime(path, threads=1)
     cache = runtime.new_cache(context)

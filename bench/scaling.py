@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitdistill.runtime import Runtime
+from bitdistill.runtime.cpu import Runtime
 from measure import cores, machine, peak_growth, summary, table, write_json
 from random_models import SHAPES, Shape, write_packed_model
 

@@ -191,10 +191,10 @@ def _text(value: Any) -> str:
 
 def accuracy_of(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Right or wrong on each validation row, packed to bits."""
-    from bitdistill.evaluation import score_rows
-    from bitdistill.models import load_language_model, load_tokenizer
-    from bitdistill.refine import load_student
-    from bitdistill.tasks import load_rows, load_task
+    from bitdistill.data.tasks import load_rows, load_task
+    from bitdistill.evaluation.score import score_rows
+    from bitdistill.student.loading import load_language_model, load_tokenizer
+    from bitdistill.student.refine import load_student
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
     if config["task"] == "demo":
@@ -216,10 +216,10 @@ def accuracy_of(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 def perplexity_of(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Mean loss of each block of a text, and its perplexity."""
-    from bitdistill.corpus import token_blocks
-    from bitdistill.models import load_language_model, load_tokenizer
-    from bitdistill.refine import load_student
-    from bitdistill.scoring import block_losses
+    from bitdistill.data.corpus import token_blocks
+    from bitdistill.evaluation.scoring import block_losses
+    from bitdistill.student.loading import load_language_model, load_tokenizer
+    from bitdistill.student.refine import load_student
 
     wanted, stage = job["perplexity"], job["score"]
     if stage == "base":
@@ -289,7 +289,7 @@ def run(study: dict[str, Any], arguments: argparse.Namespace, path: Path) -> int
             shutil.rmtree(job["folder"])
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "deepspeed", "datasets", "bitdistill.trainer"])
+    context.set_forkserver_preload(["torch", "transformers", "deepspeed", "datasets", "bitdistill.training.trainer"])
     (arguments.folder / "shared").mkdir(parents=True, exist_ok=True)
     failures = 0
     with ProcessPoolExecutor(arguments.workers, mp_context=context, max_tasks_per_child=1) as pool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bitdistill.errors import UserError
-from bitdistill.models import load_language_model, load_tokenizer
+from bitdistill.student.loading import load_language_model, load_tokenizer
 
 
 def forget(model: torch.nn.Module, seed: int, keep_embedding: bool) -> torch.nn.Module:

@@ -71,18 +71,18 @@ def generate(
     if (prompt is None) == (prompts_file is None):
         got = "neither" if prompt is None else "both"
         raise UserError("prompt", expected="a prompt or --prompts_file", got=got, do="Give one of them.")
-    from bitdistill.sampling import Sampling
+    from bitdistill.runtime.sampling import Sampling
 
     path, sampling = packed_file(run_or_file), Sampling(**sampling)
     if device == "cpu":
-        from bitdistill.runtime import Runtime
+        from bitdistill.runtime.cpu import Runtime
 
         runtime = Runtime(path, threads, kv_cache, context)
     else:
         if prompts_file is not None or profile or threads is not None:
             got = f"{device} with --prompts_file, --profile or --threads"
             raise UserError("device", expected="cpu for these options", got=got, do="Leave one of them out.")
-        from bitdistill.runtime_cuda import CudaRuntime
+        from bitdistill.runtime.cuda import CudaRuntime
 
         runtime = CudaRuntime(path, device, context, kv_cache)
     if prompts_file is not None:
@@ -235,8 +235,8 @@ def _run_defaults(run: Path) -> dict:
 
 def _subject(run_or_file: str, setting: str | None, threads: int | None):
     """(name, model, tokenizer) of a setting: a Runtime on a packed file, or the full-precision model in torch."""
-    from bitdistill.models import load_language_model, load_tokenizer, packed_tokenizer
-    from bitdistill.runtime import Runtime
+    from bitdistill.runtime.cpu import Runtime
+    from bitdistill.student.loading import load_language_model, load_tokenizer, packed_tokenizer
 
     run = Path(run_or_file).expanduser()
     if setting not in (None, "BitDistill"):
@@ -254,8 +254,8 @@ def _subject(run_or_file: str, setting: str | None, threads: int | None):
 def _task_score(
     run_or_file: str, setting: str | None, options: dict, max_rows: int | None, threads: int | None
 ) -> dict:
-    from bitdistill.evaluation import metric_of, score_splits
-    from bitdistill.tasks import load_task, load_validation
+    from bitdistill.data.tasks import load_task, load_validation
+    from bitdistill.evaluation.score import metric_of, score_splits
 
     task = load_task(options["task"])
     splits, left_out = load_validation(task, options["validation_file"], options["extra_validation_files"], max_rows)
@@ -282,8 +282,8 @@ def _task_score(
 def _perplexity(
     run_or_file: str, setting: str | None, text: str, block_size: int, max_blocks: int | None, threads: int | None
 ) -> dict:
-    from bitdistill.corpus import token_blocks
-    from bitdistill.evaluation import text_perplexity
+    from bitdistill.data.corpus import token_blocks
+    from bitdistill.evaluation.score import text_perplexity
 
     run, settings = Path(run_or_file).expanduser(), [setting]
     if setting is None and run.is_dir():
@@ -311,8 +311,8 @@ def _lm_eval(
     max_rows: int | None,
     threads: int | None,
 ) -> dict:
-    from bitdistill.harness import harness_task, run_harness, stock_task
-    from bitdistill.tasks import BUILT_IN, encode_prompts, load_rows, load_task
+    from bitdistill.data.tasks import BUILT_IN, encode_prompts, load_rows, load_task
+    from bitdistill.evaluation.harness import harness_task, run_harness, stock_task
 
     names = [name.strip() for name in names.split(",") if name.strip()]
     ours = [name for name in names if (BUILT_IN / f"{name}.yaml").is_file() or Path(name).is_file()]
@@ -352,14 +352,14 @@ def report(run: str) -> None:
     Args:
         run: the run directory.
     """
-    from bitdistill.report import show_report
+    from bitdistill.reporting.report import show_report
 
     show_report(run)
 
 
 def env() -> None:
     """Prints versions of this project, Python, the libraries and the machine, for bug reports."""
-    from bitdistill.versions import versions
+    from bitdistill.reporting.versions import versions
 
     for name, version in versions().items():
         print(f"{name:<14} {version}")

@@ -12,7 +12,7 @@ from typing import Literal
 
 from bitdistill.distributed import launch
 from bitdistill.errors import UserError
-from bitdistill.quantizers import MANY_SCALES, WHOLE
+from bitdistill.student.quantizers import MANY_SCALES, WHOLE
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGE_CHOICES = Literal[

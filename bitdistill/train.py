@@ -21,27 +21,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitdistill import demo
-from bitdistill.annealing import Annealing
-from bitdistill.capture import attention_maps
 from bitdistill.config import RunConfig, TrainingConfig, parse_config
-from bitdistill.corpus import TokenStream
-from bitdistill.distill import Distillation, fine_tune
+from bitdistill.data import demo
+from bitdistill.data.corpus import TokenStream
+from bitdistill.data.tasks import encode, encode_prompts, load_rows, load_task, load_validation, show_example
 from bitdistill.distributed import launch, presets
 from bitdistill.distributed.checkpoint import full_state_dict
 from bitdistill.distributed.errors import Refusal
 from bitdistill.distributed.teacher import load_teacher
-from bitdistill.embeddings import FULL_PRECISION, embedding_format
 from bitdistill.errors import UserError
-from bitdistill.evaluation import score_splits, scores_json
-from bitdistill.export.packed import read_packed, write_packed
+from bitdistill.evaluation.score import score_splits, scores_json
+from bitdistill.evaluation.speed import full_precision_size, full_precision_speed, machine, packed_speed
+from bitdistill.evaluation.weight_only import CALIBRATION_TOKENS, METHODS, quantize_model, weight_only_size
 from bitdistill.export.parity import prove_parity
-from bitdistill.health import weight_histograms
-from bitdistill.layers import bit_linears, use_backward
-from bitdistill.models import load_language_model, load_tokenizer, tokenizer_settings
-from bitdistill.pretrain import pretrain
-from bitdistill.quantizers import CALIBRATED
-from bitdistill.refine import (
+from bitdistill.export.write import write_packed
+from bitdistill.reporting.report import show_report
+from bitdistill.reporting.versions import versions
+from bitdistill.runtime.cpu import Runtime
+from bitdistill.runtime.packed_file import read_packed
+from bitdistill.stages import AFTER, RunDirectory, file_identity
+from bitdistill.student.embeddings import FULL_PRECISION, embedding_format
+from bitdistill.student.layers import bit_linears, use_backward
+from bitdistill.student.loading import load_language_model, load_tokenizer, tokenizer_settings
+from bitdistill.student.quantizers import CALIBRATED
+from bitdistill.student.refine import (
     calibrate_gains,
     calibrate_inputs,
     load_student,
@@ -50,16 +53,14 @@ from bitdistill.refine import (
     student_record,
     tied_keys,
 )
-from bitdistill.report import show_report
-from bitdistill.runtime import Runtime
-from bitdistill.sharing import WeightCodes
-from bitdistill.speed import full_precision_size, full_precision_speed, machine, packed_speed
-from bitdistill.stages import AFTER, RunDirectory, file_identity
-from bitdistill.tasks import encode, encode_prompts, load_rows, load_task, load_validation, show_example
-from bitdistill.teacher_cache import Layout, TeacherCache, check_room, finish_cache, write_shards
-from bitdistill.trainer import capped_steps, collate_blocks, release, training_arguments
-from bitdistill.versions import versions
-from bitdistill.weight_only import CALIBRATION_TOKENS, METHODS, quantize_model, weight_only_size
+from bitdistill.student.sharing import WeightCodes
+from bitdistill.training.annealing import Annealing
+from bitdistill.training.capture import attention_maps
+from bitdistill.training.distill import Distillation, fine_tune
+from bitdistill.training.health import weight_histograms
+from bitdistill.training.pretrain import pretrain
+from bitdistill.training.teacher_cache import Layout, TeacherCache, check_room, finish_cache, write_shards
+from bitdistill.training.trainer import capped_steps, collate_blocks, release, training_arguments
 
 SETTINGS = {"FP16-SFT": "teacher", "BitNet-SFT": "baseline", "BitDistill": "distill"}
 NOT_A_RESULT = ("logging_steps", "save_steps", "health_steps")  # settings that do not change what a stage produces

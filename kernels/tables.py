@@ -7,7 +7,7 @@ training multiplies with. Scales belong to a row, or to 32 columns of it, so any
 
 with v the entry of largest magnitude among the 32, the first of equals: its sign puts it on -8, the code without a
 counterpart. A row or group whose scale is 0 has codes 0. Rounding is half to even, divisions are true ones, arithmetic is in
-fp32; the mean is summed in fp64 and rounded once. export/packed.py has the same in numpy, equal bit for bit.
+fp32; the mean is summed in fp64 and rounded once. export/write.py has the same in numpy, equal bit for bit.
 
 Shape suffixes: V rows, I columns, G groups of 32 columns.
 """

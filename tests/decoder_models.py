@@ -5,7 +5,7 @@ import numpy as np
 from bitdistill.kernels import packing
 from bitdistill.kernels.cpu.decoder import Layer, Model, Projection, Table
 from bitdistill.kernels.reference import quantize_weight
-from bitdistill.layers import BitLinear
+from bitdistill.student.layers import BitLinear
 
 GEMMA = "gemma3_text"
 

@@ -9,15 +9,21 @@ from torch.nn import functional as F
 from transformers import TrainerControl, TrainerState
 
 import tiny_students
-from bitdistill import layers, sharing
-from bitdistill.annealing import Annealing, annealing_at, set_annealing
 from bitdistill.config import parse_config
 from bitdistill.errors import UserError
 from bitdistill.kernels.reference import bit_linear, quantize_activation, quantize_weight, rms_norm
-from bitdistill.layers import BitLinear, GatedMLP, SubLN, bit_linears
-from bitdistill.quantizers import END_TEMPERATURE, START_TEMPERATURE, annealed_linear, soft_ternary, temperature_at
-from bitdistill.refine import save_student
-from bitdistill.sharing import WeightCodes
+from bitdistill.student import layers, sharing
+from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears
+from bitdistill.student.quantizers import (
+    END_TEMPERATURE,
+    START_TEMPERATURE,
+    annealed_linear,
+    soft_ternary,
+    temperature_at,
+)
+from bitdistill.student.refine import save_student
+from bitdistill.student.sharing import WeightCodes
+from bitdistill.training.annealing import Annealing, annealing_at, set_annealing
 
 
 def make_layer(subln=False, bias=False, I=24, O=16):

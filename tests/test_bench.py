@@ -19,8 +19,8 @@ import regressions
 import resident
 import roofline
 import scaling
-from bitdistill.export.packed import read_packed
 from bitdistill.kernels import packing
+from bitdistill.runtime.packed_file import read_packed
 from suite import side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]

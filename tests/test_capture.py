@@ -22,9 +22,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from bitdistill.capture import ATTENTION_NAME, AttentionCapture
 from bitdistill.errors import UserError
-from bitdistill.losses import BalancedGamma, cross_entropy, next_tokens, relation_loss
+from bitdistill.training.capture import ATTENTION_NAME, AttentionCapture
+from bitdistill.training.losses import BalancedGamma, cross_entropy, next_tokens, relation_loss
 
 torch.set_num_threads(1)
 
@@ -359,8 +359,8 @@ import deepspeed
 import torch
 sys.path.insert(0, sys.argv[1])
 from test_capture import PADDINGS, batch, tiny
-from bitdistill.capture import AttentionCapture
-from bitdistill.losses import BalancedGamma, cross_entropy, next_tokens, relation_loss
+from bitdistill.training.capture import AttentionCapture
+from bitdistill.training.losses import BalancedGamma, cross_entropy, next_tokens, relation_loss
 
 deepspeed.init_distributed("gloo")
 for stage in (0, 2, 3):

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bitdistill import corpus
-from bitdistill.corpus import TokenStream, token_blocks
+from bitdistill.data import corpus
+from bitdistill.data.corpus import TokenStream, token_blocks
 from bitdistill.errors import UserError
 
 DATA = Path(os.environ.get("BITDISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

@@ -10,10 +10,10 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoTokenizer
 
-from bitdistill import demo
-from bitdistill.corpus import SEPARATOR, TokenStream
-from bitdistill.refine import refine
-from bitdistill.tasks import encode, label_tokens, load_rows, load_task
+from bitdistill.data import demo
+from bitdistill.data.corpus import SEPARATOR, TokenStream
+from bitdistill.data.tasks import encode, label_tokens, load_rows, load_task
+from bitdistill.student.refine import refine
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,18 @@ from test_train import job, world  # noqa: F401 -- a fixture
 from transformers import AutoModelForCausalLM
 
 from bitdistill.config import ExportConfig, RefineConfig, RunConfig
-from bitdistill.embeddings import QuantizedEmbedding, QuantizedHead, embedding_format, quantize_embeddings
 from bitdistill.errors import UserError
-from bitdistill.export.packed import read_packed, write_packed
 from bitdistill.export.parity import prove_parity
-from bitdistill.head import head_weight
+from bitdistill.export.write import write_packed
 from bitdistill.kernels.tables import FORMATS, dequantize_rows, quantize_rows
-from bitdistill.losses import cross_entropy, next_tokens
-from bitdistill.pretrain import NextToken
-from bitdistill.refine import load_student, refine, save_student
-from bitdistill.runtime import Runtime
-from bitdistill.trainer import Counts
+from bitdistill.runtime.cpu import Runtime
+from bitdistill.runtime.packed_file import read_packed
+from bitdistill.student.embeddings import QuantizedEmbedding, QuantizedHead, embedding_format, quantize_embeddings
+from bitdistill.student.refine import load_student, refine, save_student
+from bitdistill.training.head import head_weight
+from bitdistill.training.losses import cross_entropy, next_tokens
+from bitdistill.training.pretrain import NextToken
+from bitdistill.training.trainer import Counts
 from tiny_students import CONFIGS, prompt
 
 torch.set_num_threads(1)

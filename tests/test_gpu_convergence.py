@@ -6,11 +6,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 pytest.importorskip("triton")
 
-from bitdistill import layers, sharing
 from bitdistill.kernels.gpu import bit_linear, matmul
-from bitdistill.layers import use_backward
-from bitdistill.refine import refine
-from bitdistill.sharing import WeightCodes
+from bitdistill.student import layers, sharing
+from bitdistill.student.layers import use_backward
+from bitdistill.student.refine import refine
+from bitdistill.student.sharing import WeightCodes
 
 STEPS = 50
 

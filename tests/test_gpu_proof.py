@@ -18,8 +18,8 @@ pytest.importorskip("triton", reason="triton exists for Linux only")
 import gpu_baselines
 import gpu_proof
 import gpu_timing
-from bitdistill import losses
 from bitdistill.kernels import reference
+from bitdistill.training import losses
 from gpu_timing import CudaTimer, Deadline, OutOfTime, Target, Timing, judge
 from random_models import SHAPES
 

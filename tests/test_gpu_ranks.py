@@ -21,11 +21,11 @@ from bitdistill.distributed import launch, presets
 
 launch.initialise("cpu")
 import ranks
-from bitdistill import layers, sharing
+from bitdistill.student import layers, sharing
 from bitdistill.kernels.gpu import bit_linear, matmul, quantize
-from bitdistill.losses import cross_entropy, next_tokens
-from bitdistill.refine import refine
-from bitdistill.trainer import Objective, StageTrainer, collate_blocks, release
+from bitdistill.training.losses import cross_entropy, next_tokens
+from bitdistill.student.refine import refine
+from bitdistill.training.trainer import Objective, StageTrainer, collate_blocks, release
 
 matmul.FP32_TILES = (matmul.Tile(128, 128, 128, 4, 1),)
 calls = {"quantize_weights": 0, "quantize_activation": 0, "int8_linear": 0}

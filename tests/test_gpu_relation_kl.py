@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from bitdistill import losses
 from bitdistill.kernels.gpu import relation_kl
 from bitdistill.kernels.gpu.relation_kl import relation_kl_rows, unsupported
-from bitdistill.losses import relation_loss
+from bitdistill.training import losses
+from bitdistill.training.losses import relation_loss
 
 torch.set_num_threads(1)
 

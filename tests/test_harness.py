@@ -13,15 +13,15 @@ from tokenizers import Tokenizer
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'bitdistill[eval]'")
 from lm_eval.api.instance import Instance
 
+from bitdistill.data.tasks import Task, encode_prompts, label_tokens, load_rows, load_task, prompt_texts
 from bitdistill.errors import UserError
-from bitdistill.evaluation import score_rows
-from bitdistill.export.packed import write_packed
-from bitdistill.harness import PackedLM, harness_model, harness_task, run_harness, stock_task
-from bitdistill.models import load_language_model, load_tokenizer, packed_tokenizer, tokenizer_settings
-from bitdistill.refine import refine
-from bitdistill.runtime import Runtime
-from bitdistill.scoring import classify, torch_logits
-from bitdistill.tasks import Task, encode_prompts, label_tokens, load_rows, load_task, prompt_texts
+from bitdistill.evaluation.harness import PackedLM, harness_model, harness_task, run_harness, stock_task
+from bitdistill.evaluation.score import score_rows
+from bitdistill.evaluation.scoring import classify, torch_logits
+from bitdistill.export.write import write_packed
+from bitdistill.runtime.cpu import Runtime
+from bitdistill.student.loading import load_language_model, load_tokenizer, packed_tokenizer, tokenizer_settings
+from bitdistill.student.refine import refine
 
 DATA = Path(os.environ.get("BITDISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 pytestmark = [
@@ -102,7 +102,7 @@ def test_long_continuations_and_texts(packed, monkeypatch):
     expected = logits.log_softmax(-1)[range(len(text)), text].sum().item()
     assert whole[0][0] == pytest.approx(expected, abs=1e-3)
     assert [greedy for _, greedy in whole[:2]] == [False, True]
-    monkeypatch.setattr("bitdistill.harness.ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr("bitdistill.evaluation.harness.ROWS_AT_A_TIME", 2)
     for (ours, greedy), (again, same) in zip(whole, model._loglikelihood_tokens(requests), strict=True):
         assert ours == pytest.approx(again, abs=1e-3)
         assert greedy == same
@@ -122,7 +122,7 @@ def test_generation_tasks_are_refused(teacher):
 
 
 def test_offline_it_says_what_to_do(tmp_path):
-    code = "from bitdistill.harness import stock_task; stock_task('arc_easy')"
+    code = "from bitdistill.evaluation.harness import stock_task; stock_task('arc_easy')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "UserError: lm_eval task arc_easy: expected its data from the hub" in done.stderr

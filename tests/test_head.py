@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 import ranks
-from bitdistill.distill import Answers, Distillation
 from bitdistill.distributed.teacher import Teacher
-from bitdistill.embeddings import quantize_embeddings
 from bitdistill.errors import UserError
-from bitdistill.head import head_weight, hidden_states, instead_of_logits
-from bitdistill.losses import cross_entropy, logits_distillation, next_tokens
-from bitdistill.pretrain import NextToken
-from bitdistill.trainer import Counts
+from bitdistill.student.embeddings import quantize_embeddings
+from bitdistill.training.distill import Answers, Distillation
+from bitdistill.training.head import head_weight, hidden_states, instead_of_logits
+from bitdistill.training.losses import cross_entropy, logits_distillation, next_tokens
+from bitdistill.training.pretrain import NextToken
+from bitdistill.training.trainer import Counts
 
 torch.set_num_threads(1)
 
@@ -194,8 +194,8 @@ from bitdistill.distributed.teacher import load_teacher
 launch.initialise("cpu")
 import torch
 from test_head import distillation
-from bitdistill.embeddings import quantize_embeddings
-from bitdistill.trainer import Counts
+from bitdistill.student.embeddings import quantize_embeddings
+from bitdistill.training.trainer import Counts
 
 found = {}
 for zero, offload, tokens, precision, embedding in json.loads(sys.argv[-3]):

@@ -11,9 +11,9 @@ from torch import nn
 
 import ranks
 import tiny_students
-from bitdistill import health
-from bitdistill.diagnosis import ADVICE, Diagnosis, gradient_ratio, rise_of_last_third
-from bitdistill.layers import BitLinear, SubLN, bit_linears
+from bitdistill.student.layers import BitLinear, SubLN, bit_linears
+from bitdistill.training import health
+from bitdistill.training.diagnosis import ADVICE, Diagnosis, gradient_ratio, rise_of_last_third
 
 # ------------------------------------------------------------------------------------------------------- measures
 
@@ -323,9 +323,9 @@ from pathlib import Path
 import torch
 import ranks
 from bitdistill.distributed import launch, presets
-from bitdistill.health import HealthLog
-from bitdistill.layers import bit_linears
-from bitdistill.refine import refine
+from bitdistill.training.health import HealthLog
+from bitdistill.student.layers import bit_linears
+from bitdistill.student.refine import refine
 from transformers import Trainer
 
 launch.initialise("cpu")

@@ -11,12 +11,12 @@ from torch import nn
 pytest.importorskip("triton")
 
 import tiny_students
-from bitdistill import backend, layers, sharing
 from bitdistill.kernels import reference
 from bitdistill.kernels.gpu import bit_linear, matmul
 from bitdistill.kernels.gpu import quantize as gpu_quantize
-from bitdistill.layers import BitLinear, GatedMLP, SubLN, bit_linears, use_backward
-from bitdistill.sharing import Siblings, WeightCodes
+from bitdistill.student import backend, layers, sharing
+from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears, use_backward
+from bitdistill.student.sharing import Siblings, WeightCodes
 
 
 @pytest.fixture(autouse=True)

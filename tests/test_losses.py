@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from bitdistill import losses
 from bitdistill.errors import UserError
-from bitdistill.losses import (
+from bitdistill.training import losses
+from bitdistill.training.losses import (
     BalancedGamma,
     common_split_heads,
     cross_entropy,

@@ -15,11 +15,12 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bitdistill.errors import UserError
-from bitdistill.export import packed as packed_file
-from bitdistill.export.packed import encode_int4, encode_int8, read_packed, write_packed
+from bitdistill.export.write import encode_int4, encode_int8, encode_ternary, write_packed
 from bitdistill.kernels.reference import quantize_weight
-from bitdistill.layers import bit_linears
-from bitdistill.refine import refine
+from bitdistill.runtime import packed_file
+from bitdistill.runtime.packed_file import read_packed
+from bitdistill.student.layers import bit_linears
+from bitdistill.student.refine import refine
 from tiny_students import CONFIGS, student
 
 TOKENIZER = Tokenizer(WordLevel({"ünicode": 0, "?": 1}, unk_token="?")).to_str().encode()
@@ -39,8 +40,8 @@ def rewritten(path, tensors=None, **changes):
         header = file.metadata()
     tensors = load_file(path) if tensors is None else tensors
     header.update({key: value for key, value in changes.items() if value is not None})
-    header["data_sha256"] = changes.get("data_sha256", packed_file._data_checksum(tensors))
-    header["config_sha256"] = changes.get("config_sha256", packed_file._config_checksum(header))
+    header["data_sha256"] = changes.get("data_sha256", packed_file.data_checksum(tensors))
+    header["config_sha256"] = changes.get("config_sha256", packed_file.config_checksum(header))
     save_file(
         tensors, path, metadata={key: value for key, value in header.items() if key not in changes or changes[key]}
     )
@@ -123,7 +124,7 @@ def test_embedding_codecs_against_plain_loops(table):
     back8 = packed_file.decode_rows(codes, scale)
     codes4, scale4 = encode_int4(table)
     back4 = packed_file.decode_int4(codes4, scale4)
-    codes1, scale1 = packed_file.encode_ternary(table)
+    codes1, scale1 = encode_ternary(table)
     assert (codes4.shape, scale4.shape) == (table.shape, (len(table), table.shape[1] // 32))
     for row in range(len(table)):
         step = np.float32(max(abs(x) for x in table[row])) / np.float32(127)

@@ -10,13 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitdistill.errors import UserError
-from bitdistill.export import compiled, parity, plain
-from bitdistill.export.packed import write_packed
+from bitdistill.export import parity
 from bitdistill.export.parity import prove_parity
+from bitdistill.export.write import write_packed
 from bitdistill.kernels.reference import quantize_weight
-from bitdistill.layers import bit_linears
-from bitdistill.refine import refine
-from bitdistill.runtime import Runtime
+from bitdistill.runtime import compiled, plain
+from bitdistill.runtime.cpu import Runtime
+from bitdistill.student.layers import bit_linears
+from bitdistill.student.refine import refine
 from tiny_students import CONFIGS, prompt, student
 
 DATA = Path(os.environ.get("BITDISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers import AutoModelForCausalLM
 
-from bitdistill.export import plain
-from bitdistill.export.packed import read_packed, write_packed
 from bitdistill.export.parity import _unrounded
+from bitdistill.export.write import write_packed
 from bitdistill.kernels import reference
-from bitdistill.layers import bit_linears
-from bitdistill.refine import refine
+from bitdistill.runtime import plain
+from bitdistill.runtime.packed_file import read_packed
+from bitdistill.student.layers import bit_linears
+from bitdistill.student.refine import refine
 from tiny_students import CONFIGS, prompt, student
 
 DATA = Path(os.environ.get("BITDISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

@@ -9,17 +9,24 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import tiny_students
-from bitdistill import quantizers
 from bitdistill.config import parse_config
 from bitdistill.errors import UserError
-from bitdistill.export.packed import write_packed
 from bitdistill.export.parity import prove_parity
-from bitdistill.health import measure, snapshot
+from bitdistill.export.write import write_packed
 from bitdistill.kernels.reference import bit_linear, quantize_activation, quantize_weight
-from bitdistill.layers import BitLinear, SubLN, bit_linears
-from bitdistill.quantizers import InputStatistics, awq_channel_scale, awq_codes, gptq_codes, gptq_factor, output_error
-from bitdistill.refine import calibrate_inputs, load_student, refine, save_student
-from bitdistill.sharing import WeightCodes
+from bitdistill.student import quantizers
+from bitdistill.student.layers import BitLinear, SubLN, bit_linears
+from bitdistill.student.quantizers import (
+    InputStatistics,
+    awq_channel_scale,
+    awq_codes,
+    gptq_codes,
+    gptq_factor,
+    output_error,
+)
+from bitdistill.student.refine import calibrate_inputs, load_student, refine, save_student
+from bitdistill.student.sharing import WeightCodes
+from bitdistill.training.health import measure, snapshot
 
 OTHERS = ("block", "gptq", "awq", "tequila", "seq")
 EXPORTED = ("gptq", "tequila", "seq")

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from bitdistill import plots, report
 from bitdistill.errors import UserError
+from bitdistill.reporting import plots, report
 
 LAYERS = 6
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -14,16 +14,19 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM
 
-from bitdistill import batching, runtime, scoring
 from bitdistill.errors import UserError
-from bitdistill.export.packed import read_packed, write_packed
-from bitdistill.export.plain import plain_logits
+from bitdistill.evaluation import scoring
+from bitdistill.export.write import write_packed
 from bitdistill.kernels.cpu.decoder import Decoder
-from bitdistill.refine import refine
-from bitdistill.runtime import Runtime
-from bitdistill.sampling import Sampler, Sampling
-from bitdistill.slots import Slots
-from bitdistill.text_stream import TextStream
+from bitdistill.runtime import batching
+from bitdistill.runtime import cpu as runtime
+from bitdistill.runtime.cpu import Runtime
+from bitdistill.runtime.packed_file import read_packed
+from bitdistill.runtime.plain import plain_logits
+from bitdistill.runtime.sampling import Sampler, Sampling
+from bitdistill.runtime.slots import Slots
+from bitdistill.runtime.text_stream import TextStream
+from bitdistill.student.refine import refine
 from tiny_students import CONFIGS, prompt, student
 
 DATA = Path(os.environ.get("BITDISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -629,7 +632,7 @@ def test_nothing_heavy_is_imported(tmp_path):
     write_packed(tmp_path / "s", model, tokenizer_json=tokenizer)
     script = f"""
 import sys
-from bitdistill.runtime import Runtime
+from bitdistill.runtime.cpu import Runtime
 r = Runtime(sys.argv[1], 1)
 print(r.logits([3, 4, 5]).shape, len(list(r.generate_ids([3, 4], 5))), flush=True)
 from bitdistill.cli import main

@@ -10,13 +10,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from bitdistill import runtime_cuda
 from bitdistill.errors import UserError
-from bitdistill.export.packed import write_packed
+from bitdistill.export.write import write_packed
 from bitdistill.kernels.gpu import decode_attention, decoder
-from bitdistill.refine import refine
-from bitdistill.runtime_cuda import CudaRuntime
-from bitdistill.sampling import Sampling
+from bitdistill.runtime import cuda as runtime_cuda
+from bitdistill.runtime.cuda import CudaRuntime
+from bitdistill.runtime.sampling import Sampling
+from bitdistill.student.refine import refine
 from tiny_students import CONFIGS, prompt, student
 
 

@@ -15,9 +15,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from bitdistill import sampling
 from bitdistill.errors import UserError
-from bitdistill.sampling import Sampler, Sampling
+from bitdistill.runtime import sampling
+from bitdistill.runtime.sampling import Sampler, Sampling
 
 INF = np.float32(np.inf)
 # Steps of 1/8, far above float noise, so that no threshold is met by rounding alone; and many ties.

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bitdistill.export.packed import decode_int4, decode_rows, encode_int4, encode_int8, encode_ternary
+from bitdistill.export.write import encode_int4, encode_int8, encode_ternary
 from bitdistill.kernels.numerics import EPSILON
 from bitdistill.kernels.tables import FORMATS, dequantize_rows, fake_quantize_rows, quantize_rows
+from bitdistill.runtime.packed_file import decode_int4, decode_rows
 
 ENCODE = {"int8": encode_int8, "int4": encode_int4, "ternary": encode_ternary}
 DECODE = {"int8": decode_rows, "int4": decode_int4, "ternary": decode_rows}

@@ -14,7 +14,7 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bitdistill import tasks
+from bitdistill.data import tasks
 from bitdistill.errors import UserError
 
 DATA = Path(os.environ.get("BITDISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -332,7 +332,7 @@ def test_missing_texts_are_named(tmp_path):
 
 def test_hub_out_of_reach(tmp_path):
     """In its own process: HF_HUB_OFFLINE is read at import. The message says what to do instead."""
-    code = "from bitdistill import tasks\ntasks.load_rows(tasks.load_task('sst2'))"
+    code = "from bitdistill.data import tasks\ntasks.load_rows(tasks.load_task('sst2'))"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "bitdistill.errors.UserError: dataset nyu-mll/glue" in done.stderr
@@ -433,7 +433,7 @@ def test_mnli_has_two_validation_splits(tmp_path):
 
 def test_both_splits_of_mnli_are_scored(tmp_path):
     """Each with its own interval, majority and paired differences; the main one stands where it always stood."""
-    from bitdistill.evaluation import score_splits, scores_json
+    from bitdistill.evaluation.score import score_splits, scores_json
 
     task, tokenizer = tasks.load_task("mnli"), real_tokenizer("models/base-6m")
     (tmp_path / "other").mkdir()
@@ -474,7 +474,7 @@ def test_any_labels_of_a_users_yaml(tmp_path):
     """Three text labels, of one, two and three words: likelihoods are sums over all tokens of a label."""
     import torch
 
-    from bitdistill.evaluation import score_rows
+    from bitdistill.evaluation.score import score_rows
 
     labels = {"up": "better", "level": "the same", "down": "worse by far"}
     settings = REVIEW | {"labels": labels, "prompt": "{sentence}\nTrend:"}

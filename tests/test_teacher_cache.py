@@ -16,16 +16,16 @@ from test_corpus import byte_tokenizer, texts, write
 from test_train import world  # noqa: F401 -- a fixture
 
 import ranks
-from bitdistill import teacher_cache
-from bitdistill.corpus import TokenStream
+from bitdistill.data.corpus import TokenStream
 from bitdistill.errors import UserError
-from bitdistill.head import head_distillation_top_k
 from bitdistill.kernels.vocabulary import linear_top_k
-from bitdistill.losses import cross_entropy, logits_distillation, next_tokens
-from bitdistill.pretrain import NextTokenDistillation
 from bitdistill.stages import RunDirectory
-from bitdistill.teacher_cache import Layout, TeacherCache, check_room, finish_cache, round_top_k, write_shards
-from bitdistill.trainer import Counts, collate_blocks
+from bitdistill.training import teacher_cache
+from bitdistill.training.head import head_distillation_top_k
+from bitdistill.training.losses import cross_entropy, logits_distillation, next_tokens
+from bitdistill.training.pretrain import NextTokenDistillation
+from bitdistill.training.teacher_cache import Layout, TeacherCache, check_room, finish_cache, round_top_k, write_shards
+from bitdistill.training.trainer import Counts, collate_blocks
 
 torch.set_num_threads(1)
 V, T = 64, 6
@@ -376,10 +376,10 @@ from bitdistill.distributed import checkpoint, launch, presets
 launch.initialise("cpu")
 import torch
 from test_corpus import byte_tokenizer
-from bitdistill.corpus import TokenStream
-from bitdistill.pretrain import pretrain
-from bitdistill.teacher_cache import Layout, TeacherCache, finish_cache, write_shards
-from bitdistill.trainer import release, training_arguments
+from bitdistill.data.corpus import TokenStream
+from bitdistill.training.pretrain import pretrain
+from bitdistill.training.teacher_cache import Layout, TeacherCache, finish_cache, write_shards
+from bitdistill.training.trainer import release, training_arguments
 from test_teacher_cache import big_model
 
 corpus, out = sys.argv[-2], Path(sys.argv[-1])
@@ -485,7 +485,8 @@ def test_two_ranks_micro_steps_and_resume(tmp_path):
 JOB = """
 import json, os, shutil, sys
 from pathlib import Path
-from bitdistill import teacher_cache, train
+from bitdistill import train
+from bitdistill.training import teacher_cache
 from bitdistill.distributed import launch
 from bitdistill.errors import UserError
 

@@ -8,10 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from bitdistill import weight_only
 from bitdistill.errors import UserError
-from bitdistill.export.packed import read_packed, write_packed
-from bitdistill.weight_only import dequantize, gptq, linear_bytes, quantize_model, round_to_nearest, weight_only_size
+from bitdistill.evaluation import weight_only
+from bitdistill.evaluation.weight_only import (
+    dequantize,
+    gptq,
+    linear_bytes,
+    quantize_model,
+    round_to_nearest,
+    weight_only_size,
+)
+from bitdistill.export.write import write_packed
+from bitdistill.runtime.packed_file import read_packed
 from tiny_students import CONFIGS, student
 
 

@@ -6,7 +6,7 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
-from bitdistill.refine import refine
+from bitdistill.student.refine import refine
 
 COMMON = {
     "vocab_size": 97,

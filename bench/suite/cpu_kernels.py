@@ -111,7 +111,7 @@ class Head:
         import torch
 
         with newer_than_some_commits():
-            from bitdistill.export.packed import encode_int4, encode_int8, encode_ternary
+            from bitdistill.export.write import encode_int4, encode_int8, encode_ternary
             from bitdistill.kernels import packing
             from bitdistill.kernels.cpu.tables import multiply_table
         torch.set_num_threads(1)

@@ -16,8 +16,9 @@ class Export:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         with newer_than_some_commits():
-            from bitdistill.export.packed import read_packed, write_packed
-            from bitdistill.refine import refine
+            from bitdistill.export.write import write_packed
+            from bitdistill.runtime.packed_file import read_packed
+            from bitdistill.student.refine import refine
         torch.manual_seed(0)
         torch.set_num_threads(1)
         config = LlamaConfig(
@@ -61,7 +62,7 @@ class Export:
     @shown("codes in the file that differ from the trained ones", "mismatches")
     def track_code_mismatches(self):
         from bitdistill.kernels.reference import quantize_weight
-        from bitdistill.layers import bit_linears
+        from bitdistill.student.layers import bit_linears
 
         packed = self.read()
         return sum(

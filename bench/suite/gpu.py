@@ -51,7 +51,7 @@ class BitLinear(_Pair):
     def setup(self, width):
         torch = gpu()
         with newer_than_some_commits():
-            from bitdistill.layers import BitLinear
+            from bitdistill.student.layers import BitLinear
         x = torch.randn(TOKENS, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(TOKENS, width, device="cuda", dtype=torch.bfloat16)
         layer = BitLinear(torch.nn.Linear(width, width, bias=False, device="cuda"))  # fp32 master
@@ -96,7 +96,7 @@ class Relation(_Pair):
     def setup(self):
         torch = gpu()
         with newer_than_some_commits():
-            from bitdistill.losses import relation_loss
+            from bitdistill.training.losses import relation_loss
         shape, options = (8, 16, 512, 128), {"device": "cuda", "dtype": torch.bfloat16}
         teacher = [torch.randn(shape, **options) for _ in range(3)]
         student = [(x + 0.1 * torch.randn_like(x)).requires_grad_() for x in teacher]
@@ -170,7 +170,7 @@ class Decode(_Student):
     def setup(self):
         torch = gpu()
         with newer_than_some_commits():
-            from bitdistill.runtime_cuda import CudaRuntime
+            from bitdistill.runtime.cuda import CudaRuntime
         from .runtime import full_precision
 
         self.open("2bit", "int8")

@@ -16,7 +16,7 @@ class BitLinear:
         import torch
 
         with newer_than_some_commits():
-            from bitdistill.layers import BitLinear
+            from bitdistill.student.layers import BitLinear
         torch.manual_seed(0)
         torch.set_num_threads(1)
         self.x, self.grad = torch.randn(TOKENS, width, requires_grad=True), torch.randn(TOKENS, width)

@@ -63,7 +63,7 @@ class Decode(_Student):
 
     def setup(self, packing):
         with newer_than_some_commits():
-            from bitdistill.runtime import Runtime
+            from bitdistill.runtime.cpu import Runtime
         self.open(packing, "int4")
         self.runtime = runtime = Runtime(self.path, threads=1)
         self.cache = runtime.new_cache(CONTEXT + 1)

@@ -10,7 +10,7 @@ from .side_by_side import ratio
 
 BARE = "pass"
 OURS = """
-from bitdistill.runtime import Runtime
+from bitdistill.runtime.cpu import Runtime
 print(next(Runtime({path!r}, threads=1).generate_ids([1, 2, 3], 1)))
 """
 THEIRS = """
@@ -29,7 +29,7 @@ def run(code):
 class Import:
     """A fresh process."""
 
-    params = ("bitdistill", "bitdistill.runtime")
+    params = ("bitdistill", "bitdistill.runtime.cpu")
     param_names = ("module",)
     number, repeat, warmup_time = 1, 5, 0
 
@@ -59,7 +59,7 @@ class FirstToken:
     def setup(self):
         with newer_than_some_commits():
             import random_models
-            from bitdistill.runtime import Runtime  # noqa: F401
+            from bitdistill.runtime.cpu import Runtime  # noqa: F401
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
         self.folder = tempfile.TemporaryDirectory()

@@ -14,7 +14,7 @@ def filled(folder, model, blocks=BLOCKS, block_size=TOKENS):
     import torch
 
     with newer_than_some_commits():
-        from bitdistill.teacher_cache import Layout, TeacherCache, finish_cache, write_shards
+        from bitdistill.training.teacher_cache import Layout, TeacherCache, finish_cache, write_shards
     layout = Layout(blocks, block_size, TOP_K, 1.0, model.config.vocab_size)
     tokens = torch.randint(0, model.config.vocab_size, (blocks, block_size), generator=torch.manual_seed(0))
     unfinished, finished = folder / "unfinished", folder / "cache"

@@ -23,12 +23,12 @@ class Step:
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
         with newer_than_some_commits():
-            from bitdistill.distill import Answers, Distillation
             from bitdistill.distributed.teacher import Teacher
-            from bitdistill.head import head_cross_entropy  # noqa: F401  (objectives with the head in the loss)
-            from bitdistill.pretrain import NextToken
-            from bitdistill.refine import refine
-            from bitdistill.trainer import Counts
+            from bitdistill.student.refine import refine
+            from bitdistill.training.distill import Answers, Distillation
+            from bitdistill.training.head import head_cross_entropy  # noqa: F401  (objectives with the head in the loss)
+            from bitdistill.training.pretrain import NextToken
+            from bitdistill.training.trainer import Counts
         torch.manual_seed(0)
         torch.set_num_threads(1)
         config = Qwen3Config(
@@ -48,7 +48,7 @@ class Step:
             objective = NextToken(model)
         elif stage == "pretrain with cached teacher":
             with newer_than_some_commits():
-                from bitdistill.pretrain import NextTokenDistillation
+                from bitdistill.training.pretrain import NextTokenDistillation
             self.folder = tempfile.TemporaryDirectory()
             cache, ids = filled(Path(self.folder.name), full.eval(), ROWS, TOKENS)
             labels = ids.clone()

@@ -1,4 +1,1 @@
-"""Files that a trained student leaves this project in, and the proof that they hold what was trained.
-
-packed.py writes and reads the packed file; parity.py loads one back and compares it with the model of training.
-"""
+"""From a student to a file, and the proof that the file equals what was trained."""

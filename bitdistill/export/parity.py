@@ -35,9 +35,9 @@ from pathlib import Path
 import numpy as np
 
 from bitdistill.errors import UserError
-from bitdistill.export.compiled import compiled_product
-from bitdistill.export.plain import TABLE_ROWS, plain_logits, plain_product, table_parts
-from bitdistill.runtime import Runtime
+from bitdistill.runtime.compiled import compiled_product
+from bitdistill.runtime.cpu import Runtime
+from bitdistill.runtime.plain import TABLE_ROWS, plain_logits, plain_product, table_parts
 
 MAX_PRODUCT = 1e-6
 MAX_UNROUNDED = 2e-4
@@ -130,7 +130,7 @@ def prove_parity(path: str | Path, model, prompts: Sequence[Sequence[int]]) -> d
 
 
 def _compare_weights(packed, model) -> None:
-    from bitdistill.layers import bit_linears
+    from bitdistill.student.layers import bit_linears
 
     layers = bit_linears(model)
     if list(layers) != list(packed.config.linears):
@@ -170,7 +170,7 @@ def _compare_tables(packed, model) -> None:
 
 def _compare_products(packed, model, ids: Sequence[int]) -> float:
     """The largest difference of a BitLinear's output, over the peak of its token, on the student's own activations."""
-    from bitdistill.layers import bit_linears
+    from bitdistill.student.layers import bit_linears
 
     behind_subln = {}  # layer name -> (T, I)
     worst = 0.0
@@ -219,7 +219,7 @@ def _tables_of(packed, model) -> Iterator[None]:
     """The student with the file's dequantised embedding (and LM head) inside the block."""
     import torch
 
-    from bitdistill.embeddings import FULL_PRECISION, embedding_format
+    from bitdistill.student.embeddings import FULL_PRECISION, embedding_format
 
     if embedding_format(model) != FULL_PRECISION:  # it multiplies with the file's codes and scales itself
         yield
@@ -242,7 +242,7 @@ def _unrounded(model) -> Iterator[None]:
     """Inside the block every BitLinear multiplies its activations as they are with the dequantised ternary weight."""
     from torch.nn import functional as F
 
-    from bitdistill.layers import bit_linears
+    from bitdistill.student.layers import bit_linears
 
     def forward_of(layer):
         def forward(x):

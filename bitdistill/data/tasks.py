@@ -1,0 +1,508 @@
+"""Tasks: from a row of data to prompt, answer, tokens, labels and mask.
+
+A task is causal language modelling on a short answer, with the prompt masked; there is no classification head. It is
+described by a small YAML file (recipes/tasks/*.yaml, or the user's own): a prompt template with {column} placeholders,
+and either label words (classification) or a target column (generation).
+
+Tokens are pinned here, so that training and scoring see the same ones:
+
+    input_ids = prompt_tokens + answer_tokens        labels = -100 for the prompt, answer_tokens for the answer
+
+* prompt_tokens: BOS where the tokenizer puts one before a text, then the rendered template. With ``chat: true`` and a
+  tokenizer that has a chat template, the rendered template is the user's turn, up to where the assistant starts.
+* answer_tokens: the tokens of " answer" as they are after a colon. Prompt and answer are tokenised apart and joined, so
+  no merge crosses the border; the colon keeps sentencepiece tokenizers from adding a second space. In a chat the answer
+  opens its turn and has no leading space.
+* Classification: the answer is the label word alone, without EOS. Scoring compares the likelihoods of the words; an EOS
+  would take half of the loss for a token that says nothing about the row. No word's tokens may begin another's.
+* Generation: the answer is the target and EOS.
+
+A row that is too long loses the end of ``truncate_column``'s text; the template around it and the answer stay whole. In
+classification the room for the answer is that of the longest word, so that the cut cannot give the label away.
+"""
+
+import csv
+import dataclasses
+import string
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import torch
+import yaml
+from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import HTTPError
+from torch import Tensor
+
+from bitdistill.errors import UserError
+
+IGNORED = -100  # the label of a token that is not learned: what torch's cross-entropy skips
+BUILT_IN = Path(__file__).parent.parent / "recipes" / "tasks"
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task. Checked when it is made.
+
+    Args:
+        name: how reports call it.
+        kind: "classification" or "generation".
+        prompt: template with {column} placeholders; a literal brace is doubled.
+        truncate_column: the placeholder whose text is cut when a row is too long.
+        label_column, labels: classification: the column, and its values (int or str) with the word that stands for
+            each. Values may share a word.
+        target_column: generation: the column with the text to be written.
+        max_new_tokens: generation: the longest answer, in tokens.
+        dataset, config, splits: where the hub has it; split name of ours -> split name there. Each whose name begins with
+            "validation" is scored; the one called so alone is the main one.
+        chat: put the prompt through the tokenizer's chat template, where it has one.
+
+    Raises:
+        UserError: a field is missing, or does not fit the others.
+    """
+
+    name: str
+    kind: str
+    prompt: str
+    truncate_column: str
+    label_column: str | None = None
+    labels: dict[int | str, str] = dataclasses.field(default_factory=dict)
+    target_column: str | None = None
+    max_new_tokens: int = 128
+    dataset: str | None = None
+    config: str | None = None
+    splits: dict[str, str] = dataclasses.field(default_factory=lambda: {"train": "train", "validation": "validation"})
+    chat: bool = False
+
+    def __post_init__(self):
+        for field, expected, right, do in self._rules():
+            if not right:
+                got = repr(getattr(self, field))
+                raise UserError(f"task {self.name}: {field}", expected=expected, got=got, do=do)
+
+    def _rules(self):
+        """(field, what is expected of it, whether it is so, what to do), one by one: each may rely on those before."""
+        kinds = ("classification", "generation")
+        yield "kind", " or ".join(kinds), self.kind in kinds, "Choose one."
+        plain = isinstance(self.prompt, str) and _placeholders(self.prompt)
+        yield (
+            "prompt",
+            "a text with placeholders like {sentence}",
+            plain,
+            "Name columns in braces; double other braces.",
+        )
+        bare = self.prompt == self.prompt.rstrip()
+        yield "prompt", "no white space at its end: the answer brings its own", bare, "Remove it."
+        known = self.truncate_column in self.columns
+        yield "truncate_column", f"one of the prompt's {self.columns}", known, "Name the column with the long text."
+        yield "splits", "split: name on the hub", isinstance(self.splits, dict), "Write {train: train}."
+        if self.kind == "generation":
+            yield "target_column", "a column", self.target_column, "Name the column to be written."
+            positive = type(self.max_new_tokens) is int and self.max_new_tokens > 0
+            yield "max_new_tokens", "a positive number", positive, "Say how long an answer may be."
+            return
+        yield "label_column", "a column", self.label_column, "Name the column of the labels."
+        yield "labels", "value: word", isinstance(self.labels, dict), "Write {0: bad, 1: good}."
+        words = all(isinstance(word, str) and word.strip() for word in self.labels.values())
+        yield "labels", "a word for each value", words, 'Quote words that YAML takes for something else: "yes".'
+        values = all(type(value) in (int, str) for value in self.labels)
+        yield "labels", "values that are numbers or texts", values, "Write the values as they are in the data."
+        yield "labels", "at least two different words", len(self.words) > 1, "Add the missing label."
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the prompt, in order of appearance."""
+        return list(dict.fromkeys(_placeholders(self.prompt)))
+
+    @property
+    def extra_validation(self) -> list[str]:
+        """The splits that are scored besides "validation"."""
+        return [split for split in self.splits if split.startswith("validation") and split != "validation"]
+
+    @property
+    def words(self) -> list[str]:
+        """The different label words, stripped, in the order of ``labels``; a label's index is its place here."""
+        return list(dict.fromkeys(word.strip() for word in self.labels.values()))
+
+
+def load_task(name_or_path: str) -> Task:
+    """A built-in task (sst2, mnli, qnli, cnndm) or the user's YAML file with the fields of ``Task``.
+
+    Raises:
+        UserError: no such task or file, no YAML mapping in it, unknown or missing keys, or what ``Task`` refuses.
+    """
+    path = BUILT_IN / f"{name_or_path}.yaml"
+    if not path.is_file():
+        path = Path(name_or_path)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.yaml")))
+        raise UserError(
+            "task", expected=f"one of {known}, or a YAML file", got=name_or_path, do="Check the name or path."
+        )
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"task file {path}", expected="YAML", got=str(error), do="Mend the file.") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"task file {path}", expected="keys and values", got=repr(settings), do="See recipes/tasks.")
+    settings.setdefault("name", path.stem)
+    fields = {field.name: field for field in dataclasses.fields(Task)}
+    if unknown := [str(key) for key in settings if key not in fields]:
+        raise UserError(
+            f"task file {path}",
+            expected=f"keys among {', '.join(fields)}",
+            got=", ".join(unknown),
+            do="Remove or rename.",
+        )
+    needed = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [key for key in needed if key not in settings]:
+        raise UserError(f"task file {path}", expected=", ".join(needed), got=f"no {', '.join(missing)}", do="Add it.")
+    return Task(**settings)
+
+
+def load_hub(dataset: str, config: str | None, split: str, *, streaming: bool, do: str):
+    """``datasets.load_dataset``, with what a user can get wrong said as a ``UserError`` that ends in ``do``.
+
+    Offline, the library itself gives up after five tries and about twenty seconds; a cached copy is used then.
+    """
+    try:
+        return datasets.load_dataset(dataset, config, split=split, streaming=streaming)
+    except (ConnectionError, FileNotFoundError, HTTPError) as error:
+        raise UserError(f"dataset {dataset}", expected="a dataset of the hub", got=str(error), do=do) from error
+    except ValueError as error:  # an unknown config or split: the message lists those that exist
+        raise UserError(
+            f"dataset {dataset}", expected=f"config {config}, split {split}", got=str(error), do=do
+        ) from error
+
+
+def load_rows(
+    task: Task, split: str = "train", file: str | None = None, limit: int | None = None, seed: int = 0
+) -> Dataset:
+    """The rows of one split, with all columns that the task needs, all labels known.
+
+    Args:
+        split: one of ``task.splits``; "train" and "validation" for every task.
+        file: a local .jsonl, .json, .csv, .tsv (tabs, no quoting) or .parquet file instead of the hub.
+        limit: keep so many rows, drawn with ``seed`` and left in their order; all when there are fewer.
+
+    Raises:
+        UserError: hub out of reach, unreadable or empty file, missing column, unknown label.
+    """
+    option = f"--extra_validation_files.{split}" if split in task.extra_validation else "--validation_file"
+    option = "--train_file" if split == "train" else option
+    if file is not None:
+        rows, source = _read_file(Path(file), option), str(file)
+    elif task.dataset is None:
+        raise UserError(
+            f"task {task.name}", expected="a local file", got="no dataset", do=f"Give a file with {option} FILE."
+        )
+    elif split not in task.splits:
+        raise UserError("split", expected=f"one of {', '.join(task.splits)}", got=split, do="Choose another split.")
+    else:
+        do = f"Or give a local file with {option} FILE (columns: {', '.join(_needed(task))})."
+        source = f"{task.dataset} {task.config or ''} {task.splits[split]}"
+        rows = load_hub(task.dataset, task.config, task.splits[split], streaming=False, do=do)
+    if missing := [column for column in _needed(task) if column not in rows.column_names]:
+        raise UserError(
+            f"{source}: columns", expected=", ".join(_needed(task)), got=", ".join(rows.column_names),
+            do=f"Rename {', '.join(missing)} in the data, or the columns in the task file.",
+        )  # fmt: skip
+    if len(rows) == 0:
+        raise UserError(source, expected="at least one row", got="none", do="Give a file with rows.")
+    if task.kind == "classification":
+        for number, value in enumerate(rows[task.label_column], start=1):
+            if value not in task.labels:
+                raise UserError(
+                    f"{source}: {task.label_column}", expected=f"one of {list(task.labels)}",
+                    got=f"{value!r} in row {number}", do="Mend the row, or add the value to the task's labels.",
+                )  # fmt: skip
+    if limit is not None and limit < 1:
+        raise UserError("limit", expected="at least 1", got=str(limit), do="Leave it out for all rows.")
+    if limit is not None and limit < len(rows):
+        generator = torch.Generator().manual_seed(seed)
+        rows = rows.select(sorted(torch.randperm(len(rows), generator=generator)[:limit].tolist()))
+    return rows
+
+
+def load_validation(
+    task: Task, file: str | None, extra_files: dict[str, str], limit: int | None = None, seed: int = 0
+) -> tuple[dict[str, Dataset], list[str]]:
+    """The rows of every validation split, "validation" first.
+
+    Args:
+        file: local rows of "validation"; then a further split is read from its own file or not at all: a hub that has the
+            one may be out of reach for a reason.
+        extra_files: local rows of further splits that the task names: {split: file}.
+        limit, seed: as in `load_rows`, for each split.
+
+    Returns: ({split: rows}, names of the splits that are left out for want of a file).
+
+    Raises:
+        UserError: a split that the task does not name, or what `load_rows` refuses.
+    """
+    extra = task.extra_validation
+    for split in extra_files:
+        if split not in extra:
+            raise UserError(
+                "extra_validation_files", expected=f"a split among {', '.join(extra)}" if extra else "none for this task",
+                got=split, do=f"Correct the name, or add it to the splits of the task {task.name}.",
+            )  # fmt: skip
+    left_out = [split for split in extra if file is not None and split not in extra_files]
+    wanted = {"validation": file} | {split: extra_files.get(split) for split in extra if split not in left_out}
+    return {split: load_rows(task, split, path, limit, seed) for split, path in wanted.items()}, left_out
+
+
+def _needed(task: Task) -> list[str]:
+    return [*task.columns, task.label_column if task.kind == "classification" else task.target_column]
+
+
+def _read_file(path: Path, option: str) -> Dataset:
+    """A local file as a Dataset."""
+    if not path.is_file():
+        raise UserError(option, expected="a file", got=str(path), do="Check the path.")
+    if path.suffix not in READERS:
+        raise UserError(option, expected=" ".join(READERS), got=path.name, do="Convert the file.")
+    options = {"keep_default_na": False} if READERS[path.suffix] == "csv" else {}  # "n/a" and "null" are texts
+    if path.suffix == ".tsv":
+        options |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    try:
+        return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
+    except StopIteration:  # what datasets makes of a JSON file without a row
+        raise UserError(
+            f"{option} {path}", expected="at least one row", got="none", do="Give a file with rows."
+        ) from None
+    except (DatasetGenerationError, ValueError) as error:
+        why = str(error.__cause__ or error).strip()
+        kind = f"rows that can be read as {READERS[path.suffix]}"
+        raise UserError(f"{option} {path}", expected=kind, got=why, do="Mend the file.") from error
+
+
+def label_tokens(task: Task, tokenizer) -> list[list[int]]:
+    """The answer tokens of each of ``task.words``.
+
+    Raises:
+        UserError: the tokens of one word begin another's, so that their likelihoods could not be told apart fairly.
+    """
+    tokens = _answers(task, tokenizer, task.words)
+    for word, ids in zip(task.words, tokens, strict=True):
+        for other, longer in zip(task.words, tokens, strict=True):
+            if word != other and longer[: len(ids)] == ids:
+                raise UserError(
+                    f"task {task.name}: labels", expected="words of which none begins another as tokens",
+                    got=f"{word!r} {ids} and {other!r} {longer}", do="Choose other words.",
+                )  # fmt: skip
+    return tokens
+
+
+def label_indices(task: Task, rows: Dataset) -> list[int]:
+    """The gold label of each row, as an index into ``task.words``."""
+    index = {value: task.words.index(word.strip()) for value, word in task.labels.items()}
+    return [index[value] for value in rows[task.label_column]]
+
+
+def pad_token(tokenizer) -> int:
+    """A token to fill up with: the tokenizer's own, or EOS, or 0. Padding is masked, so any would do."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def encode(task: Task, rows: Dataset, tokenizer, max_length: int) -> tuple[Dataset, dict]:
+    """Rows for training: ``input_ids`` and ``labels``, as the module's docstring pins them.
+
+    Args:
+        rows: from ``load_rows``, N of them.
+        tokenizer: a fast tokenizer.
+        max_length: the longest row, in tokens.
+
+    Returns: (Dataset with int32 lists ``input_ids`` and ``labels`` and their ``length``, in the order of ``rows``,
+        {"rows", "truncated", "longest_tokens", "tokens", "answer_tokens"}), for the caller to say.
+
+    Raises:
+        UserError: a missing text; an answer, or the template without its text, longer than ``max_length``.
+    """
+    ids = datasets.List(datasets.Value("int32"))
+    features = {"input_ids": ids, "labels": ids, "truncated": datasets.Value("bool")}
+    features |= {"tokens": datasets.Value("int32"), "answer_tokens": datasets.Value("int32")}
+    encoded = rows.map(
+        lambda batch, numbers: _encode_batch(task, batch, numbers, tokenizer, max_length),
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=datasets.Features(features),
+        keep_in_memory=True,  # 8 bytes a token; a cache would not see changes in this file, and ranks would race for it
+        new_fingerprint=uuid.uuid4().hex,  # saves hashing the tokenizer, seconds for a large one
+        desc=f"{task.name}: tokens",
+    )
+    encoded = encoded.rename_column("tokens", "length")  # the name by which transformers groups rows of like length
+    tokens = encoded["length"][:]
+    counts = {
+        "rows": len(encoded),
+        "truncated": sum(encoded["truncated"]),
+        "longest_tokens": max(tokens),
+        "tokens": sum(tokens),
+        "answer_tokens": sum(encoded["answer_tokens"]),
+    }
+    return encoded.select_columns(["input_ids", "labels", "length"]), counts
+
+
+def encode_prompts(task: Task, rows: Dataset, tokenizer, max_length: int) -> tuple[list[list[int]], int]:
+    """The prompts alone, for scoring: equal to ``encode``'s in classification.
+
+    In generation the room left for the answer is ``max_new_tokens``: the target's length is not known then.
+
+    Returns: (N token lists, how many were truncated).
+    """
+    classify = task.kind == "classification"
+    reserved = max(map(len, label_tokens(task, tokenizer))) if classify else task.max_new_tokens
+    batch = {column: rows[column][:] for column in task.columns}
+    room = [max_length - reserved] * len(rows)
+    prompts, cut = _prompts(task, batch, range(len(rows)), tokenizer, room, max_length)
+    return prompts, sum(cut)
+
+
+def collate(features: Sequence[dict], pad_token_id: int) -> dict[str, Tensor]:
+    """Right padding to the longest row.
+
+    Args:
+        features: B rows with lists ``input_ids`` and ``labels``; other keys are left out.
+
+    Returns: int64 (B, T): ``input_ids`` (padded with ``pad_token_id``), ``attention_mask`` (1 real, 0 padding),
+        ``labels`` (padded with -100).
+    """
+    length = max(len(row["input_ids"]) for row in features)
+
+    def pad(lists, value):
+        return torch.tensor([[*ids, *[value] * (length - len(ids))] for ids in lists], dtype=torch.int64)
+
+    return {
+        "input_ids": pad([row["input_ids"] for row in features], pad_token_id),
+        "attention_mask": pad([[1] * len(row["input_ids"]) for row in features], 0),
+        "labels": pad([row["labels"] for row in features], IGNORED),
+    }
+
+
+def show_example(task: Task, row: dict, tokenizer, max_length: int) -> str:
+    """What the model sees of one row: every token with its id, its label and whether it is learned."""
+    columns = _encode_batch(task, {key: [value] for key, value in row.items()}, [0], tokenizer, max_length)
+    row = {key: values[0] for key, values in columns.items()}
+    lines = [
+        f"task {task.name}: {row['tokens']} tokens, {row['answer_tokens']} of them learned"
+        + (f"; {task.truncate_column} was cut to fit {max_length}" if row["truncated"] else ""),
+        f"{'position':>8} {'input_id':>8} {'label':>8}  token",
+    ]
+    for i, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
+        mask = "masked" if label == IGNORED else str(label)
+        lines.append(f"{i:>8} {token:>8} {mask:>8}  {tokenizer.decode([token])!r}")
+    return "\n".join(lines)
+
+
+def _encode_batch(task: Task, batch: dict[str, list], numbers: Sequence[int], tokenizer, max_length: int) -> dict:
+    """Columns of rows -> columns of encoded rows; ``numbers`` are their places in the data, from 0, for messages."""
+    if task.kind == "classification":
+        words, gold = label_tokens(task, tokenizer), label_indices(task, batch)
+        answers, reserved = [words[g] for g in gold], [max(map(len, words))] * len(gold)
+    else:
+        targets = [_text(task, batch, task.target_column, i, n) for i, n in enumerate(numbers)]
+        answers = [[*ids, _eos(tokenizer)] for ids in _answers(task, tokenizer, targets)]
+        reserved = [len(ids) for ids in answers]
+    prompts, cut = _prompts(task, batch, numbers, tokenizer, [max_length - r for r in reserved], max_length)
+    return {
+        "input_ids": [p + a for p, a in zip(prompts, answers, strict=True)],
+        "labels": [[IGNORED] * len(p) + a for p, a in zip(prompts, answers, strict=True)],
+        "truncated": cut,
+        "tokens": [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)],
+        "answer_tokens": [len(a) for a in answers],
+    }
+
+
+def _placeholders(template: str) -> list[str]:
+    """The column names in braces; none where the template is malformed or has more than names in its braces."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError:
+        return []
+    names = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+    plain = all(name and not spec and not conversion and not set(name) & set(".[") for name, spec, conversion in names)
+    return [name for name, _, _ in names] if plain else []
+
+
+def _eos(tokenizer) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UserError("tokenizer", expected="an EOS token (the answer must end)", got="none", do="Set eos_token.")
+    return tokenizer.eos_token_id
+
+
+def _tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _is_chat(task: Task, tokenizer) -> bool:
+    return task.chat and bool(tokenizer.chat_template)
+
+
+def _answers(task: Task, tokenizer, texts: list[str]) -> list[list[int]]:
+    """The answer tokens of each text, without EOS."""
+    texts = [text.strip() for text in texts]
+    if _is_chat(task, tokenizer):
+        return _tokenize(tokenizer, texts)
+    colon, *after = _tokenize(tokenizer, [":", *(f": {text}" for text in texts)])
+    alone = _tokenize(tokenizer, [f" {text}" for text in texts])  # where " text" merges with the colon
+    return [a[len(colon) :] if a[: len(colon)] == colon else b for a, b in zip(after, alone, strict=True)]
+
+
+def _text(task: Task, batch, column: str, place: int, number: int) -> str:
+    value = batch[column][place]
+    if value is None or (column == task.target_column and not str(value).strip()):
+        raise UserError(column, expected="a text", got=f"{value!r} in row {number + 1}", do="Fill or drop the row.")
+    return str(value)
+
+
+def _prompts(
+    task: Task, batch, numbers, tokenizer, room: list[int], max_length: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Prompt tokens of a batch of columns, each no longer than its ``room``; and which were cut."""
+    rows = [{c: _text(task, batch, c, i, n) for c in task.columns} for i, n in enumerate(numbers)]
+    prompts = _render(task, rows, tokenizer)
+    cut = [len(ids) > fits for ids, fits in zip(prompts, room, strict=True)]
+    for i in (i for i, is_cut in enumerate(cut) if is_cut):
+        prompts[i] = _cut(task, rows[i], tokenizer, prompts[i], room[i], f"row {numbers[i] + 1}", max_length)
+    return prompts, cut
+
+
+def prompt_texts(task: Task, rows: Sequence[dict], tokenizer) -> list[str]:
+    """The rendered prompts, uncut, without BOS; in a chat up to where the assistant starts, with what the template writes."""
+    texts = [task.prompt.format_map(row) for row in rows]
+    if not _is_chat(task, tokenizer):
+        return texts
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    return [tokenizer.apply_chat_template(turn, **options) for turn in turns]
+
+
+def _render(task: Task, rows: list[dict], tokenizer) -> list[list[int]]:
+    texts = prompt_texts(task, rows, tokenizer)
+    if _is_chat(task, tokenizer):  # the template writes BOS itself
+        return _tokenize(tokenizer, texts)
+    bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+    return [bos + ids for ids in _tokenize(tokenizer, texts)]
+
+
+def _cut(task: Task, row: dict, tokenizer, prompt: list[int], room: int, where: str, max_length: int) -> list[int]:
+    """Shorten ``truncate_column`` at token borders until the prompt fits: repeated, for borders move with the cut."""
+    if not tokenizer.is_fast:
+        do = "Raise max_length, or take a fast tokenizer."
+        raise UserError("tokenizer", expected="a fast one, to cut rows that are too long", got="a slow one", do=do)
+    text = row[task.truncate_column]
+    while (excess := len(prompt) - room) > 0:
+        if not text:
+            raise UserError(
+                "max_length", expected=f"room for the template and the whole answer of {where}", got=str(max_length),
+                do=f"Set it to at least {max_length + excess}, or drop the row.",
+            )  # fmt: skip
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        kept = len(spans) - excess
+        text = text[: min(spans[kept][0], len(text) - 1)].rstrip() if kept > 0 else ""
+        [prompt] = _render(task, [{**row, task.truncate_column: text}], tokenizer)
+    return prompt

@@ -1,0 +1,1 @@
+"""What a model is worth: scores with intervals, speed, int4 to compare with."""

@@ -1,0 +1,104 @@
+"""Tokens per second of greedy decoding, one sequence, on this machine's CPU: full precision by transformers, the packed
+student by our own runtime. Medians with spread; compilation and the prompt are excluded.
+"""
+
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitdistill.runtime.cpu import Runtime
+from bitdistill.student.refine import PROJECTIONS
+
+REPEATS = 5
+
+
+def machine() -> str:
+    """The processor as its maker calls it, and how many cores this process may use."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def full_precision_size(folder: str | Path) -> dict[str, Any]:
+    """Bytes of a saved full-precision model as they lie on disk: the seven projections of each layer, and the file.
+
+    Returns: {"setting", "runner", "linear_bytes", "model_bytes", "bits_per_weight", "model_bits_per_parameter"}.
+    """
+    from safetensors import safe_open
+
+    files = sorted(Path(folder).glob("*.safetensors"))
+    linear_bytes = linear_weights = parameters = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 -- not a dict
+                tensor = tensors.get_tensor(name)
+                parameters += tensor.numel()
+                if name.split(".")[-2] in PROJECTIONS and tensor.dim() == 2:
+                    linear_weights += tensor.numel()
+                    linear_bytes += tensor.numel() * tensor.element_size()
+    model_bytes = sum(file.stat().st_size for file in files)
+    return {
+        "setting": "FP16-SFT",
+        "runner": "not measured",
+        "linear_bytes": linear_bytes,
+        "model_bytes": model_bytes,
+        "bits_per_weight": 8 * linear_bytes / linear_weights,
+        "model_bits_per_parameter": 8 * model_bytes / parameters,
+    }
+
+
+def _rates(decode, tokens: int) -> dict[str, Any]:
+    """Runs `decode(tokens) -> seconds` once to warm up, then REPEATS times."""
+    decode(min(4, tokens))
+    rates = [tokens / decode(tokens) for _ in range(REPEATS)]
+    return {"tokens_per_second": statistics.median(rates), "spread": [min(rates), max(rates)]}
+
+
+@torch.inference_mode()
+def full_precision_speed(folder: str | Path, prompt: list[int], tokens: int) -> dict[str, Any]:
+    """Decoding by transformers in fp32 and in bf16, whichever is faster on this CPU.
+
+    Args:
+        folder: a Hugging Face model. prompt: token ids. tokens: decoded per timing.
+
+    Returns: {"runner", "tokens_per_second", "spread"}.
+    """
+    from transformers import AutoModelForCausalLM
+
+    best: dict[str, Any] = {"tokens_per_second": 0.0}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+        def decode(count: int, model=model) -> float:
+            output = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+            started = time.perf_counter()
+            for _ in range(count):
+                token = output.logits[:, -1].argmax(-1, keepdim=True)
+                output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            return time.perf_counter() - started
+
+        rates = _rates(decode, tokens)
+        if rates["tokens_per_second"] > best["tokens_per_second"]:
+            best = {"runner": f"transformers, {str(dtype).removeprefix('torch.')}", **rates}
+    return best
+
+
+def packed_speed(runtime: Runtime, prompt: list[int], tokens: int) -> dict[str, Any]:
+    """Decoding by the packed runtime; fields as in `full_precision_speed`."""
+
+    def decode(count: int) -> float:
+        cache = runtime.new_cache(len(prompt) + count)
+        logits = runtime.logits(prompt, last_only=True, cache=cache)
+        started = time.perf_counter()
+        for _ in range(count):
+            logits = runtime.logits([int(logits[-1].argmax())], last_only=True, cache=cache)
+        return time.perf_counter() - started
+
+    return {"runner": f"bitdistill, {runtime.model.config.packing}", **_rates(decode, tokens)}

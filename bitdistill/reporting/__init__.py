@@ -1,0 +1,1 @@
+"""The report page, its plots, the versions a run was made with."""

@@ -1,0 +1,1 @@
+"""Inference from a packed file. Nothing here but cuda.py needs torch."""

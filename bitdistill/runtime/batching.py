@@ -1,0 +1,170 @@
+"""Continuous batching: many sequences, one step of the decoder at a time.
+
+A step is the last token of every sequence that is being continued, then pieces of prompts, up to ROWS_PER_STEP rows. A
+sequence that ends gives its slot to the next in the queue. One sequence alone goes through the same loop.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitdistill.runtime.sampling import Sampler
+from bitdistill.runtime.slots import Slots, common_prefix
+
+ROWS_PER_STEP = 256  # a prompt's piece: large enough for full speed, small enough that others need not wait long
+WORTH_WAITING = 16  # shared tokens for which a prompt waits until another, being computed now, can lend them
+
+
+@dataclass(eq=False)
+class Request:
+    """A sequence on its way. `ids` is the prompt and the answer so far."""
+
+    index: int
+    ids: list[int]
+    max_new_tokens: int
+    sampler: Sampler
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    slot: int = -1
+    stopped_by: str = ""
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.ids) - self.prompt_tokens
+
+
+@dataclass
+class Stats:
+    """What a call that generated or classified did. A step that computes tokens of a prompt counts as prompt time."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts, found in the KV cache
+    new_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0  # of the other steps, choosing of tokens included
+    decode_steps: int = 0
+    decoded_tokens: int = 0  # that these steps gave: the first token of an answer comes out of its prompt
+    kv_read_bytes: int = 0  # keys and values that these steps attended to
+    kv_cache_bytes: int = 0  # memory of the KV cache, for all slots and their whole capacity
+    weight_bytes: int = 0  # that a step reads, however many sequences share it
+    resident_bytes: int = 0  # `Runtime.resident_bytes` at the end
+    stopped_by: str = ""  # as in Answer, or "cancelled"; of several answers, the last one's
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return (self.prompt_tokens - self.cached_tokens) / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def read_bytes_per_token(self) -> float:
+        return (self.weight_bytes * self.decode_steps + self.kv_read_bytes) / max(self.decoded_tokens, 1)
+
+
+def run(
+    forward: Callable,
+    slots: Slots,
+    requests: Sequence[Request],
+    together: int,
+    context: int,
+    eos_token_ids: Sequence[int],
+    stats: Stats,
+) -> Iterator[tuple[Request, int | None]]:
+    """Every new token as (request, token), and (request, None) when a request has ended; its `stopped_by` says why.
+
+    Whoever iterates ends a request early by setting its `stopped_by`, and all of them by closing the iterator; their slots
+    are free then.
+
+    Args:
+        forward: ``(ids, slots, positions, cache, wanted) -> float32 (len(wanted), V)``, as `Decoder.forward`.
+        slots: with room for all that run at once.
+        requests: in the order in which they begin. together: so many at once.
+        context: positions that a sequence may have.
+        eos_token_ids: tokens that end a sequence and are not part of it.
+        stats: counts what is done.
+    """
+    waiting, active = deque(requests), []
+    try:
+        while waiting or active:
+            started = time.perf_counter()
+            _admit(waiting, active, slots, together, stats)
+            prompt_rows, ready = _step(forward, active, slots)
+            chosen = [(request, request.sampler.choose(logits)) for request, logits in ready]
+            _count(stats, slots, prompt_rows, ready, time.perf_counter() - started)
+            for request, token in chosen:
+                if token in eos_token_ids:
+                    request.stopped_by = "eos"
+                else:
+                    request.ids.append(token)
+                    stats.new_tokens += 1
+                    yield request, token
+                    if not request.stopped_by and request.new_tokens == request.max_new_tokens:
+                        request.stopped_by = "length"
+                    if not request.stopped_by and len(request.ids) > context:
+                        request.stopped_by = "context"
+                if request.stopped_by:
+                    active.remove(request)
+                    slots.give_back(request.slot)
+                    stats.stopped_by = request.stopped_by
+                    yield request, None
+    finally:
+        for request in active:
+            slots.give_back(request.slot)
+            stats.stopped_by = "cancelled"
+
+
+def _admit(waiting: deque[Request], active: list[Request], slots: Slots, together: int, stats: Stats) -> None:
+    """Moves requests from the queue into slots. One that shares its beginning with a prompt that is being computed waits
+    until that is done, and copies it."""
+    while waiting and len(active) < together:
+        request = waiting[0]
+        known = slots.shared(request.ids)
+        if any(common_prefix(other.ids, request.ids) > known + WORTH_WAITING for other in active):
+            return
+        request.slot, request.cached_tokens = slots.take(request.ids), known
+        stats.prompt_tokens += request.prompt_tokens
+        stats.cached_tokens += known
+        active.append(waiting.popleft())
+
+
+def _step(forward: Callable, active: list[Request], slots: Slots) -> tuple[int, list[tuple[Request, np.ndarray]]]:
+    """One call of the decoder.
+
+    Returns: how many rows were pieces of prompts; (request, logits (V,)) of those whose next token can be chosen now.
+    """
+    pending = [len(request.ids) - len(slots.ids[request.slot]) for request in active]
+    room = max(ROWS_PER_STEP - pending.count(1), 1)
+    ids, places, positions, pieces, ready, wanted = [], [], [], [], [], []
+    for request, count in zip(active, pending, strict=True):
+        first = len(slots.ids[request.slot])
+        taken = 1 if count == 1 else min(count, room)
+        room -= taken if count > 1 else 0
+        pieces.append(request.ids[first : first + taken])
+        ids += pieces[-1]
+        places += [request.slot] * taken
+        positions += range(first, first + taken)
+        if taken == count:
+            ready.append(request)
+            wanted.append(len(ids) - 1)
+    logits = forward(ids, places, positions, slots.cache, wanted)
+    prompt_rows = 0
+    for request, piece in zip(active, pieces, strict=True):
+        slots.ids[request.slot] += piece
+        prompt_rows += len(piece) if request.new_tokens == 0 else 0
+    return prompt_rows, list(zip(ready, logits, strict=True))
+
+
+def _count(stats: Stats, slots: Slots, prompt_rows: int, ready: list, seconds: float) -> None:
+    if prompt_rows:
+        stats.prompt_seconds += seconds
+    else:
+        stats.decode_seconds += seconds
+        stats.decode_steps += 1
+        stats.decoded_tokens += len(ready)
+        stats.kv_read_bytes += sum(slots.read_bytes(request.slot) for request, _ in ready)
+    stats.kv_cache_bytes = slots.cache.nbytes

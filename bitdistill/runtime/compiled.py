@@ -1,0 +1,89 @@
+"""A packed file as the compiled decoder's model: its arrays as they lie in the memory map, nothing copied or unpacked."""
+
+import numpy as np
+
+from bitdistill.kernels.cpu.activations import quantize_rows
+from bitdistill.kernels.cpu.decoder import Layer, Model, Projection, Table
+from bitdistill.kernels.cpu.matmul import ternary_accumulate
+from bitdistill.runtime.packed_file import PackedModel
+
+NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+)
+
+
+def decoder_model(packed: PackedModel) -> Model:
+    """The decoder's view of a packed file: its arrays as they lie in the memory map."""
+    config, tensors = packed.config, packed.tensors
+    kinds = sorted(set(config.rope))
+
+    def projection(name: str) -> Projection:
+        linear = config.linears[name]
+        return Projection(
+            weight=tensors[f"{name}.weight_packed"],
+            packing=config.packing,
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            weight_scale=tensors[f"{name}.weight_scale"],
+            bias=tensors.get(f"{name}.bias"),
+            subln=tensors.get(f"{name}.subln"),
+            subln_eps=linear.subln_eps,
+        )
+
+    def table(name: str) -> Table:
+        shape = (config.vocab_size, config.hidden_size)
+        if config.embedding == "fp16":
+            return Table("fp16", *shape, tensors[f"{name}.weight"])
+        kind = config.packing if config.embedding == "ternary" else config.embedding
+        return Table(kind, *shape, tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"])
+
+    def layer(index: int) -> Layer:
+        name = f"model.layers.{index}"
+        gain = {norm: tensors.get(f"{name}.{norm}.gain") for norm in NORMS}
+        gemma = config.model_type == "gemma3_text"  # its two further norms stand behind attention and MLP
+        return Layer(
+            input_norm=gain["input_layernorm"],
+            **{part: projection(f"{name}.self_attn.{part}_proj") for part in "qkvo"},
+            q_norm=gain["self_attn.q_norm"],
+            k_norm=gain["self_attn.k_norm"],
+            post_attention_norm=gain["post_attention_layernorm"] if gemma else None,
+            pre_mlp_norm=gain["pre_feedforward_layernorm" if gemma else "post_attention_layernorm"],
+            **{part: projection(f"{name}.mlp.{part}_proj") for part in ("gate", "up", "down")},
+            post_mlp_norm=gain["post_feedforward_layernorm"] if gemma else None,
+            rope=kinds.index(config.rope[index]),
+            window=config.window[index],
+        )
+
+    tables = [table(name) for name in config.tables()]
+    return Model(
+        layers=[layer(index) for index in range(config.num_hidden_layers)],
+        embedding=tables[0],
+        head=tables[-1],
+        final_norm=tensors["model.norm.gain"],
+        eps=config.rms_norm_eps,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        activation=config.activation,
+        attention_scale=config.attention_scale,
+        embedding_scale=config.embedding_scale,
+        ropes=[(tensors[f"rope.{kind}.inv_freq"], float(tensors[f"rope.{kind}.attention_scaling"])) for kind in kinds],
+    )
+
+
+def compiled_product(packed: PackedModel, name: str, x: np.ndarray) -> np.ndarray:
+    """One BitLinear behind its SubLN, by the compiled quantizer and product: float32 (N, I) -> (N, O).
+
+    Numerics: bit for bit `reference.bit_linear` on a CPU.
+    """
+    act_codes, act_scale = quantize_rows(x)
+    out_features = packed.config.linears[name].out_features
+    acc = ternary_accumulate(act_codes, packed.tensors[f"{name}.weight_packed"], packed.config.packing, out_features)
+    y = acc.astype(np.float32) * (act_scale * packed.tensors[f"{name}.weight_scale"])
+    bias = packed.tensors.get(f"{name}.bias")
+    return y if bias is None else y + bias

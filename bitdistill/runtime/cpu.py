@@ -1,0 +1,438 @@
+"""CPU inference from a packed student file: numpy, Numba and `tokenizers`; neither torch nor transformers is imported.
+
+    text -> ids -> slots of the KV cache, steps of many rows -> `Decoder` -> logits -> `Sampler` -> ids -> text
+
+The mathematics are kernels/cpu/decoder.py's, how requests share its steps is batching.py's, and slots.py knows what the
+KV cache holds already. Logits do not depend on what else is in a step, so an answer is the same alone and in company.
+
+The file is used from its memory map as it lies; nothing is unpacked or copied (`resident_bytes` counts what is).
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from bitdistill.errors import UserError
+from bitdistill.kernels.cpu.compilation import watch_compilation
+from bitdistill.kernels.cpu.decoder import Decoder, KVCache
+from bitdistill.runtime.batching import Request, Stats, run
+from bitdistill.runtime.compiled import decoder_model
+from bitdistill.runtime.packed_file import PackedModel, read_packed
+from bitdistill.runtime.sampling import Sampler, Sampling
+from bitdistill.runtime.slots import Slots
+from bitdistill.runtime.text_stream import TextStream
+
+KV_CACHES = ("bf16", "fp32", "int8")
+MAX_SLOTS = 16
+MIN_CAPACITY = 256  # positions of a KV cache at least; powers of two from there, for huge pages make all of it resident
+
+
+@dataclass
+class Answer:
+    """One finished sequence. `stopped_by`: "eos" | "length" | "context" | "stop"."""
+
+    index: int  # of its prompt
+    token_ids: list[int]
+    text: str | None  # None where the file has no tokenizer
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the KV cache
+    stopped_by: str
+
+
+@dataclass
+class Cache:
+    """The KV cache of one sequence that the caller feeds by hand, through `Runtime.logits`."""
+
+    keys_values: KVCache
+    length: int = 0  # positions in it
+
+    @property
+    def capacity(self) -> int:
+        return self.keys_values.capacity
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys_values.nbytes
+
+
+class Runtime:
+    """A student from a packed file.
+
+    Args:
+        path: a file of `export.write.write_packed`.
+        threads: all cores that the process may use by default.
+        kv_cache: how keys and values are kept: "bf16", "fp32" or "int8" (a scale for each position and head). What they
+            cost in KL is in export/parity.py; bf16 is the default because it does not mind the outliers in keys, either.
+        context: at most so many positions; the model's own limit by default.
+
+    Attributes:
+        model: the open file (`PackedModel`): config, metadata, tensors.
+        file_bytes: size of the file. weight_bytes: what a step reads of it, the packed linears and the LM head.
+        stats: `Stats` of the last call that generated or classified.
+
+    Raises:
+        UserError: the file cannot be used (see `read_packed`), or a setting is out of its range.
+
+    Not for several threads at once; several unfinished iterators are fine.
+    """
+
+    def __init__(
+        self, path: str | Path, threads: int | None = None, kv_cache: str = "bf16", context: int | None = None
+    ):
+        if threads is not None and threads < 1:
+            raise UserError("threads", expected="at least 1", got=str(threads), do="Leave it out to use all cores.")
+        if kv_cache not in KV_CACHES:
+            raise UserError("kv_cache", expected=f"one of {', '.join(KV_CACHES)}", got=repr(kv_cache), do="Correct it.")
+        self.model: PackedModel = read_packed(path)
+        longest = self.model.config.max_position_embeddings
+        if context is not None and not 1 <= context <= longest:
+            do = "Leave it out for the model's own context."
+            raise UserError("context", expected=f"1 to {longest:,} positions", got=f"{context:,}", do=do)
+        self.context = context or longest
+        self.kv_cache = kv_cache
+        self.threads = threads or usable_cores()
+        self.file_bytes = self.model.file_bytes
+        self._decoder_model = decoder_model(self.model)
+        self._decoder = Decoder(self._decoder_model, self.threads)
+        self._compiled = False
+        self._logits = np.empty((0, self.model.config.vocab_size), np.float32)
+        self._slots: Slots | None = None
+        self.stats = Stats()
+        head = self._decoder_model.head
+        self.weight_bytes = head.weight.nbytes + (0 if head.scale is None else head.scale.nbytes)
+        self.weight_bytes += sum(
+            self.model.tensors[f"{name}.weight_packed"].nbytes for name in self.model.config.linears
+        )
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the runtime holds in memory beside the file's own pages, the KV cache and the tokenizer: its scratch."""
+        return self._decoder.scratch_bytes + self._logits.nbytes
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """`tokenizers.Tokenizer`, or None when the file has none. Read when it is first asked for."""
+        text = self.model.tokenizer_json()
+        return Tokenizer.from_str(text) if text else None
+
+    # --- tokens -> logits ---------------------------------------------------------------------------------------------
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty KV cache for `capacity` positions of one sequence, for `logits`."""
+        return Cache(self._keys_values(1, capacity))
+
+    def _keys_values(self, slots: int, capacity: int) -> KVCache:
+        try:
+            return KVCache(self._decoder_model, slots, capacity, self.kv_cache)
+        except MemoryError as error:
+            raise UserError(
+                "context",
+                expected="a KV cache that fits into memory",
+                got=f"{slots} x {capacity:,} positions ({error})",
+                do='Give a smaller context, fewer slots, or kv_cache "int8".',
+            ) from error
+
+    def logits(self, input_ids: Sequence[int], last_only: bool = False, cache: Cache | None = None) -> np.ndarray:
+        """Next-token logits.
+
+        Args:
+            input_ids: T token ids that follow the positions in `cache`.
+            last_only: only those of the last position, which saves the LM head for the others.
+            cache: extended by T positions; without one the ids are a whole text.
+
+        Returns: float32 (T, V), or (1, V) for last_only.
+
+        Raises:
+            UserError: no ids, an id outside the vocabulary, or more positions than the context (or the cache).
+        """
+        ids = self._checked_ids(input_ids)
+        if cache is None and len(ids) <= self.context:
+            cache = self.new_cache(len(ids))
+        limit = self.context if cache is None else min(cache.capacity, self.context)
+        first = 0 if cache is None else cache.length
+        if first + len(ids) > limit:
+            raise UserError(
+                "prompt", expected=f"at most {limit} tokens", got=str(first + len(ids)), do="Shorten the text."
+            )
+        wanted = [len(ids) - 1] if last_only else None
+        positions = range(first, first + len(ids))
+        logits = self._forward(ids, [0] * len(ids), positions, cache.keys_values, wanted, fresh=True)
+        cache.length += len(ids)
+        return logits
+
+    def classify(
+        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], progress: Callable = iter
+    ) -> np.ndarray:
+        """How likely each label is after each prompt: ``sum_t log p(label_t | prompt, label_<t)``.
+
+        One pass for a prompt, plus its labels' tokens but the last where they have several. Prompts are taken in the
+        order of their ids, so that each computes only what it does not share with the one before.
+
+        Args:
+            prompts: N token lists. labels: L token lists.
+            progress: wraps the iteration over prompts, such as tqdm.
+
+        Returns: log-likelihoods float64 (N, L), natural logarithm.
+
+        Raises:
+            UserError: an empty prompt or label, an id outside the vocabulary, or a prompt that does not fit with a label.
+        """
+        labels = [self._checked_ids(label, "label") for label in labels]
+        prompts = [self._checked_prompt(ids, self.context + 1 - max(map(len, labels), default=1)) for ids in prompts]
+        likelihoods = np.zeros((len(prompts), len(labels)))
+        if likelihoods.size == 0:
+            return likelihoods
+        longest = max(map(len, prompts)) + max(map(len, labels)) - 1
+        slots = self._slots_for(1, longest)
+        stats = self.stats = Stats(weight_bytes=self.weight_bytes)
+        openings = sorted({tuple(label[:-1]) for label in labels if len(label) > 1})
+        started = time.perf_counter()
+        for index in progress(sorted(range(len(prompts)), key=lambda i: prompts[i])):
+            ids = prompts[index]
+            slot = slots.take(ids)
+            try:
+                known = len(slots.ids[slot])
+                first = self._feed(slots, slot, ids[known:], last_only=True)
+                slots.ids[slot] = list(ids)
+                after = {(): log_softmax(first)}
+                for opening in openings:  # each from the end of the prompt again: the one before is overwritten
+                    rows = self._feed(slots, slot, opening, last_only=False)
+                    after[opening] = np.concatenate([after[()], log_softmax(rows)])
+            finally:
+                slots.give_back(slot)
+            for column, label in enumerate(labels):
+                likelihoods[index, column] = after[tuple(label[:-1])][np.arange(len(label)), label].sum()
+            stats.prompt_tokens += len(ids)
+            stats.cached_tokens += known
+        stats.prompt_seconds = time.perf_counter() - started
+        return likelihoods
+
+    def _forward(self, ids, slots, positions, cache: KVCache, wanted: list[int] | None, fresh: bool = False):
+        """`Decoder.forward`, into memory that the next call overwrites unless it is to be `fresh`: 600 KB for every token
+        would cost their page faults. The first call says so when it has to be compiled."""
+        rows, out = len(ids) if wanted is None else len(wanted), None
+        if not fresh:
+            if len(self._logits) < rows:
+                self._logits = np.empty((rows, self.model.config.vocab_size), np.float32)
+            out = self._logits[:rows]
+        with contextlib.nullcontext() if self._compiled else watch_compilation(_say_compiling):
+            logits = self._decoder.forward(ids, slots, positions, cache, wanted, out=out)
+        self._compiled = True
+        return logits
+
+    def _feed(self, slots: Slots, slot: int, ids: Sequence[int], last_only: bool) -> np.ndarray:
+        """Logits of ids that follow what is in a slot; `slots.ids` is left to the caller."""
+        first, rows = len(slots.ids[slot]), len(ids)
+        wanted = [rows - 1] if last_only else None
+        return self._forward(ids, [slot] * rows, range(first, first + rows), slots.cache, wanted)
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    def generate_ids(
+        self, prompt_ids: Sequence[int], max_new_tokens: int = 128, sampling: Sampling | None = None
+    ) -> Iterator[int]:
+        """Continues a prompt, token by token; an end-of-text token ends it and is not yielded.
+
+        Args:
+            prompt_ids: token ids.
+            max_new_tokens: upper bound; the context is another (then `stats.stopped_by` is "context").
+            sampling: how tokens are chosen; greedy by default.
+
+        Raises:
+            UserError: a prompt longer than the context, or settings out of range.
+        """
+        request = self._request(0, prompt_ids, max_new_tokens, sampling or Sampling())
+        for _, token in self._run([request], 1):
+            if token is not None:
+                yield token
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """As `generate_ids`, in pieces of text: whole characters, nothing of a stop string (see text_stream.py).
+
+        Args:
+            prompt: text (encoded with the tokenizer's special tokens) or token ids.
+            stop: a string, or several, that end the answer; they are not part of it.
+
+        Raises:
+            UserError: as `generate_ids`, or the file has no tokenizer.
+        """
+        tokenizer = self._needed_tokenizer()
+        request = self._request(0, self._encoded(prompt), max_new_tokens, sampling or Sampling())
+        stream = TextStream(tokenizer, request.ids, _words(stop))
+        for _, token in self._run([request], 1):
+            piece = stream.finish() if token is None else stream.feed(token)
+            if stream.stopped:
+                request.stopped_by = "stop"
+            if piece:
+                yield piece
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        slots: int = 8,
+    ) -> Iterator[Answer]:
+        """Continues many prompts, `slots` at a time; as one ends the next one joins. Answers come as they are finished.
+
+        Each is what `generate_ids` gives alone, with the seed ``sampling.seed + index``.
+
+        Args:
+            prompts: texts or token ids. slots: 1 to 16; each takes memory for its part of the KV cache.
+            max_new_tokens, sampling, stop: as in `generate`.
+
+        Raises:
+            UserError: as `generate`, before anything is computed; texts for a file without a tokenizer.
+        """
+        if not 1 <= slots <= MAX_SLOTS:
+            raise UserError("slots", expected=f"1 to {MAX_SLOTS}", got=str(slots), do="Correct it.")
+        sampling = sampling or Sampling()
+        requests = [
+            self._request(index, self._encoded(prompt), max_new_tokens, replace(sampling, seed=sampling.seed + index))
+            for index, prompt in enumerate(prompts)
+        ]
+        if _words(stop):
+            self._needed_tokenizer()
+        streams = [self.tokenizer and TextStream(self.tokenizer, request.ids, _words(stop)) for request in requests]
+        texts = ["" for _ in requests]
+        for request, token in self._run(requests, slots):
+            if stream := streams[request.index]:
+                texts[request.index] += stream.finish() if token is None else stream.feed(token)
+                if stream.stopped:
+                    request.stopped_by = "stop"
+            if token is None:
+                yield Answer(
+                    request.index,
+                    request.ids[request.prompt_tokens :],
+                    texts[request.index] if stream else None,
+                    request.prompt_tokens,
+                    request.cached_tokens,
+                    request.stopped_by,
+                )
+
+    def _run(self, requests: Sequence[Request], together: int) -> Iterator[tuple[Request, int | None]]:
+        """`batching.run` in slots that fit."""
+        self.stats = Stats(weight_bytes=self.weight_bytes)
+        if not requests:
+            return
+        # The last token is never fed: its keys would serve the one after it.
+        positions = max(len(request.ids) + request.max_new_tokens - 1 for request in requests)
+        slots = self._slots_for(min(together, len(requests)), min(positions, self.context))
+        eos = self.model.config.eos_token_ids
+        try:
+            yield from run(self._forward, slots, requests, together, self.context, eos, self.stats)
+        finally:
+            self.stats.resident_bytes = self.resident_bytes
+
+    def _slots_for(self, count: int, positions: int) -> Slots:
+        """Slots with room for `count` more sequences of `positions`: those at hand, or a larger cache that remembers what
+        they hold. An unfinished iterator goes on in its own."""
+        if self._slots is None or not self._slots.fits(count, positions):
+            capacity = min(self.context, max(MIN_CAPACITY, 1 << (positions - 1).bit_length()))
+            larger = Slots(self._keys_values(count, capacity), self.model.config.window)
+            if self._slots is not None:
+                larger.remember(self._slots)
+            self._slots = larger
+        return self._slots
+
+    def profile(self, context: int, repeats: int = 20) -> dict[str, float]:
+        """Seconds by part (`Decoder.profile`) of a decoding step behind `context` positions: the fastest of some repeats."""
+        cache = self.new_cache(context + 1)
+        if context:
+            self.logits([0] * context, last_only=True, cache=cache)
+        step = ([0], [0], [context], cache.keys_values)
+        return min((self._decoder.profile(*step) for _ in range(repeats)), key=lambda parts: sum(parts.values()))
+
+    def close(self) -> None:
+        """Ends the decoder's threads and drops the KV cache. Garbage collection does it, too."""
+        self._decoder.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops the KV cache and what it remembers of earlier prompts."""
+        self._slots = None
+
+    # --- checks -------------------------------------------------------------------------------------------------------
+
+    def _request(self, index: int, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Request:
+        if max_new_tokens < 1:
+            raise UserError("max_new_tokens", expected="at least 1", got=str(max_new_tokens), do="Correct it.")
+        ids = self._checked_prompt(prompt_ids, self.context)
+        sampler = Sampler(sampling, ids, self.model.config.vocab_size)
+        return Request(index, ids, max_new_tokens, sampler, prompt_tokens=len(ids))
+
+    def _checked_prompt(self, prompt_ids: Sequence[int], limit: int) -> list[int]:
+        ids = self._checked_ids(prompt_ids)
+        if len(ids) > limit:
+            raise UserError("prompt", expected=f"at most {limit} tokens", got=str(len(ids)), do="Shorten the text.")
+        return ids
+
+    def _checked_ids(self, input_ids: Sequence[int], field: str = "prompt") -> list[int]:
+        ids = np.asarray(input_ids, np.int64).reshape(-1)
+        vocabulary = self.model.config.vocab_size
+        if len(ids) == 0:
+            raise UserError(field, expected="at least one token", got="none", do="Give a text.")
+        bad = ids[(ids < 0) | (ids >= vocabulary)]
+        if len(bad):
+            do = "Use this student's tokenizer."
+            raise UserError(field, expected=f"token ids below {vocabulary}", got=str(bad[0]), do=do)
+        return ids.tolist()
+
+    def _encoded(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        return self._needed_tokenizer().encode(prompt).ids if isinstance(prompt, str) else prompt
+
+    def _needed_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(
+                "file",
+                expected="a packed file with a tokenizer",
+                got=f"{self.model.path} without one",
+                do="Use generate_ids, or export it again with the tokenizer.",
+            )
+        return self.tokenizer
+
+
+def _say_compiling(_name: str) -> None:
+    """Once a process; some seconds of silence would look like a hang."""
+    if not _say_compiling.said:
+        print("bitdistill: compiles its CPU kernels, once on this machine ...", file=sys.stderr, flush=True)
+    _say_compiling.said = True
+
+
+_say_compiling.said = False
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last dimension, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _words(stop: str | Sequence[str]) -> list[str]:
+    return [stop] if isinstance(stop, str) else list(stop)

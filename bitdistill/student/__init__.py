@@ -1,0 +1,1 @@
+"""What a ternary model is: layers, quantizers, embeddings, surgery, loading."""

@@ -1,0 +1,130 @@
+"""Loading full-precision language models and tokenizers, from a local folder or the hub, with errors a user can act on."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bitdistill.errors import UserError
+
+# The text decoders whose blocks share the seven projection names, checked by tests/test_refine.py.
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def check_family(config) -> None:
+    """Raises UserError when the model type is not one that stage 1 knows how to convert."""
+    if config.model_type not in FAMILIES:
+        hint = "Take the text model of the family (for Gemma3: a gemma3_text checkpoint)."
+        raise UserError(
+            "model", expected=f"a model_type among {', '.join(FAMILIES)}", got=repr(config.model_type), do=hint
+        )
+
+
+def _from_hub(what: str, name: str, load):
+    """Runs ``load()`` and turns what the Hugging Face libraries raise for an absent model into a UserError."""
+    if "/" in str(name) and str(name).startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise UserError(what, expected="an existing folder or a hub id", got=f"{name} (no such folder)", do="Check it.")
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            what,
+            expected="a local folder with config.json, model.safetensors and a tokenizer, or a reachable hub id",
+            got=f"{name} ({first_line})",
+            do="Without a network give a local folder: --model /path/to/folder.",
+        ) from error
+
+
+def load_language_model(name_or_path: str | Path, dtype: torch.dtype | str = torch.float32) -> nn.Module:
+    """A causal language model with sdpa attention, of one of FAMILIES.
+
+    Args:
+        name_or_path: a local Hugging Face folder or a hub id.
+        dtype: of every parameter; "auto": as they are stored.
+
+    Raises:
+        UserError: the folder or hub id cannot be read, the family is unknown, or the folder holds a ternary student.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _from_hub("model", name_or_path, lambda: AutoConfig.from_pretrained(name_or_path))
+    check_family(config)
+    if getattr(config, "bitdistill", None):
+        raise UserError(
+            "model",
+            expected="a full-precision model",
+            got=f"{name_or_path}, a ternary student of this project",
+            do="Give the base model, or --student to start stage 3 from this student.",
+        )
+    return _from_hub(
+        "model",
+        name_or_path,
+        lambda: AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa"),
+    )
+
+
+def load_tokenizer(name_or_path: str | Path):
+    """The tokenizer of a model folder or hub id; a missing pad token becomes the end-of-text token.
+
+    Raises:
+        UserError: it cannot be read, or it has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would build an empty tokenizer from the model type alone, without a word
+        raise UserError(
+            "tokenizer", expected=f"one of {', '.join(TOKENIZER_FILES)}", got=f"{folder} with none", do="Copy it there."
+        )
+    tokenizer = _from_hub("tokenizer", name_or_path, lambda: AutoTokenizer.from_pretrained(name_or_path))
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "tokenizer",
+            expected="an eos_token, which ends answers and separates documents",
+            got=f"{name_or_path} without one",
+            do="Set eos_token in tokenizer_config.json.",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_same_vocabulary(teacher_config, student_config) -> None:
+    """Raises UserError when logits of teacher and student cannot be compared word by word."""
+    if teacher_config.vocab_size != student_config.vocab_size:
+        raise UserError(
+            "teacher",
+            expected=f"the student's vocabulary of {student_config.vocab_size} words",
+            got=f"{teacher_config.vocab_size} words",
+            do="Logits distillation needs one tokenizer: take a teacher of the same family.",
+        )
+
+
+def packed_tokenizer(packed):
+    """The tokenizer inside a packed file (runtime.packed_file.PackedModel), as a transformers tokenizer.
+
+    Raises:
+        UserError: the file has none.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    text = packed.tokenizer_json()
+    if text is None:
+        raise UserError("file", expected="a packed file with a tokenizer", got=str(packed.path), do="Export it again.")
+    special = {name: value for name, value in packed.metadata.get("tokenizer", {}).items() if value is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), **special)
+
+
+def tokenizer_settings(tokenizer) -> dict[str, str | None]:
+    """What `packed_tokenizer` needs besides tokenizer.json: special tokens and the chat template."""
+    names = ("bos_token", "eos_token", "pad_token", "chat_template")
+    return {name: getattr(tokenizer, name) for name in names}

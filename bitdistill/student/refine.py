@@ -1,0 +1,363 @@
+"""Stage 1, modeling refinement: surgery on a Hugging Face model, in place, without forked modelling code.
+
+    Y = X + SubLN(concat(heads)) W_o          X' = Y + SubLN((Y W_up) * act(Y W_gate)) W_down
+
+Each of the seven projections of a decoder layer becomes a BitLinear, and an extra RMSNorm (SubLN) stands before o_proj and
+down_proj (the paper's two, `norms="two"`) or before all seven (the authors' code, `norms="all"`). The MLP around three of
+them becomes a GatedMLP: the same computation, which a GPU may fuse. Embedding and LM head stay in full precision, or are
+quantized, too (embeddings.py). Everything else, the model's own norms and biases, stays as it is. The config remembers the
+surgery, so that a saved student is loaded by building, converting, and then filling it strictly: `from_pretrained` alone
+would drop the SubLN gains with a mere warning.
+
+Source: BitNet Distillation, arXiv 2510.13998, section 3.1.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bitdistill.errors import UserError
+from bitdistill.student.embeddings import FULL_PRECISION, quantize_embeddings
+from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears
+from bitdistill.student.loading import check_family
+from bitdistill.student.quantizers import InputStatistics, awq_channel_scale, check_quantizer, gptq_factor
+from bitdistill.student.sharing import Siblings
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # given the same tensor by every family
+SUBLN_BEFORE = {"two": ("o_proj", "down_proj"), "all": PROJECTIONS, "none": ()}
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What the surgery did: counts to be said aloud."""
+
+    ternary: int
+    kept: tuple[str, ...]
+    sublns: int
+    biases: int
+    ternary_weights: int
+    parameters: int
+    embedding: str = FULL_PRECISION
+
+    def __str__(self) -> str:
+        total = self.ternary + len(self.kept)
+        kept = f", kept in full precision: {', '.join(self.kept)}" if self.kept else ""
+        kept += "" if self.embedding == FULL_PRECISION else f", embedding and LM head {self.embedding}"
+        share = 100 * self.ternary_weights / self.parameters
+        return (
+            f"{self.ternary} of {total} linears ternary{kept}; {self.sublns} SubLN added; {self.biases} biases kept; "
+            f"{self.ternary_weights:,} of {self.parameters:,} parameters ({share:.1f} %) are ternary"
+        )
+
+
+def refine(
+    model: nn.Module,
+    norms: str = "two",
+    gains: dict[str, float] | None = None,
+    subln_eps: float | None = None,
+    embedding: str = FULL_PRECISION,
+    weight_quantizer: str = "absmean",
+    inputs: dict[str, InputStatistics] | None = None,
+) -> Refinement:
+    """Converts a causal language model in place.
+
+    Args:
+        model: Llama, Qwen2, Qwen3 or Gemma3 text, any dtype, also with ZeRO-3 partitioned parameters.
+        norms: "two" | "all" | "none" ("none" is the BitNet-SFT baseline).
+        gains: initial SubLN gain by layer name, from `calibrate_gains`; 1 where absent.
+        subln_eps: eps of SubLN; the model's own rms_norm_eps by default (the authors' code has 1e-8).
+        embedding: "fp16" (full precision) | "int8" | "int4" | "ternary": embedding and LM head while they are trained.
+        weight_quantizer: a name of quantizers.py. inputs: what "gptq" and "awq" are calibrated on, by layer name, from
+            `calibrate_inputs`; without, the layer is absmean until its buffers are loaded.
+
+    Returns: the counts.
+
+    Raises:
+        UserError: unknown family, norms, embedding or quantizer, or a model that is converted already.
+    """
+    check_family(model.config)
+    if norms not in SUBLN_BEFORE:
+        raise UserError("norms", expected=f"one of {', '.join(SUBLN_BEFORE)}", got=repr(norms), do="Correct it.")
+    check_quantizer(weight_quantizer)
+    if bit_linears(model):
+        raise UserError("model", expected="a full-precision model", got="a converted one", do="Load the base model.")
+    eps = model.config.rms_norm_eps if subln_eps is None else subln_eps
+    quantize_embeddings(model, embedding)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    sublns = biases = 0
+    converted, kept = [], []
+    for name, linear in linears.items():
+        projection = name.rpartition(".")[2]
+        if projection not in PROJECTIONS:
+            kept.append(name)
+            continue
+        subln = None
+        if projection in SUBLN_BEFORE[norms]:
+            subln = SubLN(linear.in_features, eps, device=linear.weight.device)
+            if gains is not None and name in gains:
+                nn.init.constant_(subln.weight, gains[name])
+            sublns += 1
+        biases += linear.bias is not None
+        layer = BitLinear(linear, subln, weight_quantizer)
+        if inputs is not None and weight_quantizer == "gptq":
+            layer.gptq_factor.copy_(gptq_factor(inputs[name].gram))
+        elif inputs is not None and weight_quantizer == "awq":
+            layer.awq_scale.copy_(awq_channel_scale(linear.weight, inputs[name])[0])
+        model.set_submodule(name, layer)
+        converted.append(linear)
+    _introduce_siblings(model)
+    activation = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
+    for name in [name for name, module in model.named_modules() if hasattr(module, "down_proj")]:
+        model.set_submodule(name, GatedMLP(model.get_submodule(name), activation))
+    expected = model.config.num_hidden_layers * len(PROJECTIONS)
+    assert len(converted) == expected, f"expected {expected} projections in the decoder, found {len(converted)}"
+    model.config.bitdistill = {
+        "format_version": FORMAT_VERSION,
+        "norms": norms,
+        "subln_eps": eps,
+        "embedding": embedding,
+        "weight_quantizer": weight_quantizer,
+    }
+    return Refinement(
+        ternary=len(converted),
+        kept=tuple(kept),
+        sublns=sublns,
+        biases=biases,
+        ternary_weights=sum(_numel(linear.weight) for linear in converted),
+        parameters=sum(_numel(parameter) for parameter in model.parameters()),
+        embedding=embedding,
+    )
+
+
+def _introduce_siblings(model: nn.Module) -> None:
+    """Tells the layers that read the same tensor of each other, where nothing else (SubLN, bias) tells them apart."""
+    for parent in model.modules():
+        for names in SIBLINGS:
+            layers = [getattr(parent, name, None) for name in names]
+            alike = all(isinstance(layer, BitLinear) and layer.subln is None for layer in layers)
+            if alike and len({layer.bias is None for layer in layers}) == 1:
+                siblings = Siblings(layers)
+                for layer in layers:
+                    layer.siblings = siblings
+
+
+def _numel(parameter: Tensor) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # a ZeRO-3 partitioned parameter is empty itself
+
+
+@torch.no_grad()
+def calibrate_gains(model: nn.Module, batches: Iterable[dict[str, Tensor]], norms: str = "two") -> dict[str, float]:
+    """SubLN gains that start the student near its base: the RMS of what each projection receives.
+
+    ``gain = sqrt(mean(x^2))`` over all unpadded tokens and channels, one number a layer: SubLN divides by the RMS of
+    each token, the gain puts the average back. (Per-token int8 quantization does not depend on this scale; the size of
+    the layer's output does.)
+
+    Args:
+        model: the full-precision model, before `refine`.
+        batches: dicts with input_ids (B, T) and optionally attention_mask (B, T).
+        norms: as in `refine`.
+
+    Returns: layer name -> gain.
+    """
+    sums: dict[str, list[float]] = {}
+
+    def record(name: str, x_NI: Tensor) -> None:
+        total = sums.setdefault(name, [0.0, 0])
+        total[0] += x_NI.square().sum(dtype=torch.float64).item()
+        total[1] += x_NI.numel()
+
+    wanted = _watch_inputs(model, batches, SUBLN_BEFORE[norms], record)
+    if wanted and not sums:
+        raise UserError("calibration", expected="at least one batch", got="none", do="Give a corpus, or --gain one.")
+    return {name: max((total / count) ** 0.5, 1e-8) for name, (total, count) in sums.items()}
+
+
+@torch.no_grad()
+def calibrate_inputs(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], norms: str = "two", subln_eps: float | None = None
+) -> dict[str, InputStatistics]:
+    """What each projection will be given, for the quantizers that look at their inputs: all unpadded tokens.
+
+    Where a SubLN will stand in front, tokens are divided by their RMS first. (Its gain is one number: it changes nothing.)
+
+    Args:
+        model: the full-precision model, before `refine`. batches, norms, subln_eps: as in `calibrate_gains` and `refine`.
+
+    Returns: layer name -> statistics; layers that are given the same tensor share one. I^2 numbers for each of them.
+
+    Raises:
+        UserError: no batches.
+    """
+    eps = model.config.rms_norm_eps if subln_eps is None else subln_eps
+    found: dict[str, InputStatistics] = {}
+    first_of = {name: group[0] if norms != "all" else name for group in SIBLINGS for name in group}
+
+    def record(name: str, x_NI: Tensor) -> None:
+        if name.rpartition(".")[2] in SUBLN_BEFORE[norms]:
+            x_NI = x_NI * torch.rsqrt(x_NI.square().mean(dim=-1, keepdim=True) + eps)
+        statistics = InputStatistics.of(x_NI)
+        if name in found:
+            found[name].add(statistics)
+        else:
+            found[name] = statistics
+
+    watched = [name for name in PROJECTIONS if first_of.get(name, name) == name]
+    _watch_inputs(model, batches, watched, record)
+    if not found:
+        raise UserError("calibration", expected="at least one batch", got="none", do="Give a corpus.")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    result = {}
+    for name in names:
+        parent, dot, projection = name.rpartition(".")
+        if projection in PROJECTIONS:
+            result[name] = found[f"{parent}{dot}{first_of.get(projection, projection)}"]
+    return result
+
+
+def _watch_inputs(
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    projections: Iterable[str],
+    record: Callable[[str, Tensor], None],
+) -> list[str]:
+    """Runs the model, and hands each projection's unpadded inputs, fp32 (..., I), to `record` with the layer's name."""
+    mask_now: list[Tensor | None] = [None]
+
+    def hook_of(name):
+        def hook(_module, args):
+            x = args[0].float()
+            record(name, x[mask_now[0].bool()] if mask_now[0] is not None else x.flatten(0, -2))
+
+        return hook
+
+    wanted = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in projections
+    }
+    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in wanted.items()]
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    for batch in batches:
+        batch = {key: value.to(device) for key, value in batch.items() if key in ("input_ids", "attention_mask")}
+        mask_now[0] = batch.get("attention_mask")
+        model(**batch)
+    model.train(training)
+    for handle in handles:
+        handle.remove()
+    return list(wanted)
+
+
+def tied_keys(model: nn.Module) -> set[str]:
+    """State-dict keys that only repeat the input embedding (a tied LM head), never stored."""
+    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+
+
+def save_student(folder: str | Path, model: nn.Module, tokenizer=None, state_dict: dict | None = None) -> None:
+    """Writes config.json, model.safetensors (fp32 masters, SubLN gains) and the tokenizer.
+
+    Args:
+        folder: created when absent; for an atomic result give a temporary folder and rename it.
+        model: a refined model (its parameters may be partitioned when state_dict is given).
+        state_dict: full tensors, from `distributed.checkpoint.full_state_dict`; the model's own by default.
+    """
+    from safetensors.torch import save_file
+
+    assert all(layer.annealing == 1 for layer in bit_linears(model).values()), "a student is saved when it is ternary"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict() if state_dict is None else state_dict
+    drop = tied_keys(model)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items() if key not in drop}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def student_record(folder: str | Path) -> dict:
+    """What the surgery wrote into a saved student's config.json.
+
+    Raises:
+        UserError: not a student of this project, or a newer format.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError("student", expected=f"a folder with {name}", got=str(folder), do="Give a finished stage.")
+    try:
+        written = json.loads((folder / "config.json").read_text()).get("bitdistill")
+    except ValueError as error:
+        raise UserError("config.json", expected="JSON", got=str(error), do="Run the stage again.") from error
+    if not written:
+        raise UserError(
+            "student",
+            expected="a config.json with a `bitdistill` section",
+            got=f"{folder}, a foreign checkpoint",
+            do="Convert it with --stage refine.",
+        )
+    if written["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            "student",
+            expected=f"format_version {FORMAT_VERSION}",
+            got=str(written["format_version"]),
+            do="Update bitdistill.",
+        )
+    return written
+
+
+def load_student(folder: str | Path) -> nn.Module:
+    """A saved ternary student, bit for bit as it was, SubLN gains included, in fp32 with sdpa attention.
+
+    Raises:
+        UserError: not a student of this project, a newer format, a truncated file, missing or extra tensors, or a
+            tensor of another shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, written = Path(folder), student_record(folder)
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    embedding = written.get("embedding", FULL_PRECISION)
+    weight_quantizer = written.get("weight_quantizer", "absmean")
+    refine(model, written["norms"], None, written["subln_eps"], embedding, weight_quantizer)
+    try:
+        state = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise UserError(
+            "model.safetensors", expected="a whole file", got=f"{folder} ({error})", do="Run the stage again."
+        ) from error
+    load_strictly(model, state, where=str(folder))
+    return model
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Fills a model from full tensors; a missing, extra or misshapen tensor is a UserError that names it."""
+    own = model.state_dict()
+    wanted = set(own) - tied_keys(model)
+    missing, extra = sorted(wanted - set(state)), sorted(set(state) - set(own))
+    misshapen = [key for key in wanted & set(state) if own[key].shape != state[key].shape]
+    for problem, keys in (("missing", missing), ("extra", extra), ("of another shape", misshapen)):
+        if keys:
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise UserError(
+                "model.safetensors",
+                expected=f"the {len(wanted)} tensors of this student",
+                got=f"{where} with {len(keys)} {problem}: {shown}",
+                do="Take the folder that bitdistill saved, whole.",
+            )
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()

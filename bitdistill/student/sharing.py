@@ -1,0 +1,201 @@
+"""What the BitLinears of a model compute once and use more than once, on a GPU: three caches and why each cannot be stale.
+
+**Ternary codes of the weights**, for as long as the weights stand still: all micro-steps of an optimiser step, the
+recomputation of checkpointed layers, a whole evaluation. Whoever knows that they stand still says so:
+
+    codes = WeightCodes(model)
+    with codes.still(step): ...          # every weight is quantised once, all in one launch
+
+A layer uses held codes only inside such a block, and asks at every use whether they are still its weight's:
+
+    written in place, load_state_dict          the tensor's version counter has moved
+    `.data` replaced, moved, ZeRO-3 released   the storage or shape is another; the old storage is kept alive by the held
+                                               codes, so that its address cannot be handed out again meanwhile
+    an optimiser step                          torch calls a hook before every step of every optimiser, which ends the
+                                               life of all held codes; DeepSpeed's copies into `.data`, which no version
+                                               counter sees, follow such a step
+    another `step`                             quantised anew
+
+What remains is code that writes into `.data`, without an optimiser, inside the block or between two blocks with the same
+step. The trainer opens the block around its training step, with the number of finished optimiser steps. Parameters that
+ZeRO-3 partitions are never held. Codes that do not fit are not an error: the layer quantises its weight itself.
+Each step has buffers of its own: a graph that is still alive keeps the codes it was made with.
+
+**int8 codes of an input** that several layers read (q, k, v; gate, up). They are kept by the storage of that input, so
+that they cannot outlive it, and let go when the last sibling has taken them; they fit the same view of the same storage at
+the same version. ZeRO-3 hands each layer an alias of the input of its own: the storage is what they have in common.
+
+**The outputs of siblings**: q, k and v in one product, inside a block as above (so never under ZeRO-3). The first sibling
+that is called computes all, and leaves the others' on the input tensor itself, as an attribute: they die with it.
+
+torch.compile sees none of this: a compiled layer quantises for itself, and equal operations are merged by the compiler.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from bitdistill.student.backend import kernels_for
+
+_ATTRIBUTE = "_bitdistill_shares"
+
+
+class _Steps:
+    """Optimiser steps that this process has begun."""
+
+    begun = 0
+
+
+@functools.cache
+def _count_steps() -> None:
+    def count(*_):
+        _Steps.begun += 1
+
+    register_optimizer_step_pre_hook(count)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldCodes:
+    """The ternary codes of one weight, and what the weight was when they were made."""
+
+    codes: tuple[Tensor, ...]  # a kernels.gpu.quantize.TernaryWeight; (codes, scale) of a layer that runs in PyTorch
+    weight: Tensor  # an alias of it, which keeps its storage alive
+    version: int
+    steps: int
+
+    def fit(self, weight: Tensor) -> bool:
+        """Whether they are still the codes of this weight."""
+        return (
+            self.steps == _Steps.begun
+            and self.version == weight._version
+            and self.weight.data_ptr() == weight.data_ptr()
+            and self.weight.shape == weight.shape
+            and self.weight.stride() == weight.stride()
+        )
+
+
+class WeightCodes:
+    """The ternary codes of a model's BitLinears.
+
+    Args:
+        model: any module; its BitLinears are found by their attribute `held`.
+    """
+
+    def __init__(self, model: nn.Module):
+        _count_steps()
+        self._layers = [module for module in model.modules() if hasattr(module, "held")]
+        self._held: list[HeldCodes | None] = []
+        self._step: object = None
+
+    @contextlib.contextmanager
+    def still(self, step: object = None) -> Iterator[None]:
+        """Inside, the weights do not change, or by an optimiser only; see above.
+
+        Args:
+            step: blocks with an equal one share their codes; None is equal to nothing.
+        """
+        current = self._held and self._held_steps() == _Steps.begun
+        if step is None or step != self._step or not current:
+            self._held = []  # free the old codes before the new ones are made
+            self._held = self._quantize()
+            self._step = step
+        before = [layer.held for layer in self._layers]
+        for layer, held in zip(self._layers, self._held, strict=True):
+            layer.held = held
+        try:
+            yield
+        finally:
+            for layer, held in zip(self._layers, before, strict=True):
+                layer.held = held
+            if step is None:
+                self._held = []
+
+    def _held_steps(self) -> int:
+        return next((held.steps for held in self._held if held is not None), _Steps.begun)
+
+    def _quantize(self) -> list[HeldCodes | None]:
+        """Of every layer whose weight is whole and on a device with kernels; in the order of the model, so that siblings
+        lie side by side. Of a layer that runs in PyTorch only where its quantizer is slow."""
+        result: list[HeldCodes | None] = [None] * len(self._layers)
+        kinds: dict[tuple, list[int]] = {}
+        for place, layer in enumerate(self._layers):
+            weight = layer.weight
+            whole = not hasattr(weight, "ds_id") and weight.numel() > 0 and weight.is_contiguous()
+            if layer.on_reference():
+                if layer.weight_quantizer == "gptq" and whole and not weight.is_inference():
+                    result[place] = HeldCodes(layer.ternary(), weight.detach(), weight._version, _Steps.begun)
+                continue
+            if kernels_for(weight.device) is not None and whole and not weight.is_inference():
+                kinds.setdefault((weight.device, weight.dtype), []).append(place)
+        for (device, _), places in kinds.items():
+            weights = [self._layers[place].weight.detach() for place in places]
+            for place, weight, codes in zip(places, weights, kernels_for(device).ternarize_each(weights), strict=True):
+                result[place] = HeldCodes(codes, weight, weight._version, _Steps.begun)
+        return result
+
+
+@dataclass
+class _Shares:
+    """Outputs left on an input tensor."""
+
+    key: tuple
+    outputs: dict[int, Tensor]
+
+
+class Siblings:
+    """Layers without SubLN that are given the same tensor.
+
+    Args:
+        layers: 2 or 3 BitLinears of one in_features, all with a bias or all without.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        assert 2 <= len(layers) <= 3
+        assert all(layer.subln is None for layer in layers)
+        assert len({(layer.in_features, layer.bias is None) for layer in layers}) == 1
+        self.layers = tuple(layers)
+
+    def output(self, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """`layer`'s output for x out of one product of all siblings; None where they cannot have one."""
+        held = [sibling.held for sibling in self.layers]
+        fit = all(h is not None and h.fit(s.weight) for h, s in zip(held, self.layers, strict=True))
+        if not fit or x.is_inference():
+            return None
+        place = self.layers.index(layer)
+        key = (self, x._version, dtype, torch.is_grad_enabled(), layer.backward, *held)
+        shares = getattr(x, _ATTRIBUTE, None)
+        if shares is None or shares.key != key or place not in shares.outputs:
+            kernels = kernels_for(x.device)
+            biases = [sibling.bias for sibling in self.layers if sibling.bias is not None]
+            weights = [sibling.weight for sibling in self.layers]
+            codes = kernels.stacked([h.codes for h in held])
+            activation = kernels.quantize_input(x)
+            y = kernels.ternary_linear(x, activation, weights, biases, codes, dtype, layer.backward)
+            outputs = y.split([sibling.out_features for sibling in self.layers], dim=-1)
+            shares = _Shares(key, dict(enumerate(outputs)))
+            setattr(x, _ATTRIBUTE, shares)
+        output = shares.outputs.pop(place)
+        if not shares.outputs:
+            delattr(x, _ATTRIBUTE)
+        return output
+
+    def input_codes(self, layer: nn.Module, x: Tensor):
+        """The int8 codes of x, made for the sibling that is called first and kept until the last has taken them."""
+        kernels = kernels_for(x.device)
+        if x.is_inference():
+            return kernels.quantize_input(x)
+        storage = x.untyped_storage()
+        key = (self, x.dtype, x.storage_offset(), x.shape, x.stride(), x._version)
+        kept = getattr(storage, _ATTRIBUTE, None)
+        if kept is None or kept[0] != key or layer not in kept[2]:
+            kept = (key, kernels.quantize_input(x), set(self.layers))
+            setattr(storage, _ATTRIBUTE, kept)
+        kept[2].discard(layer)
+        if not kept[2]:
+            delattr(storage, _ATTRIBUTE)
+        return kept[1]

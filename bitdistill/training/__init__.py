@@ -1,0 +1,1 @@
+"""How a student learns: losses, the three training stages, their Trainer, health."""

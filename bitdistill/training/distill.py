@@ -1,0 +1,241 @@
+"""Stage 3, distillation fine-tuning: the ternary student learns the task from labels and from its teacher.
+
+    L = L_CE + lambda * L_LD + gamma * L_AD
+
+L_CE: cross-entropy on the answer's tokens. L_LD: KL of the teacher's to the student's next-word distribution. L_AD: KL
+between the relations of Q, K and V in a chosen layer (losses.py). The teacher is the full-precision model fine-tuned on
+the same task: `fine_tune` below makes it (FP16-SFT), and makes the ternary baseline (BitNet-SFT) by the same loop.
+
+Source: BitNet Distillation, arXiv 2510.13998, section 3.3.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from bitdistill.data.tasks import collate
+from bitdistill.distributed import launch
+from bitdistill.distributed.teacher import Teacher
+from bitdistill.student.loading import check_same_vocabulary
+from bitdistill.training.capture import AttentionCapture
+from bitdistill.training.head import (
+    head_cross_entropy,
+    head_distillation,
+    head_weight,
+    hidden_states,
+    instead_of_logits,
+)
+from bitdistill.training.health import HealthLog
+from bitdistill.training.losses import IGNORED, BalancedGamma, next_tokens, relation_loss
+from bitdistill.training.trainer import Counts, Objective, StageTrainer
+
+
+def answer_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the head is needed: positions that predict a label token in any row of the batch.
+
+    Returns: (positions (P,), next tokens at these positions (B, P), -100 where a row has none there). Hidden states
+    leave the model there alone: for classification a fraction of the prompt.
+    """
+    targets_BT = next_tokens(labels_BT)
+    positions = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
+    return positions, targets_BT[:, positions]
+
+
+class Answers(Objective):
+    """``L = CE`` over the answers' tokens: plain supervised fine-tuning.
+
+    Args:
+        student: the model inside whatever DeepSpeed wraps around it.
+    """
+
+    def __init__(self, student: nn.Module):
+        self.student = student
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
+        positions, targets_BP = answer_positions(batch["labels"])
+        compute = partial(head_cross_entropy, targets_BP=targets_BP, num_items=counts.answer_tokens)
+        with instead_of_logits(self.student, compute):
+            output = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                logits_to_keep=positions,
+                use_cache=False,
+            )
+        return {"ce": (1.0, output.logits)}
+
+
+class Distillation(Objective):
+    """The loss terms of stage 3.
+
+    Args:
+        student: the model inside whatever DeepSpeed wraps around it.
+        teacher: frozen.
+        lambda_logits, kd_temperature, kd_tau_squared, kd_tokens: logits distillation; lambda 0 turns it off.
+        relation: convention, or "none". relation_layers: of the student; teacher_relation_layers: of the teacher.
+        split_heads, relation_temperature, relation_causal: of the relations.
+        gamma_attention: a number, or "balanced" with gamma_rho. Either way the gradients of the relations and of the rest
+            are measured every gamma_every steps; balanced follows them.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher,
+        *,
+        lambda_logits: float,
+        kd_temperature: float,
+        kd_tau_squared: bool,
+        kd_tokens: str,
+        relation: str,
+        relation_layers: list[int],
+        teacher_relation_layers: list[int] | None,
+        split_heads: int | None,
+        relation_temperature: float,
+        relation_causal: bool,
+        gamma_attention: float | str,
+        gamma_rho: float,
+        gamma_every: int,
+    ):
+        check_same_vocabulary(teacher.module.config, student.config)
+        self.student, self.teacher, self.depth = student, teacher, student.config.num_hidden_layers
+        self.lambda_logits = lambda_logits
+        self.everywhere = lambda_logits > 0 and kd_tokens == "all"
+        self.kd_settings = {"temperature": kd_temperature, "tau_squared": kd_tau_squared}
+        self.relation, self.gamma_every = relation, gamma_every
+        self.student_capture = self.teacher_capture = None
+        if relation == "none":
+            self.gamma = 0.0
+            return
+        balanced = gamma_attention == "balanced"
+        self.measured = BalancedGamma(gamma_rho if balanced else 1.0)
+        self.gamma = self.measured if balanced else gamma_attention
+        self.gamma_used = 0.0  # in the step that is being logged; the balanced one has moved on by then
+        self.student_layers = relation_layers
+        self.teacher_layers = relation_layers if teacher_relation_layers is None else teacher_relation_layers
+        self.student_capture = AttentionCapture(student, relation_layers, require_grad=True)
+        self.teacher_capture = AttentionCapture(teacher.module, self.teacher_layers)
+        options = {} if split_heads is None else {"split_heads": split_heads}
+        if relation in ("alg1", "attention_maps"):
+            options["temperature"] = relation_temperature
+        if relation in ("eq12", "alg1"):
+            options["causal"] = relation_causal
+        if relation == "pr382":
+            options["num_layers"] = len(relation_layers)
+        self.relation_loss: Callable[..., Tensor] = partial(relation_loss, convention=relation, **options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights and optimiser."""
+        return self.gamma.state_dict() if isinstance(self.gamma, BalancedGamma) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if isinstance(self.gamma, BalancedGamma):
+            self.gamma.load_state_dict(state)
+
+    def settle(self) -> None:
+        """After the last backward pass of an optimiser step, on every rank: takes in what was watched."""
+        if self.relation != "none":
+            self.measured.settle(launch.all_reduce_sum)
+
+    def logged(self) -> dict[str, float]:
+        """Beside each line of metrics.jsonl: gamma, and the gradient norms of the relations and of the rest."""
+        if self.relation == "none":
+            return {}
+        norms = {"grad_norm_task": self.measured.task_norm, "grad_norm_attention": self.measured.attention_norm}
+        return {"gamma_attention": self.gamma_used, **norms}
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
+        mask_BT = batch["attention_mask"]
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask_BT, "use_cache": False}
+        if self.everywhere:
+            targets_BP, rows_BP, items = next_tokens(batch["labels"]), mask_BT.bool(), counts.tokens
+        else:
+            inputs["logits_to_keep"], targets_BP = answer_positions(batch["labels"])
+            rows_BP, items = targets_BP != IGNORED, counts.answer_tokens
+        teacher_hidden = None
+        if self.lambda_logits > 0 or self.teacher_capture is not None:
+            with self.teacher_capture or nullcontext(), instead_of_logits(self.teacher.module, hidden_states):
+                teacher_hidden = self.teacher(**inputs).logits
+
+        def compute(hidden_BPH: Tensor, weight_VH: Tensor) -> tuple[Tensor, ...]:
+            if not self.lambda_logits > 0:
+                return (head_cross_entropy(hidden_BPH, weight_VH, targets_BP, counts.answer_tokens),)
+            with head_weight(self.teacher.module) as teacher_weight_VG:
+                return head_distillation(
+                    hidden_BPH,
+                    weight_VH,
+                    targets_BP,
+                    rows_BP,
+                    teacher_hidden,
+                    teacher_weight_VG,
+                    lambda_logits=self.lambda_logits,
+                    ce_items=counts.answer_tokens,
+                    kl_items=items,
+                    **self.kd_settings,
+                )
+
+        with self.student_capture or nullcontext(), instead_of_logits(self.student, compute):
+            ce, *logits = model(**inputs).logits
+        terms = {"ce": (1.0, ce)}
+        if logits:
+            terms["logits"] = (self.lambda_logits, logits[0])
+        if self.student_capture:
+            terms["attention"] = self._relations(ce, mask_BT, counts)
+        return terms
+
+    def _relations(self, ce: Tensor, mask_BT: Tensor, counts: Counts) -> tuple[float, Tensor]:
+        items = counts.positions if self.relation == "pr382" else counts.tokens
+        attention = sum(
+            self.relation_loss(
+                self.teacher_capture.qkv[of_teacher], self.student_capture.qkv[of_student], mask_BT, num_items=items
+            )
+            for of_teacher, of_student in zip(self.teacher_layers, self.student_layers, strict=True)
+        )
+        if counts.step % self.gamma_every == 0:
+            highest = max(self.student_layers, key=lambda layer: layer % self.depth)
+            capture = self.student_capture
+            self.measured.watch(ce, attention, capture.qkv[highest], capture.onward[highest])
+        self.gamma_used = self.gamma.gamma if isinstance(self.gamma, BalancedGamma) else self.gamma
+        return self.gamma_used, attention
+
+
+def fine_tune(
+    model: nn.Module,
+    rows,
+    arguments: TrainingArguments,
+    *,
+    pad_token_id: int,
+    stage: str,
+    run_dir: Path,
+    resume: bool,
+    objective: Objective | None = None,
+    health_steps: int = 0,
+) -> tuple[StageTrainer, dict[str, Any]]:
+    """Trains on encoded task rows; with `objective=Distillation(...)` this is stage 3, else plain fine-tuning.
+
+    Args:
+        model: fp32 masters, ternary or full precision.
+        rows: from tasks.encode.
+        arguments: from trainer.training_arguments.
+        stage, run_dir, resume, health_steps: as in pretrain.pretrain.
+
+    Returns: the trainer, whose `model_wrapped` holds the result, and facts for done.json.
+    """
+    callbacks = [HealthLog(run_dir / "health.jsonl", stage, health_steps)] if health_steps else []
+    trainer = StageTrainer(
+        objective=objective or Answers(model),
+        stage=stage,
+        run_dir=run_dir,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=partial(collate, pad_token_id=pad_token_id),
+        callbacks=callbacks,
+    )
+    facts = trainer.fit(resume)
+    facts["rows"] = facts["steps"] * trainer.step_rows()
+    return trainer, facts

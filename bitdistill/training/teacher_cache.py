@@ -1,0 +1,306 @@
+"""The teacher of stage 2, run once: its top-k logits for every block that stage 2 will see, on disk.
+
+Stage 2's token stream is known beforehand: block i depends on corpus, block size and seed alone (corpus.TokenStream). So
+the full-precision base model runs over blocks 0 .. N-1 once, and training reads what it said:
+
+    cache.json                         versioned header: what is held, and the size of every shard
+    shard-00000.safetensors            indices (n, T, k) uint16 or uint32, the words, the most likely first
+                                       values  (n, T, k) fp16, their logits minus the largest
+                                       log_rest (n, T) fp32, log of the sum over all other words (kernels/vocabulary.py)
+                                       token_hash (n,) uint64, of each block's tokens
+
+Which block a rank, a micro-step or a resumed run trains on is not worked out again: each block carries its number, and a
+hash of the tokens at hand is compared with that of the tokens that the teacher saw.
+
+Rounding. A logit d below the largest is moved by at most 2^-11 d, so least where the probability is, and log_rest is set
+afterwards, such that the mass outside the top k is exact. The KL of the rounded teacher to the exact one is then at most
+2^-23 E[d^2] / tau^2, E under the teacher: 1e-6 nats for a d of 3. What k leaves undistinguished costs far more, and the more
+the higher the temperature: at tau = 5 nearly all mass is outside the top 32 words, so tau is 1 by default, unlike in stage 3.
+
+Bytes: 4 k + 4 a token for vocabularies up to 65,536 words, else 6 k + 4. With k = 32 that is 132 or 196: a tenth of a
+billion tokens are 13 or 20 GB.
+
+What it saves. A student of P parameters costs 6 P floating-point operations a token (8 with gradient checkpointing), an
+online teacher of its size 2 P more: a third, and its weights and activations on the device, in every run. Writing the cache
+costs these 2 P once. So a single run saves memory only, and each further run on the same blocks (a seed of the student, a
+learning rate, an ablation) a quarter of its compute.
+
+Written in shards, whole or absent: rank r of R writes shards r, r + R, ...; a restart goes on with those that are missing.
+
+Shape suffixes: B blocks, T positions, K cached words, N rows (B * T), V vocabulary.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bitdistill.distributed import launch
+from bitdistill.errors import UserError
+from bitdistill.kernels.vocabulary import linear_top_k
+from bitdistill.training.head import head_weight, hidden_states, instead_of_logits
+
+FORMAT, VERSION, HEADER = "bitdistill teacher logits", 1, "cache.json"
+SHARD_BYTES = 2**28  # held in memory while it is made
+LEAST_SHARDS = 64  # of a small cache: ranks share them, and a restart repeats one at most
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a cache holds. Sizes follow from it, before anything is written.
+
+    Args:
+        blocks: N. block_size: T, tokens. top_k: K. vocabulary: V, rows of the LM head.
+        temperature: tau, for which log_rest holds.
+
+    Raises:
+        UserError: K above V.
+    """
+
+    blocks: int
+    block_size: int
+    top_k: int
+    temperature: float
+    vocabulary: int
+
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.vocabulary:
+            raise UserError(
+                "kd_top_k", expected=f"1 to {self.vocabulary}, the model's words", got=str(self.top_k), do="Lower it."
+            )
+
+    @property
+    def index_dtype(self) -> type[np.unsignedinteger]:
+        return np.uint16 if self.vocabulary <= 2**16 else np.uint32
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.top_k * (np.dtype(self.index_dtype).itemsize + 2) + 4
+
+    @property
+    def total_bytes(self) -> int:
+        """Without the headers of the shards, 0.5 kB each."""
+        return self.blocks * (self.block_size * self.bytes_per_token + 8)
+
+    @property
+    def blocks_per_shard(self) -> int:
+        fitting = max(1, SHARD_BYTES // (self.block_size * self.bytes_per_token))
+        return min(fitting, -(-self.blocks // LEAST_SHARDS))
+
+    @property
+    def shards(self) -> int:
+        return -(-self.blocks // self.blocks_per_shard)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.blocks:,} blocks of {self.block_size} tokens, the {self.top_k} largest of {self.vocabulary:,} logits: "
+            f"{self.bytes_per_token} bytes a token, {self.total_bytes / 1e9:.3g} GB"
+        )
+
+
+def check_room(folder: Path, layout: Layout) -> None:
+    """Raises UserError when the disk of `folder` has no room for the shards that are not in it yet."""
+    written = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+    free, needed = shutil.disk_usage(folder).free, layout.total_bytes - written
+    if free < needed:
+        raise UserError(
+            "cache",
+            expected=f"{needed / 1e9:.3g} GB free in {folder} for the teacher's logits",
+            got=f"{free / 1e9:.3g} GB ({layout})",
+            do="Lower pretrain.kd_top_k or pretrain.max_steps, or move output_dir.",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def round_top_k(values_NK: Tensor, log_rest_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """``values`` in fp16, and the ``log_rest`` beside which the mass outside K is as it was.
+
+    Returns: (fp16 (N, K), fp32 (N,)), with ``log_rest' - lse(values' / tau) = log_rest - lse(values / tau)``.
+    """
+    rounded_NK = values_NK.half()
+    shift_N = (rounded_NK.float() / temperature).logsumexp(-1) - (values_NK / temperature).logsumexp(-1)
+    return rounded_NK, log_rest_N + shift_N
+
+
+def token_hashes(tokens_BT: np.ndarray) -> np.ndarray:
+    """Eight bytes of BLAKE2 of each block's tokens: uint64 (B,)."""
+    rows = np.ascontiguousarray(tokens_BT, dtype="<u4")
+    digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def teacher_logits(model: nn.Module, tokens_BT: Tensor, layout: Layout) -> dict[str, np.ndarray]:
+    """One batch of the cache: indices (B, T, K), values (B, T, K), log_rest (B, T), as they are stored.
+
+    Args:
+        model: full precision, in eval mode. Runs in its own dtype; its logits are fp32.
+        tokens_BT: int64, blocks without padding.
+    """
+    tokens_BT = tokens_BT.to(model.device)
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False), instead_of_logits(model, hidden_states):
+        hidden = model(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False).logits
+    with head_weight(model) as weight:
+        indices, values, log_rest = linear_top_k(
+            hidden.flatten(0, 1), weight, layout.top_k, temperature=layout.temperature
+        )
+    values, log_rest = round_top_k(values, log_rest, layout.temperature)
+    return {
+        "indices": indices.unflatten(0, tokens_BT.shape).cpu().numpy().astype(layout.index_dtype),
+        "values": values.unflatten(0, tokens_BT.shape).cpu().numpy(),
+        "log_rest": log_rest.unflatten(0, tokens_BT.shape).cpu().numpy(),
+    }
+
+
+def write_shards(folder: Path, model: nn.Module, stream, layout: Layout, *, batch_size: int) -> None:
+    """Runs the teacher over this rank's share of the blocks, but for shards that are in `folder` already.
+
+    Args:
+        folder: of unfinished work, the same for all ranks.
+        model: the teacher, as in teacher_logits; whole on this rank.
+        stream: corpus.TokenStream at its beginning, or anything that gives its blocks in order.
+        batch_size: blocks at a time.
+    """
+    blocks = iter(stream)
+    with tqdm(total=layout.blocks, desc="cache    ", unit="block", disable=not launch.is_main()) as bar:
+        for shard in range(layout.shards):
+            first = shard * layout.blocks_per_shard
+            taken = [next(blocks) for _ in range(min(layout.blocks_per_shard, layout.blocks - first))]
+            assert [block["block"] for block in taken] == list(range(first, first + len(taken)))
+            path = folder / _name(shard)
+            if shard % launch.world_size() != launch.rank() or path.is_file():
+                bar.update(len(taken))
+                continue
+            tokens_BT = torch.stack([block["input_ids"] for block in taken])
+            batches = []
+            for batch_BT in tokens_BT.split(batch_size):
+                batches.append(teacher_logits(model, batch_BT, layout))
+                bar.update(len(batch_BT))
+            arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+            arrays["token_hash"] = token_hashes(tokens_BT.numpy())
+            unfinished = path.with_suffix(".unfinished")
+            save_file(
+                arrays, unfinished, metadata={"format": FORMAT, "version": str(VERSION), "first_block": str(first)}
+            )
+            unfinished.replace(path)
+
+
+def finish_cache(unfinished: Path, folder: Path, layout: Layout) -> int:
+    """Moves the shards that all ranks wrote to `folder` and writes the header. Rank 0, after a barrier.
+
+    Returns: bytes of the shards.
+    """
+    sizes = []
+    for shard in range(layout.shards):
+        (unfinished / _name(shard)).rename(folder / _name(shard))
+        sizes.append((folder / _name(shard)).stat().st_size)
+    header = {"format": FORMAT, "version": VERSION, **asdict(layout), "shard_bytes": sizes}
+    (folder / HEADER).write_text(json.dumps(header, indent=1))
+    return sum(sizes)
+
+
+def _name(shard: int) -> str:
+    return f"shard-{shard:05d}.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+class TeacherCache:
+    """A finished cache, read-only; only the pages of the blocks asked for are read.
+
+    Args:
+        folder: RUN/cache.
+        blocks: how many of them will be needed. block_size: of the stream. vocabulary: of the student.
+
+    Attributes:
+        layout: what it holds; its temperature is that of the loss.
+
+    Raises:
+        UserError: absent, of another version, cut short, or made for something else.
+    """
+
+    def __init__(self, folder: str | Path, *, blocks: int, block_size: int, vocabulary: int):
+        self.folder = Path(folder)
+        header = self._header()
+        sizes = header.pop("shard_bytes")
+        self.layout = Layout(**header)
+        self._check("blocks", blocks <= self.layout.blocks, f"at least {blocks}", self.layout.blocks)
+        self._check("block_size", block_size == self.layout.block_size, block_size, self.layout.block_size)
+        self._check("vocabulary", vocabulary == self.layout.vocabulary, vocabulary, self.layout.vocabulary)
+        self._check("shards", len(sizes) == self.layout.shards, self.layout.shards, len(sizes))
+        for shard, size in enumerate(sizes):
+            path = self.folder / _name(shard)
+            found = path.stat().st_size if path.is_file() else "no such file"
+            self._check(_name(shard), found == size, f"{size} bytes", found)
+        self._open: dict[int, safe_open] = {}  # blocks come in order: the last two shards
+
+    def read(self, block_B: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the teacher said to these blocks, for head.head_distillation_top_k.
+
+        Args:
+            block_B: int64, their numbers. tokens_BT: int64, what is trained on.
+
+        Returns: (indices int32 (B, T, K), values fp16 (B, T, K), log_rest fp32 (B, T)) on the device of `tokens_BT`.
+
+        Raises: UserError: the teacher saw other tokens in that block, or no such block, or a shard is not of this cache.
+        """
+        found: dict[str, list[np.ndarray]] = {"indices": [], "values": [], "log_rest": []}
+        hashes = token_hashes(tokens_BT.cpu().numpy())
+        for block, ours in zip(block_B.tolist(), hashes, strict=True):
+            self._check("blocks", block < self.layout.blocks, f"more than {block}", self.layout.blocks)
+            shard, place = divmod(block, self.layout.blocks_per_shard)
+            file = self._shard(shard)
+            theirs = file.get_slice("token_hash")[place : place + 1][0]
+            self._check(f"tokens of block {block}", ours == theirs, f"hash {ours:016x}", f"hash {theirs:016x}")
+            for name, rows in found.items():
+                rows.append(file.get_slice(name)[place : place + 1])
+        indices, values, log_rest = (torch.from_numpy(_widened(np.concatenate(rows))) for rows in found.values())
+        return tuple(part.to(tokens_BT.device) for part in (indices, values, log_rest))
+
+    def _shard(self, shard: int) -> safe_open:
+        if shard not in self._open:
+            while len(self._open) > 1:
+                del self._open[next(iter(self._open))]
+            try:
+                file = safe_open(self.folder / _name(shard), framework="np")
+            except SafetensorError as error:
+                self._check(_name(shard), False, "a whole safetensors file", error)
+            about, first = file.metadata() or {}, shard * self.layout.blocks_per_shard
+            known = {"format": FORMAT, "version": str(VERSION), "first_block": str(first)}
+            self._check(_name(shard), about == known, known, about)
+            count = min(self.layout.blocks_per_shard, self.layout.blocks - first)
+            shape, held = [count, self.layout.block_size, self.layout.top_k], file.get_slice("indices").get_shape()
+            self._check(_name(shard), held == shape, f"indices {shape}", held)
+            self._open[shard] = file
+        return self._open[shard]
+
+    def _header(self) -> dict:
+        path = self.folder / HEADER
+        self._check("header", path.is_file(), HEADER, "no such file")
+        try:
+            header = json.loads(path.read_text())
+        except ValueError as error:
+            self._check("header", False, "JSON", error)
+        about = (header.pop("format", None), header.pop("version", None))
+        self._check("version", about == (FORMAT, VERSION), f"{FORMAT}, {VERSION}", about)
+        return header
+
+    def _check(self, what: str, right: bool, expected: object, got: object) -> None:
+        if not right:
+            do = "Run --stage cache again, with the settings of this run."
+            raise UserError(f"teacher logits in {self.folder}: {what}", expected=str(expected), got=str(got), do=do)
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    """Words as int32, which every torch operator takes; the rest as it is."""
+    return array.astype(np.int32) if array.dtype.kind == "u" else array

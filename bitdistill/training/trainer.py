@@ -1,0 +1,345 @@
+"""The transformers.Trainer that every training stage shares: named loss terms, honest averages, one JSON line a step.
+
+A stage brings an `Objective`: named loss terms with weights. Each loss is a *sum over this rank's rows divided by the
+count of the whole optimiser step* (all micro-batches, all ranks), so that one rank with 32 rows, two ranks with 16, and
+four micro-batches of 8 give the same number. DeepSpeed averages gradients over ranks, hence the one multiplication by
+world size below.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from bitdistill.distributed import launch
+from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete
+from bitdistill.errors import UserError
+from bitdistill.student.layers import assert_fp32_masters
+from bitdistill.student.sharing import WeightCodes
+from bitdistill.training.annealing import Annealing
+
+EXTRA_STATE = "bitdistill_state.json"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an optimiser step holds over all of its micro-batches and ranks."""
+
+    answer_tokens: int  # labels that are predicted: shifted, not -100
+    tokens: int  # unpadded positions
+    positions: int  # all positions, padding included
+    step: int  # the optimiser steps done before this one
+
+
+class Objective:
+    """What a stage minimises: ``sum(weight * loss)`` over named terms."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
+        """The terms of one micro-batch, by name: (weight, loss). `model` is what DeepSpeed wrapped around the model."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Called on every rank after the last backward pass of an optimiser step."""
+
+    def logged(self) -> dict[str, float]:
+        """Further numbers for each line of metrics.jsonl."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights and optimiser, for JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a `state_dict` back."""
+
+
+def capped_steps(max_steps: int, cap: int | None) -> int:
+    """Optimiser steps of a stage whose own number may be -1 (not given), under a cap that may be None."""
+    return max_steps if cap is None else min(max_steps, cap) if max_steps > 0 else cap
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    deepspeed: dict[str, Any],
+    seed: int,
+    report_to: list[str],
+    steps_cap: int | None = None,
+    bf16: bool = False,
+    health_steps: int = 0,  # read by the caller; accepted so that a whole section of settings can be passed
+    save_steps: int = 0,
+    max_steps: int = -1,
+    gradient_checkpointing: bool = False,
+    **hugging_face: Any,
+) -> TrainingArguments:
+    """TrainingArguments of a stage.
+
+    Args:
+        folder: for checkpoints.
+        deepspeed: from distributed.presets.
+        steps_cap: upper bound on max_steps, for smoke runs.
+        hugging_face: learning_rate, per_device_train_batch_size, ... verbatim.
+    """
+    if gradient_checkpointing:  # the reentrant kind would hand out q, k and v without a gradient
+        hugging_face |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(folder),
+        deepspeed=deepspeed,
+        seed=seed,
+        data_seed=seed,
+        report_to=report_to or "none",
+        max_steps=capped_steps(max_steps, steps_cap),
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"dispatch_batches": False, "split_batches": False},
+        optim="adamw_torch",
+        bf16=bf16,
+        **hugging_face,
+    )
+
+
+class StageTrainer(Trainer):
+    """One training stage.
+
+    Args:
+        objective: what the stage minimises.
+        stage: its name in metrics.jsonl and on the progress bar.
+        run_dir: where metrics.jsonl and tensorboard/ are.
+        stream: a corpus.TokenStream when the data is one: it resumes without replay.
+        annealing: the callback that takes a ternary model from full precision to ternary, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        stage: str,
+        run_dir: Path,
+        stream=None,
+        annealing: Annealing | None = None,
+        **kwargs,
+    ):
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard" / stage)
+        super().__init__(**kwargs)
+        assert_fp32_masters(self.model)
+        self.objective, self.stage, self.stream, self.annealing = objective, stage, stream, annealing
+        self.weight_codes = WeightCodes(self.model)
+        self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step: no division by micro-steps
+        if hasattr(self, "loss_is_scaled_for_ga"):
+            self.loss_is_scaled_for_ga = True
+        self._counts = Counts(0, 0, 0, 0)
+        self._sums: dict[str, float] = {}
+        self._steps_summed, self._tokens_summed, self._since = 0, 0, time.perf_counter()
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        if annealing is not None:
+            self.add_callback(annealing)
+        self.add_callback(_Files(self, run_dir / "metrics.jsonl"))
+        if launch.is_main():
+            self.add_callback(_ProgressBar(stage))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay on matrices only: never on norms (SubLN included) or biases. ds_shape: ZeRO-3's true shape."""
+        return [name for name, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device=None):
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        answers = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        positions = sum(batch["labels"].numel() for batch in batches)
+        totals = launch.all_reduce_sum(torch.tensor([answers, tokens, positions], device=self.args.device))
+        self._counts = Counts(*totals.tolist(), step=self.state.global_step)
+        self._steps_summed += 1
+        self._tokens_summed += self._counts.tokens
+        return batches, self._counts.answer_tokens
+
+    def training_step(self, *args, **kwargs):
+        with self.weight_codes.still(step=self.state.global_step):
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert not return_outputs
+        total = 0.0
+        for name, (weight, loss) in self.objective(model, inputs, self._counts).items():
+            value = loss.item()
+            if not math.isfinite(value):
+                raise UserError(
+                    f"loss_{name}",
+                    expected="a finite number",
+                    got=f"{value} in stage {self.stage} at step {self.state.global_step + 1}",
+                    do="Lower the learning rate, lengthen the warm-up, or try precision fp32; --resume goes back to the "
+                    "last checkpoint.",
+                )
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            total = total + weight * loss
+        return total * launch.world_size()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._steps_summed:
+            seconds = time.perf_counter() - self._since
+            names = sorted(self._sums)
+            sums = launch.all_reduce_sum(self._tensor(self._sums[name] for name in names))
+            for name, value in zip(names, sums.tolist(), strict=True):
+                logs[f"loss_{name}"] = value / self._steps_summed
+            logs |= self.objective.logged()
+            if self.annealing is not None:
+                logs["annealing"] = self.annealing.value
+            logs["tokens_per_second"] = self._tokens_summed / seconds
+            self._sums, self._steps_summed, self._tokens_summed = {}, 0, 0
+            self._since = time.perf_counter()
+        super().log(logs, start_time)
+
+    def _tensor(self, values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float64, device=self.args.device)
+
+    def fit(self, resume: bool) -> dict[str, Any]:
+        """Trains, from the last complete checkpoint when `resume` is set and there is one.
+
+        Returns: facts for done.json: seconds, steps, resumed_from.
+        """
+        folder = Path(self.args.output_dir)
+        checkpoint = latest_checkpoint(folder) if resume else None
+        if checkpoint is not None:
+            extra = json.loads((checkpoint / EXTRA_STATE).read_text())
+            self.objective.load_state_dict(extra["objective"])
+            if self.stream is not None:
+                self.stream.load_state(extra["stream"])
+                self.args.ignore_data_skip = True
+            launch.say(f"{self.stage}: continues at {checkpoint.name}")
+        elif resume:
+            launch.say(f"{self.stage}: no complete checkpoint to continue from, starts at step 0")
+        started = time.perf_counter()
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return {
+            "seconds": round(time.perf_counter() - started, 2),
+            "steps": self.state.global_step,
+            "resumed_from": checkpoint.name if checkpoint else None,
+        }
+
+    def step_rows(self) -> int:
+        """Rows that one optimiser step consumes over all ranks."""
+        per_rank = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return per_rank * launch.world_size()
+
+
+class _Files(TrainerCallback):
+    """Settles the objective once a step; metrics.jsonl; what our own objects need beside each checkpoint."""
+
+    def __init__(self, trainer: StageTrainer, path: Path):
+        self.trainer, self.path = trainer, path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if launch.is_main():  # lines of an earlier attempt beyond the point we start from would be drawn twice
+            for name in ("metrics.jsonl", "health.jsonl", "warnings.jsonl"):
+                drop_lines(self.path.with_name(name), self.trainer.stage, after_step=state.global_step)
+        self.trainer._since = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.objective.settle()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if launch.is_main() and logs and "loss" in logs:
+            line = {"stage": self.trainer.stage, "step": state.global_step, "time": time.time(), **logs}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if launch.is_main():
+            extra = {"objective": self.trainer.objective.state_dict()}
+            if self.trainer.stream is not None:
+                extra["stream"] = self.trainer.stream.state_for(state.global_step * self.trainer.step_rows())
+            (folder / EXTRA_STATE).write_text(json.dumps(extra))
+        mark_complete(folder)
+
+
+def drop_lines(path: Path, stage: str, after_step: int) -> None:
+    """Removes a stage's lines beyond a step from a .jsonl file, atomically; other stages' lines stay."""
+    if not path.is_file():
+        return
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the half-written last line of a killed run
+        if line["stage"] != stage or line["step"] <= after_step:
+            kept.append(text)
+    new = path.with_suffix(".new")
+    new.write_text("".join(f"{text}\n" for text in kept))
+    new.replace(path)
+
+
+class _ProgressBar(TrainerCallback):
+    """One bar a stage, with the loss terms beside it."""
+
+    def __init__(self, stage: str):
+        self.stage, self.bar = stage, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"{self.stage:<9}", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {name.removeprefix("loss_"): value for name, value in (logs or {}).items() if name.startswith("loss_")}
+        if shown and self.bar is not None:
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def collate_blocks(features: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+    """Equal-length blocks of a corpus to input_ids, labels and an all-ones attention_mask, each int64 (B, T).
+
+    Blocks that know their number (corpus.TokenStream's) bring it along: block, int64 (B,).
+    """
+    features = list(features)
+    ids = torch.stack([torch.as_tensor(feature["input_ids"]) for feature in features])
+    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    if "block" in features[0]:
+        batch["block"] = torch.tensor([feature["block"] for feature in features])
+    return batch
+
+
+def release(trainer: StageTrainer) -> None:
+    """Frees what a finished Trainer keeps alive, so that the next stage of the process starts clean.
+
+    Accelerate holds the first DeepSpeed configuration of a process in a singleton, and transformers would partition the
+    next model while loading it as long as the last ZeRO-3 configuration is known.
+    """
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    engine = trainer.model_wrapped
+    if hasattr(engine, "destroy"):
+        engine.destroy()
+    trainer.weight_codes = None
+    trainer.model = trainer.model_wrapped = trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    AcceleratorState._reset_state()
+    unset_hf_deepspeed_config()
