@@ -102,6 +102,17 @@ def test_tokenizer_and_metadata_travel(qwen3, tmp_path):
     assert read_packed(tmp_path / "bare").tokenizer_json() is None
 
 
+def test_equal_students_are_equal_files(tmp_path, qwen3):
+    """Also when another process writes them: the library alone orders its metadata at random in each call."""
+    _, model, _ = qwen3
+    files = []
+    for name in "abcdef":
+        write_packed(tmp_path / name, model, metadata={"é": 1, "task": "sst2", "stage": "x"})
+        files.append((tmp_path / name).read_bytes())
+    assert len(set(files)) == 1
+    assert read_packed(tmp_path / "a").metadata["é"] == 1
+
+
 def test_written_atomically(qwen3):
     path, model, _ = qwen3
     write_packed(path, model, packing="2bit")  # over the old one

@@ -172,6 +172,7 @@ def write_tensors(
     header["data_sha256"] = data_checksum(tensors)
     with _atomic(path) as temporary:
         save_file(tensors, temporary, metadata=header)
+        _sort_metadata(temporary)
 
 
 def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) -> tuple[Config, dict[str, np.ndarray]]:
@@ -377,6 +378,21 @@ def _encode_table(name: str, table: np.ndarray, embedding: str, packing: str) ->
         codes, scale = encode_ternary(table)
         packed = layout.pack(codes, packing)
     return {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale}
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the header's metadata in the order of its keys, in place.
+
+    The library writes them in an order that differs from one process to the next; equal students shall be equal files.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        assert len(text) == length, "the header must keep its length, because the data follows it"
+        file.seek(8)
+        file.write(text)
 
 
 @contextmanager
