@@ -16,6 +16,7 @@ from pathlib import Path
 
 import peers
 import resident
+from bitdistill.distributed import openmp
 from bitdistill.kernels.packing import bits_per_weight
 from measure import Bandwidth, cores, machine, write_json
 from random_models import SHAPES, write_packed_model
@@ -192,6 +193,7 @@ def into_readme(text: str, report: dict) -> str:
 
 def main() -> int:
     """Measures or reads, prints, and says with its status whether every measured claim holds."""
+    openmp.wait_briefly()
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--rounds", type=int, default=3)

@@ -7,6 +7,10 @@ weights a second (a GEMM's are multiply-adds, two operations each), medians with
 read bandwidth measured in each round. Accumulators are checked against numpy before anything is timed.
 """
 
+from bitdistill.distributed import openmp
+
+openmp.wait_briefly()  # before anything loads torch
+
 import argparse
 import sys
 import threading

@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bitdistill.distributed import openmp
 from measure import Bandwidth, Energy, cores, machine, resident_bytes, summary, table, write_json
 from random_models import SHAPES, Shape, write_gguf, write_packed_model
 
@@ -433,6 +434,7 @@ def add_llama_bench_on_path(arguments) -> None:
 
 def main() -> int:
     """Measures, prints one table a shape, writes JSON."""
+    openmp.wait_briefly()
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], sys.argv[3], int(sys.argv[4]))
         return 0

@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from bitdistill.distributed import openmp
 from measure import machine, peak_resident, resident_bytes, table, write_json
 from random_models import SHAPES, Shape, write_packed_model
 
@@ -112,6 +113,7 @@ def measure(shape: Shape, embeddings: list[str], folder: Path, context: int = CO
 
 def main() -> int:
     """Measures, prints, writes JSON."""
+    openmp.wait_briefly()
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], Shape(**json.loads(sys.argv[3])), sys.argv[4], int(sys.argv[5]))
         return 0

@@ -43,6 +43,7 @@ import numpy as np
 import yaml
 
 import study_report
+from bitdistill.distributed import openmp
 from measure import machine, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -331,6 +332,7 @@ def save(study: dict[str, Any], result: dict[str, Any], at: dict[str, Any], path
 
 def main() -> int:
     """Runs or redraws a study."""
+    openmp.wait_briefly()
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument(
         "study", type=Path, nargs="?", help="a YAML of bench/studies, or with --draw a JSON of bench/results/studies"

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from bitdistill.distributed import openmp
 from bitdistill.errors import UserError
 
 
@@ -367,6 +368,7 @@ def env() -> None:
 
 def main() -> int:
     """Runs a command; a user's mistake is one line and exit status 2."""
+    openmp.wait_briefly()
     arguments = sys.argv[1:]
     commands = {"generate": generate, "eval": evaluate, "report": report, "env": env}
     if arguments[:1] and arguments[0] not in (*commands, "-h", "--help"):

@@ -7,6 +7,10 @@ Reads the settings, decides which stages must run, gives each stage plain argume
 (docs/design.md, section 5). All ranks walk the same path; rank 0 prints and writes.
 """
 
+from bitdistill.distributed import openmp
+
+openmp.wait_briefly()  # before anything loads torch
+
 import dataclasses
 import gc
 import hashlib

@@ -11,6 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from bitdistill.distributed import openmp
+
+openmp.wait_briefly()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # distributed/openmp.py's, also for commits that are older
+os.environ.setdefault("KMP_BLOCKTIME", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # measure.py, random_models.py
 # asv's forkserver imports this once and forks for each benchmark: libraries are loaded here, the project never is.
 for name in ("numba", "transformers.models.qwen3.modeling_qwen3"):

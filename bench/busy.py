@@ -1,0 +1,82 @@
+"""The demo's training stages beside a process that never rests, against alone: how well training shares a machine.
+
+    python bench/busy.py [--max_steps 20] [--rounds 1] [--threads N] [--json FILE]
+
+Each round runs the embedded demo twice, alone and beside one process that computes without pause, and adds up the seconds that
+the training stages say of themselves (done.json), so that imports and scoring do not dilute the ratio. On two cores
+beside one such process a fair share is two thirds of the machine: 1.5 times as long. Exit status 1 above LIMIT.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from measure import cores, machine, table, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 2.5
+STAGES = ("base", "teacher", "pretrain", "distill", "baseline")
+NEVER_RESTS = [sys.executable, "-c", "while True: pass"]
+
+
+def demo_seconds(folder: Path, max_steps: int, threads: int) -> dict[str, float]:
+    """Seconds of each training stage of a demo of `max_steps` steps a stage."""
+    options = ["--output_dir", str(folder), "--max_steps", str(max_steps), "--report", "false"]
+    options += ["--evaluate.enabled", "false", "--export.enabled", "false"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    subprocess.run(
+        [sys.executable, str(ROOT / "bitdistill" / "train.py"), *options],
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return {stage: json.loads((folder / stage / "done.json").read_text())["seconds"] for stage in STAGES}
+
+
+def one_round(max_steps: int, threads: int) -> dict[str, dict[str, float]]:
+    """{"alone", "busy"}: seconds of each stage."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        found["alone"] = demo_seconds(Path(folder) / "alone", max_steps, threads)
+        neighbor = subprocess.Popen(NEVER_RESTS)
+        try:
+            found["busy"] = demo_seconds(Path(folder) / "busy", max_steps, threads)
+        finally:
+            neighbor.kill()
+            neighbor.wait()
+    return found
+
+
+def main() -> int:
+    """Measures, prints, and says with its status whether the ratio is within LIMIT."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--max_steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--json", metavar="FILE")
+    arguments = parser.parse_args()
+    load = os.getloadavg()[0]
+    rounds = [one_round(arguments.max_steps, arguments.threads) for _ in range(arguments.rounds)]
+    rows = [["stage", "alone, s", "busy, s", "ratio"]]
+    for stage in (*STAGES, "all"):
+        alone, busy = (
+            statistics.median(sum(one[how].values()) if stage == "all" else one[how][stage] for one in rounds)
+            for how in ("alone", "busy")
+        )
+        rows.append([stage, f"{alone:.1f}", f"{busy:.1f}", f"{busy / alone:.2f}"])
+    ratio = busy / alone
+    print(f"{arguments.threads} threads, {arguments.max_steps} steps a stage, load before {load:.1f}")
+    print(table(rows, "<>>>"))
+    print(f"limit {LIMIT}: {'holds' if ratio <= LIMIT else 'does not hold'}")
+    if arguments.json:
+        write_json(arguments.json, {"machine": machine(), "load": load, "rounds": rounds, "ratio": ratio})
+    return 0 if ratio <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
