@@ -29,9 +29,10 @@ TRAIN = [
     "rouge-score>=0.1.2",
     "sacrebleu>=2.4",
     "tensorboard>=2.17",
+    "gguf>=0.17",
 ]
 EVAL = ["lm-eval>=0.4.13"]
-BENCH = ["asv>=0.6.4", "gguf>=0.10"]
+BENCH = ["asv>=0.6.4"]
 TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 
 setup(
