@@ -12,7 +12,7 @@ from typing import Literal
 
 from bitdistill.distributed import launch
 from bitdistill.errors import UserError
-from bitdistill.student.quantizers import MANY_SCALES, WHOLE
+from bitdistill.student import quantizers
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGE_CHOICES = Literal[
@@ -115,7 +115,7 @@ class RefineConfig:
     subln_eps: float | None = None
     calibration_blocks: int = 16
     embedding: Literal["fp16", "int8", "int4", "ternary"] = "fp16"
-    weight_quantizer: Literal["absmean", "block", "gptq", "awq", "tequila", "seq"] = "absmean"
+    weight_quantizer: Literal[*quantizers.QUANTIZERS] = "absmean"
 
 
 @dataclass
@@ -393,19 +393,13 @@ class RunConfig:
         self._validate_quantizer()
 
     def _validate_quantizer(self) -> None:
-        quantizer, expected, do = self.refine.weight_quantizer, None, ""
-        exported = self.export.enabled and self.evaluate.enabled
-        if exported and self.stage in ("all", "export") and quantizer in MANY_SCALES:
-            expected = "one with one scale a tensor, for the export: absmean, gptq, tequila or seq"
-            do = "Choose another, or --export.enabled false."
-        elif self.zero == 3 and quantizer in WHOLE:
-            expected = "with ZeRO-3 one that needs its own weight alone: absmean, block, awq or tequila"
-            do = "Choose another, or --zero 2."
-        elif self.pretrain.annealing == "softmax" and quantizer != "absmean":
-            expected = "absmean with pretrain.annealing softmax, whose soft codes are those of absmean"
-            do = "Choose one of the two, or annealing linear."
-        if expected is not None:
-            raise UserError("refine.weight_quantizer", expected=expected, got=quantizer, do=do)
+        quantizer = quantizers.quantizer_named(self.refine.weight_quantizer)
+        if self.export.enabled and self.evaluate.enabled and self.stage in ("all", "export"):
+            quantizers.refuse_many_scales(quantizer)
+        if self.zero == 3:
+            quantizers.refuse_partitions(quantizer)
+        if self.pretrain.annealing == "softmax":
+            quantizers.refuse_softmax(quantizer)
 
 
 def _positive(name: str, value: float) -> None:

@@ -47,7 +47,7 @@ from bitdistill.stages import AFTER, RunDirectory, file_identity
 from bitdistill.student.embeddings import FULL_PRECISION, embedding_format
 from bitdistill.student.layers import bit_linears, use_backward
 from bitdistill.student.loading import load_language_model, load_tokenizer, tokenizer_settings
-from bitdistill.student.quantizers import CALIBRATED
+from bitdistill.student.quantizers import quantizer_named
 from bitdistill.student.refine import (
     calibrate_gains,
     calibrate_inputs,
@@ -268,7 +268,7 @@ class Job:
         training = {"seed": config.seed, "precision": config.precision, "max_steps_cap": config.max_steps}
         ternary = {"bit_linear_backward": config.bit_linear_backward}
         embedding = {"embedding": config.refine.embedding}
-        calibrated = config.refine.gain == "calibrated" or config.refine.weight_quantizer in CALIBRATED
+        calibrated = config.refine.gain == "calibrated" or quantizer_named(config.refine.weight_quantizer).calibrated
         model = {} if self.embedded else {"model": file_identity(config.model)}
         corpus = {"corpus": {"source": file_identity(self.train_side("corpus")), "column": config.corpus_column}}
         train = {"train": {"file": file_identity(self.train_side("train_file")), "max_rows": config.max_train_rows}}
@@ -436,7 +436,7 @@ class Job:
         gains = inputs = None
         if config.gain == "calibrated" and config.norms != "none":
             gains = calibrate_gains(model, self._calibration_blocks(), config.norms)
-        if config.weight_quantizer in CALIBRATED:
+        if quantizer_named(config.weight_quantizer).calibrated:
             inputs = calibrate_inputs(model, self._calibration_blocks(), config.norms, config.subln_eps)
         surgery = (config.norms, gains, config.subln_eps, config.embedding, config.weight_quantizer, inputs)
         result = refine(model, *surgery)

@@ -13,14 +13,14 @@ from bitdistill.config import parse_config
 from bitdistill.errors import UserError
 from bitdistill.kernels.reference import bit_linear, quantize_activation, quantize_weight, rms_norm
 from bitdistill.student import layers, sharing
-from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears
-from bitdistill.student.quantizers import (
+from bitdistill.student.annealed import (
     END_TEMPERATURE,
     START_TEMPERATURE,
     annealed_linear,
     soft_ternary,
     temperature_at,
 )
+from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears
 from bitdistill.student.refine import save_student
 from bitdistill.student.sharing import WeightCodes
 from bitdistill.training.annealing import Annealing, annealing_at, set_annealing

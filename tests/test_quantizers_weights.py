@@ -15,15 +15,10 @@ from bitdistill.export.parity import prove_parity
 from bitdistill.export.write import write_packed
 from bitdistill.kernels.reference import bit_linear, quantize_activation, quantize_weight
 from bitdistill.student import quantizers
+from bitdistill.student.calibration import InputStatistics, output_error
+from bitdistill.student.gptq import gptq_codes, gptq_factor
 from bitdistill.student.layers import BitLinear, SubLN, bit_linears
-from bitdistill.student.quantizers import (
-    InputStatistics,
-    awq_channel_scale,
-    awq_codes,
-    gptq_codes,
-    gptq_factor,
-    output_error,
-)
+from bitdistill.student.quantizers import awq_channel_scale, awq_codes, quantizer_named
 from bitdistill.student.refine import calibrate_inputs, load_student, refine, save_student
 from bitdistill.student.sharing import WeightCodes
 from bitdistill.training.health import measure, snapshot
@@ -43,12 +38,9 @@ def correlated(tokens=400, I=48, seed=0):
 
 def make_layer(quantizer, I=48, O=20, bias=True, subln=False):
     torch.manual_seed(0)
-    layer = BitLinear(nn.Linear(I, O, bias=bias), SubLN(I, 1e-6) if subln else None, quantizer)
+    layer = BitLinear(nn.Linear(I, O, bias=bias), SubLN(I, 1e-6) if subln else None, quantizer_named(quantizer))
     statistics = InputStatistics.of(correlated(I=I))
-    if quantizer == "gptq":
-        layer.gptq_factor.copy_(gptq_factor(statistics.gram))
-    if quantizer == "awq":
-        layer.awq_scale.copy_(awq_channel_scale(layer.weight, statistics)[0])
+    layer.quantizer.calibrate(layer, statistics)
     return layer
 
 
@@ -203,7 +195,7 @@ def test_forward_and_straight_through_gradient(quantizer, subln):
     """y = x~ W~^T + b, dX = dY W~, dW = dY^T x~, where x~ and W~ are codes times scales."""
     layer = make_layer(quantizer, subln=subln)
     x = torch.randn(2, 3, 48, requires_grad=True)
-    codes, scale = layer._quantize()
+    codes, scale = layer.codes()
     assert codes.dtype == torch.int8
     assert codes.abs().max() == 1
     inside = (x if layer.subln is None else layer.subln(x)).detach()
@@ -302,7 +294,7 @@ def test_saved_and_loaded_strictly(tmp_path, quantizer):
     assert json.loads((tmp_path / "config.json").read_text())["bitdistill"]["weight_quantizer"] == quantizer
     again, tokens = load_student(tmp_path), torch.tensor([tiny_students.prompt(12)])
     assert torch.equal(model(tokens).logits, again.eval()(tokens).logits)
-    assert {layer.weight_quantizer for layer in bit_linears(again).values()} == {quantizer}
+    assert {layer.quantizer.name for layer in bit_linears(again).values()} == {quantizer}
     kept = {"gptq": "gptq_factor", "awq": "awq_scale", "seq": "seq_a"}.get(quantizer)
     if kept is not None:
         tensors = load_file(tmp_path / "model.safetensors")
@@ -332,9 +324,41 @@ def test_exported_file_holds_it(tmp_path, quantizer, family):
 
 @pytest.mark.parametrize("quantizer", ["block", "awq"])
 def test_refused_by_the_export(tmp_path, quantizer):
-    with pytest.raises(UserError, match=f"one scale a tensor.*{quantizer}"):
+    with pytest.raises(UserError, match=f"one scale per tensor.*{quantizer}"):
         write_packed(tmp_path / "s.safetensors", student("llama", quantizer))
     assert not list(tmp_path.iterdir())
+
+
+class Sign(quantizers.WeightQuantizer):
+    """W / mean|W| by sign alone, and a learned offset that is added to the bias."""
+
+    name = "sign"
+
+    def attach(self, layer):
+        layer.offset = nn.Parameter(torch.ones(layer.out_features))
+
+    def codes(self, layer):
+        return layer.weight.detach().sign().to(torch.int8), layer.weight.detach().abs().mean()
+
+    def bias(self, layer, codes):
+        return layer.offset
+
+
+def test_a_class_and_its_place_in_the_list_make_a_quantizer(tmp_path, monkeypatch):
+    """Surgery, training, saving and export know it by what the class says."""
+    monkeypatch.setitem(quantizers.QUANTIZERS, "sign", Sign())
+    model = student("llama", "sign")
+    name, layer = next(iter(bit_linears(model).items()))
+    x = torch.randn(3, layer.in_features)
+    act_codes, act_scale = quantize_activation(x)
+    expected = F.linear(act_codes * act_scale, layer.weight.sign() * layer.weight.abs().mean(), layer.offset)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    layer(x).sum().backward()
+    assert torch.equal(layer.offset.grad, torch.full_like(layer.offset, 3.0))
+    save_student(tmp_path / "student", model)
+    assert f"{name}.offset" in load_student(tmp_path / "student").state_dict()
+    write_packed(tmp_path / "s.safetensors", model)
+    assert prove_parity(tmp_path / "s.safetensors", model, [tiny_students.prompt(20)])["product_max_diff"] < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -347,7 +371,7 @@ def test_refusals():
         partitioned = nn.Linear(4, 4)
         partitioned.weight.ds_id = 0
         with pytest.raises(UserError, match="ZeRO-3"):
-            BitLinear(partitioned, None, quantizer)
+            BitLinear(partitioned, None, quantizer_named(quantizer))
         with pytest.raises(UserError, match="ZeRO-3"):
             parse_config(["--refine.weight_quantizer", quantizer, "--zero", "3"])
     for quantizer in ("block", "awq"):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill.distributed import launch
-from bitdistill.errors import UserError
 from bitdistill.kernels import reference
 from bitdistill.student import quantizers
+from bitdistill.student.annealed import annealed_linear
 from bitdistill.student.backend import kernels_for
+from bitdistill.student.quantizers import ABSMEAN, WeightQuantizer
 from bitdistill.student.sharing import HeldCodes, Siblings
 
 
@@ -53,18 +54,18 @@ class BitLinear(nn.Module):
         linear: the layer to replace; its weight (O, I) becomes the master and must be fp32 before training
             (`assert_fp32_masters`), because bf16 masters swallow most updates.
         subln: a SubLN of width I in front, or None.
-        weight_quantizer: a name of quantizers.py. What it keeps beside the master is saved with it: `gptq_factor`,
-            `awq_scale` (buffers, to be filled from statistics of the inputs) or `seq_a` (learned).
+        quantizer: how the weight becomes ternary, from `quantizers.quantizer_named`. What it stores beside the master is
+            saved with the layer.
 
     Attributes:
         backward: how the kernels compute gradients, "exact" or "fast" (kernels/gpu/matmul.py); `use_backward` sets it.
         siblings: the layers that are given the same tensor as this one, or None.
         held: this weight's codes while sharing.WeightCodes holds them.
         annealing: from 0, full precision, to 1, ternary weights and int8 activations: the ordinary layer, bit for bit.
-        annealing_kind: what lies between, "linear" or "softmax" (quantizers.py).
+        annealing_kind: what lies between, "linear" or "softmax" (annealed.py).
     """
 
-    def __init__(self, linear: nn.Linear, subln: SubLN | None = None, weight_quantizer: str = "absmean"):
+    def __init__(self, linear: nn.Linear, subln: SubLN | None = None, quantizer: WeightQuantizer = ABSMEAN):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight
@@ -74,15 +75,9 @@ class BitLinear(nn.Module):
         self.siblings: Siblings | None = None
         self.held: HeldCodes | None = None
         self.annealing, self.annealing_kind = 1.0, "linear"
-        self.weight_quantizer = weight_quantizer
+        self.quantizer = quantizer
         self._refuse_partitions()
-        like = {"dtype": torch.float32, "device": self.weight.device}
-        if weight_quantizer == "gptq":
-            self.register_buffer("gptq_factor", torch.eye(self.in_features, **like))
-        elif weight_quantizer == "awq":
-            self.register_buffer("awq_scale", torch.ones(self.in_features, **like))
-        elif weight_quantizer == "seq":
-            self.seq_a = nn.Parameter(quantizers.seq_start(self.weight))
+        quantizer.attach(self)
 
     def forward(self, x: Tensor | Gated) -> Tensor:
         if self.on_reference():
@@ -121,80 +116,51 @@ class BitLinear(nn.Module):
 
     def on_reference(self) -> bool:
         """Whether it runs in PyTorch even where there are kernels."""
-        return self.annealing < 1 or self.weight_quantizer != "absmean"
+        return self.annealing < 1 or not self.quantizer.has_kernels
 
     def _on_reference(self, x: Tensor) -> Tensor:
         self._refuse_partitions()
         if kernels_for(x.device) is not None:
-            _say_once("annealing" if self.annealing < 1 else f"weight quantizer {self.weight_quantizer}")
+            _say_once("annealing" if self.annealing < 1 else f"weight quantizer {self.quantizer.name}")
         x = x if self.subln is None else self.subln(x)
-        codes, scale = self._quantize()
-        bias, weight = self._bias(codes), self.weight
-        if self.annealing < 1 or self.weight_quantizer == "seq":
-            if self.weight_quantizer == "seq":
-                quantized = quantizers.seq_weight(weight, self.seq_a, (codes, scale))
-            else:
-                quantized = quantizers.straight_through(weight, codes * scale)
-            if self.annealing < 1:
-                return quantizers.annealed_linear(x, weight, quantized, bias, self.annealing_kind, self.annealing)
-            weight = quantized
+        codes, scale = self.codes()
+        bias, weight = self.quantizer.bias(self, codes), self.weight
+        if self.annealing < 1:
+            quantized = self.quantizer.straight_through(self, codes, scale)
+            return annealed_linear(x, weight, quantized, bias, self.annealing_kind, self.annealing)
+        if self.quantizer.learned:
+            weight = self.quantizer.straight_through(self, codes, scale)
         if scale.dim():
             return quantizers.scaled_linear(x, weight, codes * scale, bias)
         return reference.bit_linear(x, weight, bias, (codes, scale))
 
-    def _quantize(self) -> tuple[Tensor, Tensor]:
-        """(codes int8 (O, I), scale fp32 (), (I,) or (O, I))."""
-        if self.weight_quantizer == "block":
-            return quantizers.block_codes(self.weight)
-        if self.weight_quantizer == "gptq":
-            if self.held is not None and self.held.fit(self.weight):
-                return self.held.codes
-            return quantizers.gptq_codes(self.weight, self.gptq_factor)
-        if self.weight_quantizer == "awq":
-            return quantizers.awq_codes(self.weight, self.awq_scale)
-        if self.weight_quantizer == "seq":
-            return quantizers.seq_codes(self.weight, self.seq_a)
-        return reference.quantize_weight(self.weight)
-
-    def _bias(self, codes: Tensor) -> Tensor | None:
-        if self.weight_quantizer != "tequila":
-            return self.bias
-        extra = self.annealing * quantizers.tequila_bias(self.weight, codes)
-        return extra if self.bias is None else self.bias + extra
-
     def _refuse_partitions(self) -> None:
-        if self.weight_quantizer in quantizers.WHOLE and hasattr(self.weight, "ds_id"):
-            raise UserError(
-                "refine.weight_quantizer",
-                expected="with ZeRO-3 one that needs its own weight alone: absmean, block, awq or tequila",
-                got=self.weight_quantizer,
-                do="Choose another, or --zero 2.",
-            )
+        if hasattr(self.weight, "ds_id"):
+            quantizers.refuse_partitions(self.quantizer)
+
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """(codes int8 (O, I) in {-1, 0, 1}, scale fp32 that broadcasts to (O, I)): what the layer multiplies by once it is
+        ternary. Under ZeRO-3 gather its parameters first."""
+        if self.quantizer.slow and self.held is not None and self.held.fit(self.weight):
+            return self.held.codes
+        return self.quantizer.codes(self)
 
     def ternary(self) -> tuple[Tensor, Tensor]:
-        """(codes int8 (O, I) in {-1, 0, 1}, weight_scale fp32 ()): what the layer multiplies by once it is ternary. Under
-        ZeRO-3 gather its parameters first.
+        """`codes` for a packed file: (codes int8 (O, I) in {-1, 0, 1}, weight_scale fp32 ()).
 
         Raises:
             UserError: its quantizer has more than one scale.
         """
-        codes, scale = self._quantize()
-        if scale.dim():
-            raise UserError(
-                "refine.weight_quantizer",
-                expected="one with one scale a tensor, for a packed file: absmean, gptq, tequila or seq",
-                got=f"{self.weight_quantizer}, which has one for each {'block' if scale.dim() == 2 else 'input channel'}",
-                do="Leave the export out (--export.enabled false), or train with another.",
-            )
-        return codes, scale
+        quantizers.refuse_many_scales(self.quantizer)
+        return self.codes()
 
     def ternary_bias(self) -> Tensor | None:
         """(O,) or None: the bias of the layer once it is ternary, that of its quantizer included."""
-        return self._bias(self._quantize()[0]) if self.weight_quantizer == "tequila" else self.bias
+        return self.quantizer.bias(self, self.codes()[0])
 
     def watched(self) -> tuple[Tensor, Tensor]:
-        """`ternary` for looking at: of several scales the mean, fp32 ()."""
-        codes, scale = self._quantize()
+        """`codes` for looking at: of several scales the mean, fp32 ()."""
+        codes, scale = self.codes()
         return codes, scale.mean()
 
     def takes_gated(self) -> bool:

@@ -1,9 +1,9 @@
-"""Weight quantizers beside the ordinary one, and annealing into any of them. docs/method.md, sections 7 and 8.
+"""Weight quantizers: how the fp32 master weight of a BitLinear becomes ternary. docs/method.md, section 7.
 Plain PyTorch: on an NVIDIA GPU only the ordinary one, `absmean`, has kernels.
 
     name      codes of                                          scale             stored beside the master
     absmean   W / s, rounded to {-1, 0, 1}: kernels/reference   one, mean|W|      -
-    block     the same, in each row for 128 columns             one a block       -
+    block     the same, in each row for 128 columns             one per block     -
     gptq      W, column by column, each error passed on to      one, mean|W|      Cholesky factor (I, I)
               the columns to come, for inputs like those of
               the calibration
@@ -15,49 +15,80 @@ Plain PyTorch: on an NVIDIA GPU only the ordinary one, `absmean`, has kernels.
 
 All are straight-through for the master weight, except that `seq` passes nothing to weights beyond 0.99 a.
 
-**Annealing.** Between full precision (0) and quantized (1) a layer computes `annealed_linear`, on every device:
-
-    linear    x_l = x + l * (q(x) - x)        w_l = w + l * (q(w) - w)        gradients as if both were the identity
-    softmax   w_l = s * sum_k k * softmax_k(-(w / s - k)^2 / T), k = -1, 0, 1, s = absmean; its true gradient in w
-
-softmax reaches full weight in the first fifth of the annealing (before that it is mixed with w, and the int8 codes with
-x, as `linear` does), then T falls as a cosine from START_TEMPERATURE to END_TEMPERATURE.
+Each is one class, and `QUANTIZERS` at the end of this file is the only list of them: the settings, the layers and the
+surgery know them by what the class says. To add one, write its class here and name it there.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitdistill.errors import UserError
 from bitdistill.kernels.numerics import EPSILON
-from bitdistill.kernels.reference import quantize_activation, quantize_weight, weight_scale
+from bitdistill.kernels.reference import quantize_activation, quantize_weight
+from bitdistill.student.calibration import InputStatistics, output_error
+from bitdistill.student.gptq import gptq_codes, gptq_factor
 
-QUANTIZERS = ("absmean", "block", "gptq", "awq", "tequila", "seq")
-CALIBRATED = ("gptq", "awq")  # need statistics of the layer's inputs
-MANY_SCALES = ("block", "awq")  # which a packed file has no place for
-WHOLE = ("gptq", "seq")  # need more of the layer than ZeRO-3 gathers, or more often than it can afford
 BLOCK_COLUMNS = 128
-DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in GPTQ
 ALPHAS = 20  # steps of AWQ's search over alpha
 TEQUILA_LAMBDA = 1e-3
 SEQ_CLIP, SEQ_LEVELS = 0.99, 1.5  # both ParetoQ's, for three levels
 
-# START minimises E[(soft(z) - z)^2] for Gaussian weights in units of their absmean: the softest start costs the least.
-START_TEMPERATURE = 0.35
-# At END a soft code differs from the hard one within 0.1 of a boundary, and its slope is at most 1 / (2 T) = 10.
-END_TEMPERATURE = 0.05
-COMPRESSION = 0.2  # the share of the annealing in which the mixture becomes soft codes alone
+
+class WeightQuantizer:
+    """How a weight becomes ternary. It keeps nothing itself: what it stores beside the master lies in the BitLinear that
+    its methods are given.
+
+    Attributes:
+        name: in the settings and in a student's config.json.
+        one_scale: whether the matrix has a single scale, which is all that a packed file has a place for.
+        own_weight_suffices: whether it can work under ZeRO-3, which gathers the weight of a layer and nothing beside it.
+        calibrated: whether it needs statistics of the layer's inputs before training.
+        has_kernels: whether the kernels of a device compute it; otherwise the layer runs in plain PyTorch.
+        soft: whether softmax annealing ends in its codes.
+        slow: whether its codes are worth keeping while the weight does not change.
+        learned: whether it has parameters, which the gradient reaches through `straight_through`.
+    """
+
+    name: ClassVar[str]
+    one_scale: ClassVar[bool] = True
+    own_weight_suffices: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = False
+    has_kernels: ClassVar[bool] = False
+    soft: ClassVar[bool] = False
+    slow: ClassVar[bool] = False
+    learned: ClassVar[bool] = False
+
+    def attach(self, layer: nn.Module) -> None:
+        """Gives a new layer the buffers or parameters that are stored beside its weight."""
+
+    def calibrate(self, layer: nn.Module, inputs: InputStatistics) -> None:
+        """Fills those buffers from statistics of the layer's inputs."""
+
+    def codes(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """(codes int8 (O, I) in {-1, 0, 1}, scale fp32 that broadcasts to (O, I)), without a gradient."""
+        raise NotImplementedError
+
+    def straight_through(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> Tensor:
+        """``codes * scale``, fp32 (O, I), with a gradient in the master and in what is learned beside it."""
+        return straight_through(layer.weight, codes * scale)
+
+    def bias(self, layer: nn.Module, codes: Tensor) -> Tensor | None:
+        """(O,) or None: the bias of the quantized layer."""
+        return layer.bias
 
 
-def check_quantizer(name: str) -> None:
-    """Raises UserError for a weight quantizer that there is none of."""
-    if name not in QUANTIZERS:
-        raise UserError(
-            "refine.weight_quantizer", expected=f"one of {', '.join(QUANTIZERS)}", got=repr(name), do="Correct it."
-        )
+class AbsMean(WeightQuantizer):
+    """The paper's: `kernels.reference.quantize_weight`."""
+
+    name, has_kernels, soft = "absmean", True, True
+
+    def codes(self, layer):
+        return quantize_weight(layer.weight)
 
 
 def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
@@ -76,45 +107,7 @@ class _StraightThrough(torch.autograd.Function):  # the sum would round: Q itsel
         return grad.to(ctx.dtype), None
 
 
-# --- statistics of a layer's inputs -----------------------------------------------------------------------------------
-
-
-@dataclass
-class InputStatistics:
-    """Sums over the tokens that a layer was given.
-
-    Args:
-        gram: fp32 (I, I), ``sum x x^T``. magnitude: fp32 (I,), ``sum |x|``. tokens: how many.
-    """
-
-    gram: Tensor
-    magnitude: Tensor
-    tokens: int
-
-    @classmethod
-    def of(cls, x_NI: Tensor) -> "InputStatistics":
-        """Of tokens (N, I), any float dtype."""
-        x_NI = x_NI.detach().float()
-        return cls(x_NI.T @ x_NI, x_NI.abs().sum(0), len(x_NI))
-
-    def add(self, other: "InputStatistics") -> None:
-        """Takes further tokens in."""
-        self.gram += other.gram
-        self.magnitude += other.magnitude
-        self.tokens += other.tokens
-
-
-def output_error(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
-    """``||X W^T - X Q^T||^2`` from ``gram = X^T X``: what gptq and awq make small.
-
-    Args:
-        weight, quantized: (O, I). gram: (I, I), on the same device.
-    """
-    difference = (quantized - weight).detach().double()
-    return ((difference @ gram.double()) * difference).sum().item()
-
-
-# --- block ------------------------------------------------------------------------------------------------------------
+# --- block -------------------------------------------------------------------------------------------------------------
 
 
 def block_codes(weight: Tensor, columns: int = BLOCK_COLUMNS) -> tuple[Tensor, Tensor]:
@@ -135,54 +128,35 @@ def block_codes(weight: Tensor, columns: int = BLOCK_COLUMNS) -> tuple[Tensor, T
     return torch.round(weight / scales).clamp_(-1, 1).to(torch.int8), scales
 
 
-# --- GPTQ -------------------------------------------------------------------------------------------------------------
+class Block(WeightQuantizer):
+    """absmean for each row and block of 128 columns: `block_codes`."""
+
+    name, one_scale = "block", False
+
+    def codes(self, layer):
+        return block_codes(layer.weight)
 
 
-def gptq_factor(gram: Tensor) -> Tensor:
-    """``U`` with ``U^T U = H^-1``, upper triangular, ``H = 2 X^T X + DAMPING * mean(diag) * 1``.
-
-    Args:
-        gram: (I, I), ``X^T X`` of the calibration.
-
-    Returns: fp32 (I, I); computed in fp64. A channel that was always 0 counts as one that was as the damping.
-
-    Source: GPTQ, arXiv 2210.17323, section 3.
-    """
-    hessian = 2 * gram.double()
-    diagonal = hessian.diagonal()
-    diagonal += max(DAMPING * diagonal.mean().item(), EPSILON)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+# --- GPTQ --------------------------------------------------------------------------------------------------------------
 
 
-def gptq_codes(weight: Tensor, factor: Tensor, columns: int = BLOCK_COLUMNS) -> tuple[Tensor, Tensor]:
-    """Columns in order; what rounding a column costs is made up by those that follow, as the inverse Hessian says:
+class Gptq(WeightQuantizer):
+    """Errors of a column are made up for by the columns to come: gptq.py. The factor is saved with the layer."""
 
-        codes_j = clip(round(W_j / s), -1, 1)        W_k -= (W_j - s codes_j) / U_jj * U_jk   for all k > j
+    name, own_weight_suffices, calibrated, slow = "gptq", False, True, True
 
-    Args:
-        weight: (O, I) float. factor: (I, I), from `gptq_factor`. columns: after how many the rest of the row is brought up
-            to date, in one product; no influence on the result but rounding.
+    def attach(self, layer):
+        factor = torch.eye(layer.in_features, dtype=torch.float32, device=layer.weight.device)
+        layer.register_buffer("gptq_factor", factor)
 
-    Returns: (codes int8 (O, I), weight_scale fp32 () = absmean of the weight as it came). I sequential steps.
+    def calibrate(self, layer, inputs):
+        layer.gptq_factor.copy_(gptq_factor(inputs.gram))
 
-    Source: GPTQ, arXiv 2210.17323, algorithm 1.
-    """
-    scale = weight_scale(weight)
-    rest = weight.detach().float().clone()
-    codes = torch.empty_like(rest)
-    for start in range(0, rest.shape[1], columns):
-        part, block = rest[:, start : start + columns], factor[start : start + columns, start : start + columns]
-        errors = torch.empty_like(part)
-        for j in range(part.shape[1]):
-            codes[:, start + j] = torch.round(part[:, j] / scale).clamp_(-1, 1)
-            errors[:, j] = (part[:, j] - scale * codes[:, start + j]) / block[j, j]
-            part[:, j + 1 :] -= torch.outer(errors[:, j], block[j, j + 1 :])
-        rest[:, start + columns :] -= errors @ factor[start : start + columns, start + columns :]
-    return codes.to(torch.int8), scale
+    def codes(self, layer):
+        return gptq_codes(layer.weight, layer.gptq_factor)
 
 
-# --- AWQ --------------------------------------------------------------------------------------------------------------
+# --- AWQ ---------------------------------------------------------------------------------------------------------------
 
 
 def awq_channel_scale(weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, float]:
@@ -216,7 +190,23 @@ def awq_codes(weight: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale / channel_scale
 
 
-# --- Tequila ----------------------------------------------------------------------------------------------------------
+class Awq(WeightQuantizer):
+    """Input channels that are large count more: `awq_codes`. The channel scale is saved with the layer."""
+
+    name, one_scale, calibrated = "awq", False, True
+
+    def attach(self, layer):
+        scale = torch.ones(layer.in_features, dtype=torch.float32, device=layer.weight.device)
+        layer.register_buffer("awq_scale", scale)
+
+    def calibrate(self, layer, inputs):
+        layer.awq_scale.copy_(awq_channel_scale(layer.weight, inputs)[0])
+
+    def codes(self, layer):
+        return awq_codes(layer.weight, layer.awq_scale)
+
+
+# --- Tequila -----------------------------------------------------------------------------------------------------------
 
 
 def tequila_bias(weight: Tensor, codes: Tensor) -> Tensor:
@@ -233,7 +223,17 @@ def tequila_bias(weight: Tensor, codes: Tensor) -> Tensor:
     return TEQUILA_LAMBDA * (weight.float() * (codes == 0)).sum(1)
 
 
-# --- SEQ --------------------------------------------------------------------------------------------------------------
+class Tequila(AbsMean):
+    """absmean, and the weights whose code is 0 make a bias, which grows with the annealing: `tequila_bias`."""
+
+    name, has_kernels, soft = "tequila", False, False
+
+    def bias(self, layer, codes):
+        extra = layer.annealing * tequila_bias(layer.weight, codes)
+        return extra if layer.bias is None else layer.bias + extra
+
+
+# --- SEQ ---------------------------------------------------------------------------------------------------------------
 
 
 def seq_start(weight: Tensor) -> Tensor:
@@ -287,7 +287,22 @@ class _Seq(torch.autograd.Function):
         return (grad * within).to(weight.dtype), grad_a.to(a.dtype), None, None
 
 
-# --- products ---------------------------------------------------------------------------------------------------------
+class Seq(WeightQuantizer):
+    """Three levels at -2/3 a, 0, 2/3 a, a learned: `seq_codes`."""
+
+    name, own_weight_suffices, learned = "seq", False, True
+
+    def attach(self, layer):
+        layer.seq_a = nn.Parameter(seq_start(layer.weight))
+
+    def codes(self, layer):
+        return seq_codes(layer.weight, layer.seq_a)
+
+    def straight_through(self, layer, codes, scale):
+        return seq_weight(layer.weight, layer.seq_a, (codes, scale))
+
+
+# --- products ----------------------------------------------------------------------------------------------------------
 
 
 def scaled_linear(x: Tensor, weight: Tensor, quantized: Tensor, bias: Tensor | None) -> Tensor:
@@ -305,53 +320,62 @@ def scaled_linear(x: Tensor, weight: Tensor, quantized: Tensor, bias: Tensor | N
         return F.linear(straight_through(x, codes * scale), straight_through(weight, quantized), bias).to(dtype)
 
 
-# --- annealing ---------------------------------------------------------------------------------------------------------
+# --- the list ----------------------------------------------------------------------------------------------------------
+
+ABSMEAN = AbsMean()
+QUANTIZERS: dict[str, WeightQuantizer] = {q.name: q for q in (ABSMEAN, Block(), Gptq(), Awq(), Tequila(), Seq())}
 
 
-def soft_ternary(weight: Tensor, temperature: float) -> Tensor:
-    """``s * E[k]``, ``k ~ softmax(-(W / s - k)^2 / T)`` over {-1, 0, 1}: ternary codes before they have decided.
+def quantizer_named(name: str) -> WeightQuantizer:
+    """The quantizer of that name.
 
-    Args:
-        weight: (O, I) float. temperature: T > 0; towards 0 the result becomes ``s * clip(round(W / s), -1, 1)``.
-
-    Returns: fp32 (O, I), with the true gradient ``d/dW = (2 / T) * Var[k]``, the scale s (absmean) taken as a constant.
-
-    Source: Hestia, arXiv 2601.20745, section 3, without its temperatures by layer.
+    Raises:
+        UserError: there is none.
     """
-    scale = weight_scale(weight)
-    with torch.no_grad():
-        units = weight.float() / scale
-        distances = torch.stack([(units - code).square() for code in (-1, 0, 1)])
-        below, _, above = torch.softmax(-distances / temperature, dim=0)
-        code = above - below
-        slope = (above + below - code.square()) * (2 / temperature)
-    return scale * code + slope * (weight.float() - weight.detach().float())
+    if name not in QUANTIZERS:
+        raise UserError(
+            "refine.weight_quantizer",
+            expected=f"one of {', '.join(QUANTIZERS)}",
+            got=repr(name),
+            do="Choose one of them.",
+        )
+    return QUANTIZERS[name]
 
 
-def temperature_at(annealing: float) -> float:
-    """Of the softmax: START_TEMPERATURE up to COMPRESSION, then a cosine to END_TEMPERATURE at 1."""
-    share = max(0.0, (annealing - COMPRESSION) / (1 - COMPRESSION))
-    return END_TEMPERATURE + (START_TEMPERATURE - END_TEMPERATURE) * (1 + math.cos(math.pi * share)) / 2
+def refuse_partitions(quantizer: WeightQuantizer) -> None:
+    """Raises UserError where a quantizer cannot work under ZeRO-3."""
+    if not quantizer.own_weight_suffices:
+        alternatives = _names(lambda other: other.own_weight_suffices)
+        raise UserError(
+            "refine.weight_quantizer",
+            expected=f"with ZeRO-3 one that needs its own weight alone: {alternatives}",
+            got=quantizer.name,
+            do="Choose one of these, or --zero 2.",
+        )
 
 
-def annealed_linear(
-    x: Tensor, weight: Tensor, quantized: Tensor, bias: Tensor | None, kind: str, annealing: float
-) -> Tensor:
-    """A linear layer on its way into ternary, as above.
+def refuse_many_scales(quantizer: WeightQuantizer) -> None:
+    """Raises UserError where a packed file has no place for the scales of a quantizer."""
+    if not quantizer.one_scale:
+        raise UserError(
+            "refine.weight_quantizer",
+            expected=f"one with one scale per tensor, for the export: {_names(lambda other: other.one_scale)}",
+            got=f"{quantizer.name}, which has several",
+            do="Choose one of these, or leave the export out (--export.enabled false).",
+        )
 
-    Args:
-        x: (..., I) float. weight: (O, I), the fp32 master. bias: (O,) or None.
-        quantized: (O, I), the quantized weight, differentiable in `weight`; `softmax` does not look at it.
-        kind: "linear" or "softmax". annealing: l, 0 (full precision) to 1.
 
-    Returns: (..., O), in the autocast dtype under torch.autocast, as ``nn.Linear`` does.
+def refuse_softmax(quantizer: WeightQuantizer) -> None:
+    """Raises UserError where softmax annealing would end in other codes than those of a quantizer."""
+    if not quantizer.soft:
+        raise UserError(
+            "refine.weight_quantizer",
+            expected="absmean with pretrain.annealing softmax, whose soft codes are those of absmean",
+            got=quantizer.name,
+            do="Set --refine.weight_quantizer absmean, or --pretrain.annealing linear.",
+        )
 
-    Source: Hugging Face, "Fine-tuning LLMs to 1.58bit" (linear); Hestia, arXiv 2601.20745 (softmax).
-    """
-    if kind == "softmax":
-        quantized = soft_ternary(weight, temperature_at(annealing))
-        annealing = min(1.0, annealing / COMPRESSION)
-    mixed = torch.lerp(weight.float(), quantized, annealing).to(weight.dtype)
-    codes, scale = quantize_activation(x)
-    x = x + (annealing * (codes * scale - x.float())).detach().to(x.dtype)
-    return F.linear(x, mixed, bias)
+
+def _names(able: Callable[[WeightQuantizer], bool]) -> str:
+    *names, last = [name for name, quantizer in QUANTIZERS.items() if able(quantizer)]
+    return f"{', '.join(names)} or {last}" if names else last

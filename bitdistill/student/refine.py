@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill.errors import UserError
+from bitdistill.student.calibration import InputStatistics
 from bitdistill.student.embeddings import FULL_PRECISION, quantize_embeddings
 from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears
 from bitdistill.student.loading import check_family
-from bitdistill.student.quantizers import InputStatistics, awq_channel_scale, check_quantizer, gptq_factor
+from bitdistill.student.quantizers import quantizer_named
 from bitdistill.student.sharing import Siblings
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -85,7 +86,7 @@ def refine(
     check_family(model.config)
     if norms not in SUBLN_BEFORE:
         raise UserError("norms", expected=f"one of {', '.join(SUBLN_BEFORE)}", got=repr(norms), do="Correct it.")
-    check_quantizer(weight_quantizer)
+    quantizer = quantizer_named(weight_quantizer)
     if bit_linears(model):
         raise UserError("model", expected="a full-precision model", got="a converted one", do="Load the base model.")
     eps = model.config.rms_norm_eps if subln_eps is None else subln_eps
@@ -105,11 +106,9 @@ def refine(
                 nn.init.constant_(subln.weight, gains[name])
             sublns += 1
         biases += linear.bias is not None
-        layer = BitLinear(linear, subln, weight_quantizer)
-        if inputs is not None and weight_quantizer == "gptq":
-            layer.gptq_factor.copy_(gptq_factor(inputs[name].gram))
-        elif inputs is not None and weight_quantizer == "awq":
-            layer.awq_scale.copy_(awq_channel_scale(linear.weight, inputs[name])[0])
+        layer = BitLinear(linear, subln, quantizer)
+        if inputs is not None and quantizer.calibrated:
+            quantizer.calibrate(layer, inputs[name])
         model.set_submodule(name, layer)
         converted.append(linear)
     _introduce_siblings(model)

@@ -127,8 +127,8 @@ class WeightCodes:
             weight = layer.weight
             whole = not hasattr(weight, "ds_id") and weight.numel() > 0 and weight.is_contiguous()
             if layer.on_reference():
-                if layer.weight_quantizer == "gptq" and whole and not weight.is_inference():
-                    result[place] = HeldCodes(layer.ternary(), weight.detach(), weight._version, _Steps.begun)
+                if layer.quantizer.slow and whole and not weight.is_inference():
+                    result[place] = HeldCodes(layer.codes(), weight.detach(), weight._version, _Steps.begun)
                 continue
             if kernels_for(weight.device) is not None and whole and not weight.is_inference():
                 kinds.setdefault((weight.device, weight.dtype), []).append(place)

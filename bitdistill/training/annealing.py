@@ -2,7 +2,7 @@
 
     annealing = clip((step / max_steps - start) / (end - start), 0, 1)          step: optimiser steps done before this one
 
-What a value between means for a layer is in quantizers.py. With `start` = `end` it jumps from 0 to 1: full precision for
+What a value between means for a layer is in student/annealed.py. With `start` = `end` it jumps from 0 to 1: full precision for
 that share of the steps, quantized training for the rest. A function of the step alone, so a resumed run goes on exactly.
 
 Source: Hugging Face, "Fine-tuning LLMs to 1.58bit" (linear); ParetoQ, arXiv 2502.02631 (the jump, at 0.9); Hestia, arXiv
