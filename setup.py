@@ -58,7 +58,10 @@ setup(
         "bitdistill.distributed",
     ],
     package_dir={"bitdistill.kernels": "kernels", "bitdistill.distributed": "distributed"},
-    package_data={"bitdistill": ["recipes/*.yaml", "recipes/tasks/*.yaml"], "bitdistill.reporting": ["templates/*"]},
+    package_data={
+        "bitdistill": ["py.typed", "recipes/*.yaml", "recipes/tasks/*.yaml"],
+        "bitdistill.reporting": ["templates/*"],
+    },
     install_requires=CPU,
     extras_require={
         "cpu": [],
@@ -66,7 +69,7 @@ setup(
         "eval": [*TRAIN, *EVAL],
         "bench": [*TRAIN, *BENCH],
         "test": [*TRAIN, *BENCH, *TEST],
-        "dev": [*TRAIN, *BENCH, *TEST, "ruff==0.17.6", "pre-commit"],
+        "dev": [*TRAIN, *BENCH, *TEST, "ruff==0.17.6", "pre-commit", "pyright"],
     },
     entry_points={"console_scripts": ["bitdistill=bitdistill.cli:main"]},
 )

@@ -22,25 +22,6 @@ from bitdistill.distributed import openmp
 from bitdistill.errors import UserError
 
 
-def packed_file(run_or_file: str) -> Path:
-    """The packed student of a run directory, or the file itself.
-
-    Raises:
-        UserError: neither is there.
-    """
-    path = Path(run_or_file).expanduser()
-    if path.is_dir():
-        path = path / "export" / "student.safetensors"
-    if not path.is_file():
-        raise UserError(
-            "RUN_OR_FILE",
-            expected="a run directory with a finished export stage, or a packed file",
-            got=f"{run_or_file} (no {path})",
-            do="Run --stage export first.",
-        )
-    return path
-
-
 def generate(
     run_or_file: str,
     prompt: str | None = None,
@@ -72,9 +53,10 @@ def generate(
     if (prompt is None) == (prompts_file is None):
         got = "neither" if prompt is None else "both"
         raise UserError("prompt", expected="a prompt or --prompts_file", got=got, do="Give one of them.")
+    from bitdistill.runtime.loading import find_packed
     from bitdistill.runtime.sampling import Sampling
 
-    path, sampling = packed_file(run_or_file), Sampling(**sampling)
+    path, sampling = find_packed(run_or_file), Sampling(**sampling)
     if device == "cpu":
         from bitdistill.runtime.cpu import Runtime
 
@@ -237,6 +219,7 @@ def _run_defaults(run: Path) -> dict:
 def _subject(run_or_file: str, setting: str | None, threads: int | None):
     """(name, model, tokenizer) of a setting: a Runtime on a packed file, or the full-precision model in torch."""
     from bitdistill.runtime.cpu import Runtime
+    from bitdistill.runtime.loading import find_packed
     from bitdistill.student.loading import load_language_model, load_tokenizer, packed_tokenizer
 
     run = Path(run_or_file).expanduser()
@@ -248,7 +231,7 @@ def _subject(run_or_file: str, setting: str | None, threads: int | None):
         if setting == "FP16-SFT":
             return setting, load_language_model(run / "teacher"), load_tokenizer(run / "teacher")
         run_or_file = str(run / "export" / "baseline.safetensors")
-    runtime = Runtime(packed_file(run_or_file), threads)
+    runtime = Runtime(find_packed(run_or_file), threads)
     return setting or runtime.model.metadata.get("setting", "packed"), runtime, packed_tokenizer(runtime.model)
 
 

@@ -57,6 +57,7 @@ ALLOWED = {
     "export": GROUND | {"student", "runtime"},
     "evaluation": GROUND | {"student", "data", "runtime"},
     "reporting": GROUND,
+    "api": GROUND | {"student", "data", "runtime", "training", "export"},
 }
 
 
@@ -122,8 +123,9 @@ def test_only_entries_read_config():
 
 
 def test_package_inits_are_inert():
+    """Only bitdistill/__init__.py offers names, each imported when it is first used (tests/test_api.py)."""
     for name, path in FILES.items():
-        if path.name != "__init__.py":
+        if path.name != "__init__.py" or name == "bitdistill":
             continue
         for node in ast.parse(FILES[name].read_text()).body:
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

@@ -115,10 +115,10 @@ def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) ->
 
     Returns: float32 (V,), a copy. Numerics: transformers' RepetitionPenaltyLogitsProcessor bit for bit.
     """
-    penalty = np.float32(penalty)
+    factor = np.float32(penalty)
     logits = logits.copy()
     repeated = logits[seen]
-    logits[seen] = np.where(repeated < 0, repeated * penalty, repeated / penalty)
+    logits[seen] = np.where(repeated < 0, repeated * factor, repeated / factor)
     return logits
 
 

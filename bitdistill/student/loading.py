@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from bitdistill.errors import UserError
 
@@ -42,7 +42,7 @@ def _from_hub(what: str, name: str, load):
         ) from error
 
 
-def load_language_model(name_or_path: str | Path, dtype: torch.dtype | str = torch.float32) -> nn.Module:
+def load_language_model(name_or_path: str | Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
     """A causal language model with sdpa attention, of one of FAMILIES.
 
     Args:

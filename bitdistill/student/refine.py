@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bitdistill.errors import UserError
 from bitdistill.student.calibration import InputStatistics
@@ -316,7 +317,7 @@ def student_record(folder: str | Path) -> dict:
     return written
 
 
-def load_student(folder: str | Path) -> nn.Module:
+def load_student(folder: str | Path) -> PreTrainedModel:
     """A saved ternary student, bit for bit as it was, SubLN gains included, in fp32 with sdpa attention.
 
     Raises:

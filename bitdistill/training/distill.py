@@ -9,7 +9,7 @@ the same task: `fine_tune` below makes it (FP16-SFT), and makes the ternary base
 Source: BitNet Distillation, arXiv 2510.13998, section 3.3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -87,19 +87,19 @@ class Distillation(Objective):
         student: nn.Module,
         teacher: Teacher,
         *,
-        lambda_logits: float,
-        kd_temperature: float,
-        kd_tau_squared: bool,
-        kd_tokens: str,
-        relation: str,
-        relation_layers: list[int],
-        teacher_relation_layers: list[int] | None,
-        split_heads: int | None,
-        relation_temperature: float,
-        relation_causal: bool,
-        gamma_attention: float | str,
-        gamma_rho: float,
-        gamma_every: int,
+        lambda_logits: float = 10.0,
+        kd_temperature: float = 5.0,
+        kd_tau_squared: bool = False,
+        kd_tokens: str = "response",
+        relation: str = "eq12",
+        relation_layers: Sequence[int] = (-1,),
+        teacher_relation_layers: Sequence[int] | None = None,
+        split_heads: int | None = None,
+        relation_temperature: float = 1.0,
+        relation_causal: bool = False,
+        gamma_attention: float | str = "balanced",
+        gamma_rho: float = 1.0,
+        gamma_every: int = 10,
     ):
         check_same_vocabulary(teacher.module.config, student.config)
         self.student, self.teacher, self.depth = student, teacher, student.config.num_hidden_layers

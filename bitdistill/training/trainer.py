@@ -71,7 +71,7 @@ def capped_steps(max_steps: int, cap: int | None) -> int:
 def training_arguments(
     folder: Path,
     *,
-    deepspeed: dict[str, Any],
+    deepspeed: dict[str, Any] | None,
     seed: int,
     report_to: list[str],
     steps_cap: int | None = None,
@@ -86,7 +86,7 @@ def training_arguments(
 
     Args:
         folder: for checkpoints.
-        deepspeed: from distributed.presets.
+        deepspeed: from distributed.presets; None trains in this process, without DeepSpeed.
         steps_cap: upper bound on max_steps, for smoke runs.
         hugging_face: learning_rate, per_device_train_batch_size, ... verbatim.
     """
