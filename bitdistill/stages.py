@@ -123,6 +123,7 @@ class RunDirectory:
         """A temporary folder that becomes the stage's result, whole, when the block ends without an error.
 
         Args:
+            stage: its name.
             settings: what the result depends on.
             facts: numbers worth keeping in done.json (seconds, steps, ...); may be filled inside the block.
         """

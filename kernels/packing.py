@@ -112,6 +112,7 @@ def unpack(packed: np.ndarray, out_features: int, in_features: int, packing: str
     Args:
         packed: uint8 (packed_bytes(O, I, packing),), also read-only.
         out_features, in_features: O and I.
+        packing: one of PACKINGS.
 
     Returns: int8 (O, I).
 
@@ -136,6 +137,7 @@ def unpack_rows(packed: np.ndarray, rows: np.ndarray, columns: int, packing: str
         packed: 1-D bytes of any packing above (int8 for "int8"), trusted to be valid.
         rows: int (n,), row numbers.
         columns: I.
+        packing: the name of that packing.
 
     Returns: int8 (n, I): ternary codes, int8 codes, or int4 codes -8 .. 7.
     """

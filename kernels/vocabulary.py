@@ -322,7 +322,12 @@ def chunked_losses(
     """The operator's forward pass; the arguments are those of the functions above, with 1 / tau.
 
     Args:
+        x, weight, targets: the student's hidden states (N, H), LM head (V, H), and next tokens (N,).
+        teacher_x, teacher_weight: the teacher's, for a KL over all words.
+        indices, values, log_rest: the teacher's top-k words, their logits and the rest, for a KL over those.
+        ce_weight, kl_weight: multiply the two losses in the gradients. per_tau: 1 / temperature.
         dtype: of the student's products. grad_x, grad_weight: which gradients are wanted.
+        chunk_bytes: memory for the logits of one chunk of rows.
 
     Returns: ((CE, KL) fp32 (2,), dx like x, dW like W), the gradients of ``ce_weight * CE + kl_weight * KL``; one that is
     not wanted is empty, (0,).

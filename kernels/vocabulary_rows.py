@@ -34,6 +34,7 @@ def dense_rows_(
     Args:
         z_NV: the student's logits, overwritten if ``gradient``. t_NV: the teacher's, or None for no KL.
         targets_N: int64; a row with IGNORED has CE 0 and no share of it in the gradient.
+        ce_weight: multiplies the CE's gradient. gradient: whether z_NV becomes the gradient.
         kl_weight: with the 1 / tau of the inner derivative in it. per_tau: 1 / tau.
 
     Returns: (CE_N, KL_N) fp32, KL 0 without a teacher. Numerics: fp32 whatever the logits are.
@@ -76,7 +77,8 @@ def rest_rows_(
     """What the words outside K add to the sums of a row; with ``gradient``, theirs is written over ``z``.
 
     Args:
-        z_NV: the student's logits, -inf at the words of K. Others as in dense_rows_.
+        z_NV: the student's logits, -inf at the words of K.
+        targets_N, ce_weight, kl_weight, per_tau, gradient: as in dense_rows_.
         kept_max_N: the largest logit m in K. kept_sum_N: sum over K of exp(z - m). kept_sum_tau_N: of exp((z - m) / tau).
         p_rest_N: the teacher's probability outside K.
 

@@ -116,6 +116,7 @@ def review(draw: random.Random, words: tuple[list[str], list[str]], good: int) -
     """A sentence about one or two things.
 
     Args:
+        draw: the source of chance.
         words: the unpleasant and the pleasant adjectives it may use.
         good: its verdict, 0 or 1: that of its last clause ("not" turns a clause round).
     """

@@ -184,9 +184,11 @@ def load_rows(
     """The rows of one split, with all columns that the task needs, all labels known.
 
     Args:
+        task: names the columns, the labels and the data set.
         split: one of ``task.splits``; "train" and "validation" for every task.
         file: a local .jsonl, .json, .csv, .tsv (tabs, no quoting) or .parquet file instead of the hub.
         limit: keep so many rows, drawn with ``seed`` and left in their order; all when there are fewer.
+        seed: of that draw.
 
     Raises:
         UserError: hub out of reach, unreadable or empty file, missing column, unknown label.
@@ -233,6 +235,7 @@ def load_validation(
     """The rows of every validation split, "validation" first.
 
     Args:
+        task: names the splits.
         file: local rows of "validation"; then a further split is read from its own file or not at all: a hub that has the
             one may be out of reach for a reason.
         extra_files: local rows of further splits that the task names: {split: file}.
@@ -312,6 +315,7 @@ def encode(task: Task, rows: Dataset, tokenizer, max_length: int) -> tuple[Datas
     """Rows for training: ``input_ids`` and ``labels``, as the module's docstring pins them.
 
     Args:
+        task: gives the prompt and the answers.
         rows: from ``load_rows``, N of them.
         tokenizer: a fast tokenizer.
         max_length: the longest row, in tokens.
@@ -367,6 +371,7 @@ def collate(features: Sequence[dict], pad_token_id: int) -> dict[str, Tensor]:
 
     Args:
         features: B rows with lists ``input_ids`` and ``labels``; other keys are left out.
+        pad_token_id: fills up ``input_ids``; its positions are masked.
 
     Returns: int64 (B, T): ``input_ids`` (padded with ``pad_token_id``), ``attention_mask`` (1 real, 0 padding),
         ``labels`` (padded with -100).

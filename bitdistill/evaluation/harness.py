@@ -191,6 +191,7 @@ def run_harness(model, tokenizer, tasks: Sequence[Any], limit: int | None = None
     Args:
         model: a Runtime or a torch model. tasks: from `harness_task` and `stock_task`.
         limit: so many rows of each task.
+        tokenizer: the model's, a Hugging Face tokenizer.
 
     Returns: a dict for each task and metric: {"task", "metric", "value", "stderr" (or None), "rows"}.
     """

@@ -51,6 +51,7 @@ def score_rows(model, task: Task, rows, tokenizer, *, max_length: int, batch_siz
     """Scores a model on a task's rows.
 
     Args:
+        task: gives prompts and answers.
         model: a Hugging Face model, or a Runtime on a packed file.
         rows: from tasks.load_rows. tokenizer: a Hugging Face tokenizer.
         max_length: tokens of prompt and answer; longer prompts are cut, and that is said.
@@ -102,6 +103,7 @@ def text_perplexity(model, blocks: Tensor, name: str) -> dict[str, float]:
     """`scoring.perplexity` of a torch model or a Runtime.
 
     Args:
+        model: a Hugging Face model, or a Runtime on a packed file.
         blocks: int64 (N, T), from corpus.token_blocks. name: on the progress bar.
 
     Raises:
@@ -128,7 +130,9 @@ def scores_json(
     """The content of evaluate/scores.json: a row a setting, and paired differences on the same validation rows.
 
     Args:
+        task: what was scored.
         splits: {split: rows}, the main one first. scores: {setting: `score_splits`}.
+        notes: sentences for the reader of the report.
 
     Returns: the main split's figures; each row and `majorities` have the further splits' beside them, and a paired
         difference of a further split names it under "split".

@@ -68,7 +68,9 @@ def classify(
     """The likeliest word after each prompt.
 
     Args:
+        logits_of: the model, as a function from token lists to logits.
         prompts: N token lists, from ``tasks.encode_prompts``. words: L token lists, from ``tasks.label_tokens``.
+        batch_size: prompts at a time. desc: on the progress bar.
 
     Returns: (predictions int64 (N,), indices into ``words``; log-likelihoods float64 (N, L), natural logarithm).
 
@@ -135,7 +137,9 @@ def perplexity(model, blocks: Tensor, batch_size: int = 8, desc: str = "perplexi
     """``exp(mean NLL)`` of next tokens over blocks (N, T): N * (T - 1) predictions, each within its block.
 
     Args:
+        model: a Hugging Face model.
         blocks: int64 (N, T), from ``corpus.token_blocks``; no padding.
+        batch_size: blocks at a time. desc: on the progress bar.
 
     Returns: {"perplexity", "low", "high" (95 %, bootstrap over blocks), "loss" (nats per token), "tokens"}.
 
@@ -181,6 +185,7 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95, seed: int = 0) -
 
     Args:
         values: (N,) one number for each example.
+        confidence: probability that the interval is to have. seed: of the resampling.
 
     Raises:
         UserError: fewer than two examples, of which nothing can be resampled.
@@ -206,6 +211,7 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, confidence: float = 
 
     Args:
         ours, theirs: (N,) one score for each example (correct or not, ROUGE, ...).
+        confidence: probability that the interval is to have. seed: of the resampling.
     """
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, "paired scores are of the same rows"

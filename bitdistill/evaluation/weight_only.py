@@ -105,6 +105,7 @@ def gptq(
         hessian: float (I, I), X^T X over calibration inputs X (N, I); its scale does not matter. An input that never
             occurs (a zero on the diagonal) leaves its column rounded to nearest.
         damping: share of the mean diagonal that is added to the diagonal.
+        bits: of a code. group: columns that share a scale.
 
     Returns: (codes int8 (O, I), scale float16 (O, ceil(I / group))), as `round_to_nearest`.
 
@@ -158,6 +159,7 @@ def quantize_model(
         model: a full-precision causal LM of models.FAMILIES, on any device.
         method: "rtn", or "gptq".
         calibration: gptq: prompts as token lists; all of them are used.
+        bits: of a code. group: columns that share a scale.
 
     Returns: {"linear_bytes", "linear_weights", "bits_per_weight", "calibration_tokens"}, exact for the stored format.
 
@@ -279,6 +281,7 @@ def weight_only_size(folder: str | Path, student: Config, bits: int = BITS, grou
 
     Args:
         folder: a Hugging Face model. student: the config of the packed student.
+        bits: of a code. group: columns that share a scale.
 
     Returns: {"linear_bytes", "model_bytes", "bits_per_weight", "model_bits_per_parameter"}.
     """

@@ -266,6 +266,7 @@ class Runtime:
         Args:
             prompt: text (encoded with the tokenizer's special tokens) or token ids.
             stop: a string, or several, that end the answer; they are not part of it.
+            max_new_tokens, sampling: as in `generate_ids`.
 
         Raises:
             UserError: as `generate_ids`, or the file has no tokenizer.

@@ -116,6 +116,8 @@ def attention(q_THD: np.ndarray, k_TKD: np.ndarray, v_TKD: np.ndarray, scale: np
     """Causal softmax attention of one text: float32 (T, H, D). Heads of one key/value head are neighbours.
 
     Args:
+        q_THD: float32, the queries. k_TKD, v_TKD: float32, keys and values, K heads.
+        scale: multiplies q.k.
         window: each position sees so many last ones, itself included; None is all.
     """
     tokens, heads, width = q_THD.shape

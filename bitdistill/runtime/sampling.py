@@ -112,6 +112,7 @@ def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) ->
 
     Args:
         logits: float32 (V,). seen: bool (V,).
+        penalty: above 1 makes repetitions rarer.
 
     Returns: float32 (V,), a copy. Numerics: transformers' RepetitionPenaltyLogitsProcessor bit for bit.
     """
@@ -127,6 +128,7 @@ def warp(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
     Args:
         logits: float32 (V,).
+        sampling: which of the steps apply.
 
     Returns: float32 (V,), the largest 0 (softmax does not see a shift, and tiny temperatures do not overflow).
     """
@@ -153,6 +155,7 @@ def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
 
     Args:
         scores: float32 (V,).
+        p: the probability that the kept tokens reach together.
 
     Only candidates are sorted: tokens below (1 - p) / V in probability sum to less than 1 - p together, so the likelier
     ones reach p without them.

@@ -269,6 +269,7 @@ def save_student(folder: str | Path, model: nn.Module, tokenizer=None, state_dic
         folder: created when absent; for an atomic result give a temporary folder and rename it.
         model: a refined model (its parameters may be partitioned when state_dict is given).
         state_dict: full tensors, from `distributed.checkpoint.full_state_dict`; the model's own by default.
+        tokenizer: saved beside the model; none by default.
     """
     from safetensors.torch import save_file
 

@@ -80,6 +80,7 @@ class Distillation(Objective):
         split_heads, relation_temperature, relation_causal: of the relations.
         gamma_attention: a number, or "balanced" with gamma_rho. Either way the gradients of the relations and of the rest
             are measured every gamma_every steps; balanced follows them.
+        gamma_rho: the gradient ratio that "balanced" aims at. gamma_every: optimizer steps between measurements.
     """
 
     def __init__(
@@ -222,6 +223,8 @@ def fine_tune(
         rows: from tasks.encode.
         arguments: from trainer.training_arguments.
         stage, run_dir, resume, health_steps: as in pretrain.pretrain.
+        pad_token_id: fills rows up to one length.
+        objective: what is minimized; the cross-entropy of the answers by default.
 
     Returns: the trainer, whose `model_wrapped` holds the result, and facts for done.json.
     """

@@ -84,6 +84,7 @@ def measure(
     """What the weights say, by layer name.
 
     Args:
+        model: refined; under ZeRO-3 every rank calls this.
         before: the codes of one step ago, for `flips`. start: `scales` at the start of the stage, for `scale_drift`.
 
     Returns: {name: {"minus", "zeros", "plus", "weight_scale", "flips", "scale_drift"}}.

@@ -82,6 +82,7 @@ def logits_distillation(
             response, ``next_tokens(labels_BT) != -100``. The authors' code: every unpadded one, prompt included.
         temperature: tau. The paper: 5, and no tau^2. The authors' code: 5 and tau_squared.
         num_items: rows over all ranks and accumulation steps; None counts those of this call.
+        tau_squared: multiply the loss by temperature squared.
 
     Returns: fp32 scalar; 0 with a graph where no row is chosen. Numerics: as cross_entropy.
 

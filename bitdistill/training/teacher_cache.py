@@ -145,6 +145,7 @@ def teacher_logits(model: nn.Module, tokens_BT: Tensor, layout: Layout) -> dict[
     Args:
         model: full precision, in eval mode. Runs in its own dtype; its logits are fp32.
         tokens_BT: int64, blocks without padding.
+        layout: how many words are kept, and at which temperature.
     """
     tokens_BT = tokens_BT.to(model.device)
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False), instead_of_logits(model, hidden_states):
@@ -169,6 +170,7 @@ def write_shards(folder: Path, model: nn.Module, stream, layout: Layout, *, batc
         model: the teacher, as in teacher_logits; whole on this rank.
         stream: corpus.TokenStream at its beginning, or anything that gives its blocks in order.
         batch_size: blocks at a time.
+        layout: what is written: blocks, block size, words, temperature.
     """
     blocks = iter(stream)
     with tqdm(total=layout.blocks, desc="cache    ", unit="block", disable=not launch.is_main()) as bar:

@@ -89,6 +89,10 @@ def training_arguments(
         deepspeed: from distributed.presets; None trains in this process, without DeepSpeed.
         steps_cap: upper bound on max_steps, for smoke runs.
         hugging_face: learning_rate, per_device_train_batch_size, ... verbatim.
+        seed: of weights, data order and dropout. report_to: trackers, as in transformers.
+        bf16: autocast to bfloat16. gradient_checkpointing: recompute activations in the backward pass.
+        max_steps: optimizer steps; -1 derives them from num_train_epochs. save_steps: between checkpoints; 0 writes none.
+        health_steps: not used here; accepted so that a whole section of settings can be passed.
     """
     if gradient_checkpointing:  # the reentrant kind would hand out q, k and v without a gradient
         hugging_face |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -124,6 +128,7 @@ class StageTrainer(Trainer):
         run_dir: where metrics.jsonl and tensorboard/ are.
         stream: a corpus.TokenStream when the data is one: it resumes without replay.
         annealing: the callback that takes a ternary model from full precision to ternary, or None.
+        kwargs: of transformers.Trainer.
     """
 
     def __init__(

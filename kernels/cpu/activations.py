@@ -119,6 +119,7 @@ def quantize_planes(x, in_features, records, stride):
         x: address of float32 (I,).
         in_features: I, at least 1.
         records: address of the record of hi; that of lo follows `stride` bytes later.
+        stride: bytes from the record of hi to that of lo.
 
     Numerics: fp32, one rounding a step: factor, product, round half to even; ``hi = round(q / 255)``.
     """

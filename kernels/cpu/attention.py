@@ -81,6 +81,7 @@ def write_position(cache, head, position, key, value, head_dim, scratch):
         head: ``(layer * slots + slot) * key/value heads + head``.
         key, value: addresses of float32 (head_dim,), padded with zeros to a multiple of 16.
         scratch: address of padded(head_dim) floats.
+        position: where in the slot. head_dim: entries of a key or value.
 
     Numerics: bf16 rounded half to even; int8 as `quantize_activation` does it.
     """
@@ -212,6 +213,7 @@ def attend(cache, head, position, rows, heads_per_group, window, head_dim, scrat
         window: a row sees that many last positions, itself included; 0 is all.
         scratch: address of `attention_scratch_floats` floats. Query g of row r lies at float
             ``(r * heads_per_group + g) * padded(head_dim)``, multiplied by attention_scale; its result takes its place.
+        heads_per_group: query heads per key/value head. head_dim: entries of a query, key or value.
 
     Numerics: fp32; on a bf16 or int8 cache the arithmetic is the same on the rounded numbers.
     """

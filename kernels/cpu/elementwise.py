@@ -45,6 +45,7 @@ def rms_norm(x, gain, eps, width, out):
     Args:
         x, gain, out: addresses of float32 rows of `width`, padded; out may be x.
         eps: float32.
+        width: numbers in a row.
 
     Numerics: fp32; the sum of squares in 16 lanes, so its error is below width / 16 + 4 roundings.
     """
@@ -83,6 +84,7 @@ def gated_activation(gate, up, activation, width):
     Args:
         gate, up: addresses of float32 (width,), width a multiple of 16.
         activation: SILU or GELU_TANH.
+        width: numbers in a row.
 
     Numerics: within 6 units in the last place for SiLU. Infinity and NaN as the formulas have them.
     """
@@ -103,6 +105,7 @@ def scale_accumulators(acc, scale, bias, width, out):
         acc: address of int32 (width,), width a multiple of 16. scale: float32, act_scale * weight_scale.
         bias: address of float32 (width,), or 0 for none.
         out: address of float32 (width,).
+        width: numbers in a row.
     """
     by = splat(scale)
     if bias == 0:
@@ -120,6 +123,7 @@ def rope_angles(position, inv_freq, scaling, half, cos, sin):
     The angle is rounded to fp32, as in transformers; its cosine is taken in fp64 and rounded once.
 
     Args:
+        position: of the token in its sequence. half: head_dim / 2.
         inv_freq: address of float32 (half,). scaling: float32. cos, sin: addresses of float32 (half,) to write.
     """
     frequencies, cosines, sines = float32s(inv_freq, half), float32s(cos, half), float32s(sin, half)

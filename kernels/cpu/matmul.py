@@ -360,6 +360,8 @@ def gemm(weight, packing, in_features, records, stride, tokens, acc, acc_stride,
         acc: address of int32 rows, one a token, `acc_stride` numbers apart; row o of the weight is written to number o.
             Groups are written whole: there must be room for 16 ceil(O / 16).
         scratch: address of SCRATCH_BYTES of the calling thread's own; not touched for one token or two.
+        stride: bytes between records. tokens: how many there are. acc_stride: numbers between rows of acc.
+        first_group, last_group: the groups of 16 rows of the weight to compute, the last one excluded.
 
     Numerics: exact.
     """

@@ -232,6 +232,8 @@ def table_logits(
         records: two records a token from `quantize_planes`, `stride` bytes apart; not read by fp16.
         logits: address of float32 rows, `logits_stride` floats apart; nothing beyond V is written.
         scratch: address of SCRATCH_BYTES of the calling thread's own.
+        x_stride, stride, logits_stride: distances of rows, in the units said above. tokens: how many there are.
+        first_group, last_group: the groups of 16 rows of the table to compute, the last one excluded.
     """
     if format in (TWO_BIT, BASE3):
         _ternary_logits(

@@ -304,6 +304,7 @@ def gated_quantize_input(
 
     Args:
         gate, up: (..., I) fp32, bf16 or fp16. gain: (I,) or None. activation: one of swiglu_quantize.ACTIVATIONS.
+        eps: of the norm.
 
     Returns: (Activation, anchor (..., I) in gate.dtype), differentiable in gate, up and gain.
     """
@@ -355,6 +356,7 @@ def ternary_linear(
         x: (..., I), which `activation` are the codes of, or an anchor; gets dX. weights: (O_s, I) each; get dW.
         biases: (O_s,) each, or empty. ternary: the codes of `weights`. dtype: of y.
         backward: "exact" (products in dY's dtype) or "fast" (int8 products, stochastic rounding).
+        activation: the int8 codes and scales of x.
 
     Returns: (..., O), O = sum of O_s, in `dtype`.
 

@@ -336,6 +336,7 @@ def merge_quantize(
 
     Args:
         parts: from `attend`. act_columns: P of the o projection. subln: float32 (1, H * D) or None.
+        subln_eps: eps of that norm.
 
     Returns: (act_codes int8 (1, M, P), act_scale float32 (1, M)).
     """

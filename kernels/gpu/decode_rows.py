@@ -296,6 +296,7 @@ def embed(ids: Tensor, table: PackedMatrix, weight_scale: Tensor | None, embeddi
     Args:
         ids: int32 (M,), each below table.rows. table: the embedding (V, I).
         weight_scale: float32 (V,) for 2 and 8 bits, None for 16 and 4 (whose scales are in the table).
+        embedding_scale: multiplies the rows.
 
     Returns: float32 (M, I). Numerics: the bits of the packed file's dequantisation.
     """
@@ -386,6 +387,7 @@ def gated_quantize(
         act_columns: P of the down projection.
         activation: "silu" or "gelu_pytorch_tanh".
         subln: float32 (1, I) or None.
+        subln_eps: eps of that norm.
 
     Returns: (act_codes int8 (1, M, P), act_scale float32 (1, M)).
     """
@@ -431,6 +433,7 @@ def next_token(blocks: tuple[Tensor, Tensor], ids: Tensor, positions: Tensor, la
 
     Args:
         blocks: from `logits_argmax`. ids, positions: int32 (M,), changed in place.
+        last_position: positions stop growing there.
     """
     best, words = blocks
     _next_token_kernel[(len(best),)](

@@ -171,6 +171,7 @@ class Sequences:
         Args:
             ids: token ids, at most capacity - first.
             wanted: "all" logits, those of the "last" token, or "none" (then no successor either).
+            slot: of the KV cache. first: position of the first id.
 
         Returns: float32 (len(ids) or 1, V), or None.
         """

@@ -229,6 +229,7 @@ def visits(tiles: Sequence[int], large: Sequence[bool], lag: int) -> list[tuple[
 
     Args:
         tiles: tiles of each tensor. large: whether it outgrows the L2 cache and is revisited backwards.
+        lag: tiles that are summed between the two visits of one.
     """
     runs, waiting, summed = [], [], 0
     for tensor, count in enumerate(tiles):
