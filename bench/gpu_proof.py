@@ -319,7 +319,9 @@ def _prove(arguments, environment: dict[str, str], started: float) -> int:
         limit = seconds if arguments.tests == "only" else min(TEST_SECONDS, seconds / 2)
         files = sorted((ROOT / "tests").glob("test_gpu_*.py"))
         files = [file for file in files if file.name not in ("test_gpu_compile.py", "test_gpu_proof.py")]  # need no GPU
-        processes = max(1, min(14, (os.cpu_count() or 2) - 2))
+        from bitdistill.cpus import available_cpus
+
+        processes = max(1, min(14, available_cpus() - 2))
         print(f"{len(files)} test files on the device, {processes} processes, {limit:.0f} s at most", flush=True)
         tested = run_tests(ROOT, files, environment, limit, processes)
         print("  " + (", ".join(f"{count} {word}" for word, count in tested.counts.items()) or "nothing ran"))

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from bitdistill.cpus import available_cpus
+
 
 def cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cpus()
 
 
 def machine() -> dict[str, Any]:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from bitdistill.distributed import openmp
+from bitdistill import console, surroundings
 from bitdistill.errors import UserError
 
 
@@ -94,20 +94,14 @@ def generate(
 
 
 def _generate_lines(runtime, prompts_file: str, slots: int, max_new_tokens: int, stop, sampling) -> None:
-    if prompts_file != "-" and not Path(prompts_file).is_file():
-        raise UserError("prompts_file", expected="a text file", got=f"{prompts_file} (no such file)", do="Correct it.")
-    try:
-        text = sys.stdin.read() if prompts_file == "-" else Path(prompts_file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError("prompts_file", expected="text in UTF-8", got=f"{error}", do="Convert it.") from error
-    lines = text.split("\n")
+    lines = _read_prompts(prompts_file).split("\n")
     prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     blank = len(lines) - len(prompts) - (lines[-1] == "")  # nothing follows the last line end
     if not prompts:
         raise UserError("prompts_file", expected="at least one prompt", got="none", do="Write one a line.")
     if blank:
         print(f"[{blank} blank lines left out]", file=sys.stderr)
-    finished, following = {}, 0
+    finished, following, escaped = {}, 0, not console.takes_unicode(sys.stdout)
     for answer in runtime.generate_batch(prompts, max_new_tokens, sampling, stop, slots):
         finished[answer.index] = answer
         while following in finished:
@@ -115,13 +109,28 @@ def _generate_lines(runtime, prompts_file: str, slots: int, max_new_tokens: int,
             line = {"index": answer.index, "prompt": prompts[answer.index], "text": answer.text}
             line |= {"prompt_tokens": answer.prompt_tokens, "cached_tokens": answer.cached_tokens}
             line |= {"new_tokens": len(answer.token_ids), "stopped_by": answer.stopped_by}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            print(json.dumps(line, ensure_ascii=escaped), flush=True)
             following += 1
+
+
+def _read_prompts(prompts_file: str) -> str:
+    """The text of a file of prompts, or of standard input for "-". Raises UserError when it cannot be read as UTF-8."""
+    path = Path(prompts_file).expanduser()
+    try:
+        # The bytes of standard input: its own encoding is the console's, which may be ASCII.
+        read = sys.stdin.buffer.read() if prompts_file == "-" else path.read_bytes()
+        return read.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        do = "Convert it to UTF-8, for example with iconv."
+        raise UserError("prompts_file", expected="text in UTF-8", got=f"{prompts_file} ({error})", do=do) from error
+    except OSError as error:
+        got = f"{prompts_file} ({error.strerror})"
+        raise UserError("prompts_file", expected="a readable text file", got=got, do="Check the path.") from error
 
 
 def _generate_options(arguments: list[str]) -> dict:
     """The options of `generate`. By argparse: the other commands' jsonargparse takes a third of the time to a first token."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="bitdistill generate", description="Continues a prompt with a packed student, printing text as it comes."
     )
     parser.add_argument("run_or_file", help="a run directory, or a packed file")
@@ -180,6 +189,8 @@ def evaluate(
     if perplexity and lm_eval:
         raise UserError("eval", expected="--perplexity or --lm_eval", got="both", do="Run them one after the other.")
     run = Path(run_or_file).expanduser()
+    if json_file:
+        _require_writable("json_file", json_file)
     known = own = _run_defaults(run)
     given = {"task": task, "validation_file": validation_file, "max_length": max_length}
     if task is not None and task != known.get("task"):  # the run's rows are of its own task
@@ -199,7 +210,26 @@ def evaluate(
     else:
         result = _task_score(run_or_file, setting, options, max_rows, threads)
     if json_file:
-        Path(json_file).write_text(json.dumps(result, indent=1))
+        Path(json_file).expanduser().write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def _require_writable(option: str, file: str) -> None:
+    """Checks before any work that a result can be written to `file`; one that is there stays as it is until then.
+
+    Raises:
+        UserError: it is a folder, its folder is missing, or the system refuses.
+    """
+    path = Path(file).expanduser()
+    existed, reason = path.exists(), None
+    try:
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        do = "Create its folder first, or name another place."
+        raise UserError(option, expected="a file that can be written", got=f"{file} ({reason})", do=do)
 
 
 def _run_defaults(run: Path) -> dict:
@@ -349,38 +379,58 @@ def env() -> None:
         print(f"{name:<14} {version}")
 
 
-def main() -> int:
-    """Runs a command; a user's mistake is one line and exit status 2."""
-    openmp.wait_briefly()
-    arguments = sys.argv[1:]
-    commands = {"generate": generate, "eval": evaluate, "report": report, "env": env}
-    if arguments[:1] and arguments[0] not in (*commands, "-h", "--help"):
-        print(f"bitdistill: command: expected one of {', '.join(commands)}; got {arguments[0]!r}.", file=sys.stderr)
-        return 2
-    try:
-        if arguments[:1] == ["generate"]:
-            options = _generate_options(arguments[1:])
-            if options["device"] == "cpu":
-                # Numba would import it for linear algebra that nothing here uses: a fifth of the time to the first token.
-                sys.modules.setdefault("scipy", None)
-            generate(**options)
-        else:
-            from jsonargparse import auto_cli
+COMMANDS = {"generate": generate, "eval": evaluate, "report": report, "env": env}
 
-            auto_cli(commands, args=arguments, as_positional=True)
-    except UserError as error:
-        print(f"bitdistill: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if (error.name or "bitdistill").startswith("bitdistill"):
-            raise
-        extra = "--lm_eval needs: pip install 'bitdistill[eval]'" if error.name == "lm_eval" else (
-            "Training and evaluation need: pip install 'bitdistill[train]'")  # fmt: skip
-        print(f"bitdistill: expected the library {error.name}; it is not installed. {extra}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, with a mistake as a UserError."""
+
+    def error(self, message):
+        raise UserError("command line", expected=f"options of {self.prog}", got=message, do=f"See {self.prog} --help.")
+
+
+def _run_command(arguments: list[str]) -> None:
+    if arguments[:1] and arguments[0] not in (*COMMANDS, "-h", "--help"):
+        do = "See bitdistill --help."
+        raise UserError("COMMAND", expected=f"one of {', '.join(COMMANDS)}", got=repr(arguments[0]), do=do)
+    if arguments[:1] == ["generate"]:
+        options = _generate_options(arguments[1:])
+        for name, value in options.items():
+            for text in value if isinstance(value, list) else [value]:
+                console.require_utf8(name, text if isinstance(text, str) else None)
+        if options["device"] == "cpu":
+            # Numba would import it for linear algebra that nothing here uses: a fifth of the time to the first token.
+            sys.modules.setdefault("scipy", None)
+        generate(**options)
+        return
+    from jsonargparse import ArgumentError, auto_cli
+
+    for argument in arguments:
+        console.require_utf8("command line", argument)
+    try:
+        auto_cli(COMMANDS, args=arguments, as_positional=True, exit_on_error=False)
+    except ArgumentError as error:
+        command = " ".join(["bitdistill", *arguments[:1]])
+        do = f"See {command} --help."
+        raise UserError("command line", expected=f"options of {command}", got=str(error), do=do) from error
+
+
+def main() -> int:
+    """Runs a command. Returns the exit status of `console.run`; 2 as well when an optional library is not installed."""
+    surroundings.prepare()
+    surroundings.limit_threads()
+
+    def body() -> None:
+        try:
+            _run_command(sys.argv[1:])
+        except ModuleNotFoundError as error:
+            if (error.name or "bitdistill").startswith("bitdistill"):
+                raise
+            extra = "eval" if error.name == "lm_eval" else "train"
+            do = f"Install it: pip install 'bitdistill[{extra}]'."
+            raise UserError("COMMAND", expected=f"the library {error.name}", got="none installed", do=do) from error
+
+    return console.run(body)
 
 
 if __name__ == "__main__":

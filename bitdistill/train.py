@@ -7,9 +7,9 @@ Reads the settings, decides which stages must run, gives each stage plain argume
 (docs/design.md, section 5). All ranks walk the same path; rank 0 prints and writes.
 """
 
-from bitdistill.distributed import openmp
+from bitdistill import surroundings
 
-openmp.wait_briefly()  # before anything loads torch
+surroundings.prepare()  # before anything loads torch
 
 import dataclasses
 import gc
@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitdistill import console
 from bitdistill.config import RunConfig, TrainingConfig, parse_config
 from bitdistill.data import demo
 from bitdistill.data.corpus import TokenStream
 from bitdistill.data.tasks import encode, encode_prompts, load_rows, load_task, load_validation, show_example
 from bitdistill.distributed import launch, presets
 from bitdistill.distributed.checkpoint import full_state_dict
-from bitdistill.distributed.errors import Refusal
 from bitdistill.distributed.teacher import load_teacher
 from bitdistill.errors import UserError
 from bitdistill.evaluation.score import score_splits, scores_json
@@ -696,17 +696,14 @@ class Job:
 
 
 def main() -> int:
-    """Parses, runs, and turns a user's mistake into one line and exit status 2."""
-    job = None
-    try:
+    """Parses and runs. Returns the exit status of `console.run`."""
+
+    def body() -> None:
         config, text = parse_config()
-        job = Job(config, text)
-        job.run()
-    except (UserError, Refusal) as error:
-        print(f"\nbitdistill: {error}", file=sys.stderr)
-        return 2
-    launch.shutdown()
-    return 0
+        Job(config, text).run()
+        launch.shutdown()
+
+    return console.run(body)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill.distributed import launch
-from bitdistill.distributed.errors import Refusal
+from bitdistill.errors import UserError
 
 MARKER = "complete.json"
 
@@ -41,17 +41,17 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
         on CPU, not shared with the model. Tied weights appear under each name and share memory. None on other ranks.
 
     Raises:
-        Refusal: an engine in DeepSpeed's own bf16 or fp16 mode, whose fp32 masters are not in the module.
+        UserError: an engine in DeepSpeed's own bf16 or fp16 mode, whose fp32 masters are not in the module.
 
     Numerics: exact, bit for bit.
     """
     engine_half = getattr(model, "bfloat16_enabled", bool)() or getattr(model, "fp16_enabled", bool)()
     if engine_half and any(parameter.requires_grad for parameter in model.parameters()):
-        raise Refusal(
+        raise UserError(
             "model",
-            "fp32 parameters",
-            "an engine in DeepSpeed's bf16 or fp16 mode",
-            "Use presets.deepspeed_config, which keeps fp32 masters in the module.",
+            expected="fp32 parameters",
+            got="an engine in DeepSpeed's bf16 or fp16 mode",
+            do="Use presets.deepspeed_config, which keeps fp32 masters in the module.",
         )
     module = getattr(model, "module", model)  # the engine's, or the model itself
     names: dict[int, str] = {}  # id of a parameter -> its first name: ties stay ties, and each is gathered once
@@ -182,7 +182,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     Returns: its path, or None when there is none (or no folder).
 
     Raises:
-        Refusal: it was written by another number of ranks, which DeepSpeed cannot load.
+        UserError: it was written by another number of ranks, which DeepSpeed cannot load.
     """
     found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for checkpoint in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
@@ -191,11 +191,11 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
             print(f"{checkpoint}: skipped, {problem}")
             continue
         if marker["world_size"] != launch.world_size():
-            raise Refusal(
+            raise UserError(
                 str(checkpoint),
-                f"the {marker['world_size']} rank(s) that wrote it",
-                str(launch.world_size()),
-                f"Start with deepspeed --num_gpus {marker['world_size']}, or delete it to begin this stage again.",
+                expected=f"the {marker['world_size']} rank(s) that wrote it",
+                got=str(launch.world_size()),
+                do=f"Start with deepspeed --num_gpus {marker['world_size']}, or delete it to begin this stage again.",
             )
         return checkpoint
     return None

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from bitdistill.distributed.errors import Refusal
+from bitdistill.cpus import available_cpus
+from bitdistill.errors import UserError
 
 # How long a rank waits for the others: rank 0 may tokenise a corpus in that time. A *failed* rank is noticed by the
 # launcher within a second, this only bounds a silent hang.
@@ -38,39 +39,33 @@ def initialise(device: str) -> None:
     """Makes this process a rank of its group, sized to its share of the machine, and quiet unless it is rank 0.
 
     Call it once, before a Trainer, `TrainingArguments` or a teacher is made. Afterwards: the process group exists,
-    torch uses cores / local ranks threads (unless OMP_NUM_THREADS is set), stdout of all ranks but 0 is discarded
+    torch uses available CPUs / local ranks threads (unless OMP_NUM_THREADS is set), stdout of all ranks but 0 is discarded
     (stderr, and with it every traceback, is kept), and the libraries' INFO lines are off.
 
     Args:
         device: "cpu" (gloo) or "cuda" (nccl; the device number is LOCAL_RANK).
 
     Raises:
-        Refusal: device "cuda" without a GPU for this rank.
+        UserError: device "cuda" without a GPU for this rank; or a launcher's variables that do not fit together.
     """
     assert device in ("cpu", "cuda"), device
     assert not dist.is_initialized(), "initialise() is called once, before everything else"
-    under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not under_launcher:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    local_rank = int(os.environ["LOCAL_RANK"])
-    # LOCAL_SIZE is DeepSpeed's name, LOCAL_WORLD_SIZE torchrun's.
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    local_rank, local_ranks = _find_place()
 
     if device == "cuda":
         if torch.cuda.device_count() <= local_rank:
-            raise Refusal(
+            raise UserError(
                 "device",
-                f"a GPU for each of {local_ranks} local ranks",
-                str(torch.cuda.device_count()),
-                "Start fewer ranks (deepspeed --num_gpus N), or set the device to cpu.",
+                expected=f"a GPU for each of {local_ranks} local ranks",
+                got=str(torch.cuda.device_count()),
+                do="Start fewer ranks (deepspeed --num_gpus N), or set the device to cpu.",
             )
         torch.cuda.set_device(local_rank)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed takes a GPU that happens to be there
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    if not os.environ.get("OMP_NUM_THREADS"):
+        threads = max(1, available_cpus() // local_ranks)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes
         torch.set_num_threads(threads)
     _quieten(is_rank_0=os.environ["RANK"] == "0")
@@ -89,11 +84,11 @@ def initialise(device: str) -> None:
             verbose=False,
         )
     except dist.DistNetworkError as error:
-        raise Refusal(
-            "master_port",
-            f"a free port {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']}",
-            f"one that another run may be using ({str(error).splitlines()[0]})",
-            "Give this run its own: deepspeed --master_port 29600 bitdistill/train.py ...",
+        raise UserError(
+            "MASTER_PORT",
+            expected=f"a free port {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']}",
+            got=f"one that another run may be using ({str(error).splitlines()[0]})",
+            do="Give this run its own: deepspeed --master_port 29600 bitdistill/train.py ...",
         ) from error
 
 
@@ -101,6 +96,45 @@ def shutdown() -> None:
     """Leaves the process group, if there is one. At the end of an entry point, after a success only."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _find_place() -> tuple[int, int]:
+    """(local rank, local ranks) of this process from the launcher's variables, completed in os.environ.
+
+    Without RANK and WORLD_SIZE the process is alone. A cluster that starts one process per machine (Kubernetes) gives
+    no LOCAL_RANK; SLURM and Open MPI have names of their own for it.
+    """
+    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return 0, 1
+    rank, ranks = _number("RANK"), _number("WORLD_SIZE")
+    if not rank < ranks:
+        do = "Unset RANK and WORLD_SIZE for a single process, or start the run with deepspeed or torchrun."
+        raise UserError("RANK", expected=f"a number below WORLD_SIZE, which is {ranks}", got=str(rank), do=do)
+    if ranks == 1:
+        os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or "127.0.0.1"
+        os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(free_port())
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            do = "Set it to the first machine's, or start the run with deepspeed or torchrun."
+            raise UserError(name, expected=f"where {ranks} ranks meet", got="none", do=do)
+    _number("MASTER_PORT")
+    # LOCAL_SIZE is DeepSpeed's name, LOCAL_WORLD_SIZE torchrun's.
+    local_ranks = next((_number(n) for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(n)), 1)
+    names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+    local_rank = next((_number(name) for name in names if os.environ.get(name)), 0)
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed and transformers read it
+    return local_rank, max(1, local_ranks)
+
+
+def _number(name: str) -> int:
+    """A launcher's variable. Raises UserError when it is no number."""
+    text = os.environ[name]
+    if not text.isdecimal():
+        do = "Unset it for a single process, or start the run with deepspeed or torchrun."
+        raise UserError(name, expected="a number, as a launcher sets it", got=repr(text), do=do)
+    return int(text)
 
 
 def free_port() -> int:
@@ -111,8 +145,20 @@ def free_port() -> int:
 
 
 def without_local_rank(arguments: list[str]) -> list[str]:
-    """The command line without the `--local_rank=N` that DeepSpeed's launcher puts in front of it."""
-    return [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    """The command line without the `--local_rank=N` that DeepSpeed's launcher puts in front of it.
+
+    Older launchers of torch write `--local-rank=N`, or the number as an argument of its own. The environment says the same.
+    """
+    kept, skip = [], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if skip:
+            skip = False
+        elif name in ("--local_rank", "--local-rank"):
+            skip = not equals
+        else:
+            kept.append(argument)
+    return kept
 
 
 def rank() -> int:
@@ -172,19 +218,19 @@ def require_nvme(nvme_path: str | Path) -> None:
     with its header, a C++ compiler and ninja.
 
     Raises:
-        Refusal: the folder cannot be written to, or async_io cannot be built: what to install.
+        UserError: the folder cannot be written to, or async_io cannot be built: what to install.
     """
     path = Path(nvme_path)
     if not path.is_dir() or not os.access(path, os.W_OK):
-        raise Refusal("nvme_path", "a writable folder", str(path), "Create it on the fast disk.")
+        raise UserError("nvme_path", expected="a writable folder", got=str(path), do="Create it on the fast disk.")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise Refusal(
+        raise UserError(
             "offload",
-            "DeepSpeed's async_io for 'nvme'",
-            "a machine on which it cannot be built",
-            "Install libaio (Debian, Ubuntu: apt install libaio-dev; Fedora: dnf install libaio-devel), g++ and ninja, "
+            expected="DeepSpeed's async_io for 'nvme'",
+            got="a machine on which it cannot be built",
+            do="Install libaio (Debian, Ubuntu: apt install libaio-dev; Fedora: dnf install libaio-devel), g++ and ninja, "
             "or use offload 'cpu'.",
         )
 

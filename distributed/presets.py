@@ -20,7 +20,7 @@ What is moved off the device by `offload`:
     3       optimizer state and parameters          optimizer state and parameters
 """
 
-from bitdistill.distributed.errors import Refusal
+from bitdistill.errors import UserError
 
 STAGES = (0, 1, 2, 3)
 OFFLOADS = ("none", "cpu", "nvme")
@@ -47,21 +47,33 @@ def deepspeed_config(
     Returns: a new dict, JSON-serialisable.
 
     Raises:
-        Refusal: a combination that DeepSpeed does not support or gets wrong: which, and what to do.
+        UserError: a combination that DeepSpeed does not support or gets wrong: which, and what to do.
     """
     if zero not in STAGES:
-        raise Refusal("zero", f"one of {STAGES}", repr(zero), "Use 2 when unsure, 3 when the model does not fit.")
+        raise UserError(
+            "zero", expected=f"one of {STAGES}", got=repr(zero), do="Use 2 when unsure, 3 when the model does not fit."
+        )
     if precision not in ("fp32", *AUTOCAST):
-        raise Refusal("precision", "fp32, bf16 or fp16", repr(precision), "Use bf16 when unsure, fp32 on CPU.")
+        raise UserError(
+            "precision", expected="fp32, bf16 or fp16", got=repr(precision), do="Use bf16 when unsure, fp32 on CPU."
+        )
     if device not in ("cpu", "cuda"):
-        raise Refusal("device", "cpu or cuda", repr(device), "Choose the device that the student trains on.")
+        raise UserError(
+            "device", expected="cpu or cuda", got=repr(device), do="Choose the device that the student trains on."
+        )
     if precision == "fp16" and device == "cpu":
-        raise Refusal("precision", "fp32 or bf16 on CPU", "'fp16'", "fp16 needs loss scaling on a GPU; use bf16.")
+        raise UserError(
+            "precision", expected="fp32 or bf16 on CPU", got="'fp16'", do="fp16 needs loss scaling on a GPU; use bf16."
+        )
     _check_offload(offload, nvme_path)
     if offload != "none" and zero == 0:
-        raise Refusal("offload", "'none' with zero 0", repr(offload), "Stage 0 partitions nothing; set zero to 2.")
+        raise UserError(
+            "offload", expected="'none' with zero 0", got=repr(offload), do="Stage 0 partitions nothing; set zero to 2."
+        )
     if offload == "nvme" and zero != 3:
-        raise Refusal("offload", f"'none' or 'cpu' with zero {zero}", "'nvme'", "Set zero to 3 for NVMe.")
+        raise UserError(
+            "offload", expected=f"'none' or 'cpu' with zero {zero}", got="'nvme'", do="Set zero to 3 for NVMe."
+        )
 
     zero_optimization = {
         "stage": zero,
@@ -113,11 +125,13 @@ def teacher_config(offload: str, *, precision: str, device: str, nvme_path: str 
     Returns: a new dict for `deepspeed.initialize(config=...)`.
 
     Raises:
-        Refusal: offload "none", or no nvme_path for "nvme".
+        UserError: offload "none", or no nvme_path for "nvme".
     """
     _check_offload(offload, nvme_path)
     if offload == "none":
-        raise Refusal("offload", "'cpu' or 'nvme'", "'none'", "Load the teacher resident on its device instead.")
+        raise UserError(
+            "offload", expected="'cpu' or 'nvme'", got="'none'", do="Load the teacher resident on its device instead."
+        )
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for one; a teacher's batches may have any size
         "zero_optimization": {"stage": 3, "offload_param": _offload_section(offload, device, nvme_path)},
@@ -129,9 +143,13 @@ def teacher_config(offload: str, *, precision: str, device: str, nvme_path: str 
 
 def _check_offload(offload: str, nvme_path: str | None) -> None:
     if offload not in OFFLOADS:
-        raise Refusal("offload", f"one of {OFFLOADS}", repr(offload), "Use 'none' when the model fits.")
+        raise UserError(
+            "offload", expected=f"one of {OFFLOADS}", got=repr(offload), do="Use 'none' when the model fits."
+        )
     if offload == "nvme" and nvme_path is None:
-        raise Refusal("nvme_path", "a folder on a fast disk, for offload 'nvme'", "none", "Set it, or use 'cpu'.")
+        raise UserError(
+            "nvme_path", expected="a folder on a fast disk, for offload 'nvme'", got="none", do="Set it, or use 'cpu'."
+        )
 
 
 def _offload_section(offload: str, device: str, nvme_path: str | None) -> dict:

@@ -67,7 +67,7 @@ def load_teacher(
     Returns: the Teacher.
 
     Raises:
-        Refusal: see presets.teacher_config and launch.require_nvme.
+        UserError: see presets.teacher_config and launch.require_nvme.
     """
     from transformers import AutoModelForCausalLM
 

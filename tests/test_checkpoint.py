@@ -11,7 +11,7 @@ import pytest
 import ranks
 from bitdistill.distributed import checkpoint
 from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete, save_folder_atomically
-from bitdistill.distributed.errors import Refusal
+from bitdistill.errors import UserError
 
 
 def write(folder: Path, **files: str) -> None:
@@ -162,7 +162,7 @@ def test_another_number_of_ranks_is_refused(tmp_path):
     path = make_checkpoint(tmp_path, 10, complete=True)
     marker = json.loads((path / "complete.json").read_text())
     (path / "complete.json").write_text(json.dumps(marker | {"world_size": 4}))
-    with pytest.raises(Refusal, match=r"expected the 4 rank.+; got 1\. .+--num_gpus 4"):
+    with pytest.raises(UserError, match=r"expected the 4 rank.+; got 1\. .+--num_gpus 4"):
         latest_checkpoint(tmp_path)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import ranks
 from bitdistill.distributed import launch
-from bitdistill.distributed.errors import Refusal
+from bitdistill.errors import UserError
 
 HELLO = """
 import json, os, sys
@@ -92,12 +92,12 @@ def test_cuda_without_gpu_says_what_to_do(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")  # restored afterwards
-    with pytest.raises(Refusal, match=r"^device: expected a GPU for each of .+; got 0\. .+ cpu\.$"):
+    with pytest.raises(UserError, match=r"^device: expected a GPU for each of .+; got 0\. .+ cpu\.$"):
         launch.initialise("cuda")
 
 
 def test_nvme_folder_must_exist(tmp_path):
-    with pytest.raises(Refusal, match=r"^nvme_path: expected a writable folder"):
+    with pytest.raises(UserError, match=r"^nvme_path: expected a writable folder"):
         launch.require_nvme(tmp_path / "absent")
 
 
@@ -109,7 +109,7 @@ def test_nvme_says_what_to_install(tmp_path, monkeypatch):
     if AsyncIOBuilder().is_compatible(verbose=False):
         launch.require_nvme(tmp_path)
     else:
-        with pytest.raises(Refusal, match="apt install libaio-dev"):
+        with pytest.raises(UserError, match="apt install libaio-dev"):
             launch.require_nvme(tmp_path)
 
 
@@ -129,5 +129,5 @@ def test_a_port_in_use_is_named(tmp_path):
             [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
         )
     assert result.returncode == 1
-    assert f"Refusal: master_port: expected a free port {port}" in result.stderr
+    assert f"UserError: MASTER_PORT: expected a free port {port}" in result.stderr
     assert "--master_port" in result.stderr

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import ranks
-from bitdistill.distributed.errors import Refusal
 from bitdistill.distributed.presets import deepspeed_config, teacher_config
+from bitdistill.errors import UserError
 
 VALID = [
     (zero, offload)
@@ -50,15 +50,15 @@ def test_parameters_are_fp32_in_every_combination(zero, offload, precision):
     ],
 )
 def test_refusals_name_field_expectation_and_remedy(arguments, field):
-    with pytest.raises(Refusal, match=rf"^{field}: expected .+; got .+\. .+\.$"):
+    with pytest.raises(UserError, match=rf"^{field}: expected .+; got .+\. .+\.$"):
         deepspeed_config(**{"zero": 2, "precision": "fp32", "device": "cpu"} | arguments)
 
 
 def test_teacher_needs_an_offload():
     assert teacher_config("cpu", precision="bf16", device="cpu")["zero_optimization"]["stage"] == 3
-    with pytest.raises(Refusal, match=r"^offload: expected 'cpu' or 'nvme'"):
+    with pytest.raises(UserError, match=r"^offload: expected 'cpu' or 'nvme'"):
         teacher_config("none", precision="bf16", device="cpu")
-    with pytest.raises(Refusal, match=r"^nvme_path: "):
+    with pytest.raises(UserError, match=r"^nvme_path: "):
         teacher_config("nvme", precision="bf16", device="cpu")
 
 

@@ -9,7 +9,6 @@ The file is used from its memory map as it lies; nothing is unpacked or copied (
 """
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from bitdistill.cpus import available_cpus
 from bitdistill.errors import UserError
 from bitdistill.kernels.cpu.compilation import watch_compilation
 from bitdistill.kernels.cpu.decoder import Decoder, KVCache
@@ -98,7 +98,7 @@ class Runtime:
             raise UserError("context", expected=f"1 to {longest:,} positions", got=f"{context:,}", do=do)
         self.context = context or longest
         self.kv_cache = kv_cache
-        self.threads = threads or usable_cores()
+        self.threads = threads or available_cpus()
         self.file_bytes = self.model.file_bytes
         self._decoder_model = decoder_model(self.model)
         self._decoder = Decoder(self._decoder_model, self.threads)
@@ -416,17 +416,6 @@ def _say_compiling(_name: str) -> None:
 
 
 _say_compiling.said = False
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and a container's quota where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()
-        if limit != "max":
-            cores = min(cores, max(1, int(limit) // int(period)))
-    return cores
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

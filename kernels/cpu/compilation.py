@@ -22,9 +22,7 @@ With NUMBA_DISABLE_JIT=1 nothing is compiled and every set can be chosen: vector
 import functools
 import hashlib
 import os
-import stat
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,6 +33,9 @@ import llvmlite
 import llvmlite.binding
 import numba
 from numba.core import event
+
+from bitdistill import folders
+from bitdistill.errors import UserError
 
 # name -> the features of the target that it needs, by LLVM's names
 FEATURE_SETS = {
@@ -67,16 +68,18 @@ def choose_features(forced: str | None, offered: frozenset[str], compiled: bool 
         compiled: False where nothing is compiled, so that any set will do.
 
     Raises:
-        ValueError: an unknown name, or one that the target does not offer.
+        UserError: an unknown name, or one that the target does not offer.
     """
     possible = [name for name, needed in FEATURE_SETS.items() if needed <= offered]
     if not forced:
         return possible[0]
     if forced not in FEATURE_SETS or (compiled and forced not in possible):
         known = "not known" if forced not in FEATURE_SETS else "not offered by this processor"
-        raise ValueError(
-            f"{VARIABLE}: expected one of {', '.join(possible)}; got {forced!r}, which is {known}. "
-            "Unset it to let the best one be chosen."
+        raise UserError(
+            VARIABLE,
+            expected=f"one of {', '.join(possible)}",
+            got=f"{forced!r}, which is {known}",
+            do="Unset it to let the best one be chosen.",
         )
     return forced
 
@@ -103,32 +106,20 @@ def cache_folder() -> Path:
 
     A home that cannot be written to is answered with a folder of the user's own among the temporary files, and a warning.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitdistill"
-    folder = root / cache_key()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        # Cached code is executed: the folder must be nobody else's.
-        temporary = Path(tempfile.gettempdir()) / f"bitdistill-{getattr(os, 'getuid', int)()}"
-        try:
-            temporary.mkdir(mode=0o700, exist_ok=True)
-            found = temporary.lstat()
-            private = stat.S_ISDIR(found.st_mode) and (
-                not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
-            )
-        except OSError:
-            private = False
-        if not private:
-            temporary = Path(tempfile.mkdtemp(prefix="bitdistill-"))
-        warnings.warn(
-            f"{root} cannot be written to ({error.strerror}): compiled kernels are kept in {temporary}. "
-            "Set XDG_CACHE_HOME to a folder that lasts.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        folder = temporary / cache_key()
-        folder.mkdir(exist_ok=True)
+    home = os.environ.get("XDG_CACHE_HOME") or ((own := folders.home()) and own / ".cache")
+    folder = Path(home, "bitdistill", cache_key()) if home else None
+    reason = folders.why_not_writable(folder) if folder else "HOME is not set"
+    if reason is None:
+        return folder
+    temporary = folders.private_folder()
+    warnings.warn(
+        f"{folder.parent if folder else '~/.cache'} cannot be written to ({reason}): compiled kernels are kept in "
+        f"{temporary}. Set XDG_CACHE_HOME to a folder that lasts.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    folder = temporary / cache_key()
+    folder.mkdir(exist_ok=True)
     return folder
 
 

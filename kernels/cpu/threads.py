@@ -34,6 +34,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
+from bitdistill.cpus import available_cpus
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.native import native
 
@@ -220,8 +221,7 @@ class _Shared:
         self.process = os.getpid()
         self.words = np.zeros((LINES + LINE) // 8, np.int64)
         self.state = self.words.ctypes.data + -self.words.ctypes.data % LINE
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        _py_store(self.state + SPIN_LIMIT, SPINS if threads <= cores else 0)
+        _py_store(self.state + SPIN_LIMIT, SPINS if threads <= available_cpus() else 0)
         self.condition = threading.Condition()
         self.error: BaseException | None = None
         self.workers = [

@@ -1,0 +1,104 @@
+"""What an entry does with the terminal: text that every encoding can carry, one line for a user's mistake, closed pipes."""
+
+import os
+import select
+import sys
+from collections.abc import Callable
+
+from bitdistill.errors import UserError
+
+USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; 128 + the number of the signal, as shells have it
+LONGEST_MESSAGE = 4000  # characters
+
+
+def run(body: Callable[[], int | None]) -> int:
+    """Runs an entry and turns what a user can cause into an exit status and at most one line on stderr.
+
+    Args:
+        body: the entry. What it returns is the exit status; None is 0.
+
+    Returns: the body's status; 2 after a UserError, 130 after Ctrl-C, 141 when whoever read the output has gone (`| head`).
+    """
+    open_streams()
+    try:
+        status = body() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        return complain(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        if not any(_reader_is_gone(stream) for stream in (sys.stdout, sys.stderr)):
+            raise  # another pipe or connection than the terminal's
+        return _leave_quietly()
+    return status
+
+
+def complain(error: UserError) -> int:
+    """Prints a user's mistake as one line on stderr. Returns the exit status 2."""
+    try:
+        print(f"bitdistill: {one_line(str(error))}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _leave_quietly()
+    return USER_ERROR
+
+
+def one_line(text: str) -> str:
+    """`text` without line ends and control characters, cut in the middle where it is absurdly long."""
+    text = " ".join(text.split())
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+    return text
+
+
+def open_streams() -> None:
+    """Makes stdout and stderr take every character, escaped where their encoding has no place for it, and opens closed ones.
+
+    A closed stream (`>&-`) is replaced by the null device: else the next file that is opened gets its number, and what a
+    library prints ends up in that file.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- for the life of the process
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def takes_unicode(stream) -> bool:
+    """Whether every character can be written to a text stream without being escaped."""
+    return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
+
+
+def require_utf8(field: str, value: str | None) -> None:
+    """Checks a text from the command line, where Python keeps bytes that are not UTF-8 as lone surrogates.
+
+    Raises:
+        UserError: it has such bytes.
+    """
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(value).decode("utf-8", errors="backslashreplace")
+        do = "Convert it, or set the terminal to UTF-8."
+        raise UserError(field, expected="text in UTF-8", got=shown, do=do) from None
+
+
+def _reader_is_gone(stream) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or no file behind the stream
+        return True
+
+
+def _leave_quietly() -> int:
+    """Python writes what is left once more when it ends: to the null device now, so that this is not an error, too."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if _reader_is_gone(stream):
+            os.dup2(null, stream.fileno())
+    return PIPE_CLOSED
