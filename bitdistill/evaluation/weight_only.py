@@ -10,10 +10,7 @@ narrower where 128 does not divide it), one fp16 scale a group, no zero point:
 
 * Round to nearest (RTN): each weight by itself.
 * GPTQ: column by column in their order; the error of a column is spread over the columns not yet rounded such that the
-  layer's output ``X W^T`` on calibration inputs changes least. With H = X^T X, damped by 1 % of its mean diagonal, and U the
-  upper Cholesky factor of H^-1 (U^T U = H^-1):
-
-      error = (w_j - scale * codes_j) / U_jj               w_k -= error * U_jk  for k > j
+  layer's output ``X W^T`` on calibration inputs changes least (student/gptq.py).
 
   Layers are treated in order, each on the inputs that the quantized layers before it give (of one layer all seven
   projections on the same pass), and the scale of a group is set when its first column is reached.
@@ -37,9 +34,10 @@ from tqdm.auto import tqdm
 from bitdistill.errors import UserError
 from bitdistill.evaluation.scoring import evaluating
 from bitdistill.runtime.packed_file import Config
+from bitdistill.student.gptq import DAMPING, compensated_codes, inverse_factor
 from bitdistill.student.refine import PROJECTIONS
 
-BITS, GROUP, DAMPING = 4, 128, 0.01
+BITS, GROUP = 4, 128
 METHODS = {"int4 RTN": "rtn", "int4 GPTQ": "gptq"}  # the settings of the comparison
 CALIBRATION_TOKENS = 8192
 BATCH_TOKENS = 4096
@@ -98,7 +96,7 @@ def dequantize(codes: Tensor, scale: Tensor, group: int = GROUP) -> Tensor:
 def gptq(
     weight: Tensor, hessian: Tensor, bits: int = BITS, group: int = GROUP, damping: float = DAMPING
 ) -> tuple[Tensor, Tensor]:
-    """Codes that keep ``|X (W - W_q)^T|`` small, column by column (the module's docstring has the equations).
+    """Codes that keep ``|X (W - W_q)^T|`` small, column by column (student/gptq.py has the equations).
 
     Args:
         weight: float (O, I).
@@ -112,7 +110,7 @@ def gptq(
     Raises:
         UserError: the hessian is not finite, or a weight not quantizable.
 
-    Numerics: the factor in float64, the sweep in fp32; columns of a group one by one, those behind it by one product.
+    Numerics: the factor in float64, the sweep in fp32; columns of a group one by one, those after it by one product.
 
     Source: Frantar et al., arXiv 2210.17323, algorithm 1.
     """
@@ -120,28 +118,14 @@ def gptq(
     if not hessian.isfinite().all():
         do = "Set evaluate.weight_only to false."
         raise UserError("calibration", expected="finite activations", got="infinite or NaN ones", do=do)
-    damped = hessian.double().clone()
-    diagonal = damped.diagonal()
-    diagonal += damping * diagonal.mean()
-    diagonal[diagonal == 0] = 1  # all inputs are zero: nothing to compensate
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-    rest = weight.detach().float().clone()
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = []
-    for begin in range(0, rest.shape[1], group):
-        end = min(begin + group, rest.shape[1])
-        scale = _group_scale(rest[:, begin:end], bits)
-        errors = torch.empty_like(rest[:, begin:end])
-        for j in range(begin, end):
-            column = rest[:, j : j + 1]
-            code = _codes(column, scale, bits)
-            error = (column - scale * code) / factor[j, j]
-            rest[:, j + 1 : end] -= error * factor[j, j + 1 : end]
-            codes[:, j : j + 1], errors[:, j - begin : j - begin + 1] = code, error
-        rest[:, end:] -= errors @ factor[begin:end, end:]
-        scales.append(scale.half())
-    return codes, torch.cat(scales, dim=1)
+    codes, scales = compensated_codes(
+        weight,
+        inverse_factor(hessian, damping),
+        group,
+        lambda block: _group_scale(block, bits),
+        lambda column, scale: _codes(column, scale, bits),
+    )
+    return codes, torch.cat([scale.half() for scale in scales], dim=1)
 
 
 def linear_bytes(out_features: int, in_features: int, bits: int = BITS, group: int = GROUP) -> int:

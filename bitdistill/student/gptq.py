@@ -1,7 +1,15 @@
 """GPTQ: a weight is rounded column by column, and the columns to come make up for what each rounding costs.
 
+    error = (w_j - scale * codes_j) / U_jj               w_k -= error * U_jk   for all k > j
+
+with H = X^T X over calibration inputs X, damped by a share of its mean diagonal, and U the upper Cholesky factor of H^-1
+(U^T U = H^-1): the layer's output ``X W^T`` then changes least. `compensated_codes` is the sweep for any codes and scales;
+`gptq_codes` the ternary quantizer; evaluation/weight_only.py has it for integers of 2 to 8 bits in groups.
+
 Source: Frantar et al., arXiv 2210.17323, section 3 and algorithm 1.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,45 +21,80 @@ BLOCK_COLUMNS = 128
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in GPTQ
 
 
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """``U`` with ``U^T U = (H + damping * mean(diag H) * 1)^-1``, upper triangular.
+
+    Args:
+        hessian: (I, I), finite. damping: share of the mean diagonal; at least EPSILON is added.
+
+    Returns: fp32 (I, I); computed in fp64. An input channel that was always 0 leaves the other columns as they are.
+    """
+    damped = hessian.double().clone()
+    diagonal = damped.diagonal()
+    diagonal += max(damping * diagonal.mean().item(), EPSILON)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
 def gptq_factor(gram: Tensor) -> Tensor:
-    """``U`` with ``U^T U = H^-1``, upper triangular, ``H = 2 X^T X + DAMPING * mean(diag) * 1``.
+    """`inverse_factor` of the Hessian ``2 X^T X`` of a layer's squared error.
 
     Args:
         gram: (I, I), ``X^T X`` of the calibration.
 
-    Returns: fp32 (I, I); computed in fp64. A channel that was always 0 counts as one that was as the damping.
-
-    Source: GPTQ, arXiv 2210.17323, section 3.
+    Returns: fp32 (I, I).
     """
-    hessian = 2 * gram.double()
-    diagonal = hessian.diagonal()
-    diagonal += max(DAMPING * diagonal.mean().item(), EPSILON)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return inverse_factor(2 * gram.double())
+
+
+def compensated_codes(
+    weight: Tensor,
+    factor: Tensor,
+    columns: int,
+    scale_of: Callable[[Tensor], Tensor],
+    round_to: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """The sweep of the module's docstring, a block of columns at a time.
+
+    Args:
+        weight: (O, I) float. factor: (I, I), of `inverse_factor`.
+        columns: of a block; the last one may be narrower. The rest of a row is brought up to date after each block, in
+            one product.
+        scale_of: the scale of a block, fp32 () or (O, 1), from what its columns (O, columns) have become when it is reached.
+        round_to: the codes, fp32 (O, 1), of a column (O, 1) and its block's scale.
+
+    Returns: (codes int8 (O, I), the scale of each block).
+
+    Numerics: fp32. I sequential steps.
+    """
+    rest = weight.detach().float().clone()
+    codes, scales = torch.empty(rest.shape, dtype=torch.int8, device=rest.device), []
+    for begin in range(0, rest.shape[1], columns):
+        end = min(begin + columns, rest.shape[1])
+        scale = scale_of(rest[:, begin:end])
+        errors = torch.empty_like(rest[:, begin:end])
+        for j in range(begin, end):
+            column = rest[:, j : j + 1]
+            code = round_to(column, scale)
+            error = (column - scale * code) / factor[j, j]
+            rest[:, j + 1 : end] -= error * factor[j, j + 1 : end]
+            codes[:, j : j + 1], errors[:, j - begin : j - begin + 1] = code, error
+        rest[:, end:] -= errors @ factor[begin:end, end:]
+        scales.append(scale)
+    return codes, scales
 
 
 def gptq_codes(weight: Tensor, factor: Tensor, columns: int = BLOCK_COLUMNS) -> tuple[Tensor, Tensor]:
-    """Columns in order; what rounding a column costs is made up by those that follow, as the inverse Hessian says:
-
-        codes_j = clip(round(W_j / s), -1, 1)        W_k -= (W_j - s codes_j) / U_jj * U_jk   for all k > j
+    """``codes_j = clip(round(W_j / s), -1, 1)``, column by column.
 
     Args:
-        weight: (O, I) float. factor: (I, I), from `gptq_factor`. columns: after how many the rest of the row is brought up
-            to date, in one product; no influence on the result but rounding.
+        weight: (O, I) float. factor: (I, I), from `gptq_factor`. columns: of a block of `compensated_codes`; no influence
+            on the result but rounding.
 
-    Returns: (codes int8 (O, I), weight_scale fp32 () = absmean of the weight as it came). I sequential steps.
-
-    Source: GPTQ, arXiv 2210.17323, algorithm 1.
+    Returns: (codes int8 (O, I), weight_scale fp32 () = absmean of the weight as it came).
     """
     scale = weight_scale(weight)
-    rest = weight.detach().float().clone()
-    codes = torch.empty_like(rest)
-    for start in range(0, rest.shape[1], columns):
-        part, block = rest[:, start : start + columns], factor[start : start + columns, start : start + columns]
-        errors = torch.empty_like(part)
-        for j in range(part.shape[1]):
-            codes[:, start + j] = torch.round(part[:, j] / scale).clamp_(-1, 1)
-            errors[:, j] = (part[:, j] - scale * codes[:, start + j]) / block[j, j]
-            part[:, j + 1 :] -= torch.outer(errors[:, j], block[j, j + 1 :])
-        rest[:, start + columns :] -= errors @ factor[start : start + columns, start + columns :]
-    return codes.to(torch.int8), scale
+    codes, _ = compensated_codes(
+        weight, factor, columns, lambda _: scale, lambda column, s: torch.round(column / s).clamp_(-1, 1)
+    )
+    return codes, scale
