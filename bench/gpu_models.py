@@ -156,7 +156,7 @@ def training(bench: Bench) -> None:
             if codes is None:
                 loss().backward()
             else:
-                with codes.still(step=done):
+                with codes.hold(step=done):
                     loss().backward()
             optimizer.step()
             optimizer.zero_grad()

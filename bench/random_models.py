@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from bitdistill.export.write import encode_int4, encode_int8, encode_ternary, write_tensors
+from bitdistill.export.write import write_tensors
 from bitdistill.kernels import packing as layout
+from bitdistill.kernels.tables import quantize_table
 from bitdistill.runtime.packed_file import Config, Linear
 
 WEIGHT_SCALE = 0.02
@@ -91,8 +93,7 @@ def write_packed_model(path: Path, shape: Shape, packing: str, embedding: str) -
     if embedding == "fp16":
         tensors["model.embed_tokens.weight"] = table.astype(np.float16)
     else:
-        encode = {"int8": encode_int8, "int4": encode_int4, "ternary": encode_ternary}[embedding]
-        codes, scale = encode(table)
+        codes, scale = (tensor.numpy() for tensor in quantize_table(torch.from_numpy(table), embedding))
         pack = {"int8": layout.pack_int8, "int4": layout.pack_int4}.get(embedding, lambda c: layout.pack(c, packing))
         tensors["model.embed_tokens.weight_packed"] = pack(codes)
         scale = layout.pack_int4_scale(scale) if embedding == "int4" else scale

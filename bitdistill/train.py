@@ -590,7 +590,7 @@ class Job:
             model = load_language_model(folder) if stage == "teacher" else load_student(folder)
             model.to(self.device)
             tokenizer = load_tokenizer(folder)
-            with WeightCodes(model).still():
+            with WeightCodes(model).hold():
                 scores[setting] = score_splits(model, self.task, splits, tokenizer, name=setting, **options)
             if stage == "teacher" and self.config.evaluate.weight_only:
                 prompts = self._calibration(tokenizer)

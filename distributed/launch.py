@@ -203,14 +203,6 @@ def all_reduce_sum(value: float | Tensor) -> float | Tensor:
     return float(all_reduce_sum(torch.tensor(value, dtype=torch.float64, device=_device())))
 
 
-def broadcast_object(value: object) -> object:
-    """Rank 0's picklable `value`, on every rank. What the other ranks pass is ignored."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0, device=_device())
-    return box[0]
-
-
 def require_nvme(nvme_path: str | Path) -> None:
     """Checks that parameters or optimizer state can be offloaded to `nvme_path`.
 

@@ -120,7 +120,7 @@ def unpack(packed: np.ndarray, out_features: int, in_features: int, packing: str
         ValueError: the number of bytes does not fit, a value is invalid, or the padding is not code 0.
     """
     _ternary_packing(packing)
-    _check_bytes(packed, np.uint8, packed_bytes(out_features, in_features, packing))
+    _check_bytes(packed, packed_bytes(out_features, in_features, packing))
     if packing == "base3" and packed.size and packed.max() >= BASE3_BYTES:
         raise ValueError(f"packed: expected base-3 bytes up to 242; got {packed.max()}. The bytes are damaged.")
     vectors = packed.reshape(-1, BLOCK)
@@ -169,12 +169,6 @@ def pack_int8(codes: np.ndarray) -> np.ndarray:
     return _to_blocks(codes, 0).reshape(-1)
 
 
-def unpack_int8(packed: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """The inverse of `pack_int8`: int8 (V, I). Raises ValueError for another size or padding."""
-    _check_bytes(packed, np.int8, packed_bytes(rows, columns, "int8"))
-    return _from_blocks(packed.reshape(-1, BLOCK), rows, columns)
-
-
 def pack_int4(codes: np.ndarray) -> np.ndarray:
     """int8 (V, I) codes in -8 .. 7, 32 dividing I, to bytes of two (layout above): uint8 (packed_bytes(V, I, "int4"),).
 
@@ -182,18 +176,10 @@ def pack_int4(codes: np.ndarray) -> np.ndarray:
         ValueError: another dtype, dimension, width or value.
     """
     _check_codes(codes, -8, 7)
-    _check_int4_columns(codes.shape[1])
+    if codes.shape[1] % INT4_GROUP:
+        raise ValueError(f"codes: expected a multiple of {INT4_GROUP} columns for int4; got {codes.shape[1]}")
     fields = _vectors(_to_blocks((codes + np.int8(8)).view(np.uint8), 8), 2, 8)
     return (fields[:, 0] | fields[:, 1] << 4).reshape(-1)
-
-
-def unpack_int4(packed: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """The inverse of `pack_int4`: int8 (V, I). Raises ValueError for another size or padding."""
-    _check_int4_columns(columns)
-    _check_bytes(packed, np.uint8, packed_bytes(rows, columns, "int4"))
-    vectors = packed.reshape(-1, BLOCK)
-    fields = np.stack([vectors & 15, vectors >> 4], axis=1).reshape(-1, BLOCK)
-    return _from_blocks(fields.view(np.int8) - np.int8(8), rows, columns)
 
 
 def pack_int4_scale(scale: np.ndarray) -> np.ndarray:
@@ -257,11 +243,6 @@ def _check_codes(codes: np.ndarray, low: int, high: int) -> None:
         raise ValueError(f"codes: expected {low} to {high}; got {codes.min()} to {codes.max()}")
 
 
-def _check_int4_columns(columns: int) -> None:
-    if columns % INT4_GROUP:
-        raise ValueError(f"codes: expected a multiple of {INT4_GROUP} columns for int4; got {columns}")
-
-
-def _check_bytes(packed: np.ndarray, dtype: type, size: int) -> None:
-    if packed.dtype != dtype or packed.shape != (size,):
-        raise ValueError(f"packed: expected {np.dtype(dtype)} ({size},); got {packed.dtype} {packed.shape}")
+def _check_bytes(packed: np.ndarray, size: int) -> None:
+    if packed.dtype != np.uint8 or packed.shape != (size,):
+        raise ValueError(f"packed: expected uint8 ({size},); got {packed.dtype} {packed.shape}")

@@ -7,7 +7,7 @@ training multiplies with. Scales belong to a row, or to 32 columns of it, so any
 
 with v the entry of largest magnitude among the 32, the first of equals: its sign puts it on -8, the code without a
 counterpart. A row or group whose scale is 0 has codes 0. Rounding is half to even, divisions are true ones, arithmetic is in
-fp32; the mean is summed in fp64 and rounded once. export/write.py has the same in numpy, equal bit for bit.
+fp32; the mean is summed in fp64 and rounded once. tests/test_tables.py has the same in numpy, equal bit for bit.
 
 Shape suffixes: V rows, I columns, G groups of 32 columns.
 """
@@ -18,11 +18,11 @@ from torch import Tensor
 from bitdistill.kernels.numerics import EPSILON
 from bitdistill.kernels.packing import INT4_GROUP, TABLE_FORMATS
 
-FORMATS = TABLE_FORMATS[1:]
+QUANTIZED_FORMATS = TABLE_FORMATS[1:]
 CHUNK_ELEMENTS = 2**24  # of a table at a time: temporaries of some 64 MB each beside a table of any size
 
 
-def quantize_rows(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
+def quantize_table(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """Codes and scales of a table, or of some rows of one (equations above).
 
     Args:
@@ -35,7 +35,13 @@ def quantize_rows(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
         ValueError: an unknown format, or a shape that does not fit.
     """
     check_width(weight.shape, format)
-    weight_VI = weight.detach().float()
+    parts = [_quantize_rows(rows_VI, format) for rows_VI in weight.detach().split(_rows_at_once(weight.shape[1]))]
+    codes, scales = zip(*parts, strict=True)
+    return (codes[0], scales[0]) if len(parts) == 1 else (torch.cat(codes), torch.cat(scales))
+
+
+def _quantize_rows(rows_VI: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    weight_VI = rows_VI.float()
     if format == "int4":
         groups_VG32 = weight_VI.unflatten(1, (-1, INT4_GROUP))
         place_VG1 = groups_VG32.abs().argmax(dim=2, keepdim=True)
@@ -46,39 +52,39 @@ def quantize_rows(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
         scale_V = _divide(weight_VI.abs().amax(dim=1), 127)
         return _round(weight_VI, scale_V[:, None]).clamp_(-127, 127).to(torch.int8), scale_V
     total_V = weight_VI.abs().sum(dim=1, dtype=torch.float64)
-    scale_V = _divide(total_V, weight.shape[1]).float().clamp_min(EPSILON)
+    scale_V = _divide(total_V, weight_VI.shape[1]).float().clamp_min(EPSILON)
     return _round(weight_VI, scale_V[:, None]).clamp_(-1, 1).to(torch.int8), scale_V
 
 
-def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
+def dequantize_table(codes: Tensor, scale: Tensor) -> Tensor:
     """``codes * scale``: fp32 (V, I), one rounding an entry.
 
     Args:
-        codes, scale: of `quantize_rows`.
+        codes, scale: of `quantize_table`.
     """
     if scale.dim() == 1:
         return codes.float() * scale[:, None]
     return (codes.float().unflatten(1, (-1, INT4_GROUP)) * scale.float()[:, :, None]).flatten(1)
 
 
-def fake_quantize_rows(weight: Tensor, format: str) -> Tensor:
-    """``dequantize_rows(quantize_rows(W))`` with the straight-through gradient: ``dW = dY``, clipped entries included.
+def fake_quantize_table(weight: Tensor, format: str) -> Tensor:
+    """``dequantize_table(quantize_table(W))`` with the straight-through gradient: ``dW = dY``, clipped entries included.
 
     Args:
-        weight: (..., I) float; every row of the last dimension is a row of a table. format: as in `quantize_rows`.
+        weight: (..., I) float; every row of the last dimension is a row of a table. format: as in `quantize_table`.
 
-    Returns: like weight. Numerics: bit for bit `dequantize_rows`, rounded to weight's dtype; autocast does not reach inside.
+    Returns: like weight. Numerics: bit for bit `dequantize_table`, rounded to weight's dtype; autocast does not reach inside.
 
     Raises:
-        ValueError: as `quantize_rows`.
+        ValueError: as `quantize_table`.
     """
     return _FakeQuantize.apply(weight, format)
 
 
 def check_width(shape: tuple[int, ...], format: str) -> None:
     """Raises ValueError for an unknown format, or a table that it cannot hold."""
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}; got {format!r}. Correct it.")
+    if format not in QUANTIZED_FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(QUANTIZED_FORMATS)}; got {format!r}. Correct it.")
     if shape[-1] == 0 or (format == "int4" and shape[-1] % INT4_GROUP):
         expected = f"a multiple of {INT4_GROUP} columns for int4" if format == "int4" else "at least one column"
         raise ValueError(f"weight: expected {expected}; got {tuple(shape)}. Take another format, or gather it first.")
@@ -90,15 +96,19 @@ class _FakeQuantize(torch.autograd.Function):
         check_width(weight.shape, format)
         rows_VI = weight.reshape(-1, weight.shape[-1])
         result_VI = torch.empty_like(rows_VI)
-        at_once = max(1, CHUNK_ELEMENTS // weight.shape[-1])
+        at_once = _rows_at_once(weight.shape[-1])
         with torch.autocast(weight.device.type, enabled=False):
             for rows, result in zip(rows_VI.split(at_once), result_VI.split(at_once), strict=True):
-                result.copy_(dequantize_rows(*quantize_rows(rows, format)))
+                result.copy_(dequantize_table(*quantize_table(rows, format)))
         return result_VI.view(weight.shape)
 
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+def _rows_at_once(columns: int) -> int:
+    return max(1, CHUNK_ELEMENTS // columns)
 
 
 def _divide(x: Tensor, by: float) -> Tensor:

@@ -313,7 +313,7 @@ def chunked_losses(
     log_rest: Tensor | None,
     ce_weight: float,
     kl_weight: float,
-    per_tau: float,
+    inverse_temperature: float,
     dtype: torch.dtype,
     grad_x: bool,
     grad_weight: bool,
@@ -353,7 +353,7 @@ def chunked_losses(
         for begin in range(0, N, at_once):
             of = slice(begin, min(begin + at_once, N))
             z = torch.mm(x_of[of], w.T, out=z_room[: of.stop - begin])
-            weights = (ce_weight, kl_weight * per_tau, per_tau, gradient)
+            weights = (ce_weight, kl_weight * inverse_temperature, inverse_temperature, gradient)
             if indices is not None:
                 ce_N, kl_N = top_k_rows_(rest_rows, z, indices[of], values[of], log_rest[of], targets[of], *weights)
             else:

@@ -26,7 +26,7 @@ def dense_rows_(
     targets_N: Tensor,
     ce_weight: float,
     kl_weight: float,
-    per_tau: float,
+    inverse_temperature: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """CE and KL of each row; with ``gradient``, ``z`` becomes ``ce_weight * (softmax(z) - onehot) + kl_weight * (q - p)``.
@@ -35,7 +35,7 @@ def dense_rows_(
         z_NV: the student's logits, overwritten if ``gradient``. t_NV: the teacher's, or None for no KL.
         targets_N: int64; a row with IGNORED has CE 0 and no share of it in the gradient.
         ce_weight: multiplies the CE's gradient. gradient: whether z_NV becomes the gradient.
-        kl_weight: with the 1 / tau of the inner derivative in it. per_tau: 1 / tau.
+        kl_weight: with the 1 / tau of the inner derivative in it. inverse_temperature: 1 / tau.
 
     Returns: (CE_N, KL_N) fp32, KL 0 without a teacher. Numerics: fp32 whatever the logits are.
     """
@@ -47,8 +47,8 @@ def dense_rows_(
     if t_NV is None:
         kl_N = torch.zeros_like(ce_N)
     else:
-        _, t, t_log_N1 = _relative(t_NV.float(), per_tau)
-        z_tau = z * per_tau
+        _, t, t_log_N1 = _relative(t_NV.float(), inverse_temperature)
+        z_tau = z * inverse_temperature
         z_log_N1 = z_tau.logsumexp(-1, keepdim=True)
         p, q = torch.exp(t - t_log_N1), torch.exp(z_tau - z_log_N1)
         d = z_tau.sub_(t).sub_(z_log_N1 - t_log_N1)
@@ -71,14 +71,14 @@ def rest_rows_(
     p_rest_N: Tensor,
     ce_weight: float,
     kl_weight: float,
-    per_tau: float,
+    inverse_temperature: float,
     gradient: bool,
 ) -> Tensor:
     """What the words outside K add to the sums of a row; with ``gradient``, theirs is written over ``z``.
 
     Args:
         z_NV: the student's logits, -inf at the words of K.
-        targets_N, ce_weight, kl_weight, per_tau, gradient: as in dense_rows_.
+        targets_N, ce_weight, kl_weight, inverse_temperature, gradient: as in dense_rows_.
         kept_max_N: the largest logit m in K. kept_sum_N: sum over K of exp(z - m). kept_sum_tau_N: of exp((z - m) / tau).
         p_rest_N: the teacher's probability outside K.
 
@@ -90,12 +90,12 @@ def rest_rows_(
     peak = torch.maximum(z_max, kept_max_N)
     tau_relative = (
         z - z_max[:, None]
-    ) * per_tau  # to the largest outside K: the sum is 1 at least, however small q_rest
+    ) * inverse_temperature  # to the largest outside K: the sum is 1 at least, however small q_rest
     rest = tau_relative.exp().sum(-1)
-    log_rest = rest.log() + (z_max - peak) * per_tau
+    log_rest = rest.log() + (z_max - peak) * inverse_temperature
     z = z - peak[:, None]
     log_total = (z.exp().sum(-1) + kept_sum_N * torch.exp(kept_max_N - peak)).log()
-    log_total_tau = (log_rest.exp() + kept_sum_tau_N * torch.exp((kept_max_N - peak) * per_tau)).log()
+    log_total_tau = (log_rest.exp() + kept_sum_tau_N * torch.exp((kept_max_N - peak) * inverse_temperature)).log()
     if gradient:
         has_target = targets_N != IGNORED
         at_N1 = torch.where(has_target, targets_N, 0)[:, None]
@@ -117,7 +117,7 @@ def top_k_rows_(
     targets_N: Tensor,
     ce_weight: float,
     kl_weight: float,
-    per_tau: float,
+    inverse_temperature: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """``dense_rows_`` for a teacher known at K words: the same results, of KL_K. ``z`` is overwritten in any case."""
@@ -126,7 +126,7 @@ def top_k_rows_(
     z_target = z_NV.gather(1, torch.where(has_target, targets_N, 0)[:, None]).float().squeeze(1)
     kept = z_NV.gather(1, indices_NK).float()
     z_NV.scatter_(1, indices_NK, -math.inf)
-    log_p = torch.cat([values_NK.float() * per_tau, log_rest_N.float()[:, None]], dim=1).log_softmax(-1)
+    log_p = torch.cat([values_NK.float() * inverse_temperature, log_rest_N.float()[:, None]], dim=1).log_softmax(-1)
     kept_max = kept.amax(-1, keepdim=True)
     relative = kept - kept_max
     stats_N4 = rest_rows(
@@ -134,16 +134,16 @@ def top_k_rows_(
         targets_N,
         kept_max.squeeze(1),
         relative.exp().sum(-1),
-        (relative * per_tau).exp().sum(-1),
+        (relative * inverse_temperature).exp().sum(-1),
         log_p[:, -1].exp(),
         ce_weight,
         kl_weight,
-        per_tau,
+        inverse_temperature,
         gradient,
     )
     peak, log_total, log_total_tau, log_rest = stats_N4.split(1, dim=1)
     kept = kept - peak
-    log_q = torch.cat([kept * per_tau, log_rest], dim=1) - log_total_tau
+    log_q = torch.cat([kept * inverse_temperature, log_rest], dim=1) - log_total_tau
     change, terms = _ratio_terms(log_p.exp(), log_q.exp(), log_q - log_p)
     if gradient:
         weight_N1 = ce_weight * has_target[:, None].float()

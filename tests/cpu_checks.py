@@ -233,7 +233,7 @@ def check_table(format, rows, columns, tokens, extreme=None):
     row = np.full(columns + 1, 99, np.float32)
     address = 0 if scale is None else scale.ctypes.data
     for number in {0, rows // 2, rows - 1}:
-        arguments = weight.ctypes.data, address, tables.FORMATS.index(format), columns, number, row.ctypes.data
+        arguments = weight.ctypes.data, address, tables.MATRIX_FORMATS.index(format), columns, number, row.ctypes.data
         tables.table_row(*arguments)
         np.testing.assert_array_equal(row[:-1], full[number].astype(np.float32))
         assert row[-1] == 99
@@ -250,7 +250,7 @@ def run():
     check_products([(1, 1, 1), (33, 37, 5), (17, 1090, 1), (16, 260, 11)])
     check_extremes(1290, 1)
     check_extremes(260, 4)
-    for format in tables.FORMATS:
+    for format in tables.MATRIX_FORMATS:
         check_table(format, 33, 64, 2)
         check_table(format, 5, 96, 1)
         if format != "int4":

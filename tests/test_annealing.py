@@ -160,7 +160,7 @@ def test_neither_the_gate_nor_the_code_cache_of_the_kernels_is_used(monkeypatch)
     expected = mlp(x)
     for module in (layers, sharing):
         monkeypatch.setattr(module, "kernels_for", lambda device: NoKernels())
-    with WeightCodes(model).still():
+    with WeightCodes(model).hold():
         assert torch.equal(mlp(x), expected)
         assert all(layer.held is None for layer in bit_linears(model).values())
     set_annealing(model, "linear", 1.0)

@@ -162,9 +162,9 @@ def all_gradients(model, teacher_qkv, *, checkpointing, backward_inside):
     ce = cross_entropy(logits, next_tokens(tokens.where(PADDINGS["left"].bool(), -100)))
     relations = relation_loss(teacher_qkv, captured, PADDINGS["left"], split_heads=2)
     gamma = BalancedGamma(1.0)
-    gamma.watch(ce, relations, captured, capture.onward[-2])
+    gamma.watch(ce, relations, captured, capture.downstream[-2])
     (ce + 0.3 * relations).backward()
-    value = gamma.settle()
+    value = gamma.finish_step()
     assert gamma.updates == 1
     assert capture.qkv[-2] is captured
     return value, {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -185,28 +185,28 @@ def test_gradient_checkpointing_changes_nothing(family):
 
 
 def test_the_graph_forks_at_qkv():
-    """The two branches part the gradient: the task's alone onward, the relations' alone at qkv, both below."""
+    """The two branches part the gradient: the task's alone downstream, the relations' alone at qkv, both below."""
     model, tokens = tiny("qwen3"), batch()
     capture = AttentionCapture(model, [1], require_grad=True)
     with capture:
         logits = model(tokens).logits
-    assert all(torch.equal(a, b) for a, b in zip(capture.qkv[1], capture.onward[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(capture.qkv[1], capture.downstream[1], strict=True))
     ce = cross_entropy(logits, next_tokens(tokens))
     relations = sum(x.square().sum() for x in capture.qkv[1])
     seen = {}
-    for name in ("qkv", "onward"):
+    for name in ("qkv", "downstream"):
         for index, x in enumerate(getattr(capture, name)[1]):
             x.register_hook(lambda g, key=(name, index): seen.update({key: g}))
     gamma = BalancedGamma(1.0)
-    gamma.watch(ce, relations, capture.qkv[1], capture.onward[1])
-    alone = torch.autograd.grad(ce, capture.onward[1], retain_graph=True)
+    gamma.watch(ce, relations, capture.qkv[1], capture.downstream[1])
+    alone = torch.autograd.grad(ce, capture.downstream[1], retain_graph=True)
     seen.clear()
     gamma._squares[0] = 0  # the pass above went through the hooks too
     (5 * (ce + 2 * relations)).backward()
     for index in range(3):
-        torch.testing.assert_close(seen["onward", index], 5 * alone[index])
+        torch.testing.assert_close(seen["downstream", index], 5 * alone[index])
         torch.testing.assert_close(seen["qkv", index], 20 * capture.qkv[1][index])
-    gamma.settle()
+    gamma.finish_step()
     assert gamma.task_norm == pytest.approx(math.sqrt(sum(g.double().square().sum() for g in alone)), rel=1e-5)
     expected = 2 * math.sqrt(sum(x.detach().double().square().sum() for x in capture.qkv[1]))
     assert gamma.attention_norm == pytest.approx(expected, rel=1e-5)
@@ -287,7 +287,7 @@ def test_nothing_is_kept_alive():
     capture = AttentionCapture(model, [1])
     with capture:
         model(batch())
-    kept = [weakref.ref(x) for x in (*capture.qkv[1], *capture.onward[1])]
+    kept = [weakref.ref(x) for x in (*capture.qkv[1], *capture.downstream[1])]
     capture.clear()
     gc.collect()
     assert all(x() is None for x in kept)
@@ -387,9 +387,9 @@ for stage in (0, 2, 3):
                 logits = engine(input_ids=tokens, attention_mask=mask, use_cache=False).logits
             ce = cross_entropy(logits, next_tokens(tokens.where(mask.bool(), -100)))
             relations = relation_loss(theirs.qkv[-2], ours.qkv[-2], mask, split_heads=2)
-            gamma.watch(ce, relations, ours.qkv[-2], ours.onward[-2])
+            gamma.watch(ce, relations, ours.qkv[-2], ours.downstream[-2])
             engine.backward(ce + gamma.gamma * relations)
-            gamma.settle()
+            gamma.finish_step()
             engine.step()
         print("RESULT", stage, checkpointing, ce.item(), relations.item(), gamma.task_norm, gamma.attention_norm)
 """

@@ -148,7 +148,7 @@ def test_refuses_what_does_not_fit():
 
 def check_quantizer(x):
     expected, scale = reference.quantize_activation(torch.from_numpy(x))
-    got, got_scale = activations.quantize_rows(cpu_checks.odd(x))
+    got, got_scale = activations.quantize_activations(cpu_checks.odd(x))
     np.testing.assert_array_equal(got, expected.numpy())
     np.testing.assert_array_equal(got_scale, scale.numpy())
 
@@ -164,7 +164,7 @@ def test_quantizer_rounds_ties_to_even():
     x = np.arange(-127, 128, dtype=np.float32)[None] / 2
     x = np.concatenate([x, np.full((1, 2), 127, np.float32)], axis=1)
     check_quantizer(x)
-    got, scale = activations.quantize_rows(x)
+    got, scale = activations.quantize_activations(x)
     assert scale[0, 0] == 1
     np.testing.assert_array_equal(got[0], np.rint(x[0]))
 
@@ -204,6 +204,6 @@ def test_record_has_its_scale_its_sum_and_zeros_around_the_codes():
 
 def test_quantizer_refuses_what_is_not_float32_rows():
     with pytest.raises(ValueError, match=r"x: expected float32 \(N, I\).*got float64"):
-        activations.quantize_rows(np.zeros((1, 4)))
+        activations.quantize_activations(np.zeros((1, 4)))
     with pytest.raises(ValueError, match="at least one column"):
-        activations.quantize_rows(np.zeros((1, 0), np.float32))
+        activations.quantize_activations(np.zeros((1, 0), np.float32))

@@ -11,7 +11,7 @@ from bitdistill.kernels.cpu import activations, matmul, tables
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(tables.FORMATS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 6))
+@given(st.sampled_from(tables.MATRIX_FORMATS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 6))
 def test_any_shape(format, rows, columns, tokens):
     columns = 32 * (columns % 5 + 1) if format == "int4" else columns
     cpu_checks.check_table(format, rows, columns, tokens)
@@ -38,7 +38,7 @@ def test_a_logit_depends_on_its_row_and_its_token_alone():
     for n in range(tokens):
         activations.quantize_planes(x[n].ctypes.data, columns, records[2 * n].ctypes.data, size)
     scratch = np.full(matmul.SCRATCH_BYTES + 64, 99, np.uint8)
-    for number, format in enumerate(tables.FORMATS):
+    for number, format in enumerate(tables.MATRIX_FORMATS):
         _, weight, scale, _ = cpu_checks.make_table(rng, format, rows, columns)
         whole = tables.multiply_table(x, weight, format, rows, scale)
         for n in range(tokens):

@@ -16,7 +16,7 @@ from bitdistill.config import ExportConfig, RefineConfig, RunConfig
 from bitdistill.errors import UserError
 from bitdistill.export.parity import prove_parity
 from bitdistill.export.write import write_packed
-from bitdistill.kernels.tables import FORMATS, dequantize_rows, quantize_rows
+from bitdistill.kernels.tables import QUANTIZED_FORMATS, dequantize_table, quantize_table
 from bitdistill.runtime.cpu import Runtime
 from bitdistill.runtime.packed_file import read_packed
 from bitdistill.student.embeddings import QuantizedEmbedding, QuantizedHead, embedding_format, quantize_embeddings
@@ -49,7 +49,7 @@ def rounded_(model, embedding):
     """The full-precision model with the values that the format gives to its tables."""
     with torch.no_grad():
         for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-            weight.copy_(dequantize_rows(*quantize_rows(weight, embedding)))
+            weight.copy_(dequantize_table(*quantize_table(weight, embedding)))
     return model
 
 
@@ -59,7 +59,7 @@ def assert_close(a, b):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("embedding", FORMATS)
+@pytest.mark.parametrize("embedding", QUANTIZED_FORMATS)
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_trains_the_rounded_model_and_moves_the_master(name, embedding, tied):
     """Logits and every gradient are those of a model that holds the rounded tables: nothing is lost on the way to the master,
@@ -159,7 +159,7 @@ def test_the_file_is_what_was_trained(tmp_path, name, embedding):
     ).float().mean() >= 0.9  # greedy, but for a near tie decided by a flipped int8 code
 
 
-@pytest.mark.parametrize("embedding", FORMATS)
+@pytest.mark.parametrize("embedding", QUANTIZED_FORMATS)
 @pytest.mark.parametrize("what", ["entries", "scales"])
 def test_parity_fails_on_another_table(tmp_path, embedding, what):
     """One code, or the scale, of the last row of an untied head."""
@@ -169,7 +169,7 @@ def test_parity_fails_on_another_table(tmp_path, embedding, what):
     if what == "scales":
         row *= 2  # the codes stay
     else:
-        codes = quantize_rows(row[None], embedding)[0][0].abs()
+        codes = quantize_table(row[None], embedding)[0][0].abs()
         row[torch.where(codes == 0, 127, codes).argmin()] *= -1  # the smallest code that has a sign: the scale stays
     count = 97 * (2 if embedding == "int4" else 1) if what == "scales" else 97 * 64
     changed = 2 if what == "scales" and embedding == "int4" else 1
@@ -178,17 +178,17 @@ def test_parity_fails_on_another_table(tmp_path, embedding, what):
 
 
 def test_a_quantized_embedding_is_stored_as_it_was_trained_or_not_at_all(tmp_path):
-    for embedding in FORMATS:
+    for embedding in QUANTIZED_FORMATS:
         model = student("qwen3", embedding)
         assert write_packed(tmp_path / "s", model, embedding=embedding)["embedding"] == embedding
-        for other in {"fp16", *FORMATS} - {embedding}:
+        for other in {"fp16", *QUANTIZED_FORMATS} - {embedding}:
             with pytest.raises(
                 UserError, match=f"expected {embedding}, in which .* was trained; got {other}"
             ) as caught:
                 write_packed(tmp_path / "s", model, embedding=other)
             assert caught.value.field == "embedding"
     full = student("qwen3", "fp16")
-    for embedding in ("fp16", *FORMATS):
+    for embedding in ("fp16", *QUANTIZED_FORMATS):
         assert write_packed(tmp_path / "s", full, embedding=embedding)["embedding"] == embedding
     assert write_packed(tmp_path / "s", full)["embedding"] == "fp16"
 
@@ -208,13 +208,13 @@ def test_refusals(tmp_path):
     RunConfig(export=ExportConfig(embedding="fp16")).validate()
 
 
-@pytest.mark.parametrize("embedding", FORMATS)
+@pytest.mark.parametrize("embedding", QUANTIZED_FORMATS)
 def test_trained_by_both_stages_saved_and_packed(tmp_path, embedding):
     """A few steps of stage 2's and of stage 3's objective: the loss falls, the codes move, the file holds the last ones."""
     model, teacher = student("qwen3", embedding), plain("qwen3").requires_grad_(False)
     ids = torch.tensor([PROMPTS[0], PROMPTS[1][:20]])
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    before = quantize_rows(model.lm_head.weight, embedding)[0]
+    before = quantize_table(model.lm_head.weight, embedding)[0]
     for objective in (NextToken(model), distillation(model, teacher)):
         optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
         for _ in range(6):
@@ -224,7 +224,7 @@ def test_trained_by_both_stages_saved_and_packed(tmp_path, embedding):
             optimizer.step()
             optimizer.zero_grad()
         assert losses[-1] < 0.8 * losses[0]
-        after = quantize_rows(model.lm_head.weight, embedding)[0]
+        after = quantize_table(model.lm_head.weight, embedding)[0]
         assert (after != before).any()
         before = after
     save_student(tmp_path / "student", model)
@@ -248,7 +248,7 @@ def test_the_main_job(world, tmp_path):  # noqa: F811
     for file, master in (("student", masters[2]), ("baseline", masters[3])):
         packed = read_packed(run / "export" / f"{file}.safetensors")
         assert packed.config.embedding == "ternary"
-        want = dequantize_rows(*quantize_rows(master, "ternary"))
+        want = dequantize_table(*quantize_table(master, "ternary"))
         assert torch.equal(torch.from_numpy(packed.table("model.embed_tokens")), want)
     assert json.loads((run / "export" / "proof.json").read_text())["embedding_mean_kl"] == 0
     output = job(world, tmp_path / "other", *short, "--student", str(run / "pretrain"), code=2)

@@ -32,7 +32,7 @@ def train(kernels, backward, steps, device, monkeypatch):
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     codes, history = WeightCodes(student), []
     for step in range(steps):
-        with codes.still(step=step):
+        with codes.hold(step=step):
             loss = student(input_ids=tokens, labels=tokens).loss
             loss.backward()
         optimizer.step()

@@ -126,7 +126,7 @@ def test_balanced_gamma_reads_the_same_task_gradient():
         terms = objective(student, given, COUNTS)
         assert set(terms) == {"ce", "logits", "attention"}
         (scale * sum(weight * loss for weight, loss in terms.values())).backward()
-        objective.gamma.settle()
+        objective.gamma.finish_step()
         found.append((objective.gamma.task_norm, objective.gamma.attention_norm))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
@@ -137,7 +137,7 @@ def test_balanced_gamma_reads_the_same_task_gradient():
     targets = next_tokens(LABELS)
     kl = logits_distillation(logits, teacher(**inputs).logits, targets != -100, temperature=5.0, num_items=9)
     task = cross_entropy(logits, targets, 9) + 10 * kl
-    squares = [g.double().square().sum() for g in torch.autograd.grad(task, capture.onward[-1])]
+    squares = [g.double().square().sum() for g in torch.autograd.grad(task, capture.downstream[-1])]
     assert found[0][0] == pytest.approx(sum(squares).sqrt().item(), rel=1e-5)
 
 

@@ -222,7 +222,7 @@ def test_a_compiled_layer_ignores_what_is_held(device):
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     x = torch.randn(4, 48, device=device)
     model = nn.Sequential(layer)
-    with WeightCodes(model).still():
+    with WeightCodes(model).hold():
         assert torch.equal(compiled(x), on_reference(layer, x))
     layer.weight.data.copy_(torch.randn_like(layer.weight))
     assert torch.equal(compiled(x), on_reference(layer, x))
@@ -250,12 +250,12 @@ def test_weights_are_quantised_once_while_they_stand_still(device, counted):
     assert counted["quantize_weights"] == 2  # nothing is kept outside a block
     counted["quantize_weights"] = 0
     for _ in range(3):
-        with codes.still(step=7):
+        with codes.hold(step=7):
             assert torch.equal(model(x), expected)
             y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
             y.sum().backward()
     assert counted["quantize_weights"] == 1
-    with codes.still(step=8):
+    with codes.hold(step=8):
         model(x)
     assert counted["quantize_weights"] == 2
     model(x)
@@ -268,14 +268,14 @@ def test_evaluation_block(device, counted):
     x = torch.randn(5, 48, device=device)
     codes = WeightCodes(model)
     for _ in range(2):  # without a step, every block quantises anew
-        with torch.no_grad(), codes.still():
+        with torch.no_grad(), codes.hold():
             model(x)
             model(x)
         model[0].weight.data.mul_(-1)
-        with torch.no_grad(), codes.still():
+        with torch.no_grad(), codes.hold():
             assert torch.equal(model[0](x), fresh(model[0], x))
     assert counted["quantize_weights"] == 4
-    with torch.inference_mode(), codes.still():
+    with torch.inference_mode(), codes.hold():
         assert torch.equal(model[0](x), fresh(model[0], x))
 
 
@@ -287,7 +287,7 @@ def test_a_changed_weight_is_noticed_inside_the_block(change, device):
     layer = make_layer(device)
     x, model, codes = torch.randn(4, 48, device=device), nn.Sequential(layer), None
     codes = WeightCodes(model)
-    with codes.still(step=1):
+    with codes.hold(step=1):
         before = layer(x)
         assert torch.equal(before, fresh(layer, x))
         if change == "optimizer":
@@ -312,7 +312,7 @@ def test_a_changed_weight_is_noticed_inside_the_block(change, device):
         after = layer(x)
         assert torch.equal(after, fresh(layer, x))
         assert not torch.equal(after, before)
-    with codes.still(step=1):  # the same step: what was held then must not come back
+    with codes.hold(step=1):  # the same step: what was held then must not come back
         assert torch.equal(layer(x), fresh(layer, x))
 
 
@@ -323,25 +323,25 @@ def test_data_written_behind_an_optimizer_step_is_noticed(device):
     shard = nn.Parameter(torch.zeros(3, device=device))
     shard.grad = torch.ones_like(shard)
     optimizer = torch.optim.AdamW([shard])
-    with codes.still(step=1):
+    with codes.hold(step=1):
         layer(x)
         version = layer.weight._version
         optimizer.step()
         layer.weight.data.copy_(rewrite(layer, 5))
         assert layer.weight._version == version, "then this test shows nothing"
         assert torch.equal(layer(x), fresh(layer, x))
-    with codes.still(step=1):
+    with codes.hold(step=1):
         assert torch.equal(layer(x), fresh(layer, x))
 
 
 def test_data_written_between_blocks_of_different_steps_is_noticed(device):
     layer = make_layer(device)
     x, codes = torch.randn(4, 48, device=device), WeightCodes(nn.Sequential(layer))
-    with codes.still(step=1):
+    with codes.hold(step=1):
         layer(x)
     layer.weight.data.copy_(rewrite(layer, 5))
     assert torch.equal(layer(x), fresh(layer, x))  # outside: evaluation, health, callbacks
-    with codes.still(step=2):
+    with codes.hold(step=2):
         assert torch.equal(layer(x), fresh(layer, x))
 
 
@@ -349,11 +349,11 @@ def test_a_graph_keeps_the_codes_it_was_made_with(device):
     """A backward pass after the next step's codes were made uses the old ones: no buffer is written twice."""
     layer = make_layer(device)
     x, codes = torch.randn(4, 48, device=device, requires_grad=True), WeightCodes(nn.Sequential(layer))
-    with codes.still(step=1):
+    with codes.hold(step=1):
         y = layer(x)
     expected = torch.autograd.grad(on_reference(layer, x).sum(), x)[0]
     layer.weight.data.copy_(rewrite(layer, 5))
-    with codes.still(step=2):
+    with codes.hold(step=2):
         layer(x)
         (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.allclose(dx, expected, rtol=1e-5)
@@ -362,19 +362,19 @@ def test_a_graph_keeps_the_codes_it_was_made_with(device):
 def test_partitioned_weights_are_never_held(device):
     layer = make_layer(device)
     layer.weight.ds_id = 0
-    with WeightCodes(nn.Sequential(layer)).still(step=1):
+    with WeightCodes(nn.Sequential(layer)).hold(step=1):
         assert layer.held is None
         layer(torch.randn(2, 48, device=device))
     empty = make_layer(device)
     empty.weight.data = torch.empty(0, device=device)
-    with WeightCodes(nn.Sequential(empty)).still(step=1):
+    with WeightCodes(nn.Sequential(empty)).hold(step=1):
         assert empty.held is None
 
 
 def test_other_dtypes_are_quantised_apart(device):
     model = nn.Sequential(make_layer(device, 48, 48), make_layer(device, 48, 32, seed=1).bfloat16())
     x = torch.randn(4, 48, device=device)
-    with WeightCodes(model).still():
+    with WeightCodes(model).hold():
         assert torch.equal(model[1](x), fresh(model[1], x))
         assert model[0].held is not None
         assert model[1].held is not None
@@ -396,7 +396,7 @@ def siblings_of(device, biases=False):
 def test_siblings_share_one_product(order, biases, device, counted):
     family = siblings_of(device, biases)
     x = torch.randn(2, 3, 48, device=device, requires_grad=True)
-    with WeightCodes(family).still():
+    with WeightCodes(family).hold():
         outputs = {place: family[place](x) for place in order}
     assert counted == {"quantize_weights": 1, "quantize_activation": 1, "int8_linear": 1}
     assert not hasattr(x, sharing._ATTRIBUTE)
@@ -427,7 +427,7 @@ def test_siblings_outside_a_block_share_the_codes_only(device, counted):
 def test_another_or_a_changed_input_is_noticed(held, device):
     family, x = siblings_of(device), torch.randn(4, 48, device=device)
     codes = WeightCodes(family)
-    with codes.still() if held else torch.no_grad():
+    with codes.hold() if held else torch.no_grad():
         family[0](x)
         x.mul_(-3).add_(1)
         assert torch.equal(family[1](x), on_reference(family[1], x))
@@ -441,7 +441,7 @@ def test_a_changed_sibling_is_noticed(device):
     """q is called, then the optimiser steps, then k is called with the same tensor."""
     family, x = siblings_of(device), torch.randn(4, 48, device=device)
     optimizer = torch.optim.SGD(family.parameters(), lr=1.0)
-    with WeightCodes(family).still(step=0):
+    with WeightCodes(family).hold(step=0):
         family[0](x)
         for parameter in family.parameters():
             parameter.grad = torch.randn_like(parameter)
@@ -451,7 +451,7 @@ def test_a_changed_sibling_is_noticed(device):
 
 def test_outputs_without_a_graph_are_not_given_to_training(device):
     family, x = siblings_of(device), torch.randn(4, 48, device=device, requires_grad=True)
-    with WeightCodes(family).still():
+    with WeightCodes(family).hold():
         with torch.no_grad():
             family[0](x)
         assert family[1](x).requires_grad
@@ -463,7 +463,7 @@ def test_outputs_without_a_graph_are_not_given_to_training(device):
 def test_a_sibling_that_is_never_called_leaks_nothing(held, device):
     family, layer_input = siblings_of(device), torch.randn(4, 48, device=device, requires_grad=True)
     codes = WeightCodes(family)
-    with codes.still() if held else torch.enable_grad():
+    with codes.hold() if held else torch.enable_grad():
         x = layer_input * 1
         y = family[0](x)
         kept = getattr(x, sharing._ATTRIBUTE).outputs[1] if held else None
@@ -499,7 +499,7 @@ def test_a_student_on_the_kernels(name, device, counted):
     student.zero_grad()
     student.gradient_checkpointing_enable({"use_reentrant": False})
     counted |= dict.fromkeys(counted, 0)
-    with WeightCodes(student).still(step=0):
+    with WeightCodes(student).hold(step=0):
         loss = student(input_ids=tokens, labels=tokens).loss
         loss.backward()
     assert counted["quantize_weights"] == 1

@@ -501,9 +501,9 @@ def test_vocabularies_must_agree():
 
 def task_step(gamma, x, a, b, scale=1.0, weight=None):
     """One micro-batch over x: CE a * sum(x), relations b * sum(x^2), the graph forked as the capture forks it."""
-    relations, onward = x.view_as(x), x.view_as(x)
-    ce, attention = a * onward.sum(), b * relations.square().sum()
-    gamma.watch(ce, attention, [relations], [onward])
+    relations, downstream = x.view_as(x), x.view_as(x)
+    ce, attention = a * downstream.sum(), b * relations.square().sum()
+    gamma.watch(ce, attention, [relations], [downstream])
     loss = scale * (ce + (gamma.gamma if weight is None else weight) * attention)
     return torch.autograd.grad(loss, x)[0]
 
@@ -517,25 +517,25 @@ def test_balanced_gamma_by_hand():
         gradient = task_step(gamma, x, a, b, scale)
         torch.testing.assert_close(gradient, scale * (a + before * b * 2 * x.detach()))  # watching changes nothing
         assert gamma.gamma == before
-        value = gamma.settle()
+        value = gamma.finish_step()
         ce_norm, attention_norm = math.sqrt(2) * abs(a), b * math.sqrt(4 + 16)  # whatever the loss was scaled with
         mean = 0.9 * mean + 0.1 * ce_norm / attention_norm
         assert value == gamma.gamma == pytest.approx(0.5 * mean / (1 - 0.9**step), rel=1e-6)
         assert gamma.task_norm == pytest.approx(ce_norm, rel=1e-6)
         assert gamma.attention_norm == pytest.approx(attention_norm, rel=1e-6)
     assert (gamma.updates, gamma.skipped) == (3, 0)
-    assert gamma.settle() == value  # nothing was watched
+    assert gamma.finish_step() == value  # nothing was watched
     assert (gamma.updates, gamma.skipped) == (3, 0)
 
 
 def test_balanced_gamma_counts_all_but_the_relations_as_the_task():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
-    relations, onward = x.view_as(x), x.view_as(x)
+    relations, downstream = x.view_as(x), x.view_as(x)
     gamma = BalancedGamma(rho=1.0)
-    ce, logits, attention = onward[0] * 3, onward[1] * 0.4, relations.square().sum()
-    gamma.watch(ce, attention, [relations, x.view_as(x)], [onward])  # the second relation tensor is in no loss
+    ce, logits, attention = downstream[0] * 3, downstream[1] * 0.4, relations.square().sum()
+    gamma.watch(ce, attention, [relations, x.view_as(x)], [downstream])  # the second relation tensor is in no loss
     (ce + 10 * logits + 1e6 * attention).backward()
-    gamma.settle()
+    gamma.finish_step()
     assert gamma.task_norm == pytest.approx(5.0)
     assert gamma.attention_norm == pytest.approx(math.sqrt(20))
 
@@ -546,20 +546,20 @@ def test_balanced_gamma_balances():
     for scale in (1e-6, 1.0, 1e5):
         gamma = BalancedGamma(rho=2.0)
         task_step(gamma, x, 1.0, scale)
-        assert gamma.settle() * gamma.attention_norm == pytest.approx(2 * gamma.task_norm)
+        assert gamma.finish_step() * gamma.attention_norm == pytest.approx(2 * gamma.task_norm)
 
 
 def test_balanced_gamma_skips_and_counts():
     x = torch.ones(3, requires_grad=True)
     gamma = BalancedGamma(rho=1.0)
     task_step(gamma, x, 1.0, 0.0)
-    assert gamma.settle() == 0.0  # before the first good step
+    assert gamma.finish_step() == 0.0  # before the first good step
     task_step(gamma, x, 1.0, 2.0)
-    good = gamma.settle()
+    good = gamma.finish_step()
     assert good == pytest.approx(0.25)
     for a, b in ((0.0, 1.0), (math.inf, 1.0), (1.0, math.nan)):
         task_step(gamma, x, a, b, weight=0.0)
-        assert gamma.settle() == good
+        assert gamma.finish_step() == good
     assert (gamma.updates, gamma.skipped) == (1, 4)
 
 
@@ -570,7 +570,7 @@ def test_balanced_gamma_resumes_exactly():
         generator = torch.Generator().manual_seed(seed)
         for a, b in torch.rand(4, 2, generator=generator).tolist():
             task_step(gamma, x, a, b)
-            yield gamma.settle()
+            yield gamma.finish_step()
 
     whole = BalancedGamma(1.0)
     list(steps(whole, 0))
@@ -579,7 +579,7 @@ def test_balanced_gamma_resumes_exactly():
     assert list(steps(resumed, 1)) == list(steps(whole, 1))
     assert resumed.state_dict() == whole.state_dict()
     task_step(whole, x, 1.0, 1.0)
-    with pytest.raises(AssertionError, match="settle"):
+    with pytest.raises(AssertionError, match="finish the step"):
         whole.state_dict()
 
 
@@ -590,14 +590,14 @@ def test_balanced_gamma_over_micro_batches_and_ranks_equals_one_batch():
     task_step(one, x, 1.5, 0.3)
     for half in halves:
         task_step(micro, half, 1.5, 0.3)
-    assert micro.settle() == pytest.approx(one.settle())
+    assert micro.finish_step() == pytest.approx(one.finish_step())
 
     ranks, sums = [BalancedGamma(1.0), BalancedGamma(1.0)], torch.zeros(2, dtype=torch.float64)
     for rank, half in zip(ranks, halves, strict=True):
         task_step(rank, half, 1.5, 0.3, scale=2.0)  # the loss of each of two ranks is doubled, then averaged
         sums += rank._squares
     for rank in ranks:
-        assert rank.settle(all_reduce=lambda tensor: sums) == pytest.approx(one.gamma)
+        assert rank.finish_step(all_reduce=lambda tensor: sums) == pytest.approx(one.gamma)
 
 
 def test_balanced_gamma_settings():

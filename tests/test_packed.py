@@ -15,8 +15,9 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bitdistill.errors import UserError
-from bitdistill.export.write import encode_int4, encode_int8, encode_ternary, write_packed
+from bitdistill.export.write import write_packed
 from bitdistill.kernels.reference import quantize_weight
+from bitdistill.kernels.tables import quantize_table
 from bitdistill.runtime import packed_file
 from bitdistill.runtime.packed_file import read_packed
 from bitdistill.student.layers import bit_linears
@@ -125,17 +126,23 @@ def test_written_atomically(qwen3):
 
 # --- formats of the embedding -----------------------------------------------------------------------------------------
 
+
+def encode(table, format):
+    """The writer's codes and scales, as arrays."""
+    return tuple(tensor.numpy() for tensor in quantize_table(torch.from_numpy(table), format))
+
+
 FLOATS = st.floats(-8, 8, width=32).map(lambda x: 0.0 if abs(x) < 1e-3 else x)
 
 
 @settings(max_examples=40, deadline=None)
 @given(hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.sampled_from([32, 64, 96])), elements=FLOATS))
 def test_embedding_codecs_against_plain_loops(table):
-    codes, scale = encode_int8(table)
+    codes, scale = encode(table, "int8")
     back8 = packed_file.decode_rows(codes, scale)
-    codes4, scale4 = encode_int4(table)
+    codes4, scale4 = encode(table, "int4")
     back4 = packed_file.decode_int4(codes4, scale4)
-    codes1, scale1 = encode_ternary(table)
+    codes1, scale1 = encode(table, "ternary")
     assert (codes4.shape, scale4.shape) == (table.shape, (len(table), table.shape[1] // 32))
     for row in range(len(table)):
         step = np.float32(max(abs(x) for x in table[row])) / np.float32(127)

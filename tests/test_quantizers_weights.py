@@ -245,7 +245,7 @@ def test_gptq_codes_are_made_once_while_the_weights_stand_still(monkeypatch):
     monkeypatch.setattr(quantizers, "gptq_codes", lambda *args: calls.append(0) or original(*args))
     codes, expected = WeightCodes(layer), layer(x)
     for step, changed in ((7, False), (7, True), (8, False)):
-        with codes.still(step):
+        with codes.hold(step):
             before = len(calls)
             assert torch.equal(layer(x), expected)
             layer(x)

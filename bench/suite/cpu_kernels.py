@@ -111,23 +111,23 @@ class Head:
         import torch
 
         with newer_than_some_commits():
-            from bitdistill.export.write import encode_int4, encode_int8, encode_ternary
             from bitdistill.kernels import packing
             from bitdistill.kernels.cpu.tables import multiply_table
+            from bitdistill.kernels.tables import quantize_table
         torch.set_num_threads(1)
         generator = np.random.default_rng(0)
         table = 0.02 * generator.standard_normal((VOCABULARY, 1024), np.float32)
         x = generator.standard_normal((1, 1024), np.float32)
         if format == "fp16":
             packed, scale = table.astype(np.float16), None
-        elif format == "int8":
-            codes, scale = encode_int8(table)
+        else:
+            kind = format if format in ("int8", "int4") else "ternary"
+            codes, scale = (tensor.numpy() for tensor in quantize_table(torch.from_numpy(table), kind))
+        if format == "int8":
             packed = packing.pack_int8(codes)
         elif format == "int4":
-            codes, scale = encode_int4(table)
             packed, scale = packing.pack_int4(codes), packing.pack_int4_scale(scale)
-        else:
-            codes, scale = encode_ternary(table)
+        elif format != "fp16":
             packed = packing.pack(codes, format)
         self.product = lambda: multiply_table(x, packed, format, VOCABULARY, scale)
         full, x_torch = torch.from_numpy(table).bfloat16(), torch.from_numpy(x).bfloat16()

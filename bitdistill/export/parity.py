@@ -8,7 +8,7 @@ much when transformers computes attention eagerly instead of by sdpa, and more t
 (plain.py), which can leave activations unrounded, and the compiled runtime that users run.
 
 1. Weights: codes and scales, unpacked from the file, equal `quantize_weight` of the fp32 masters bit for bit.
-2. Embedding and LM head: codes and scales equal `quantize_rows` of the fp32 masters bit for bit; fp16 entries the rounded
+2. Embedding and LM head: codes and scales equal `quantize_table` of the fp32 masters bit for bit; fp16 entries the rounded
    masters. Where the embedding was trained in the file's format this is what training multiplied with.
 3. Every quantized product: fed with the student's own activations behind SubLN, each BitLinear of both witnesses gives
    the student's output within MAX_PRODUCT of the token's peak (on a CPU bit for bit; one unit of an accumulator is some
@@ -148,7 +148,7 @@ def _compare_weights(packed, model) -> None:
 def _compare_tables(packed, model) -> None:
     import torch
 
-    from bitdistill.kernels.tables import quantize_rows
+    from bitdistill.kernels.tables import quantize_table
 
     for name in packed.config.tables():
         weight = model.get_submodule(name).weight.detach()
@@ -157,7 +157,7 @@ def _compare_tables(packed, model) -> None:
             if packed.config.embedding == "fp16":
                 want, got = (weight[rows].half(),), (packed.tensors[f"{name}.weight"][rows],)
             else:
-                want = quantize_rows(weight[rows], packed.config.embedding)
+                want = quantize_table(weight[rows], packed.config.embedding)
                 got = packed.table_codes(name, rows)
             for what, ours, theirs in zip(("entries", "scales"), want, got, strict=False):
                 different = int((ours.cpu() != torch.from_numpy(theirs.copy())).sum())

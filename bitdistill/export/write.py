@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from bitdistill.errors import UserError
 from bitdistill.kernels import packing as layout
 from bitdistill.kernels.packing import INT4_GROUP
-from bitdistill.kernels.tables import encode_table
+from bitdistill.kernels.tables import quantize_table
 from bitdistill.runtime.packed_file import (
     EMBEDDINGS,
     FORMAT,
@@ -162,7 +162,7 @@ def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) 
     if not tied:
         tables["lm_head"] = model.lm_head.weight
     for name, weight in tables.items():
-        tensors.update(_encode_table(name, _float32(name, weight), embedding, packing))
+        tensors.update(_quantize_table(name, _float32(name, weight), embedding, packing))
         used.append(weight)
 
     norms = {"model.norm": decoder.norm}
@@ -305,7 +305,7 @@ def _float32(name: str, tensor) -> np.ndarray:
     return array
 
 
-def _encode_table(name: str, table: np.ndarray, embedding: str, packing: str) -> dict[str, np.ndarray]:
+def _quantize_table(name: str, table: np.ndarray, embedding: str, packing: str) -> dict[str, np.ndarray]:
     if embedding == "int4" and table.shape[1] % INT4_GROUP:
         raise UserError(
             "embedding",
@@ -320,7 +320,7 @@ def _encode_table(name: str, table: np.ndarray, embedding: str, packing: str) ->
         )
     if embedding == "fp16":
         return {f"{name}.weight": table.astype(np.float16)}
-    codes, scale = (tensor.numpy() for tensor in encode_table(torch.from_numpy(table), embedding))
+    codes, scale = (tensor.numpy() for tensor in quantize_table(torch.from_numpy(table), embedding))
     if embedding == "int8":
         packed = layout.pack_int8(codes)
     elif embedding == "int4":

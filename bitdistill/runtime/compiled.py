@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bitdistill.kernels.cpu.activations import quantize_rows
+from bitdistill.kernels.cpu.activations import quantize_activations
 from bitdistill.kernels.cpu.decoder import Layer, Model, Projection, Table
 from bitdistill.kernels.cpu.matmul import ternary_accumulate
 from bitdistill.runtime.packed_file import PackedModel
@@ -81,7 +81,7 @@ def compiled_product(packed: PackedModel, name: str, x: np.ndarray) -> np.ndarra
 
     Numerics: bit for bit `reference.bit_linear` on a CPU.
     """
-    act_codes, act_scale = quantize_rows(x)
+    act_codes, act_scale = quantize_activations(x)
     out_features = packed.config.linears[name].out_features
     acc = ternary_accumulate(act_codes, packed.tensors[f"{name}.weight_packed"], packed.config.packing, out_features)
     y = acc.astype(np.float32) * (act_scale * packed.tensors[f"{name}.weight_scale"])

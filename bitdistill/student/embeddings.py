@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bitdistill.errors import UserError
 from bitdistill.kernels.packing import INT4_GROUP, TABLE_FORMATS
-from bitdistill.kernels.tables import fake_quantize_rows
+from bitdistill.kernels.tables import fake_quantize_table
 
 FULL_PRECISION = "fp16"  # as the packed file stores such a table; training itself does not round it
 
@@ -38,7 +38,7 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("embed_scale", torch.tensor(1.0) if scale is None else scale, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = fake_quantize_rows(F.embedding(ids, self.weight, self.padding_idx), self.format)
+        rows = fake_quantize_table(F.embedding(ids, self.weight, self.padding_idx), self.format)
         return rows * self.embed_scale.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
@@ -62,7 +62,7 @@ class QuantizedHead(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """(V, I) ``codes * scale``, with a gradient that reaches the master; where that is partitioned, gather it first."""
-        return fake_quantize_rows(self.weight, self.format)
+        return fake_quantize_table(self.weight, self.format)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.quantized_weight())

@@ -107,7 +107,7 @@ class BitLinear(nn.Module):
             activation = kernels.quantize_input(x)
         else:
             activation, x = kernels.norm_quantize_input(x, gain, eps)
-        if sharing and self.held is not None and self.held.fit(self.weight):
+        if sharing and self.held is not None and self.held.belong_to(self.weight):
             ternary = kernels.stacked([self.held.codes])
         else:
             ternary = kernels.ternarize([self.weight])
@@ -141,7 +141,7 @@ class BitLinear(nn.Module):
     def codes(self) -> tuple[Tensor, Tensor]:
         """(codes int8 (O, I) in {-1, 0, 1}, scale fp32 that broadcasts to (O, I)): what the layer multiplies by once it is
         ternary. Under ZeRO-3 gather its parameters first."""
-        if self.quantizer.slow and self.held is not None and self.held.fit(self.weight):
+        if self.quantizer.slow and self.held is not None and self.held.belong_to(self.weight):
             return self.held.codes
         return self.quantizer.codes(self)
 

@@ -4,7 +4,7 @@
 recomputation of checkpointed layers, a whole evaluation. Whoever knows that they stand still says so:
 
     codes = WeightCodes(model)
-    with codes.still(step): ...          # every weight is quantised once, all in one launch
+    with codes.hold(step): ...          # every weight is quantised once, all in one launch
 
 A layer uses held codes only inside such a block, and asks at every use whether they are still its weight's:
 
@@ -68,7 +68,7 @@ class HeldCodes:
     version: int
     steps: int
 
-    def fit(self, weight: Tensor) -> bool:
+    def belong_to(self, weight: Tensor) -> bool:
         """Whether they are still the codes of this weight."""
         return (
             self.steps == _Steps.begun
@@ -93,7 +93,7 @@ class WeightCodes:
         self._step: object = None
 
     @contextlib.contextmanager
-    def still(self, step: object = None) -> Iterator[None]:
+    def hold(self, step: object = None) -> Iterator[None]:
         """Inside, the weights do not change, or by an optimiser only; see above.
 
         Args:
@@ -163,7 +163,7 @@ class Siblings:
     def output(self, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """`layer`'s output for x out of one product of all siblings; None where they cannot have one."""
         held = [sibling.held for sibling in self.layers]
-        fit = all(h is not None and h.fit(s.weight) for h, s in zip(held, self.layers, strict=True))
+        fit = all(h is not None and h.belong_to(s.weight) for h, s in zip(held, self.layers, strict=True))
         if not fit or x.is_inference():
             return None
         place = self.layers.index(layer)

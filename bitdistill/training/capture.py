@@ -52,8 +52,8 @@ class AttentionCapture:
 
     Attributes, of the latest forward inside a ``with`` block, until ``clear`` or the next block:
         qkv: {layer as given: (q_BHTD, k_BGTD, v_BGTD)} in the model's dtype, connected to the graph.
-        onward: the same tensors once more, as the model itself goes on with them. The graph forks here: a gradient that
-            reaches ``qkv`` comes from the relations, one that reaches ``onward`` from everything above.
+        downstream: the same tensors once more, as the model itself goes on with them. The graph forks here: a gradient that
+            reaches ``qkv`` comes from the relations, one that reaches ``downstream`` from everything above.
 
     Raises:
         UserError: a layer that the model does not have or that is named twice; with ``require_grad``, in the forward
@@ -90,7 +90,7 @@ class AttentionCapture:
     def clear(self) -> None:
         """Lets go of the captured tensors."""
         self.qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.onward: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.downstream: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __enter__(self):
         assert not self._hooks, "already inside this capture"
@@ -133,8 +133,8 @@ class AttentionCapture:
                 "student frozen or under torch.no_grad.",
             )
         self.qkv[layer] = tuple(x.view_as(x) for x in qkv)
-        self.onward[layer] = tuple(x.view_as(x) for x in qkv)
-        return self.onward[layer]
+        self.downstream[layer] = tuple(x.view_as(x) for x in qkv)
+        return self.downstream[layer]
 
 
 @torch.no_grad()

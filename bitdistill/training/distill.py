@@ -137,10 +137,10 @@ class Distillation(Objective):
         if isinstance(self.gamma, BalancedGamma):
             self.gamma.load_state_dict(state)
 
-    def settle(self) -> None:
+    def finish_step(self) -> None:
         """After the last backward pass of an optimiser step, on every rank: takes in what was watched."""
         if self.relation != "none":
-            self.measured.settle(launch.all_reduce_sum)
+            self.measured.finish_step(launch.all_reduce_sum)
 
     def logged(self) -> dict[str, float]:
         """Beside each line of metrics.jsonl: gamma, and the gradient norms of the relations and of the rest."""
@@ -199,7 +199,7 @@ class Distillation(Objective):
         if counts.step % self.gamma_every == 0:
             highest = max(self.student_layers, key=lambda layer: layer % self.depth)
             capture = self.student_capture
-            self.measured.watch(ce, attention, capture.qkv[highest], capture.onward[highest])
+            self.measured.watch(ce, attention, capture.qkv[highest], capture.downstream[highest])
         self.gamma_used = self.gamma.gamma if isinstance(self.gamma, BalancedGamma) else self.gamma
         return self.gamma_used, attention
 

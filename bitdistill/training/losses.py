@@ -404,7 +404,7 @@ class BalancedGamma:
     L_LD``. The second is read off the ordinary backward pass as it goes by. A backward pass of its own would be plainer,
     but DeepSpeed allows one per forward: its hooks reduce or release what the next one needs, at every ZeRO stage.
 
-    A step:  gamma.watch(...) for each micro-batch -> backward with ``gamma.gamma`` -> gamma.settle(all_reduce).
+    A step:  gamma.watch(...) for each micro-batch -> backward with ``gamma.gamma`` -> gamma.finish_step(all_reduce).
 
     The mean is exponential with ``decay``, corrected for its start at zero. A step where a norm is zero or not finite
     (teacher and student still equal, no labels, an overflow) leaves it as it is and is counted in ``skipped``. Before
@@ -418,23 +418,23 @@ class BalancedGamma:
             raise UserError("decay", expected="0 <= decay < 1", got=str(decay), do="0.99 averages over 100 steps.")
         self.rho, self.decay = rho, decay
         self.mean, self.updates, self.skipped = 0.0, 0, 0
-        self.task_norm = self.attention_norm = 0.0  # of the step that was settled last, for the log
+        self.task_norm = self.attention_norm = 0.0  # of the step that was finished last, for the log
         self._squares: Tensor | None = None  # what was watched since: |grad task|^2 and |grad L_AD|^2, fp64
 
     @property
     def gamma(self) -> float:
         return self.rho * self.mean / (1 - self.decay**self.updates) if self.updates else 0.0
 
-    def watch(self, ce: Tensor, attention: Tensor, relations: Sequence[Tensor], onward: Sequence[Tensor]) -> None:
+    def watch(self, ce: Tensor, attention: Tensor, relations: Sequence[Tensor], downstream: Sequence[Tensor]) -> None:
         """Looks at one micro-batch, before its backward pass.
 
         Args:
             ce: the cross-entropy, which must enter the loss with weight 1: whatever the loss is multiplied with after
                 that (ranks, accumulation, loss scale) is read off it and divided out.
             attention: the relation loss, unweighted.
-            relations, onward: ``AttentionCapture.qkv`` and ``.onward`` of the highest distilled layer.
+            relations, downstream: ``AttentionCapture.qkv`` and ``.downstream`` of the highest distilled layer.
         """
-        assert all(x.requires_grad for x in (*relations, *onward)), "Q, K and V of the student have no gradient"
+        assert all(x.requires_grad for x in (*relations, *downstream)), "Q, K and V of the student have no gradient"
         gradients = torch.autograd.grad(
             attention, list(relations), retain_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -450,10 +450,10 @@ class BalancedGamma:
             squares[0] += (gradient.double() / scale[0]).square().sum()
 
         ce.register_hook(read_scale)
-        for x in onward:
+        for x in downstream:
             x.register_hook(add_square)
 
-    def settle(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> float:
+    def finish_step(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> float:
         """Takes what was watched into the mean, after the step's last backward pass; nothing watched, nothing done.
 
         Args:
@@ -475,7 +475,7 @@ class BalancedGamma:
 
     def state_dict(self) -> dict:
         """What a resumed run needs to go on exactly; rho and decay are settings and come from the config."""
-        assert self._squares is None, "settle the step before saving it"
+        assert self._squares is None, "finish the step before saving it"
         return {"mean": self.mean, "updates": self.updates, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict) -> None:

@@ -48,7 +48,7 @@ class Objective:
         """The terms of one micro-batch, by name: (weight, loss). `model` is what DeepSpeed wrapped around the model."""
         raise NotImplementedError
 
-    def settle(self) -> None:
+    def finish_step(self) -> None:
         """Called on every rank after the last backward pass of an optimiser step."""
 
     def logged(self) -> dict[str, float]:
@@ -181,7 +181,7 @@ class StageTrainer(Trainer):
         return batches, self._counts.answer_tokens
 
     def training_step(self, *args, **kwargs):
-        with self.weight_codes.still(step=self.state.global_step):
+        with self.weight_codes.hold(step=self.state.global_step):
             return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -262,7 +262,7 @@ class _Files(TrainerCallback):
         self.trainer._since = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.objective.settle()
+        self.trainer.objective.finish_step()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if launch.is_main() and logs and "loss" in logs:

@@ -155,7 +155,7 @@ def quantize_planes(x, in_features, records, stride):
     int32s(low_record + 4, 1)[0] = low_total
 
 
-def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per-token absmax int8 of an array, `quantize_activation` row by row.
 
     Args:

@@ -123,11 +123,6 @@ def cache_folder() -> Path:
     return folder
 
 
-def cache_is_warm() -> bool:
-    """Whether anything was compiled before for this very key; False means that the first use takes some seconds."""
-    return next(cache_folder().rglob("*.nbc"), None) is not None
-
-
 def jit(function: Callable) -> Callable:
     """``numba.njit`` without the GIL, with IEEE division and the cache of this module; no bounds are checked.
 

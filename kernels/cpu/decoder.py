@@ -23,7 +23,6 @@ from bitdistill.kernels.cpu.threads import Pool
 # relative to 128 (Qwen3-0.6B shape, one Zen 3 core): 16 1.19, 32 1.07, 64 1.03, 256 1.00, 512 1.04.
 ROWS_PER_BLOCK = 128
 ALIGNMENT = 64
-FORMATS = {"2bit": matmul.TWO_BIT, "base3": matmul.BASE3, "int8": tables.INT8, "int4": tables.INT4, "fp16": tables.FP16}
 ACTIVATIONS = {"silu": elementwise.SILU, "gelu_pytorch_tanh": elementwise.GELU_TANH}
 CACHE_DTYPES = {
     "fp32": (attention.FP32, np.float32),
@@ -373,7 +372,7 @@ class Decoder:
                projection.packing, "Pack it again.")  # fmt: skip
         size = packing.packed_bytes(*shape, projection.packing)
         record["weight"] = self._array(f"{where}.weight", projection.weight, np.uint8, (size,))
-        record["packing"] = FORMATS[projection.packing]
+        record["packing"] = tables.MATRIX_FORMATS.index(projection.packing)
         record["out_features"], record["in_features"] = shape
         record["weight_scale"] = projection.weight_scale
         if projection.bias is not None:
@@ -385,10 +384,14 @@ class Decoder:
 
     def _describe_table(self, where: str, table: Table, hidden: int, record: np.void) -> None:
         _check(
-            table.format in FORMATS, f"{where}.format", f"one of {', '.join(FORMATS)}", table.format, "Pack it again."
+            table.format in tables.MATRIX_FORMATS,
+            f"{where}.format",
+            f"one of {', '.join(tables.MATRIX_FORMATS)}",
+            table.format,
+            "Pack it again.",
         )
         _check(table.columns == hidden, f"{where}.columns", hidden, table.columns, "Correct it.")
-        record["format"] = FORMATS[table.format]
+        record["format"] = tables.MATRIX_FORMATS.index(table.format)
         if table.format == "fp16":
             record["weight"] = self._array(f"{where}.weight", table.weight, np.float16, (table.rows, hidden))
             return

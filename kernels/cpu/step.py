@@ -157,7 +157,7 @@ def _groups(features):
 
 
 @jit
-def _part(total, thread, threads):
+def _own_share(total, thread, threads):
     """First and last + 1 of a thread's share."""
     return total * thread // threads, total * (thread + 1) // threads
 
@@ -257,7 +257,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
         record_bytes = scratch["record_bytes"]
         x, records, set_bytes = scratch["x"], scratch["records"], scratch["rows"] * record_bytes
         cos, sin, rope_rows = scratch["cos"], scratch["sin"], scratch["rows"]
-        first_row, last_row = _part(rows, thread, threads)
+        first_row, last_row = _own_share(rows, thread, threads)
         if alone:
             x, records, set_bytes = private + scratch["p_x"], private + scratch["p_records"], record_bytes
             cos, sin, rope_rows = private + scratch["p_cos"], private + scratch["p_sin"], 1
@@ -308,7 +308,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
                 _groups(k["out_features"]),
                 _groups(v["out_features"]),
             )
-            start, stop = _part(q_groups + k_groups + v_groups, thread, threads)
+            start, stop = _own_share(q_groups + k_groups + v_groups, thread, threads)
             qkv_stride = GROUP * (q_groups + k_groups + v_groups)
             k_out = qkv + 4 * GROUP * q_groups
             v_out = k_out + 4 * GROUP * k_groups
@@ -328,7 +328,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
                 sin + 4 * layer["rope"] * rope_rows * half,
             )
             if not alone:
-                start, stop = _part(rows * kv_heads, thread, threads)
+                start, stop = _own_share(rows * kv_heads, thread, threads)
                 for unit in range(start, stop):
                     at = 4 * (unit // kv_heads) * half
                     _write_keys(
@@ -362,7 +362,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
             if not alone:
                 barrier(state, threads)
                 since = _lap(profile + WAITING, since)
-            start, stop = _part(_groups(hidden), thread, threads)
+            start, stop = _own_share(_groups(hidden), thread, threads)
             _share(o, start, stop, rows, records, set_bytes, record_bytes, out, wide, acc, product)
             since = _lap(profile + O, since)
             barrier(state, threads)
@@ -384,7 +384,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
             if not alone:
                 barrier(state, threads)
                 since = _lap(profile + WAITING, since)
-            start, stop = _part(_groups(model["intermediate"]), thread, threads)
+            start, stop = _own_share(_groups(model["intermediate"]), thread, threads)
             middle = padded(model["intermediate"])
             _share(gate_, start, stop, rows, records, set_bytes, record_bytes, gate, middle, acc, product)
             _share(up_, start, stop, rows, records, set_bytes, record_bytes, up, middle, acc, product)
@@ -402,7 +402,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
             if not alone:
                 barrier(state, threads)
                 since = _lap(profile + WAITING, since)
-            start, stop = _part(_groups(hidden), thread, threads)
+            start, stop = _own_share(_groups(hidden), thread, threads)
             _share(down, start, stop, rows, records, set_bytes, record_bytes, out, wide, acc, product)
             since = _lap(profile + DOWN, since)
             barrier(state, threads)
@@ -422,7 +422,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
         if wanted_rows > 0:
             head_table = model["head"]
             normed = out
-            first, last = _part(wanted_rows, thread, threads)
+            first, last = _own_share(wanted_rows, thread, threads)
             if alone:
                 normed, first, last = row_buffer, 0, 1
             else:
@@ -436,7 +436,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
             if not alone:
                 barrier(state, threads)
                 since = _lap(profile + WAITING, since)
-            start, stop = _part(_groups(model["vocabulary"]), thread, threads)
+            start, stop = _own_share(_groups(model["vocabulary"]), thread, threads)
             table_logits(
                 head_table["weight"], head_table["scale"], head_table["format"], model["vocabulary"], hidden, normed, wide,
                 records, record_bytes, wanted_rows, call["logits"], model["vocabulary"], start, stop, product,

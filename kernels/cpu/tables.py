@@ -60,10 +60,10 @@ from bitdistill.kernels.cpu.vector import (
     sub_ints,
     widen,
 )
-from bitdistill.kernels.packing import packed_bytes, row_groups
+from bitdistill.kernels.packing import PACKINGS, packed_bytes, row_groups
 
-FORMATS = ("2bit", "base3", "int8", "int4", "fp16")
-INT8, INT4, FP16 = 2, 3, 4  # numbers of FORMATS, after TWO_BIT and BASE3
+MATRIX_FORMATS = (*PACKINGS, "int8", "int4", "fp16")  # of a ternary linear, an embedding or an LM head
+INT8, INT4, FP16 = 2, 3, 4  # numbers of MATRIX_FORMATS, after TWO_BIT and BASE3
 INT4_OFFSET = 8  # a stored value is code + 8
 _BASE = np.float32(PLANE_BASE)
 _TOKENS = 64  # at a time, of a ternary table
@@ -337,7 +337,7 @@ def multiply_table(
         x: float32 (N, hidden).
         weight: the table, also read-only or misaligned: uint8 (2bit, base3, int4) or int8 1-D from packing.py; fp16:
             float16 (V, hidden).
-        format: one of FORMATS.
+        format: one of MATRIX_FORMATS.
         rows: V.
         scale: float32 (V,); int4: float16 (ceil(V/16), hidden/32, 16) from `packing.pack_int4_scale`; fp16: None.
 
@@ -348,8 +348,8 @@ def multiply_table(
     """
     if x.dtype != np.float32 or x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"x: expected float32 (N, hidden) with at least one column; got {x.dtype} {x.shape}")
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}; got {format!r}")
+    if format not in MATRIX_FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(MATRIX_FORMATS)}; got {format!r}")
     tokens, columns = x.shape
     scale_shape: tuple[int, ...] = (rows,)
     if format == "fp16":
@@ -378,7 +378,7 @@ def multiply_table(
     table_logits(
         weight.ctypes.data,
         0 if scale is None else scale.ctypes.data,
-        FORMATS.index(format),
+        MATRIX_FORMATS.index(format),
         rows,
         columns,
         x.ctypes.data,

@@ -79,7 +79,7 @@ def _every(vector, value):
     return ir.Constant(vector, [value] * vector.count)
 
 
-def _part(builder, value, start, count):
+def _lanes_from(builder, value, start, count):
     mask = ir.Constant(ir.VectorType(_I32, count), list(range(start, start + count)))
     return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
 
@@ -96,7 +96,7 @@ def _in_parts(builder, parts, name, *arguments):
         return _call(builder, name, arguments[0].type, *arguments)
     results = []
     for part in range(parts):
-        cut = [_part(builder, a, part * a.type.count // parts, a.type.count // parts) for a in arguments]
+        cut = [_lanes_from(builder, a, part * a.type.count // parts, a.type.count // parts) for a in arguments]
         results.append(_call(builder, name, cut[0].type, *cut))
     return _joined(builder, results)
 
@@ -221,12 +221,6 @@ def and_bytes(builder, a, b):
     return builder.and_(a, b)
 
 
-@native(BYTES(BYTES, BYTES), np.bitwise_xor)
-def xor_bytes(builder, a, b):
-    """a ^ b"""
-    return builder.xor(a, b)
-
-
 @native(BYTES(BYTES, BYTES), np.add)
 def add_bytes(builder, a, b):
     """a + b modulo 256"""
@@ -309,7 +303,7 @@ def _widen(builder, words):
     """Neighbouring int16 added, as int32."""
     if FEATURES == "avx2":
         ones = _every(ir.VectorType(_I16, 16), 1)
-        halves = [_part(builder, words, start, 16) for start in (0, 16)]
+        halves = [_lanes_from(builder, words, start, 16) for start in (0, 16)]
         wide = ir.VectorType(_I32, 8)
         return _joined(builder, [_call(builder, "llvm.x86.avx2.pmadd.wd", wide, half, ones) for half in halves])
     lanes, sixteen = builder.bitcast(words, _INTS), _every(_INTS, 16)
@@ -317,7 +311,7 @@ def _widen(builder, words):
 
 
 def _maddubs(builder, a, b):
-    halves = [[_part(builder, value, start, 32) for value in (a, b)] for start in (0, 32)]
+    halves = [[_lanes_from(builder, value, start, 32) for value in (a, b)] for start in (0, 32)]
     words = ir.VectorType(_I16, 16)
     return _joined(builder, [_call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, *half) for half in halves])
 
@@ -326,7 +320,8 @@ def _four_way(builder, ints, a, b):
     """int32 + four products of bytes, by the one instruction that does it."""
     if NEON:
         quarters = [
-            [_part(builder, v, part * v.type.count // 4, v.type.count // 4) for v in (ints, a, b)] for part in range(4)
+            [_lanes_from(builder, v, part * v.type.count // 4, v.type.count // 4) for v in (ints, a, b)]
+            for part in range(4)
         ]
         return _joined(builder, [_call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", q[0].type, *q) for q in quarters])
     arguments = [ints, builder.bitcast(a, _INTS), builder.bitcast(b, _INTS)]

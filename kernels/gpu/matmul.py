@@ -260,7 +260,7 @@ GROUP = 8
 
 
 @functools.lru_cache
-def _part(device: torch.device) -> tuple[str, int]:
+def _tile_family(device: torch.device) -> tuple[str, int]:
     """(key of the tile tables, number of processors)."""
     if device.type != "cuda":
         return "sm_90", 1  # interpreted
@@ -339,7 +339,7 @@ def int8_linear(
     y = torch.empty((N, O), dtype=dtype, device=a.device)
     if N == 0 or O == 0:
         return y
-    part, processors = _part(a.device)
+    part, processors = _tile_family(a.device)
     tile = choose_tile(INT8_TILES[part], N, O, I, processors)
     _int8_linear[(triton.cdiv(N, tile.rows) * triton.cdiv(O, tile.columns),)](
         a, act_scale, b, act_scale if weight_scale is None else weight_scale, y if bias is None else bias, y,
@@ -368,7 +368,7 @@ def grad_input(
     dx = torch.empty((N, I), dtype=dtype, device=dy.device)
     if N == 0:
         return dx
-    part, processors = _part(dy.device)
+    part, processors = _tile_family(dy.device)
     tile = choose_tile(FP32_TILES if dy.dtype == torch.float32 else GRADIENT_TILES[part], N, I, O, processors)
     even = all(size % tile.inner == 0 for size in sizes) and I % tile.columns == 0
     _grad_input[(triton.cdiv(N, tile.rows) * triton.cdiv(I, tile.columns),)](
@@ -396,7 +396,7 @@ def grad_weight(dy: Tensor, act_codes: Tensor, act_scale: Tensor, dtype: torch.d
     if N == 0:
         return torch.zeros((O, I), dtype=dtype, device=dy.device)
     dw = torch.empty((O, I), dtype=dtype, device=dy.device)
-    part, processors = _part(dy.device)
+    part, processors = _tile_family(dy.device)
     tile = choose_tile(FP32_TILES if dy.dtype == torch.float32 else GRADIENT_TILES[part], O, I, N, processors)
     _grad_weight[(triton.cdiv(O, tile.rows) * triton.cdiv(I, tile.columns),)](
         dy, codes, act_scale, dw, N, O, I, dy.stride(0), codes.stride(0), dw.stride(0),

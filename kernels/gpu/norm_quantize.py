@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitdistill.kernels.gpu.launches import Launch
-from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, quantize_rows, row_tile, rows_of
+from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, quantize_tile, row_tile, rows_of
 
 MAX_GAINS = 3  # q, k and v with a SubLN each
 PARTS = 256  # runs of rows whose parts of dgain are added at the end; also the programs of a backward pass
@@ -62,7 +62,7 @@ def _rms_norm_quantize(
     for k in tl.static_range(G):
         gain = tl.load(gain_ptr + k * I + columns, mask=columns < I, other=0.0)
         y = rounded(x * rstd[:, None] * gain, x_ptr.dtype.element_ty)
-        codes, scale, total = quantize_rows(y)
+        codes, scale, total = quantize_tile(y)
         out = rows + k * N.to(tl.int64)
         tl.store(codes_ptr + out[:, None] * I + columns, codes.to(tl.int8), mask=inside)
         tl.store(scale_ptr + out, scale, mask=rows < N)

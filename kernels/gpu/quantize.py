@@ -66,7 +66,7 @@ class TernaryWeight(NamedTuple):
 
 
 @triton.jit
-def quantize_rows(x):
+def quantize_tile(x):
     """``(codes int32, act_scale, row_sum)`` of rows (ROWS, BLOCK) in fp32, zero beyond their width."""
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     peak = tl.max(magnitude, 1).to(tl.float32, bitcast=True)
@@ -86,7 +86,7 @@ def _quantize_activation(
     columns = tl.arange(0, BLOCK)
     inside = (rows[:, None] < N) & (columns < I)
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    codes, scale, total = quantize_rows(x)
+    codes, scale, total = quantize_tile(x)
     tl.store(codes_ptr + rows[:, None] * I + columns, codes.to(tl.int8), mask=inside)
     tl.store(scale_ptr + rows, scale, mask=rows < N)
     tl.store(sum_ptr + rows, total, mask=rows < N)

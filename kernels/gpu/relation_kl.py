@@ -102,7 +102,7 @@ def _dense_channels(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _part(device: torch.device) -> str:
+def _tile_family(device: torch.device) -> str:
     """Whose tiles a device takes, out of launches.TARGETS; interpreted, the H200's."""
     if torch.version.hip:
         return "gfx942"
@@ -224,7 +224,9 @@ def _rows(
             for x, norm in ((teacher_a, norms[0]), (student_a, norms[1])):
                 grid, arguments = _norm_call(x, valid, norm, heads)
                 inverse_norms[grid](**arguments)
-        grid, arguments = _call("forward", _part(kl.device), sides, valid, spans, norms, numbers, settings, kl_out=kl)
+        grid, arguments = _call(
+            "forward", _tile_family(kl.device), sides, valid, spans, norms, numbers, settings, kl_out=kl
+        )
         relation_forward[grid](**arguments)
     return kl, numbers, norms, spans
 
@@ -278,7 +280,7 @@ def _rows_backward(
         for role, sides, grad_x in launches:
             grid, arguments = _call(
                 role,
-                _part(grad_kl.device),
+                _tile_family(grad_kl.device),
                 sides,
                 valid,
                 spans,

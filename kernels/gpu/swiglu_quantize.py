@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitdistill.kernels.gpu.launches import Launch
 from bitdistill.kernels.gpu.norm_quantize import inverse_rms, rounded, runs, stacked_gains
-from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, quantize_rows, row_tile, rows_of
+from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, quantize_tile, row_tile, rows_of
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _SQRT_8_PI = tl.constexpr(math.sqrt(8 / math.pi))
@@ -61,7 +61,7 @@ def _swiglu_norm_quantize(
         rstd = inverse_rms(y, eps, I)
         tl.store(rstd_ptr + rows, rstd, mask=rows < N)
         y = y * rstd[:, None] * tl.load(gain_ptr + columns, mask=columns < I, other=0.0)
-    codes, scale, total = quantize_rows(rounded(y, gate_ptr.dtype.element_ty))
+    codes, scale, total = quantize_tile(rounded(y, gate_ptr.dtype.element_ty))
     tl.store(codes_ptr + rows[:, None] * I + columns, codes.to(tl.int8), mask=inside)
     tl.store(scale_ptr + rows, scale, mask=rows < N)
     tl.store(sum_ptr + rows, total, mask=rows < N)

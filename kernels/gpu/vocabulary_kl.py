@@ -64,7 +64,7 @@ def _dense_rows(
     t_stride,
     ce_weight,
     kl_weight,
-    per_tau,
+    inverse_temperature,
     V: tl.constexpr,
     DISTIL: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -86,8 +86,8 @@ def _dense_rows(
         z_sum = _add_one(z_max, z_sum, z, 1.0)
         if DISTIL:
             t = tl.load(t_row + begin + lanes, mask=inside, other=-float("inf")).to(tl.float32)
-            z_sum_tau = _add_one(z_max, z_sum_tau, z, per_tau)
-            t_sum = _add_one(t_max, t_sum, t, per_tau)
+            z_sum_tau = _add_one(z_max, z_sum_tau, z, inverse_temperature)
+            t_sum = _add_one(t_max, t_sum, t, inverse_temperature)
             t_max = tl.maximum(t_max, t)
         z_max = tl.maximum(z_max, z)
     z_peak = tl.max(z_max, 0)
@@ -96,8 +96,8 @@ def _dense_rows(
     ce_weight = tl.where(has_target, ce_weight, 0.0)
     if DISTIL:
         t_peak = tl.max(t_max, 0)
-        z_log_tau = tl.log(tl.sum(z_sum_tau * tl.exp((z_max - z_peak) * per_tau), 0))
-        t_log = tl.log(tl.sum(t_sum * tl.exp((t_max - t_peak) * per_tau), 0))
+        z_log_tau = tl.log(tl.sum(z_sum_tau * tl.exp((z_max - z_peak) * inverse_temperature), 0))
+        t_log = tl.log(tl.sum(t_sum * tl.exp((t_max - t_peak) * inverse_temperature), 0))
 
     if DISTIL or GRADIENT:
         kl = tl.zeros((BLOCK,), tl.float32)
@@ -107,8 +107,8 @@ def _dense_rows(
             gradient = ce_weight * (tl.exp(z - z_log) - tl.where(begin + lanes == target, 1.0, 0.0))
             if DISTIL:
                 t = tl.load(t_row + begin + lanes, mask=inside, other=0.0).to(tl.float32) - t_peak
-                p, q = tl.exp(t * per_tau - t_log), tl.exp(z * per_tau - z_log_tau)
-                d = (z - t) * per_tau - (z_log_tau - t_log)
+                p, q = tl.exp(t * inverse_temperature - t_log), tl.exp(z * inverse_temperature - z_log_tau)
+                d = (z - t) * inverse_temperature - (z_log_tau - t_log)
                 near = tl.abs(d) < 0.5
                 beyond = _expm1_less_d(tl.where(near, d, 0.0))
                 change = tl.where(near, p * (beyond + d), q - p)
@@ -132,7 +132,7 @@ def _rest_rows(
     z_stride,
     ce_weight,
     kl_weight,
-    per_tau,
+    inverse_temperature,
     V: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -145,17 +145,19 @@ def _rest_rows(
     for begin in range(0, V, BLOCK):
         z = tl.load(z_row + begin + lanes, mask=begin + lanes < V, other=-float("inf")).to(tl.float32)
         z_sum = _add_one(z_max, z_sum, z, 1.0)
-        z_sum_tau = _add_one(z_max, z_sum_tau, z, per_tau)
+        z_sum_tau = _add_one(z_max, z_sum_tau, z, inverse_temperature)
         z_max = tl.maximum(z_max, z)
     kept_max = tl.load(kept_max_ptr + row)
     rest_max = tl.max(z_max, 0)
     peak = tl.maximum(rest_max, kept_max)
     # tau relative to the largest outside K: the sum is 1 at least, however small its share of the whole
-    rest = tl.sum(z_sum_tau * tl.exp((z_max - rest_max) * per_tau), 0)
+    rest = tl.sum(z_sum_tau * tl.exp((z_max - rest_max) * inverse_temperature), 0)
     some = rest > 0
-    log_rest = tl.log(tl.where(some, rest, 1.0)) + tl.where(some, (rest_max - peak) * per_tau, -float("inf"))
+    log_rest = tl.log(tl.where(some, rest, 1.0)) + tl.where(
+        some, (rest_max - peak) * inverse_temperature, -float("inf")
+    )
     total = tl.sum(z_sum * tl.exp(z_max - peak), 0) + tl.load(kept_sum_ptr + row) * tl.exp(kept_max - peak)
-    total_tau = tl.exp(log_rest) + tl.load(kept_sum_tau_ptr + row) * tl.exp((kept_max - peak) * per_tau)
+    total_tau = tl.exp(log_rest) + tl.load(kept_sum_tau_ptr + row) * tl.exp((kept_max - peak) * inverse_temperature)
     log_total, log_total_tau = tl.log(total), tl.log(total_tau)
     tl.store(stats_ptr + 4 * row, peak)
     tl.store(stats_ptr + 4 * row + 1, log_total)
@@ -170,7 +172,7 @@ def _rest_rows(
             inside = begin + lanes < V
             z = tl.load(z_row + begin + lanes, mask=inside, other=-float("inf")).to(tl.float32)
             gradient = ce_weight * (tl.exp(z - peak - log_total) - tl.where(begin + lanes == target, 1.0, 0.0))
-            gradient += of_kl * tl.exp((z - rest_max) * per_tau)
+            gradient += of_kl * tl.exp((z - rest_max) * inverse_temperature)
             tl.store(z_row + begin + lanes, gradient.to(z_ptr.dtype.element_ty), mask=inside)
 
 
@@ -187,7 +189,7 @@ def dense_rows_(
     targets_N: Tensor,
     ce_weight: float,
     kl_weight: float,
-    per_tau: float,
+    inverse_temperature: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """`kernels/vocabulary_rows.py`'s function of this name in one launch: the same equations, arguments and results.
@@ -209,7 +211,7 @@ def dense_rows_(
         teacher_NV.stride(0),
         ce_weight,
         kl_weight,
-        per_tau,
+        inverse_temperature,
         V=V,
         DISTIL=t_NV is not None,
         GRADIENT=gradient,
@@ -228,7 +230,7 @@ def rest_rows_(
     p_rest_N: Tensor,
     ce_weight: float,
     kl_weight: float,
-    per_tau: float,
+    inverse_temperature: float,
     gradient: bool,
 ) -> Tensor:
     """`kernels/vocabulary_rows.py`'s function of this name in one launch: the same equations, arguments and results."""
@@ -247,7 +249,7 @@ def rest_rows_(
         z_NV.stride(0),
         ce_weight,
         kl_weight,
-        per_tau,
+        inverse_temperature,
         V=V,
         GRADIENT=gradient,
         BLOCK=block,
@@ -260,7 +262,7 @@ def production_launches() -> list[Launch]:
     """Qwen3's vocabulary: distillation, plain cross-entropy, and the words beside cached ones."""
     V = 151_936
     common = {"z_ptr": "*bf16", "target_ptr": "*i64", "z_stride": "i32"}
-    common |= {"ce_weight": "fp32", "kl_weight": "fp32", "per_tau": "fp32"}
+    common |= {"ce_weight": "fp32", "kl_weight": "fp32", "inverse_temperature": "fp32"}
     dense = common | {"t_ptr": "*bf16", "ce_ptr": "*fp32", "kl_ptr": "*fp32", "t_stride": "i32"}
     pointers = ("kept_max_ptr", "kept_sum_ptr", "kept_sum_tau_ptr", "p_rest_ptr", "stats_ptr")
     rest = common | dict.fromkeys(pointers, "*fp32")
