@@ -135,69 +135,25 @@ def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) 
     if not layers:
         raise UserError("model", expected="a refined student", got=type(model).__name__, do="Run --stage refine first.")
     _refuse_unsupported(model)
-    tensors: dict[str, np.ndarray] = {}
-    used = []  # parameters that went into the file, to be sure that none is left out
-
-    linears = {}
-    for name, layer in layers.items():
-        _check_master(name, layer.weight)
-        codes, scale = layer.ternary()
-        tensors[f"{name}.weight_packed"] = layout.pack(codes.cpu().numpy(), packing)
-        tensors[f"{name}.weight_scale"] = scale.cpu().numpy()
-        bias = layer.ternary_bias()
-        if bias is not None:
-            tensors[f"{name}.bias"] = _float32(f"{name}.bias", bias)
-        used += layer.parameters(recurse=False)  # weight, bias, learned scale
-        if layer.subln is not None:
-            tensors[f"{name}.subln"] = _float32(f"{name}.subln", layer.subln.weight)
-            used.append(layer.subln.weight)
-        rows, columns = layer.weight.shape
-        eps = None if layer.subln is None else layer.subln.eps
-        linears[name] = Linear(rows, columns, bias is not None, eps)
-
     hf, decoder = model.config, model.model
-    head_dim = decoder.layers[0].self_attn.head_dim
     tied = model.lm_head.weight is decoder.embed_tokens.weight
-    tables = {"model.embed_tokens": decoder.embed_tokens.weight}
-    if not tied:
-        tables["lm_head"] = model.lm_head.weight
-    for name, weight in tables.items():
-        tensors.update(_quantize_table(name, _float32(name, weight), embedding, packing))
-        used.append(weight)
+    tables = {"model.embed_tokens": decoder.embed_tokens} | ({} if tied else {"lm_head": model.lm_head})
+    norms = _norms(decoder)
+    _check_complete(model, layers, tables, norms)
 
-    norms = {"model.norm": decoder.norm}
-    for index, layer in enumerate(decoder.layers):
-        for path in _LAYER_NORMS:
-            owner, _, last = path.rpartition(".")
-            norm = getattr(layer.get_submodule(owner), last, None)
-            if norm is not None:
-                norms[f"model.layers.{index}.{path}"] = norm
+    tensors: dict[str, np.ndarray] = {}
+    linears = {name: _add_linear(tensors, name, layer, packing) for name, layer in layers.items()}
+    for name, table in tables.items():
+        tensors |= _quantize_table(name, _float32(name, table.weight), embedding, packing)
     for name, norm in norms.items():
         gain = _float32(name, norm.weight)
         tensors[f"{name}.gain"] = gain + np.float32(1) if hf.model_type == "gemma3_text" else gain
-        used.append(norm.weight)
-
     rope, window = _attention_kinds(model)
+    head_dim = decoder.layers[0].self_attn.head_dim
     for kind in sorted(set(rope)):
-        prefix = f"{kind}_" if isinstance(decoder.rotary_emb.rope_type, dict) else ""
-        inv_freq = getattr(decoder.rotary_emb, f"{prefix}inv_freq")
-        scaling = getattr(decoder.rotary_emb, f"{prefix}attention_scaling")
-        if str(inv_freq.dtype) != "torch.float32" or 2 * len(inv_freq) != head_dim:
-            raise UserError(
-                "model",
-                expected=f"{head_dim // 2} RoPE frequencies in float32",
-                got=f"{len(inv_freq)} in {inv_freq.dtype}",
-                do="Load the student in float32; RoPE over a part of the head is not supported.",
-            )
-        tensors[f"rope.{kind}.inv_freq"] = _float32("rope", inv_freq)
-        tensors[f"rope.{kind}.attention_scaling"] = np.array(scaling, np.float32)
+        _add_rope(tensors, kind, decoder.rotary_emb, head_dim)
     if tokenizer_json:
         tensors[TOKENIZER] = np.frombuffer(tokenizer_json, np.uint8)
-
-    left_out = {id(p): name for name, p in model.named_parameters()}
-    for parameter in used:
-        left_out.pop(id(parameter), None)
-    assert not left_out, f"parameters that the format has no place for: {sorted(left_out.values())}"
 
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos = hf.eos_token_id if eos is None else eos
@@ -225,6 +181,61 @@ def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) 
         norms={name: norm.weight.shape[0] for name, norm in norms.items()},
     )
     return config, tensors
+
+
+def _add_linear(tensors: dict[str, np.ndarray], name: str, layer, packing: str) -> Linear:
+    """Adds a BitLinear's codes, scale, bias and SubLN gain to `tensors`."""
+    _check_master(name, layer.weight)
+    codes, scale = layer.ternary()
+    tensors[f"{name}.weight_packed"] = layout.pack(codes.cpu().numpy(), packing)
+    tensors[f"{name}.weight_scale"] = scale.cpu().numpy()
+    bias = layer.ternary_bias()
+    if bias is not None:
+        tensors[f"{name}.bias"] = _float32(f"{name}.bias", bias)
+    if layer.subln is not None:
+        tensors[f"{name}.subln"] = _float32(f"{name}.subln", layer.subln.weight)
+    rows, columns = layer.weight.shape
+    return Linear(rows, columns, bias is not None, None if layer.subln is None else layer.subln.eps)
+
+
+def _norms(decoder) -> dict[str, Any]:
+    """The model's own norms (SubLN apart), by the names that they have in the file."""
+    norms = {"model.norm": decoder.norm}
+    for index, layer in enumerate(decoder.layers):
+        for path in _LAYER_NORMS:
+            owner, _, last = path.rpartition(".")
+            norm = getattr(layer.get_submodule(owner), last, None)
+            if norm is not None:
+                norms[f"model.layers.{index}.{path}"] = norm
+    return norms
+
+
+def _add_rope(tensors: dict[str, np.ndarray], kind: str, rotary, head_dim: int) -> None:
+    """Adds one kind of attention's RoPE frequencies and scaling to `tensors`."""
+    prefix = f"{kind}_" if isinstance(rotary.rope_type, dict) else ""
+    inv_freq = getattr(rotary, f"{prefix}inv_freq")
+    if str(inv_freq.dtype) != "torch.float32" or 2 * len(inv_freq) != head_dim:
+        raise UserError(
+            "model",
+            expected=f"{head_dim // 2} RoPE frequencies in float32",
+            got=f"{len(inv_freq)} in {inv_freq.dtype}",
+            do="Load the student in float32; RoPE over a part of the head is not supported.",
+        )
+    tensors[f"rope.{kind}.inv_freq"] = _float32("rope", inv_freq)
+    tensors[f"rope.{kind}.attention_scaling"] = np.array(getattr(rotary, f"{prefix}attention_scaling"), np.float32)
+
+
+def _check_complete(model, layers: dict, tables: dict, norms: dict) -> None:
+    """Every parameter of the model has its place in the file."""
+    left_out = {id(parameter): name for name, parameter in model.named_parameters()}
+    for layer in layers.values():
+        for parameter in layer.parameters(recurse=False):  # weight, bias, learned scale
+            left_out.pop(id(parameter), None)
+        if layer.subln is not None:
+            left_out.pop(id(layer.subln.weight), None)
+    for module in (*tables.values(), *norms.values()):
+        left_out.pop(id(module.weight), None)
+    assert not left_out, f"parameters that the format has no place for: {sorted(left_out.values())}"
 
 
 def _embedding_to_store(model, wanted: str | None) -> str:

@@ -27,7 +27,7 @@ from bitdistill.student.calibration import InputStatistics
 from bitdistill.student.embeddings import FULL_PRECISION, quantize_embeddings
 from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears
 from bitdistill.student.loading import check_family
-from bitdistill.student.quantizers import quantizer_named
+from bitdistill.student.quantizers import WeightQuantizer, quantizer_named
 from bitdistill.student.sharing import Siblings
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -93,31 +93,14 @@ def refine(
     eps = model.config.rms_norm_eps if subln_eps is None else subln_eps
     quantize_embeddings(model, embedding)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    sublns = biases = 0
-    converted, kept = [], []
-    for name, linear in linears.items():
-        projection = name.rpartition(".")[2]
-        if projection not in PROJECTIONS:
-            kept.append(name)
-            continue
-        subln = None
-        if projection in SUBLN_BEFORE[norms]:
-            subln = SubLN(linear.in_features, eps, device=linear.weight.device)
-            if gains is not None and name in gains:
-                nn.init.constant_(subln.weight, gains[name])
-            sublns += 1
-        biases += linear.bias is not None
-        layer = BitLinear(linear, subln, quantizer)
-        if inputs is not None and quantizer.calibrated:
-            quantizer.calibrate(layer, inputs[name])
-        model.set_submodule(name, layer)
-        converted.append(linear)
+    chosen = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in PROJECTIONS}
+    expected = model.config.num_hidden_layers * len(PROJECTIONS)
+    assert len(chosen) == expected, f"expected {expected} projections in the decoder, found {len(chosen)}"
+    sublns = [_convert(model, name, norms, gains or {}, eps, quantizer, inputs) for name in chosen]
     _introduce_siblings(model)
     activation = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
     for name in [name for name, module in model.named_modules() if hasattr(module, "down_proj")]:
         model.set_submodule(name, GatedMLP(model.get_submodule(name), activation))
-    expected = model.config.num_hidden_layers * len(PROJECTIONS)
-    assert len(converted) == expected, f"expected {expected} projections in the decoder, found {len(converted)}"
     model.config.bitdistill = {
         "format_version": FORMAT_VERSION,
         "norms": norms,
@@ -126,14 +109,36 @@ def refine(
         "weight_quantizer": weight_quantizer,
     }
     return Refinement(
-        ternary=len(converted),
-        kept=tuple(kept),
-        sublns=sublns,
-        biases=biases,
-        ternary_weights=sum(_numel(linear.weight) for linear in converted),
+        ternary=len(chosen),
+        kept=tuple(name for name in linears if name not in chosen),
+        sublns=sum(sublns),
+        biases=sum(linear.bias is not None for linear in chosen.values()),
+        ternary_weights=sum(_numel(linear.weight) for linear in chosen.values()),
         parameters=sum(_numel(parameter) for parameter in model.parameters()),
         embedding=embedding,
     )
+
+
+def _convert(
+    model: nn.Module,
+    name: str,
+    norms: str,
+    gains: dict[str, float],
+    eps: float,
+    quantizer: WeightQuantizer,
+    inputs: dict[str, InputStatistics] | None,
+) -> bool:
+    """Puts a BitLinear in the place of one linear; whether a SubLN stands before it."""
+    linear, subln = model.get_submodule(name), None
+    if name.rpartition(".")[2] in SUBLN_BEFORE[norms]:
+        subln = SubLN(linear.in_features, eps, device=linear.weight.device)
+        if name in gains:
+            nn.init.constant_(subln.weight, gains[name])
+    layer = BitLinear(linear, subln, quantizer)
+    if inputs is not None and quantizer.calibrated:
+        quantizer.calibrate(layer, inputs[name])
+    model.set_submodule(name, layer)
+    return subln is not None
 
 
 def _introduce_siblings(model: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""What a sick ternary student looks like while it trains: the signs, their thresholds and why, and what to try.
+"""Warning signs of a ternary student that trains badly: what they are, their thresholds and why, and what to try.
 
-Knows neither models nor files: it is given the lines of health.jsonl and metrics.jsonl as they come (health.py), and
-answers with findings. So it can be replayed: after a resume the kept lines bring it back to where it was. Each kind of
-finding is given once a stage, by the first measurement that shows it.
+This file knows neither models nor files. health.py hands it the lines of health.jsonl and metrics.jsonl as they are
+written, and it answers with findings. After a resume the lines that were kept are handed to it again, which brings it
+back to where it was. Each kind of finding is reported once per stage, at the first measurement that shows it.
 
     dead          a layer's codes are all zero, its output is zero, or no gradient has reached it twice in a row
     collapse      one code holds nearly all weights of a layer
@@ -11,7 +11,7 @@ finding is given once a stage, by the first measurement that shows it.
     thrash        codes flip back and forth faster than they can be learned with
     drift         weight_scale has left the start of the stage by a factor
     outliers      most int8 codes of a layer's input are zero, because single channels take the range
-    drowned       one loss term's gradient is a hundred times the others'
+    drowned       the gradient of one loss term is a hundred times as large as that of the others
     rising        cross-entropy rises over the last third of what was logged
 
 In sound runs (the demo and a model of 6 M parameters on two tasks) zeros lie between 0.28 and 0.35, flips
@@ -19,6 +19,7 @@ reach 1 % of a layer's codes a step, scales move by up to 30 %, and at most 20 %
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,12 @@ MEASUREMENTS_IN_A_ROW = 2
 RISING_LINES = 24
 RISING_SHARE = 0.05
 RISING_ERRORS = 3.0
+
+SMALLEST_IS_WORST = ("saturated",)
+
+Layers = dict[str, dict[str, float]]  # name -> measurements
+# (kind, the layers that show it with a number each, a sentence that may name {count}, {total}, {worst} and its {value})
+Sign = tuple[str, dict[str, float], str]
 
 ADVICE = {
     "dead": "Start from refine.gain calibrated or refine.norms all, and lower the learning rate or lengthen the warm-up; "
@@ -102,84 +109,62 @@ class Diagnosis:
         self._norms: tuple[float | None, ...] = ()
 
     def measured(self, line: dict) -> list[Finding]:
-        """What a line of health.jsonl shows for the first time."""
+        """What a line of health.jsonl shows for the first time.
+
+        Args:
+            line: {"step", "learning_rate", "layers": {name: measurements}}.
+        """
         layers, found = line["layers"], []
-
-        def values(key: str) -> dict[str, float]:
-            return {name: layer[key] for name, layer in layers.items() if key in layer}
-
-        def report(kind: str, sick: dict[str, float], words: str, *, smallest_first: bool = False) -> None:
-            """`words` may name {count}, {total}, {worst} and {value}, that of the worst."""
+        for kind, sick, words in (*self._dead(layers), *_codes(layers), *self._movement(layers, line)):
             if sick:
-                names = sorted(sick, key=sick.get, reverse=not smallest_first)
-                words = words.format(count=len(sick), total=len(layers), worst=names[0], value=sick[names[0]])
-                found.append(Finding(kind, line["step"], words, tuple(names)))
+                names = sorted(sick, key=sick.__getitem__, reverse=kind not in SMALLEST_IS_WORST)
+                seen = words.format(count=len(sick), total=len(layers), worst=names[0], value=sick[names[0]])
+                found.append(Finding(kind, line["step"], seen, tuple(names)))
+        return self._new(found)
 
-        zeros, output = values("zeros"), values("output_rms")
-        report(
+    def _dead(self, layers: Layers) -> Iterator[Sign]:
+        """Layers that compute nothing or learn nothing."""
+        zeros, output, gradients = (_values(layers, key) for key in ("zeros", "output_rms", "grad_norm"))
+        yield "dead", {n: v for n, v in zeros.items() if v == 1}, "{count} of {total} layers hold zeros alone ({worst})"
+        yield (
             "dead",
-            {name: v for name, v in zeros.items() if v == 1},
-            "{count} of {total} layers hold zeros alone ({worst})",
-        )
-        report(
-            "dead",
-            {name: v for name, v in output.items() if v == 0},
+            {n: v for n, v in output.items() if v == 0},
             "{count} of {total} layers give zeros alone ({worst})",
         )
-        still = {name: v for name, v in values("grad_norm").items() if self._again(f"grad {name}", v == 0)}
-        report(
-            "dead",
-            still,
-            f"no gradient reaches {{count}} of {{total}} layers ({{worst}}), in {MEASUREMENTS_IN_A_ROW} measurements",
+        words = (
+            f"no gradient reaches {{count}} of {{total}} layers ({{worst}}), in {MEASUREMENTS_IN_A_ROW} measurements"
         )
+        yield "dead", {n: v for n, v in gradients.items() if self._again(f"grad {n}", v == 0)}, words
 
-        shares = {
-            name: max(layer.get(code, 0) for code in ("minus", "zeros", "plus")) for name, layer in layers.items()
-        }
-        report(
-            "collapse",
-            {name: share for name, share in shares.items() if share > COLLAPSED_SHARE and zeros.get(name) != 1},
-            "one code holds most weights in {count} of {total} layers (worst {worst}: {value:.0%})",
-        )
-        report(
-            "saturated",
-            {name: v for name, v in zeros.items() if v < SATURATED_ZEROS},
-            "hardly a zero is left in {count} of {total} layers (worst {worst}: {value:.1%})",
-            smallest_first=True,
-        )
-        report(
-            "drift",
-            {
-                name: math.exp(abs(math.log(v)))
-                for name, v in values("scale_drift").items()
-                if v > 0 and not 1 / DRIFTED_FACTOR < v < DRIFTED_FACTOR
-            },
-            "weight_scale of {count} of {total} layers has left the stage's start (worst {worst}: by a factor of {value:.1f})",
-        )
-        wasted = values("zero_activations")
-        report(
+    def _movement(self, layers: Layers, line: dict) -> Iterator[Sign]:
+        """What a single measurement cannot show: inputs that stay degenerate, codes that flip too often or never."""
+        wasted, flips = _values(layers, "zero_activations"), _values(layers, "flips")
+        yield (
             "outliers",
-            {name: v for name, v in wasted.items() if self._again(f"outliers {name}", v > WASTED_CODES)},
+            {n: v for n, v in wasted.items() if self._again(f"outliers {n}", v > WASTED_CODES)},
             "single channels take the int8 range of {count} of {total} layers' inputs (worst {worst}: {value:.0%} of the "
             "codes are zero)",
         )
-        flips = values("flips")
-        report(
+        yield (
             "thrash",
-            {name: v for name, v in flips.items() if self._again(f"thrash {name}", v > THRASHED_FLIPS)},
+            {n: v for n, v in flips.items() if self._again(f"thrash {n}", v > THRASHED_FLIPS)},
             "codes thrash in {count} of {total} layers (worst {worst}: {value:.1%} of them change in a step)",
         )
-        frozen = self._frozen(flips, line.get("learning_rate", 0.0))
-        report(
+        rate = line.get("learning_rate", 0.0)
+        yield (
             "frozen",
-            dict.fromkeys(frozen, 0.0),
+            dict.fromkeys(self._frozen(flips, rate), 0.0),
             f"not one code flips in {{count}} of {{total}} layers ({{worst}}) over {FROZEN_MEASUREMENTS} measurements or "
-            f"more, at {line.get('learning_rate', 0.0) / self.learning_rate:.0%} of the peak learning rate",
+            f"more, at {rate / self.learning_rate:.0%} of the peak learning rate",
         )
-        return self._new(found)
 
     def logged(self, line: dict, *, past_half: bool = True) -> list[Finding]:
-        """What a line of metrics.jsonl shows for the first time; `past_half`: of the stage, where a rise counts."""
+        """What a line of metrics.jsonl shows for the first time.
+
+        Args:
+            line: {"step", "loss_ce", "gamma_attention", "grad_norm_attention", "grad_norm_task"}, as far as it has them.
+            past_half: whether half of the stage is over; before, a rise of the loss says nothing.
+        """
         found, step = [], line["step"]
         norms, ratio = (line.get("grad_norm_attention"), line.get("grad_norm_task")), gradient_ratio(line)
         new, self._norms = norms != self._norms, norms  # a measurement may be logged more than once
@@ -228,6 +213,33 @@ class Diagnosis:
         if flips and len(quiet) == len(flips) and sum(looks.values()) >= enough:
             return quiet
         return [name for name in quiet if looks[name] >= enough]
+
+
+def _values(layers: Layers, key: str) -> dict[str, float]:
+    """One measurement of the layers that have it."""
+    return {name: layer[key] for name, layer in layers.items() if key in layer}
+
+
+def _codes(layers: Layers) -> Iterator[Sign]:
+    """How a layer's codes and scale are distributed, as a single measurement shows it."""
+    zeros = _values(layers, "zeros")
+    shares = {n: max(layer.get(code, 0) for code in ("minus", "zeros", "plus")) for n, layer in layers.items()}
+    yield (
+        "collapse",
+        {n: share for n, share in shares.items() if share > COLLAPSED_SHARE and zeros.get(n) != 1},
+        "one code holds most weights in {count} of {total} layers (worst {worst}: {value:.0%})",
+    )
+    yield (
+        "saturated",
+        {n: v for n, v in zeros.items() if v < SATURATED_ZEROS},
+        "hardly a zero is left in {count} of {total} layers (worst {worst}: {value:.1%})",
+    )
+    drift = {n: v for n, v in _values(layers, "scale_drift").items() if v > 0}
+    yield (
+        "drift",
+        {n: math.exp(abs(math.log(v))) for n, v in drift.items() if not 1 / DRIFTED_FACTOR < v < DRIFTED_FACTOR},
+        "weight_scale of {count} of {total} layers has left the stage's start (worst {worst}: by a factor of {value:.1f})",
+    )
 
 
 def gradient_ratio(line: dict) -> float | None:
