@@ -285,10 +285,12 @@ class RunConfig:
         seed: of everything random.
         max_steps: caps every stage, for smoke runs.
         resume: continue an interrupted stage from its last checkpoint.
-        precision: fp32, or bf16 for the matrix products (master weights stay fp32).
+        precision: of the matrix products, master weights stay fp32: fp32; bf16; or auto: bf16 on a GPU, and on a CPU that has
+            instructions for it in the full-precision models and the LM heads, fp32 elsewhere.
         bit_linear_backward: gradients of the ternary layers on a GPU: exact (products in the training precision), or fast
             (int8 products of stochastically rounded gradients: twice the tensor-core rate, some noise).
-        zero: DeepSpeed ZeRO stage of the trained model.
+        zero: DeepSpeed ZeRO stage of the trained model. auto: 1 where there is something to share; one rank on a CPU trains in
+            PyTorch alone, without DeepSpeed.
         offload: where ZeRO keeps optimiser state and, at stage 3, parameters.
         teacher_offload: keep the frozen teacher's parameters there instead of on the device.
         nvme_path: folder on a fast disk for nvme offload.
@@ -320,9 +322,9 @@ class RunConfig:
     seed: int = 0
     max_steps: int | None = None
     resume: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     bit_linear_backward: Literal["exact", "fast"] = "exact"
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: Literal["auto", 0, 1, 2, 3] = "auto"
     offload: Literal["none", "cpu", "nvme"] = "none"
     teacher_offload: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None

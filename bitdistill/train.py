@@ -39,6 +39,7 @@ from bitdistill.evaluation.speed import full_precision_size, full_precision_spee
 from bitdistill.evaluation.weight_only import CALIBRATION_TOKENS, METHODS, quantize_model, weight_only_size
 from bitdistill.export.parity import prove_parity
 from bitdistill.export.write import write_packed
+from bitdistill.kernels.cpu.bf16 import has_bf16_products
 from bitdistill.reporting.report import show_report
 from bitdistill.reporting.versions import versions
 from bitdistill.runtime.cpu import Runtime
@@ -67,6 +68,7 @@ from bitdistill.training.teacher_cache import Layout, TeacherCache, check_room, 
 from bitdistill.training.trainer import capped_steps, collate_blocks, release, training_arguments
 
 SETTINGS = {"FP16-SFT": "teacher", "BitNet-SFT": "baseline", "BitDistill": "distill"}
+FULL_PRECISION_STAGES = ("base", "teacher")
 NOT_A_RESULT = ("logging_steps", "save_steps", "health_steps")  # settings that do not change what a stage produces
 PRETRAIN_DISTILLATION = ("lambda_logits", "kd_temperature", "kd_top_k")
 
@@ -96,8 +98,10 @@ class Job:
         left_out |= set() if config.evaluate.enabled else {"evaluate"}
         self.directory = RunDirectory(config.output_dir, tuple(stage for stage in AFTER if stage not in left_out))
         self.root = self.directory.root
-        launch.initialise(self.device)
-        self.deepspeed = self._deepspeed()
+        self.alone = self._trains_alone()
+        launch.initialise(self.device, alone=self.alone)
+        self._refuse_impossible()
+        launch.say(self._engine())
         if launch.is_main():
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / "config.yaml").write_text(text)
@@ -111,14 +115,44 @@ class Job:
 
     # ------------------------------------------------------------------------------------------------ what is used
 
-    def _deepspeed(self) -> dict[str, Any]:
+    def _trains_alone(self) -> bool:
+        """One rank on a CPU has nothing to share and nothing to offload: PyTorch without DeepSpeed, unless asked for."""
         config = self.config
-        device = {"device": self.device, "nvme_path": config.nvme_path}
-        if config.teacher_offload != "none":  # an impossible combination is refused before anything is trained
+        offload = config.offload != "none" or config.teacher_offload != "none"
+        return self.device == "cpu" and launch.ranks_started() == 1 and config.zero == "auto" and not offload
+
+    def _refuse_impossible(self) -> None:
+        """An impossible combination is refused before anything is trained."""
+        config = self.config
+        if config.teacher_offload != "none":
+            device = {"device": self.device, "nvme_path": config.nvme_path}
             presets.teacher_config(config.teacher_offload, precision=self._teacher_precision(), **device)
         if "nvme" in (config.offload, config.teacher_offload):
             launch.require_nvme(config.nvme_path)
-        return presets.deepspeed_config(config.zero, config.offload, precision=config.precision, **device)
+        self._numerics("pretrain")
+
+    def _products(self, stage: str) -> tuple[str, str | None]:
+        """The precision of a stage's products, and that of its LM head where it differs."""
+        ternary = stage not in FULL_PRECISION_STAGES
+        return presets.products(self.config.precision, self.device, ternary=ternary, has_bf16=has_bf16_products())
+
+    def _numerics(self, stage: str) -> dict[str, Any]:
+        """What training_arguments needs to know of engine and precision."""
+        precision, head = self._products(stage)
+        found = {"deepspeed": None, "head_dtype": presets.AUTOCAST.get(head)}
+        if self.alone:
+            return found | {"autocast_dtype": presets.AUTOCAST.get(precision)}
+        zero = presets.DEFAULT_ZERO if self.config.zero == "auto" else self.config.zero
+        device = {"device": self.device, "nvme_path": self.config.nvme_path}
+        section = presets.deepspeed_config(zero, self.config.offload, precision=precision, **device)
+        return found | {"deepspeed": section}
+
+    def _engine(self) -> str:
+        """Who trains, and in which precision, in a sentence."""
+        engine = "PyTorch alone: one rank on a CPU needs no ZeRO" if self.alone else "DeepSpeed"
+        full, (ternary, head) = self._products("teacher")[0], self._products("pretrain")
+        head = f", their LM head {head}" if head else ""
+        return f"engine: {engine}; products of full-precision models {full}, around ternary layers {ternary}{head}"
 
     def _look_ahead(self) -> None:
         """Opens whatever a later stage will read: a wrong path is said now, and not after hours of training."""
@@ -341,7 +375,7 @@ class Job:
         resume = self._prepare_checkpoints(stage)
         arguments = training_arguments(
             checkpoints,
-            deepspeed=self.deepspeed,
+            **self._numerics(stage),
             seed=self.config.seed,
             report_to=self.config.report_to,
             steps_cap=self.config.max_steps,
@@ -370,7 +404,8 @@ class Job:
         folder = self.directory.checkpoints(stage)
         path = folder / "settings.json"
         inputs = {name: self.directory.done(name)["id"] for name in self.directory.inputs(stage)}
-        now = json.loads(json.dumps({"settings": self.settings(stage), "inputs": inputs}))
+        engine = "torch" if self.alone else "deepspeed"  # neither reads the other's checkpoints
+        now = json.loads(json.dumps({"settings": self.settings(stage), "inputs": inputs, "engine": engine}))
         known = json.loads(path.read_text()) if path.is_file() else None
         resume = self.config.resume and known == now
         launch.barrier()

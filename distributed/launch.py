@@ -4,6 +4,9 @@
     deepspeed --num_gpus 2 train.py   two ranks; on a machine without GPU two gloo processes
     python train.py                   one rank
 
+One rank on a CPU has nobody to share with: it may do without a process group and without DeepSpeed (`alone`), whose
+bookkeeping costs a small model more than its arithmetic.
+
 DeepSpeed's launcher passes `--local_rank=N` to the script: `without_local_rank(sys.argv[1:])` takes it away again.
 
 **No rank may hang because another one failed.** A rank that fails must end: let the exception leave the process, never
@@ -35,7 +38,16 @@ from bitdistill.errors import UserError
 PATIENCE = timedelta(hours=2)
 
 
-def initialise(device: str) -> None:
+def ranks_started() -> int:
+    """The number of ranks that a launcher started, 1 without one; known before `initialise`.
+
+    Raises:
+        UserError: WORLD_SIZE is no number.
+    """
+    return _number("WORLD_SIZE") if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") else 1
+
+
+def initialise(device: str, alone: bool = False) -> None:
     """Makes this process a rank of its group, sized to its share of the machine, and quiet unless it is rank 0.
 
     Call it once, before a Trainer, `TrainingArguments` or a teacher is made. Afterwards: the process group exists,
@@ -44,6 +56,7 @@ def initialise(device: str) -> None:
 
     Args:
         device: "cpu" (gloo) or "cuda" (nccl; the device number is LOCAL_RANK).
+        alone: no process group and no DeepSpeed; for one rank on a CPU. Everything below then works as for any one rank.
 
     Raises:
         UserError: device "cuda" without a GPU for this rank; or a launcher's variables that do not fit together.
@@ -51,6 +64,14 @@ def initialise(device: str) -> None:
     assert device in ("cpu", "cuda"), device
     assert not dist.is_initialized(), "initialise() is called once, before everything else"
     local_rank, local_ranks = _find_place()
+    if alone:
+        assert (device, ranks_started()) == ("cpu", 1), "only one rank on a CPU can be alone"
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # accelerate would make a process group of them
+            os.environ.pop(name, None)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed where it is installed
+        _use_threads(local_ranks)
+        _quieten(is_rank_0=True)
+        return
 
     if device == "cuda":
         if torch.cuda.device_count() <= local_rank:
@@ -64,10 +85,7 @@ def initialise(device: str) -> None:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed takes a GPU that happens to be there
 
-    if not os.environ.get("OMP_NUM_THREADS"):
-        threads = max(1, available_cpus() // local_ranks)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes
-        torch.set_num_threads(threads)
+    _use_threads(local_ranks)
     _quieten(is_rank_0=os.environ["RANK"] == "0")
 
     import deepspeed
@@ -229,6 +247,14 @@ def require_nvme(nvme_path: str | Path) -> None:
 
 def _device() -> str:
     return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
+def _use_threads(local_ranks: int) -> None:
+    """This rank's share of the cores, unless the user has decided."""
+    if not os.environ.get("OMP_NUM_THREADS"):
+        threads = max(1, available_cpus() // local_ranks)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes
+        torch.set_num_threads(threads)
 
 
 def _quieten(is_rank_0: bool) -> None:

@@ -23,8 +23,30 @@ What is moved off the device by `offload`:
 from bitdistill.errors import UserError
 
 STAGES = (0, 1, 2, 3)
+DEFAULT_ZERO = 1  # costs no more traffic than 0 and saves the most memory for it
 OFFLOADS = ("none", "cpu", "nvme")
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def products(precision: str, device: str, *, ternary: bool, has_bf16: bool) -> tuple[str, str | None]:
+    """In which precision a stage multiplies: what "auto" means, and what the user's own word means.
+
+    On a CPU a ternary model multiplies integers; bf16 would only round what stands between them. Its LM head is an ordinary
+    product, and the largest: that one takes bf16.
+
+    Args:
+        precision: "auto", "fp32" or "bf16". device: "cpu" or "cuda".
+        ternary: whether the stage trains a ternary model. has_bf16: whether this CPU has instructions for bf16.
+
+    Returns: (precision of the products, that of the LM head where it differs, else None).
+    """
+    if precision != "auto":
+        return precision, None
+    if device == "cuda":
+        return "bf16", None
+    if not has_bf16:
+        return "fp32", None
+    return ("fp32", "bf16") if ternary else ("bf16", None)
 
 
 def deepspeed_config(

@@ -33,10 +33,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitdistill.kernels.vocabulary_rows import dense_rows_, rest_rows_, top_k_rows_
+from bitdistill.kernels.vocabulary_rows import dense_rows_, in_blocks, rest_rows_, top_k_rows_
 
 # On a GPU 2,048 rows of 151,936 words in bf16, of student and teacher: 8,192 rows then read and write dW four times.
-# On a CPU, where fp32 temporaries make a logit eight times as large, a tenth of that still has dozens of rows.
+# On a CPU a tenth of that: 682 rows of 49,152 words in fp32; products of fewer than 512 are slower.
 CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**27}
 SLICE_BYTES = 2**25  # of dW while a product is added to it: stays in the L2 cache
 
@@ -265,7 +265,7 @@ def _row_functions(device: torch.device) -> tuple[Callable, Callable]:
         from bitdistill.kernels.gpu import vocabulary_kl
 
         return vocabulary_kl.dense_rows_, vocabulary_kl.rest_rows_
-    return dense_rows_, rest_rows_
+    return in_blocks(dense_rows_), in_blocks(rest_rows_)
 
 
 def _chunk_bytes(wanted: int | None, device_type: str) -> int:
@@ -336,8 +336,7 @@ def chunked_losses(
     device = x.device
     gradient = grad_x or grad_weight
     teacher_dtype = None if teacher_x is None else torch.promote_types(teacher_x.dtype, teacher_weight.dtype)
-    # Kernels work in place; PyTorch has about six fp32 temporaries of a chunk.
-    bytes_a_logit = dtype.itemsize + (teacher_dtype.itemsize if teacher_dtype else 0) if x.is_cuda else 32
+    bytes_a_logit = dtype.itemsize + (teacher_dtype.itemsize if teacher_dtype else 0)  # rows are worked on in place
     dense_rows, rest_rows = _row_functions(device)
     at_once = _rows_at_once(N, V, bytes_a_logit, chunk_bytes)
     total = torch.zeros(2, dtype=torch.float64, device=device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ranks
-from bitdistill.distributed.presets import deepspeed_config, teacher_config
+from bitdistill.distributed.presets import deepspeed_config, products, teacher_config
 from bitdistill.errors import UserError
 
 VALID = [
@@ -17,6 +17,18 @@ VALID = [
     for zero, offload in itertools.product((0, 1, 2, 3), ("none", "cpu", "nvme"))
     if offload == "none" or (offload == "cpu" and zero > 0) or (offload == "nvme" and zero == 3)
 ]
+
+
+def test_auto_takes_bf16_where_there_are_instructions_for_it_and_the_users_word_wins():
+    def resolved(precision, device, **has):
+        return [products(precision, device, ternary=ternary, **has) for ternary in (False, True)]
+
+    assert resolved("auto", "cpu", has_bf16=True) == [("bf16", None), ("fp32", "bf16")]
+    assert resolved("auto", "cpu", has_bf16=False) == [("fp32", None)] * 2
+    assert resolved("auto", "cuda", has_bf16=False) == [("bf16", None)] * 2
+    for precision in ("fp32", "bf16"):
+        for device, has_bf16 in itertools.product(("cpu", "cuda"), (False, True)):
+            assert resolved(precision, device, has_bf16=has_bf16) == [(precision, None)] * 2
 
 
 @pytest.mark.parametrize(("zero", "offload"), VALID)

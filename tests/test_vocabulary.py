@@ -305,6 +305,28 @@ def test_half_precision_head_gets_a_half_precision_gradient():
         torch.testing.assert_close(a.double(), b, rtol=0, atol=0.02 * b.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_teacher", ["all words", "none", "rest"])
+def test_rows_in_blocks_are_the_same_rows(monkeypatch, of_teacher, dtype):
+    """What a row gives does not depend on the rows beside it: blocks of 3 of 10 rows, bit for bit, the gradient included."""
+    monkeypatch.setattr(vocabulary_rows, "BLOCK_BYTES", 3 * 4 * 50)
+    generator = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(10, 50, generator=generator).to(dtype) for _ in range(2))
+    targets = torch.randint(0, 50, (10,), generator=generator)
+    targets[4] = -100
+    if of_teacher == "rest":
+        kept = z.float().amax(-1), torch.full((10,), 1.5), torch.full((10,), 2.5), torch.full((10,), 0.3)
+        function, others = vocabulary_rows.rest_rows_, (targets, *kept, 0.7, 0.2, 0.5, True)
+    else:
+        function, others = vocabulary_rows.dense_rows_, (t if of_teacher == "all words" else None, targets)
+        others += (0.7, 0.2, 0.5, True)
+    whole, blocks = z.clone(), z.clone()
+    expected, found = function(whole, *others), vocabulary_rows.in_blocks(function)(blocks, *others)
+    assert torch.equal(blocks, whole)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation made."""
 
@@ -324,9 +346,10 @@ def test_the_logits_of_all_rows_never_exist(cached):
     if not cached:
         teacher = (teacher_x, teacher_weight, None, None, None)
     settings = (1.0, 1.0, 0.2, torch.float32, True, True)
+    chunk_bytes = 16 * 1008 * 4 * (1 if cached else 2)  # the student's logits, or both models'
     with torch.no_grad():
         with Largest() as largest:
-            small = vocabulary.chunked_losses(x, weight, targets, *teacher, *settings, 16 * 1008 * 32)
+            small = vocabulary.chunked_losses(x, weight, targets, *teacher, *settings, chunk_bytes)
         assert 8000 <= largest.numel <= 16 * 1008
         with Largest() as largest:
             whole = vocabulary.chunked_losses(x, weight, targets, *teacher, *settings, 10**9)

@@ -18,15 +18,32 @@ Shape suffixes: B sequences, P positions, H student hidden, G teacher hidden, V 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bitdistill.errors import UserError
 from bitdistill.kernels.vocabulary import linear_cross_entropy, linear_distillation, linear_distillation_top_k
 from bitdistill.student.embeddings import multiplied_weight
 from bitdistill.training.losses import IGNORED
+
+_PRODUCTS: ContextVar[torch.dtype | None] = ContextVar("dtype of the head's products", default=None)
+
+
+@contextmanager
+def head_products(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the heads of ``instead_of_logits`` multiply in `dtype`, whatever the rest of the model does.
+
+    For the head alone, by far the largest product of a small model, of which everything else stays in fp32.
+    """
+    token = _PRODUCTS.set(dtype)
+    try:
+        yield
+    finally:
+        _PRODUCTS.reset(token)
 
 
 @contextmanager
@@ -50,7 +67,14 @@ def instead_of_logits(model: nn.Module, compute: Callable[[Tensor, Tensor], Any]
             do="Take another model: this one's loss cannot be computed without all of its logits.",
         )
     assert "forward" not in vars(head), "the head's forward was replaced already"
-    head.forward = lambda hidden_BPH: compute(hidden_BPH, multiplied_weight(head))
+
+    def forward(hidden_BPH: Tensor) -> Any:
+        dtype = _PRODUCTS.get()
+        autocast = nullcontext() if dtype is None else torch.autocast(hidden_BPH.device.type, dtype)
+        with autocast:
+            return compute(hidden_BPH, multiplied_weight(head))
+
+    head.forward = forward
     try:
         yield
     finally:

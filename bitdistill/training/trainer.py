@@ -6,6 +6,7 @@ four micro-batches of 8 give the same number. DeepSpeed averages gradients over 
 world size below.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -27,8 +28,22 @@ from bitdistill.errors import UserError
 from bitdistill.student.layers import assert_fp32_masters
 from bitdistill.student.sharing import WeightCodes
 from bitdistill.training.annealing import Annealing
+from bitdistill.training.head import head_products
 
 EXTRA_STATE = "bitdistill_state.json"
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """TrainingArguments, and what this project's stages need besides.
+
+    Args:
+        autocast_dtype: in which matrix products run where DeepSpeed does not decide it; None leaves them in fp32.
+        head_dtype: in which the products of the LM head run, where the rest stays in fp32; None as the rest.
+    """
+
+    autocast_dtype: str | None = None
+    head_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,28 +90,31 @@ def training_arguments(
     seed: int,
     report_to: list[str],
     steps_cap: int | None = None,
-    bf16: bool = False,
+    autocast_dtype: str | None = None,
+    head_dtype: str | None = None,
     health_steps: int = 0,  # read by the caller; accepted so that a whole section of settings can be passed
     save_steps: int = 0,
     max_steps: int = -1,
     gradient_checkpointing: bool = False,
     **hugging_face: Any,
-) -> TrainingArguments:
-    """TrainingArguments of a stage.
+) -> StageArguments:
+    """The arguments of a stage's trainer.
 
     Args:
         folder: for checkpoints.
-        deepspeed: from distributed.presets; None trains in this process, without DeepSpeed.
+        deepspeed: from distributed.presets; None trains in PyTorch alone, on one rank.
+        autocast_dtype, head_dtype: as in StageArguments; with DeepSpeed the first is part of its section.
         steps_cap: upper bound on max_steps, for smoke runs.
         hugging_face: learning_rate, per_device_train_batch_size, ... verbatim.
         seed: of weights, data order and dropout. report_to: trackers, as in transformers.
-        bf16: autocast to bfloat16. gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing: recompute activations in the backward pass.
         max_steps: optimizer steps; -1 derives them from num_train_epochs. save_steps: between checkpoints; 0 writes none.
         health_steps: not used here; accepted so that a whole section of settings can be passed.
     """
     if gradient_checkpointing:  # the reentrant kind would hand out q, k and v without a gradient
         hugging_face |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
+    assert deepspeed is None or autocast_dtype is None, "two who decide about one precision"
+    return StageArguments(
         output_dir=str(folder),
         deepspeed=deepspeed,
         seed=seed,
@@ -113,8 +131,9 @@ def training_arguments(
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config={"dispatch_batches": False, "split_batches": False},
-        optim="adamw_torch",
-        bf16=bf16,
+        optim="adamw_torch" if torch.cuda.is_available() else "adamw_torch_fused",
+        autocast_dtype=autocast_dtype,
+        head_dtype=head_dtype,
         **hugging_face,
     )
 
@@ -184,6 +203,15 @@ class StageTrainer(Trainer):
         with self.weight_codes.hold(step=self.state.global_step):
             return super().training_step(*args, **kwargs)
 
+    def compute_loss_context_manager(self):
+        dtype, head_dtype = self.args.autocast_dtype, self.args.head_dtype
+        contexts = contextlib.ExitStack()
+        if dtype is not None:
+            contexts.enter_context(torch.autocast(self.args.device.type, getattr(torch, dtype)))
+        if head_dtype is not None:
+            contexts.enter_context(head_products(getattr(torch, head_dtype)))
+        return contexts
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         assert not return_outputs
         total = 0.0
@@ -222,7 +250,7 @@ class StageTrainer(Trainer):
     def fit(self, resume: bool) -> dict[str, Any]:
         """Trains, from the last complete checkpoint when `resume` is set and there is one.
 
-        Returns: facts for done.json: seconds, steps, resumed_from.
+        Returns: facts for done.json: seconds, steps, engine, resumed_from.
         """
         folder = Path(self.args.output_dir)
         checkpoint = latest_checkpoint(folder) if resume else None
@@ -240,6 +268,7 @@ class StageTrainer(Trainer):
         return {
             "seconds": round(time.perf_counter() - started, 2),
             "steps": self.state.global_step,
+            "engine": "deepspeed" if self.is_deepspeed_enabled else "torch",
             "resumed_from": checkpoint.name if checkpoint else None,
         }
 
