@@ -1,0 +1,231 @@
+"""Steps of a training stage as the main job takes them, in a process of its own: what bench/cpu_training.py starts.
+
+    python bench/training_step.py '{"model": "DIR", "stage": "pretrain", "folder": "/tmp/x", ...}'
+
+Runs pretrain() or fine_tune() themselves, with the arguments that train.py gives them, and prints JSON: seconds of each step
+(from one line of metrics.jsonl to the next, so that everything between counts), the loss of each, the most resident memory of a
+step, and with "profile" the seconds of each part. Also runs on commits that are older than it: their package comes first
+on PYTHONPATH.
+"""
+
+from bitdistill.distributed import launch  # isort: skip -- an older commit has no openmp.py
+
+import contextlib
+import functools
+import inspect
+import itertools
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS, BLOCK_SIZE = 8, 128  # of a step of stage 2
+ROWS, SHORTEST, LONGEST, ANSWERS = 32, 8, 22, (100, 200)  # of a step of fine-tuning: 480 tokens, the last one an answer
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One kind of step.
+
+    Args:
+        model: a Hugging Face folder with a tokenizer. folder: for what the run writes.
+        stage: "pretrain", or "distill" with both terms of distillation and the model itself as its teacher.
+        ternary: the refined model, or the full-precision one as it is.
+        backward: of the ternary layers, "exact" or "fast". kernels: "auto" or "reference".
+        engine: "torch", or "deepspeed" (ZeRO-1). precision: "fp32" or "bf16" of all products. head: of the LM head's.
+        steps: timed ones, after one that is not. corpus: text for stage 2. profile: seconds of each part as well.
+    """
+
+    model: str
+    folder: str
+    stage: str = "pretrain"
+    ternary: bool = True
+    backward: str = "fast"
+    kernels: str = "auto"
+    engine: str = "torch"
+    precision: str = "fp32"
+    head: str | None = None
+    steps: int = 3
+    corpus: str | None = None
+    profile: bool = False
+
+
+class Parts:
+    """Seconds of each part of a step, the parts inside it taken out."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._open: list[float] = []
+
+    def of(self, name: str, function: Callable) -> Callable:
+        """`function`, whose time counts as that of the part `name`."""
+
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            started = time.perf_counter()
+            self._open.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = time.perf_counter() - started
+                inside = self._open.pop()
+                self.seconds[name] += spent - inside
+                if self._open:
+                    self._open[-1] += spent
+
+        return timed
+
+    def watch(self, where: Any, attribute: str, name: str) -> None:
+        """Puts the timed function in the place of the one that is there, if there is one."""
+        if hasattr(where, attribute):
+            setattr(where, attribute, self.of(name, getattr(where, attribute)))
+
+
+def watched_parts() -> Parts:
+    """The parts of a step as they are called in every version of the project."""
+    import accelerate
+    import transformers
+
+    from bitdistill.distributed.teacher import Teacher
+    from bitdistill.student.layers import BitLinear
+    from bitdistill.student.sharing import WeightCodes
+    from bitdistill.training import distill, pretrain
+    from bitdistill.training.trainer import StageTrainer
+
+    parts = Parts()
+    parts.watch(BitLinear, "forward", "ternary layers, forward")
+    parts.watch(pretrain, "head_cross_entropy", "LM head and loss, with its gradients")
+    parts.watch(distill, "head_distillation", "LM head and loss, with its gradients")
+    parts.watch(distill.Distillation, "_relations", "relation loss, forward")
+    parts.watch(Teacher, "__call__", "teacher")
+    parts.watch(WeightCodes, "_quantize", "ternary codes of the weights")
+    parts.watch(StageTrainer, "compute_loss", "attention, norms, the rest of forward")
+    parts.watch(accelerate.Accelerator, "backward", "backward")
+    parts.watch(transformers.Trainer, "_clip_grad_norm", "gradient clipping")
+    parts.watch(torch.optim.AdamW, "step", "AdamW")
+    return parts
+
+
+def arguments_of(spec: Spec):
+    """The stage's arguments as train.py makes them; an older commit knows neither autocast_dtype nor head_dtype."""
+    from bitdistill.distributed import presets
+    from bitdistill.training.trainer import training_arguments
+
+    names = {"bf16": "bfloat16", "fp32": None, None: None}
+    numerics: dict[str, Any] = {"deepspeed": None}
+    if spec.engine == "deepspeed":
+        numerics["deepspeed"] = presets.deepspeed_config(1, precision=spec.precision, device="cpu")
+    elif names[spec.precision] is not None:
+        numerics["autocast_dtype"] = names[spec.precision]
+    if names[spec.head] is not None:
+        numerics["head_dtype"] = names[spec.head]
+    return training_arguments(
+        Path(spec.folder) / "checkpoints",
+        seed=0,
+        report_to=[],
+        max_steps=spec.steps + 1,
+        per_device_train_batch_size=BLOCKS if spec.stage == "pretrain" else ROWS,
+        learning_rate=3e-4,
+        lr_scheduler_type="constant",
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        **numerics,
+    )
+
+
+def task_rows(count: int):
+    """Rows of a classification task: random words, lengths as those of SST-2, a label of one word at the end."""
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in torch.randint(SHORTEST, LONGEST + 1, (count,), generator=generator).tolist():
+        ids = torch.randint(1000, 10_000, (length,), generator=generator).tolist()
+        ids.append(ANSWERS[int(torch.randint(2, (1,), generator=generator))])
+        rows.append({"input_ids": ids, "labels": [-100] * length + ids[-1:], "length": length + 1})
+    return Dataset.from_list(rows)
+
+
+def prepared(spec: Spec) -> Callable[[], object]:
+    """Loads and refines the model; what is returned trains it."""
+    from bitdistill.data.corpus import TokenStream
+    from bitdistill.distributed.teacher import load_teacher
+    from bitdistill.student.layers import use_backward
+    from bitdistill.student.loading import load_language_model, load_tokenizer
+    from bitdistill.student.refine import refine
+    from bitdistill.training.distill import Distillation, fine_tune
+    from bitdistill.training.pretrain import pretrain
+
+    alone = {"alone": True} if "alone" in inspect.signature(launch.initialise).parameters else {}
+    launch.initialise("cpu", **(alone if spec.engine == "torch" else {}))
+    with contextlib.suppress(ImportError):
+        from bitdistill.student.backend import choose_kernels
+
+        choose_kernels(spec.kernels)
+    model, tokenizer = load_language_model(spec.model), load_tokenizer(spec.model)
+    if spec.ternary:
+        refine(model, norms="two")
+        use_backward(model, spec.backward)
+    shared = {"arguments": arguments_of(spec), "stage": spec.stage, "run_dir": Path(spec.folder), "resume": False}
+    if spec.stage == "pretrain":
+        stream = TokenStream(spec.corpus, tokenizer, BLOCK_SIZE)
+        return functools.partial(pretrain, model, stream, **shared)
+    dtype = torch.bfloat16 if spec.head == "bf16" and "products" in inspect.signature(load_teacher).parameters else None
+    teacher = load_teacher(spec.model, dtype=torch.float32, device="cpu", **({"products": dtype} if dtype else {}))
+    objective = Distillation(
+        model, teacher, lambda_logits=10.0, kd_temperature=5.0, kd_tau_squared=False, kd_tokens="response",
+        relation="eq12", relation_layers=[-1], teacher_relation_layers=None, split_heads=None, relation_temperature=1.0,
+        relation_causal=False, gamma_attention="balanced", gamma_rho=1.0, gamma_every=10,
+    )  # fmt: skip
+    rows = task_rows(ROWS * (spec.steps + 1))
+    return functools.partial(fine_tune, model, rows, objective=objective, pad_token_id=tokenizer.pad_token_id, **shared)
+
+
+def resident_bytes(name: str) -> int:
+    """VmHWM, the most since it was reset, or VmRSS."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def run(spec: Spec) -> dict[str, Any]:
+    """Trains, and reads metrics.jsonl."""
+    import transformers
+
+    train = prepared(spec)
+    parts = watched_parts() if spec.profile else None
+    before: dict[str, float] = {}
+
+    class First(transformers.TrainerCallback):
+        """After the first step the caches are warm: peak memory and parts are counted from here."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                Path("/proc/self/clear_refs").write_text("5")
+                before.update(parts.seconds if parts else {})
+
+    transformers.trainer.DEFAULT_CALLBACKS.append(First)
+    train()
+    lines = [json.loads(line) for line in (Path(spec.folder) / "metrics.jsonl").read_text().splitlines()]
+    times = [line["time"] for line in lines]
+    found = {
+        "seconds": [after - earlier for earlier, after in itertools.pairwise(times)],
+        "losses": [line["loss_ce"] for line in lines],
+        "peak_bytes": resident_bytes("VmHWM"),
+    }
+    if parts:
+        spent = {name: (seconds - before.get(name, 0.0)) / spec.steps for name, seconds in parts.seconds.items()}
+        spent["Trainer, engine, data"] = sum(found["seconds"]) / spec.steps - sum(spent.values())
+        found["parts"] = spent
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Spec(**json.loads(sys.argv[1])))))
