@@ -75,6 +75,31 @@ def test_plain_python_is_one_rank(tmp_path, monkeypatch):
     assert "WARNING" not in outcome.stdout + outcome.stderr
 
 
+@pytest.mark.slow
+def test_alone_there_is_no_group_and_everything_else_is_the_same(tmp_path):
+    """One rank on a CPU, also when a launcher started it: the same facts as with a group, and transformers sees no group."""
+    alone = """
+import os
+from bitdistill.distributed import launch
+started = launch.ranks_started()
+launch.initialise("cpu", alone=True)
+import json, sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+found = {"started": started, "group": torch.distributed.is_initialized(), "sum": launch.all_reduce_sum(2.0)}
+found |= {"world_size": launch.world_size(), "is_main": launch.is_main(), "processes": PartialState(cpu=True).num_processes}
+found["type"] = str(PartialState().distributed_type)
+launch.barrier()
+Path(sys.argv[-1]).write_text(json.dumps(found))
+launch.shutdown()
+"""
+    found = ranks.run(tmp_path, alone, ranks=1).found
+    assert found == {
+        "started": 1, "group": False, "sum": 2.0, "world_size": 1, "is_main": True, "processes": 1, "type": "DistributedType.NO"
+    }  # fmt: skip
+
+
 def test_without_a_group_every_function_is_the_identity():
     assert launch.rank() == 0
     assert launch.is_main()
@@ -87,7 +112,7 @@ def test_without_a_group_every_function_is_the_identity():
 def test_cuda_without_gpu_says_what_to_do(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")  # restored afterwards
+        monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))  # restored afterwards
     with pytest.raises(UserError, match=r"^device: expected a GPU for each of .+; got 0\. .+ cpu\.$"):
         launch.initialise("cuda")
 
