@@ -325,7 +325,7 @@ def chunked_losses(
         x, weight, targets: the student's hidden states (N, H), LM head (V, H), and next tokens (N,).
         teacher_x, teacher_weight: the teacher's, for a KL over all words.
         indices, values, log_rest: the teacher's top-k words, their logits and the rest, for a KL over those.
-        ce_weight, kl_weight: multiply the two losses in the gradients. per_tau: 1 / temperature.
+        ce_weight, kl_weight: multiply the two losses in the gradients. inverse_temperature: 1 / temperature.
         dtype: of the student's products. grad_x, grad_weight: which gradients are wanted.
         chunk_bytes: memory for the logits of one chunk of rows.
 
