@@ -33,7 +33,8 @@ TRAIN = [
 ]
 EVAL = ["lm-eval>=0.4.13"]
 BENCH = ["asv>=0.6.4"]
-TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+LLAMA_CPP = ["llama-cpp-python>=0.3.34"]  # proves GGUF files; pip compiles llama.cpp for some minutes
+TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6.100", "compressed-tensors>=0.20"]
 
 setup(
     name="bitdistill",
@@ -67,6 +68,7 @@ setup(
         "cpu": [],
         "train": TRAIN,
         "eval": [*TRAIN, *EVAL],
+        "gguf": [*TRAIN, *LLAMA_CPP],
         "bench": [*TRAIN, *BENCH],
         "test": [*TRAIN, *BENCH, *TEST],
         "dev": [*TRAIN, *BENCH, *TEST, "ruff==0.17.6", "pre-commit", "pyright"],

@@ -6,7 +6,7 @@ llama.cpp's `bitnet` has a place for them: Llama-like students with a tied head,
 would compute differently is refused with the reason; `gguf_obstacles` says so before anything is trained.
 
 What differs from the student are the activations: llama.cpp rounds them to int8 in blocks of 32 columns (256 for TQ
-types) and not per token. export/llama_cpp.py measures what that does.
+types) and not per token. export/agreement.py measures what that does.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch import nn
 
 from bitdistill.errors import UserError
 from bitdistill.export.gguf_blocks import TYPES, decode_bytes, encode_codes
-from bitdistill.export.gguf_tokenizer import tokenizer_metadata
+from bitdistill.export.gguf_metadata import tokenizer_metadata
 from bitdistill.student.layers import bit_linears
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}

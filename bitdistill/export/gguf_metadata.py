@@ -9,17 +9,12 @@ import json
 from typing import Any
 
 from bitdistill.errors import UserError
+from bitdistill.student.gguf_tokenizer import CONTROL, SPLITS, UNKNOWN, USER_DEFINED
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
+NORMAL, UNUSED, BYTE = 1, 5, 6  # llama.cpp's token types, besides those that are imported
 
-# The regular expression of a pre-tokenizer's Split step -> llama.cpp's name of it.
-_DIGITS_1 = r"\p{N}"
-_DIGITS_3 = r"\p{N}{1,3}"
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|",
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
-SPLITS = {_DIGITS_1.join(_SPLIT): "qwen2", _DIGITS_3.join(_SPLIT): "llama-bpe"}
+# The regular expression of a pre-tokenizer's Split step -> llama.cpp's name of it, the first of several.
+NAMES = {pattern: name for name, pattern in reversed(SPLITS.items())}
 
 
 def tokenizer_metadata(tokenizer, vocabulary: int) -> dict[str, Any]:
@@ -93,7 +88,7 @@ def _pre_tokenizer(description: dict[str, Any]) -> str:
     steps = pre.get("pretokenizers", [pre])
     kinds = [step.get("type") for step in steps]
     if kinds == ["Split", "ByteLevel"]:
-        name = SPLITS.get(steps[0].get("pattern", {}).get("Regex"))
+        name = NAMES.get(steps[0].get("pattern", {}).get("Regex"))
         if name is not None and not steps[1].get("use_regex"):
             return name
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
