@@ -22,6 +22,7 @@ from typing import Literal
 
 from bitdistill import console, surroundings
 from bitdistill.errors import UserError
+from bitdistill.text_files import decode, user_path
 
 
 def generate(
@@ -31,6 +32,7 @@ def generate(
     slots: int = 8,
     max_new_tokens: int = 64,
     stop: list[str] | None = None,
+    special_tokens: bool = False,
     device: str = "cpu",
     threads: int | None = None,
     kv_cache: str = "bf16",
@@ -45,7 +47,7 @@ def generate(
         prompt: the text to continue.
         prompts_file: a prompt a line ("-" reads standard input) in its place: answers in the order of the lines, each
             {"index", "prompt", "text", "prompt_tokens", "cached_tokens", "new_tokens", "stopped_by"}.
-        slots, max_new_tokens, stop, threads, kv_cache, context, sampling: see `_generate_options`.
+        slots, max_new_tokens, stop, special_tokens, threads, kv_cache, context, sampling: see `_generate_options`.
         device: "cpu", or a GPU: "cuda", "cuda:1".
         profile: also print where the time of a decoding step goes.
 
@@ -71,10 +73,11 @@ def generate(
 
         runtime = CudaRuntime(path, device, context, kv_cache)
     if prompts_file is not None:
-        _generate_lines(runtime, prompts_file, slots, max_new_tokens, stop or (), sampling)
+        _generate_lines(runtime, prompts_file, slots, max_new_tokens, stop or (), sampling, special_tokens)
     else:
+        ids = runtime.encode(prompt, special_tokens)
         print(prompt, end="", flush=True)
-        for piece in runtime.generate(prompt, max_new_tokens, sampling, stop or ()):
+        for piece in runtime.generate(ids, max_new_tokens, sampling, stop or ()):
             print(piece, end="", flush=True)
         print()
     stats = runtime.stats
@@ -95,7 +98,9 @@ def generate(
         print(f"  {'a step':<24} {1e6 * total:>9.0f} us", file=sys.stderr)
 
 
-def _generate_lines(runtime, prompts_file: str, slots: int, max_new_tokens: int, stop, sampling) -> None:
+def _generate_lines(
+    runtime, prompts_file: str, slots: int, max_new_tokens: int, stop, sampling, special_tokens: bool
+) -> None:
     lines = _read_prompts(prompts_file).split("\n")
     prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     blank = len(lines) - len(prompts) - (lines[-1] == "")  # nothing follows the last line end
@@ -104,7 +109,8 @@ def _generate_lines(runtime, prompts_file: str, slots: int, max_new_tokens: int,
     if blank:
         print(f"[{blank} blank lines left out]", file=sys.stderr)
     finished, following, escaped = {}, 0, not console.takes_unicode(sys.stdout)
-    for answer in runtime.generate_batch(prompts, max_new_tokens, sampling, stop, slots):
+    ids = [runtime.encode(prompt, special_tokens) for prompt in prompts]
+    for answer in runtime.generate_batch(ids, max_new_tokens, sampling, stop, slots):
         finished[answer.index] = answer
         while following in finished:
             answer = finished.pop(following)
@@ -116,15 +122,13 @@ def _generate_lines(runtime, prompts_file: str, slots: int, max_new_tokens: int,
 
 
 def _read_prompts(prompts_file: str) -> str:
-    """The text of a file of prompts, or of standard input for "-". Raises UserError when it cannot be read as UTF-8."""
-    path = Path(prompts_file).expanduser()
+    """The text of a file of prompts, or of standard input for "-". Raises UserError when it cannot be read."""
     try:
         # The bytes of standard input: its own encoding is the console's, which may be ASCII.
-        read = sys.stdin.buffer.read() if prompts_file == "-" else path.read_bytes()
-        return read.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        do = "Convert it to UTF-8, for example with iconv."
-        raise UserError("prompts_file", expected="text in UTF-8", got=f"{prompts_file} ({error})", do=do) from error
+        path = user_path(prompts_file, "prompts_file")
+        return decode(
+            sys.stdin.buffer.read() if prompts_file == "-" else path.read_bytes(), f"prompts_file {prompts_file}"
+        )
     except OSError as error:
         got = f"{prompts_file} ({error.strerror})"
         raise UserError("prompts_file", expected="a readable text file", got=got, do="Check the path.") from error
@@ -141,6 +145,11 @@ def _generate_options(arguments: list[str]) -> dict:
     parser.add_argument("--slots", type=int, default=8, help="so many lines at once, 1 to 16 (default: 8)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="at most so many tokens (default: 64)")
     parser.add_argument("--stop", action="append", help="a text that ends the answer; can be given several times")
+    parser.add_argument(
+        "--special_tokens",
+        action="store_true",
+        help="take <|im_start|> and the like in a prompt for the tokens they name",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, above 0 samples")
     parser.add_argument("--top_k", type=int, help="sample among the k likeliest")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample among the likeliest that make up p together")

@@ -244,13 +244,17 @@ class Job:
             raise UserError(
                 "corpus", expected="text for this stage", got="none", do="Give --corpus, or --refine.gain one."
             )
-        return TokenStream(
+        stream = TokenStream(
             str(corpus),
             load_tokenizer(self._tokenizer_folder()),
             block_size,
             text_column=self.config.corpus_column,
             seed=self.config.seed,
         )
+        if stream.left_out:
+            named = ", ".join(stream.left_out[:3]) + (", ..." if len(stream.left_out) > 3 else "")
+            launch.say(f"corpus: {len(stream.left_out)} files left out, hidden or of another kind: {named}")
+        return stream
 
     def _tokenizer_folder(self) -> str | Path:
         return self.root / "demo" / "base" if self.embedded else self.config.model

@@ -45,7 +45,7 @@ GRAPH = {name: imports(path, FILES) for name, path in FILES.items()}
 # Room -> the rooms that its files may import, besides their own. The files on top of bitdistill/ that are no entries
 # (errors, stages) are a room each.
 LEAVES = {"errors", "cpus", "folders"}  # import nothing of the project; every room may import them
-GROUND = LEAVES | {"kernels", "distributed"}
+GROUND = LEAVES | {"text_files", "text_tokens", "kernels", "distributed"}
 ALLOWED = {
     "kernels": LEAVES,
     "distributed": LEAVES,
@@ -54,6 +54,8 @@ ALLOWED = {
     "folders": set(),
     "console": LEAVES,
     "surroundings": GROUND,
+    "text_files": {"errors"},
+    "text_tokens": {"errors"},
     "stages": GROUND,
     "student": GROUND,
     "data": GROUND,

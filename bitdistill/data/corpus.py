@@ -2,10 +2,12 @@
 
     documents -> tokens, EOS after each document -> blocks of block_size -> windows of ``window`` blocks, permuted
 
-* Documents: the text column of a hub dataset or of local .jsonl / .json / .parquet files: one row, one document. A
+* Documents: the text column of a hub dataset or of local .jsonl / .json / .parquet files (`rows.py`): one row, one
+  document. Files may be compressed. A folder's hidden files and those of other kinds are left out and counted. A
   .txt file is one document, or several where a line reads ``<|endoftext|>`` (as in TinyStories); blank lines and lines
   end nothing, for in WikiText a line is a paragraph and in a book a blank line is one. A long .txt is read in pieces
-  that end at a line end, and tokenised piece by piece. BOS stands before a document where the tokenizer puts one there.
+  that end at a line end, and tokenised piece by piece. BOS stands before a document where the tokenizer puts one
+  there. A document that spells a special token has its characters, not the token (`text_tokens.py`).
 * Shuffling: window i is permuted with a generator seeded by (seed, i). Nothing depends on rank, worker or time: every
   rank reads the same stream and accelerate's IterableDatasetShard takes its part.
 * Epochs: at the end of the corpus the stream starts again. The last window of an epoch is as short as need be; the last
@@ -28,14 +30,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from bitdistill.data.tasks import load_hub
+from bitdistill.data.rows import Literal, RowFile
+from bitdistill.data.tasks import load_hub, text_tokens
 from bitdistill.errors import UserError
+from bitdistill.text_files import COMPRESSED, kind_of, read_lines, user_path
+from bitdistill.text_tokens import check_unicode
 
 SEPARATOR = "<|endoftext|>"  # a line of a .txt file that ends a document
 PIECE_CHARACTERS = 1 << 15  # a long .txt is tokenised in pieces of about this size
 BATCH_CHARACTERS = 1 << 17  # documents are tokenised together until they have so many characters
 BATCH_DOCUMENTS = 256
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "txt"}
+READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".txt": "txt"}
+IDENTITY_BYTES = 1 << 16  # of the beginning and the end of each file, by which one corpus is told from another
 
 
 class TokenStream(IterableDataset):
@@ -53,6 +59,7 @@ class TokenStream(IterableDataset):
     Attributes:
         epochs: how often the end of the corpus was reached. Counts what was read: a few blocks ahead of the trainer.
         empty_documents: documents without text that were skipped, since the stream was made.
+        left_out: names of the folder's files that are hidden or of another kind.
 
     Raises:
         UserError: nothing found, unreadable, no text column, an empty corpus, or less than one block of tokens.
@@ -76,12 +83,12 @@ class TokenStream(IterableDataset):
             raise UserError("block_size", expected="at least 2, and a window of at least 1", got=got, do="Raise it.")
         if tokenizer.eos_token_id is None:
             raise UserError("tokenizer", expected="an EOS token, to end documents", got="none", do="Set eos_token.")
-        documents, identity = _open(source, config, split)
+        documents, identity, self.left_out = _open(source, config, split, text_column or "text")
         self._column = _text_column(documents, source, text_column)
         self._documents = documents.select_columns([self._column]) if documents.column_names else documents
         self._source, self._tokenizer, self.block_size = source, tokenizer, block_size
         self._seed, self._window = seed, window
-        self._bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self._text_tokens = text_tokens(tokenizer)
         self._settings = {"block_size": block_size, "seed": seed, "window": window, "corpus": identity}
         self._settings["vocabulary"] = len(tokenizer)
         self.epochs = self.empty_documents = 0
@@ -167,10 +174,15 @@ class TokenStream(IterableDataset):
         self._documents.load_state_dict(position)
         batch, characters, before = [], 0, position
         for row in _readable(self._documents, self._source):
+            if self._column not in row:
+                do = "Name a column that all files have with text_column, or choose files with a glob."
+                got = f"a file with columns {', '.join(row)}"
+                raise UserError(f"corpus {self._source}: text_column", expected=self._column, got=got, do=do)
             text = row[self._column]
-            if text is not None and not isinstance(text, str):
+            if text is not None and (not isinstance(text, str) or isinstance(text, Literal)):
                 do = "Name a column of texts with text_column."
-                raise UserError(f"corpus {self._source}: {self._column}", expected="texts", got=repr(text)[:80], do=do)
+                got = f"{text!r}"[:80] + (f" in {row['_place']}" if "_place" in row else "")
+                raise UserError(f"corpus {self._source}: {self._column}", expected="texts", got=got, do=do)
             if text:
                 batch.append(row)
                 characters += len(text)
@@ -183,12 +195,10 @@ class TokenStream(IterableDataset):
             yield before, self._tokens(batch)
 
     def _tokens(self, batch: list[dict]) -> np.ndarray:
-        texts = [row[self._column] for row in batch]
-        tokenized = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        tokens = []
-        for row, ids in zip(batch, tokenized["input_ids"], strict=True):
-            if self._bos and row.get("_begins", True):
-                tokens.append(self._tokenizer.bos_token_id)
+        tokens, encoded = [], self._text_tokens.encode([row[self._column] for row in batch])
+        for row, ids in zip(batch, encoded, strict=True):
+            if row.get("_begins", True):
+                tokens += self._text_tokens.prefix
             tokens += ids
             if row.get("_ends", True):
                 tokens.append(self._tokenizer.eos_token_id)
@@ -210,60 +220,104 @@ def _after(start: dict, blocks: int, **changes) -> dict:
     return {**start, "window": start["window"] + 1, "block": start["block"] + blocks, **changes}
 
 
-def _open(source: str, config: str | None, split: str) -> tuple[datasets.IterableDataset, str]:
-    """The documents, and a text that tells this corpus from others (file names and sizes; not where they lie)."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in READERS)
-    elif path.is_file():
-        files = [path]
-    else:
-        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+def _open(
+    source: str, config: str | None, split: str, column: str
+) -> tuple[datasets.IterableDataset, str, tuple[str, ...]]:
+    """The documents; a text that tells this corpus from others (not by where it lies); names of files left out."""
+    path = user_path(source, "corpus")
+    files, left_out = corpus_files(path)
     if not files:
-        if path.suffix in READERS or path.is_dir() or source.startswith((".", "/", "~")) or glob.has_magic(source):
-            kinds = " ".join(READERS)
+        if kind_of(path) in READERS or path.is_dir() or source.startswith((".", "/", "~")) or glob.has_magic(source):
+            kinds = f"{' '.join(READERS)}, compressed ({' '.join(COMPRESSED)}) or not"
             raise UserError("corpus", expected=f"a file, folder or glob of {kinds}", got=source, do="Check the path.")
         do = "Or give local files: a .txt, .jsonl or .parquet file, a folder or a glob."
-        return load_hub(source, config, split, streaming=True, do=do), f"{source} {config} {split}"
-    kinds = {READERS.get(p.suffix, p.suffix) for p in files}
+        return load_hub(source, config, split, streaming=True, do=do), f"{source} {config} {split}", ()
+    kinds = {READERS.get(kind_of(file), kind_of(file)) for file in files}
     if len(kinds) > 1 or not kinds <= set(READERS.values()):
         expected = f"files of one kind ({' '.join(READERS)})"
         raise UserError(f"corpus {source}", expected=expected, got=" ".join(sorted(kinds)), do="Choose with a glob.")
-    names = "\n".join(f"{p.name} {p.stat().st_size}" for p in files)
-    identity = f"{len(files)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
-    paths = [str(p) for p in files if p.stat().st_size]
+    paths = [str(file) for file in files if file.stat().st_size]
     if not paths:
         raise UserError(f"corpus {source}", expected="some text", got="empty files", do="Give files with text.")
+    identity = f"{len(files)} files, {_identity(files)}"
     if kinds == {"txt"}:
-        return datasets.IterableDataset.from_generator(_pieces, gen_kwargs={"files": paths}), identity
-    try:
-        return datasets.load_dataset(*kinds, data_files=paths, split="train", streaming=True), identity
-    except StopIteration:  # what datasets makes of a JSON file without a row
-        raise UserError(f"corpus {source}", expected="some text", got="no row", do="Give files with text.") from None
-    except ValueError as error:
-        raise UserError(f"corpus {source}", expected="readable rows", got=str(error), do="Mend the file.") from error
+        return datasets.IterableDataset.from_generator(_pieces, gen_kwargs={"files": paths}), identity, left_out
+    options = {"files": paths, "column": [column] * len(paths)}  # each file is a shard, with its share of every list
+    return datasets.IterableDataset.from_generator(_rows, gen_kwargs=options), identity, left_out
+
+
+def corpus_files(path: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The files of a corpus, sorted, and the names of those in its folder that are left out: hidden, or of another kind.
+
+    Args:
+        path: a file, a folder (searched below), or a glob. A name that exists means itself: brackets in it are no set.
+    """
+    if path.is_file():
+        return [path], ()
+    if path.is_dir():
+        below = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in below if kind_of(file) in READERS and not _hidden(file.relative_to(path))]
+        return files, tuple(str(file.relative_to(path)) for file in below if file not in set(files))
+    literal, rest = Path(path.anchor), list(path.parts[1:] if path.anchor else path.parts)
+    while rest and (literal / rest[0]).exists():
+        literal /= rest.pop(0)
+    pattern = str(Path(glob.escape(str(literal)), *rest))
+    return sorted(file for file in map(Path, glob.glob(pattern, recursive=True)) if file.is_file()), ()
+
+
+def _hidden(path: Path) -> bool:
+    """Whether a file or one of its folders is of the kind that editors, notebooks and archives leave behind."""
+    return any(part.startswith((".", "~$")) or part == "__MACOSX" for part in path.parts)
+
+
+def _identity(files: list[Path]) -> str:
+    """Names, sizes, and the bytes at the beginning and end of each file, hashed."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode(errors="surrogateescape"))
+        with path.open("rb") as file:
+            digest.update(file.read(IDENTITY_BYTES))
+            file.seek(max(size - IDENTITY_BYTES, 0))
+            digest.update(file.read(IDENTITY_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _rows(files: list[str], column: list[str]) -> Iterator[dict]:
+    """The rows of .jsonl, .json and .parquet files: the text's column, and where it stands."""
+    for file, name in zip(files, column, strict=True):
+        rows = RowFile(Path(file), "corpus", [name])
+        for row in rows:
+            if name not in rows.names:  # what other columns there are is for the message
+                yield dict.fromkeys(rows.names)
+                continue
+            text = row.values.get(name)
+            if isinstance(text, str) and not isinstance(text, Literal):
+                check_unicode(text, f"corpus {file}: {name} in {row.place}")
+            yield {name: text, "_place": f"{row.place} of {file}"}
 
 
 def _pieces(files: list[str]) -> Iterator[dict]:
     """The documents of .txt files, in pieces: text, and whether it begins and ends its document."""
     for file in files:
-        with open(file, encoding="utf-8") as lines:
-            piece, size, begins = [], 0, True
-            for line in lines:
-                ends = line.strip() == SEPARATOR
-                if piece and (ends or size >= PIECE_CHARACTERS):
-                    yield {"text": "".join(piece), "_begins": begins, "_ends": ends}
-                    piece, size, begins = [], 0, ends
-                if not ends:
-                    piece.append(line)
-                    size += len(line)
-            if piece:
-                yield {"text": "".join(piece), "_begins": begins, "_ends": True}
+        piece, size, begins = [], 0, True
+        for line in read_lines(Path(file), "corpus"):
+            ends = line.strip() == SEPARATOR
+            if piece and (ends or size >= PIECE_CHARACTERS):
+                yield {"text": "".join(piece), "_begins": begins, "_ends": ends}
+                piece, size, begins = [], 0, ends
+            if not ends:
+                piece.append(line)
+                size += len(line)
+        if piece:
+            yield {"text": "".join(piece), "_begins": begins, "_ends": True}
 
 
 def _readable(documents: datasets.IterableDataset, source: str) -> Iterator[dict]:
     try:
         yield from documents
+    except UserError:
+        raise
     except ValueError as error:  # pyarrow's and the decoder's errors are ValueErrors
         raise UserError(f"corpus {source}", expected="readable rows", got=str(error), do="Mend the file.") from error
 

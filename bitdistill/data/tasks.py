@@ -16,31 +16,42 @@ Tokens are pinned here, so that training and scoring see the same ones:
 * Classification: the answer is the label word alone, without EOS. Scoring compares the likelihoods of the words; an EOS
   would take half of the loss for a token that says nothing about the row. No word's tokens may begin another's.
 * Generation: the answer is the target and EOS.
+* Text of a row stays text, whatever it spells (`text_tokens.py`): only the template of a chat and the end of an answer
+  are control tokens.
+
+Values are read as they are written (`rows.py`): a column that the prompt or the answer uses is text, and a label is
+compared with the task's values by what stands there.
 
 A row that is too long loses the end of ``truncate_column``'s text; the template around it and the answer stay whole. In
 classification the room for the answer is that of the longest word, so that the cut cannot give the label away.
 """
 
-import csv
 import dataclasses
+import re
 import string
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import datasets
+import pyarrow
 import torch
 import yaml
 from datasets import Dataset
-from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HTTPError
 from torch import Tensor
 
+from bitdistill.data.rows import READERS, Literal, Row, RowFile
 from bitdistill.errors import UserError
+from bitdistill.text_files import COMPRESSED, kind_of, read_text, user_path
+from bitdistill.text_tokens import TextTokens, check_unicode
 
 IGNORED = -100  # the label of a token that is not learned: what torch's cross-entropy skips
 BUILT_IN = Path(__file__).parent.parent / "recipes" / "tasks"
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+MAX_PROBLEMS = 10  # of one file's rows that are named; the rest are of the same kind
+_CHUNK_ROWS, _CHUNK_CHARACTERS = 10_000, 1 << 26  # of the table in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +121,19 @@ class Task:
         yield "labels", "a word for each value", words, 'Quote words that YAML takes for something else: "yes".'
         values = all(type(value) in (int, str) for value in self.labels)
         yield "labels", "values that are numbers or texts", values, "Write the values as they are in the data."
+        texts = len({str(value) for value in self.labels}) == len(self.labels)
+        yield "labels", "values that differ as texts", texts, "Write a value as a number or in quotes, not as both."
         yield "labels", "at least two different words", len(self.words) > 1, "Add the missing label."
 
     @property
     def columns(self) -> list[str]:
         """The columns of the prompt, in order of appearance."""
         return list(dict.fromkeys(_placeholders(self.prompt)))
+
+    @property
+    def text_columns(self) -> list[str]:
+        """The columns that are used as texts."""
+        return self.columns if self.target_column is None else list(dict.fromkeys([*self.columns, self.target_column]))
 
     @property
     def extra_validation(self) -> list[str]:
@@ -136,14 +154,14 @@ def load_task(name_or_path: str) -> Task:
     """
     path = BUILT_IN / f"{name_or_path}.yaml"
     if not path.is_file():
-        path = Path(name_or_path)
+        path = user_path(name_or_path, "task")
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.yaml")))
         raise UserError(
             "task", expected=f"one of {known}, or a YAML file", got=name_or_path, do="Check the name or path."
         )
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(read_text(path, "task"))
     except yaml.YAMLError as error:
         raise UserError(f"task file {path}", expected="YAML", got=str(error), do="Mend the file.") from None
     if not isinstance(settings, dict):
@@ -181,52 +199,51 @@ def load_hub(dataset: str, config: str | None, split: str, *, streaming: bool, d
 def load_rows(
     task: Task, split: str = "train", file: str | None = None, limit: int | None = None, seed: int = 0
 ) -> Dataset:
-    """The rows of one split, with all columns that the task needs, all labels known.
+    """The columns of one split that the task needs, every text a text, every label one of the task's values.
 
     Args:
         task: names the columns, the labels and the data set.
         split: one of ``task.splits``; "train" and "validation" for every task.
-        file: a local .jsonl, .json, .csv, .tsv (tabs, no quoting) or .parquet file instead of the hub.
+        file: a local file (`rows.py`: .jsonl, .json, .csv, .tsv, .parquet) instead of the hub.
         limit: keep so many rows, drawn with ``seed`` and left in their order; all when there are fewer.
         seed: of that draw.
 
     Raises:
-        UserError: hub out of reach, unreadable or empty file, missing column, unknown label.
+        UserError: hub out of reach, unreadable or empty file, missing column, a value that is no text, unknown label.
     """
-    option = f"--extra_validation_files.{split}" if split in task.extra_validation else "--validation_file"
-    option = "--train_file" if split == "train" else option
-    if file is not None:
-        rows, source = _read_file(Path(file), option), str(file)
-    elif task.dataset is None:
-        raise UserError(
-            f"task {task.name}", expected="a local file", got="no dataset", do=f"Give a file with {option} FILE."
-        )
-    elif split not in task.splits:
-        raise UserError("split", expected=f"one of {', '.join(task.splits)}", got=split, do="Choose another split.")
-    else:
-        do = f"Or give a local file with {option} FILE (columns: {', '.join(_needed(task))})."
-        source = f"{task.dataset} {task.config or ''} {task.splits[split]}"
-        rows = load_hub(task.dataset, task.config, task.splits[split], streaming=False, do=do)
-    if missing := [column for column in _needed(task) if column not in rows.column_names]:
-        raise UserError(
-            f"{source}: columns", expected=", ".join(_needed(task)), got=", ".join(rows.column_names),
-            do=f"Rename {', '.join(missing)} in the data, or the columns in the task file.",
-        )  # fmt: skip
-    if len(rows) == 0:
-        raise UserError(source, expected="at least one row", got="none", do="Give a file with rows.")
-    if task.kind == "classification":
-        for number, value in enumerate(rows[task.label_column], start=1):
-            if value not in task.labels:
-                raise UserError(
-                    f"{source}: {task.label_column}", expected=f"one of {list(task.labels)}",
-                    got=f"{value!r} in row {number}", do="Mend the row, or add the value to the task's labels.",
-                )  # fmt: skip
     if limit is not None and limit < 1:
         raise UserError("limit", expected="at least 1", got=str(limit), do="Leave it out for all rows.")
+    rows, problems = _read(task, split, file)
+    if problems:
+        raise problems[0]
     if limit is not None and limit < len(rows):
         generator = torch.Generator().manual_seed(seed)
         rows = rows.select(sorted(torch.randperm(len(rows), generator=generator)[:limit].tolist()))
     return rows
+
+
+def row_problems(task: Task, split: str = "train", file: str | None = None) -> list[UserError]:
+    """Everything that `load_rows` would refuse in a split, up to MAX_PROBLEMS of its rows; none where all is well."""
+    try:
+        return _read(task, split, file)[1]
+    except UserError as error:
+        return [error]
+
+
+def _read(task: Task, split: str, file: str | None) -> tuple[Dataset | None, list[UserError]]:
+    option = f"--extra_validation_files.{split}" if split in task.extra_validation else "--validation_file"
+    option = "--train_file" if split == "train" else option
+    if file is not None:
+        return _read_file(task, user_path(file, option), option)
+    if task.dataset is None:
+        raise UserError(
+            f"task {task.name}", expected="a local file", got="no dataset", do=f"Give a file with {option} FILE."
+        )
+    if split not in task.splits:
+        raise UserError("split", expected=f"one of {', '.join(task.splits)}", got=split, do="Choose another split.")
+    do = f"Or give a local file with {option} FILE (columns: {', '.join(_needed(task))})."
+    rows = load_hub(task.dataset, task.config, task.splits[split], streaming=False, do=do)
+    return _checked_hub(task, rows, f"{task.dataset} {task.config or ''} {task.splits[split]}")
 
 
 def load_validation(
@@ -259,28 +276,129 @@ def load_validation(
 
 
 def _needed(task: Task) -> list[str]:
-    return [*task.columns, task.label_column if task.kind == "classification" else task.target_column]
+    answer = task.label_column if task.kind == "classification" else task.target_column
+    return list(dict.fromkeys([*task.columns, answer]))
 
 
-def _read_file(path: Path, option: str) -> Dataset:
-    """A local file as a Dataset."""
+def _read_file(task: Task, path: Path, option: str) -> tuple[Dataset | None, list[UserError]]:
+    """A local file as a Dataset in memory, or what is wrong with it."""
     if not path.is_file():
         raise UserError(option, expected="a file", got=str(path), do="Check the path.")
-    if path.suffix not in READERS:
-        raise UserError(option, expected=" ".join(READERS), got=path.name, do="Convert the file.")
-    options = {"keep_default_na": False} if READERS[path.suffix] == "csv" else {}  # "n/a" and "null" are texts
-    if path.suffix == ".tsv":
-        options |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    if kind_of(path) not in READERS:
+        kinds = f"{' '.join(READERS)}, compressed ({' '.join(COMPRESSED)}) or not"
+        raise UserError(option, expected=kinds, got=path.name, do="Convert the file.")
+    source = RowFile(path, option, _needed(task))
+    chunks, problems, columns, characters = [], [], {name: [] for name in source.columns}, 0
+    for row in source:
+        values = _values(task, row, str(path), problems)
+        if len(problems) >= MAX_PROBLEMS:
+            break
+        for name, value in values.items() if not problems else ():
+            columns[name].append(value)
+            characters += len(value) if isinstance(value, str) else 0
+        if len(columns[source.columns[0]]) == _CHUNK_ROWS or characters > _CHUNK_CHARACTERS:
+            chunks.append(_table(task, columns))
+            columns, characters = {name: [] for name in source.columns}, 0
+    if source.names and (problem := _missing(source.columns, list(source.names), str(path))):
+        return None, [problem]
+    if problems:
+        return None, problems
+    chunks.append(_table(task, columns))
+    table = pyarrow.concat_tables(chunks)
+    if not len(table):
+        got = "none: a header and no data" if source.names else "none"
+        raise UserError(f"{option} {path}", expected="at least one row", got=got, do="Give a file with rows.")
+    # A fingerprint of its own: hashing the table would take as long as reading it.
+    return Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid.uuid4().hex), []
+
+
+def _checked_hub(task: Task, rows: Dataset, source: str) -> tuple[Dataset | None, list[UserError]]:
+    """Rows of the hub, on disk as the library keeps them; columns of other types than text as text."""
+    if problem := _missing(_needed(task), rows.column_names, source):
+        return None, [problem]
+    if len(rows) == 0:
+        raise UserError(source, expected="at least one row", got="none", do="Take another split.")
+    rows, problems = rows.select_columns(_needed(task)), []
+    for column in task.text_columns:
+        kind = rows.features[column]
+        if not (isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")):
+            rows = rows.cast_column(column, datasets.Value("string"))
+    for number, values in enumerate(rows, start=1):
+        _values(task, Row(values, number), source, problems)
+        if len(problems) >= MAX_PROBLEMS:
+            break
+    return rows, problems
+
+
+def _missing(columns: Sequence[str], names: list[str], source: str) -> UserError | None:
+    missing = [column for column in columns if column not in names]
+    if not missing:
+        return None
+    return UserError(
+        f"{source}: columns", expected=", ".join(columns), got=", ".join(names),
+        do=f"Rename {', '.join(missing)} in the data, or the columns in the task file.",
+    )  # fmt: skip
+
+
+def _table(task: Task, columns: dict[str, list]) -> pyarrow.Table:
+    numbers = all(type(value) is int for value in task.labels)
+    kinds = {task.label_column: pyarrow.int64()} if numbers else {}
+    return pyarrow.table(
+        {name: pyarrow.array(values, kinds.get(name, pyarrow.string())) for name, values in columns.items()}
+    )
+
+
+def _values(task: Task, row: Row, source: str, problems: list[UserError]) -> dict[str, Any]:
+    """The row's values as the task means them: texts, and the label as one of ``task.labels``; adds to ``problems``."""
+    values = {}
+    for column in _needed(task):
+        value = row.values.get(column)
+        try:
+            if column == task.label_column:
+                values[column] = _label(task, value, row.place)
+            else:
+                values[column] = _text_of(value, row.place, blank=column != task.target_column)
+        except _Unfit as unfit:
+            problems.append(UserError(f"{source}: {column}", expected=unfit.expected, got=unfit.got, do=unfit.do))
+    return values
+
+
+class _Unfit(Exception):
+    """A value that the task cannot use: the parts of a UserError, but for where it stands."""
+
+    def __init__(self, expected: str, got: str, do: str):
+        self.expected, self.got, self.do = expected, got, do
+
+
+def _label(task: Task, value: Any, place: str) -> int | str:
+    """The one of ``task.labels`` that stands in a row; a text where the task has numbers and texts."""
+    if isinstance(value, Literal):
+        text = value.strip()
+        whole = text.split(".")[0] if re.fullmatch(r"-?\d+\.0+", text) else text  # 1.0: a column that had gaps once
+        found = [label for label in task.labels if str(label) == text or (type(label) is int and str(label) == whole)]
+    else:
+        found = [label for label in task.labels if label == value and isinstance(label, str) == isinstance(value, str)]
+    if not found:
+        do = "Mend the row, or add the value to the task's labels."
+        raise _Unfit(f"one of {list(task.labels)}", f"{value!r} in {place}", do)
+    return found[0] if all(type(label) is int for label in task.labels) else str(found[0])
+
+
+def _text_of(value: Any, place: str, blank: bool) -> str:
+    """A value as the text it is. blank: it may be empty."""
+    if isinstance(value, bool):
+        value = str(value).lower()
+    if value is None or not isinstance(value, str | int | float) or value != value:
+        got = f"{value!r}"
+        raise _Unfit("a text", f"{got if len(got) < 60 else got[:57] + '...'} in {place}", "Fill or drop the row.")
+    text = str(value)
+    if not blank and not text.strip():
+        raise _Unfit("a text", f"{text!r} in {place}", "Fill or drop the row.")
     try:
-        return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
-    except StopIteration:  # what datasets makes of a JSON file without a row
-        raise UserError(
-            f"{option} {path}", expected="at least one row", got="none", do="Give a file with rows."
-        ) from None
-    except (DatasetGenerationError, ValueError) as error:
-        why = str(error.__cause__ or error).strip()
-        kind = f"rows that can be read as {READERS[path.suffix]}"
-        raise UserError(f"{option} {path}", expected=kind, got=why, do="Mend the file.") from error
+        check_unicode(text, "")
+    except UserError as error:
+        raise _Unfit(error.expected, f"{error.got} in {place}", error.do) from None
+    return text
 
 
 def label_tokens(task: Task, tokenizer) -> list[list[int]]:
@@ -302,16 +420,24 @@ def label_tokens(task: Task, tokenizer) -> list[list[int]]:
 
 def label_indices(task: Task, rows: Dataset) -> list[int]:
     """The gold label of each row, as an index into ``task.words``."""
-    index = {value: task.words.index(word.strip()) for value, word in task.labels.items()}
+    places = {value: task.words.index(word.strip()) for value, word in task.labels.items()}
+    index = {str(value): place for value, place in places.items()} | places
     return [index[value] for value in rows[task.label_column]]
 
 
-def pad_token(tokenizer) -> int:
-    """A token to fill up with: the tokenizer's own, or EOS, or 0. Padding is masked, so any would do."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+def pad_token(tokenizer, vocab_size: int | None = None) -> int:
+    """A token to fill up with: the tokenizer's own, or EOS, or 0. Padding is masked, so any that the model has will do.
+
+    Args:
+        vocab_size: rows of the model's embedding; a padding token that was added to the tokenizer alone has none there.
+    """
+    choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in choices if i is not None and i >= 0 and (vocab_size is None or i < vocab_size))
 
 
-def encode(task: Task, rows: Dataset, tokenizer, max_length: int) -> tuple[Dataset, dict]:
+def encode(
+    task: Task, rows: Dataset, tokenizer, max_length: int, vocab_size: int | None = None
+) -> tuple[Dataset, dict]:
     """Rows for training: ``input_ids`` and ``labels``, as the module's docstring pins them.
 
     Args:
@@ -319,12 +445,14 @@ def encode(task: Task, rows: Dataset, tokenizer, max_length: int) -> tuple[Datas
         rows: from ``load_rows``, N of them.
         tokenizer: a fast tokenizer.
         max_length: the longest row, in tokens.
+        vocab_size: rows of the model's embedding; None does not check the ids against it.
 
     Returns: (Dataset with int32 lists ``input_ids`` and ``labels`` and their ``length``, in the order of ``rows``,
         {"rows", "truncated", "longest_tokens", "tokens", "answer_tokens"}), for the caller to say.
 
     Raises:
-        UserError: a missing text; an answer, or the template without its text, longer than ``max_length``.
+        UserError: a missing text; an answer, or the template without its text, longer than ``max_length``; a token that
+            the model's embedding has no row for.
     """
     ids = datasets.List(datasets.Value("int32"))
     features = {"input_ids": ids, "labels": ids, "truncated": datasets.Value("bool")}
@@ -340,6 +468,8 @@ def encode(task: Task, rows: Dataset, tokenizer, max_length: int) -> tuple[Datas
         desc=f"{task.name}: tokens",
     )
     encoded = encoded.rename_column("tokens", "length")  # the name by which transformers groups rows of like length
+    if vocab_size is not None:
+        _check_ids(encoded["input_ids"], tokenizer, vocab_size)
     tokens = encoded["length"][:]
     counts = {
         "rows": len(encoded),
@@ -433,14 +563,41 @@ def _placeholders(template: str) -> list[str]:
     return [name for name, _, _ in names] if plain else []
 
 
+def _check_ids(rows: Iterable[Sequence[int]], tokenizer, vocab_size: int) -> None:
+    for number, ids in enumerate(rows, start=1):
+        if (highest := max(ids, default=0)) >= vocab_size:
+            token = tokenizer.convert_ids_to_tokens(int(highest))
+            raise UserError(
+                "tokenizer", expected=f"token ids below {vocab_size}, the rows of the model's embedding",
+                got=f"{highest} ({token!r}) in row {number}",
+                do="Take the tokenizer that belongs to the model, or resize the model's embedding first.",
+            )  # fmt: skip
+
+
 def _eos(tokenizer) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError("tokenizer", expected="an EOS token (the answer must end)", got="none", do="Set eos_token.")
     return tokenizer.eos_token_id
 
 
-def _tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+_TEXT_TOKENS: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def text_tokens(tokenizer) -> TextTokens:
+    """The `TextTokens` of a transformers tokenizer, made once for each.
+
+    Raises:
+        UserError: a tokenizer without tokenizer.json, which neither rows that are cut nor the packed file can use.
+    """
+    if not tokenizer.is_fast:
+        do = "Convert it: save_pretrained of AutoTokenizer writes tokenizer.json where it can."
+        raise UserError("tokenizer", expected="a fast one, with tokenizer.json", got=type(tokenizer).__name__, do=do)
+    template = str(tokenizer.chat_template or "")
+    state = (len(tokenizer), template)
+    known = _TEXT_TOKENS.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _TEXT_TOKENS[tokenizer] = state, TextTokens(tokenizer.backend_tokenizer, template)
+    return known[1]
 
 
 def _is_chat(task: Task, tokenizer) -> bool:
@@ -450,10 +607,11 @@ def _is_chat(task: Task, tokenizer) -> bool:
 def _answers(task: Task, tokenizer, texts: list[str]) -> list[list[int]]:
     """The answer tokens of each text, without EOS."""
     texts = [text.strip() for text in texts]
+    tokens = text_tokens(tokenizer)
     if _is_chat(task, tokenizer):
-        return _tokenize(tokenizer, texts)
-    colon, *after = _tokenize(tokenizer, [":", *(f": {text}" for text in texts)])
-    alone = _tokenize(tokenizer, [f" {text}" for text in texts])  # where " text" merges with the colon
+        return tokens.encode(texts)
+    colon, *after = tokens.encode([":", *(f": {text}" for text in texts)])
+    alone = tokens.encode([f" {text}" for text in texts])  # where " text" merges with the colon
     return [a[len(colon) :] if a[: len(colon)] == colon else b for a, b in zip(after, alone, strict=True)]
 
 
@@ -478,27 +636,36 @@ def _prompts(
 
 def prompt_texts(task: Task, rows: Sequence[dict], tokenizer) -> list[str]:
     """The rendered prompts, uncut, without BOS; in a chat up to where the assistant starts, with what the template writes."""
+    texts = _rendered(task, rows, tokenizer)
+    return [text_tokens(tokenizer).unshield(text) for text in texts] if _is_chat(task, tokenizer) else texts
+
+
+def _rendered(task: Task, rows: Sequence[dict], tokenizer) -> list[str]:
+    """`prompt_texts`; in a chat with the rows' texts shielded, so that none can open or close a turn."""
     texts = [task.prompt.format_map(row) for row in rows]
     if not _is_chat(task, tokenizer):
         return texts
-    turns = [[{"role": "user", "content": text}] for text in texts]
+    from jinja2 import TemplateError
+
+    turns = [[{"role": "user", "content": text_tokens(tokenizer).shield(text)}] for text in texts]
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    return [tokenizer.apply_chat_template(turn, **options) for turn in turns]
+    try:
+        return [tokenizer.apply_chat_template(turn, **options) for turn in turns]
+    except TemplateError as error:
+        raise UserError(
+            "chat_template", expected="a template that takes one user turn", got=str(error),
+            do="Mend the tokenizer's chat template, or set chat: false in the task.",
+        ) from error  # fmt: skip
 
 
-def _render(task: Task, rows: list[dict], tokenizer) -> list[list[int]]:
-    texts = prompt_texts(task, rows, tokenizer)
-    if _is_chat(task, tokenizer):  # the template writes BOS itself
-        return _tokenize(tokenizer, texts)
-    bos = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-    return [bos + ids for ids in _tokenize(tokenizer, texts)]
+def _render(task: Task, rows: Sequence[dict], tokenizer) -> list[list[int]]:
+    texts, tokens = _rendered(task, rows, tokenizer), text_tokens(tokenizer)
+    # A chat template writes BOS itself.
+    return tokens.encode_chat(texts) if _is_chat(task, tokenizer) else tokens.encode_prompts(texts)
 
 
 def _cut(task: Task, row: dict, tokenizer, prompt: list[int], room: int, where: str, max_length: int) -> list[int]:
     """Shorten ``truncate_column`` at token borders until the prompt fits: repeated, for borders move with the cut."""
-    if not tokenizer.is_fast:
-        do = "Raise max_length, or take a fast tokenizer."
-        raise UserError("tokenizer", expected="a fast one, to cut rows that are too long", got="a slow one", do=do)
     text = row[task.truncate_column]
     while (excess := len(prompt) - room) > 0:
         if not text:
@@ -506,7 +673,7 @@ def _cut(task: Task, row: dict, tokenizer, prompt: list[int], room: int, where: 
                 "max_length", expected=f"room for the template and the whole answer of {where}", got=str(max_length),
                 do=f"Set it to at least {max_length + excess}, or drop the row.",
             )  # fmt: skip
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        spans = text_tokens(tokenizer).spans(text)
         kept = len(spans) - excess
         text = text[: min(spans[kept][0], len(text) - 1)].rstrip() if kept > 0 else ""
         [prompt] = _render(task, [{**row, task.truncate_column: text}], tokenizer)

@@ -29,6 +29,7 @@ from bitdistill.runtime.packed_file import PackedModel, read_packed
 from bitdistill.runtime.sampling import Sampler, Sampling
 from bitdistill.runtime.slots import Slots
 from bitdistill.runtime.text_stream import TextStream
+from bitdistill.text_tokens import TextTokens
 
 KV_CACHES = ("bf16", "fp32", "int8")
 MAX_SLOTS = 16
@@ -122,6 +123,20 @@ class Runtime:
         """`tokenizers.Tokenizer`, or None when the file has none. Read when it is first asked for."""
         text = self.model.tokenizer_json()
         return Tokenizer.from_str(text) if text else None
+
+    @cached_property
+    def text_tokens(self) -> TextTokens:
+        """How texts become tokens, in training as here.
+
+        Raises:
+            UserError: the file has no tokenizer.
+        """
+        template = self.model.metadata.get("tokenizer", {}).get("chat_template")
+        return TextTokens(self._needed_tokenizer(), str(template or ""))
+
+    def encode(self, prompt: str, special_tokens: bool = False) -> list[int]:
+        """The tokens of a prompt: `TextTokens.encode_prompt`."""
+        return self.text_tokens.encode_prompt(prompt, special_tokens)
 
     # --- tokens -> logits ---------------------------------------------------------------------------------------------
 
@@ -264,7 +279,7 @@ class Runtime:
         """As `generate_ids`, in pieces of text: whole characters, nothing of a stop string (see text_stream.py).
 
         Args:
-            prompt: text (encoded with the tokenizer's special tokens) or token ids.
+            prompt: text (`encode`d as in training) or token ids.
             stop: a string, or several, that end the answer; they are not part of it.
             max_new_tokens, sampling: as in `generate_ids`.
 
@@ -395,7 +410,7 @@ class Runtime:
         return ids.tolist()
 
     def _encoded(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        return self._needed_tokenizer().encode(prompt).ids if isinstance(prompt, str) else prompt
+        return self.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

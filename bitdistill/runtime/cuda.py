@@ -25,6 +25,7 @@ from bitdistill.runtime.batching import Stats
 from bitdistill.runtime.packed_file import PackedModel, read_packed
 from bitdistill.runtime.sampling import Sampler, Sampling
 from bitdistill.runtime.text_stream import TextStream
+from bitdistill.text_tokens import TextTokens
 
 PREFILL_TOKENS = 512
 TABLE_ROWS = 4_096  # rows of an embedding that are unpacked at once while it is loaded
@@ -281,6 +282,22 @@ class CudaRuntime:
         stats.new_tokens = sum(map(len, answers))
         return answers
 
+    def encode(self, prompt: str, special_tokens: bool = False) -> list[int]:
+        """The tokens of a prompt: `TextTokens.encode_prompt`.
+
+        Raises:
+            UserError: the text is no Unicode, or the file has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                "file",
+                expected="a packed file with a tokenizer",
+                got=f"{self.model.path} without one",
+                do="Use generate_ids, or export it again with the tokenizer.",
+            )
+        template = self.model.metadata.get("tokenizer", {}).get("chat_template")
+        return TextTokens(self.tokenizer, str(template or "")).encode_prompt(prompt, special_tokens)
+
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -291,21 +308,14 @@ class CudaRuntime:
         """As `generate_ids`, in pieces of text that end with whole characters (text_stream.py).
 
         Args:
-            prompt: text (encoded with the tokenizer's special tokens) or token ids.
+            prompt: text (encoded as in training) or token ids.
             stop: a string, or several, that end the answer; they are not part of it.
             max_new_tokens, sampling: as in `generate_ids`.
 
         Raises:
             UserError: as `generate_ids`, or the file has no tokenizer.
         """
-        if self.tokenizer is None:
-            raise UserError(
-                "file",
-                expected="a packed file with a tokenizer",
-                got=f"{self.model.path} without one",
-                do="Use generate_ids, or export it again with the tokenizer.",
-            )
-        ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt)
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stream = TextStream(self.tokenizer, ids, [stop] if isinstance(stop, str) else stop)
         for token in self.generate_ids(ids, max_new_tokens, sampling):
             if piece := stream.feed(token):

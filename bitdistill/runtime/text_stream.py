@@ -1,14 +1,25 @@
-"""Token ids -> pieces of text, as they come: no torn characters, no part of a stop string.
+"""Token ids -> pieces of text, as they come: no torn characters, no part of a stop string, never an exception.
 
 A piece ends with a whole character: bytes of a character that is not complete yet are held back, and so is text that may
-turn out to be the beginning of a stop string. `finish` gives what was held back at the end; bytes that never became a
-character read as U+FFFD there.
+turn out to be the beginning of a stop string. `finish` gives what was held back at the end. Bytes that do not make a
+character read as U+FFFD, each ill-formed sequence as one, as soon as that is certain; what came before them stays.
+
+How a token becomes text:
+
+* a token of a byte-level tokenizer, or a byte token ``<0xE2>`` of one with byte fallback, is bytes, which a UTF-8
+  decoder takes one after the other;
+* any other token is text, as it reads after another token: sentencepiece tokenizers write a token differently at the
+  beginning of a text.
 """
 
+import codecs
+import json
+import re
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextStream:
@@ -16,7 +27,7 @@ class TextStream:
 
     Args:
         tokenizer: of the ids.
-        prompt_ids: what the answer continues: some tokenizers write a token differently at the beginning of a text.
+        prompt_ids: what the answer continues.
         stop: strings that end the answer; they are not part of it.
 
     Attributes:
@@ -25,31 +36,60 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()):
         self.stopped = False
-        self._tokenizer, self._prompt_ids = tokenizer, list(prompt_ids)
+        self._tokenizer = tokenizer
+        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        decoders = _decoders(tokenizer)
+        self._byte_level, self._byte_fallback = "ByteLevel" in decoders, "ByteFallback" in decoders
         self._stop = [word for word in stop if word]
-        self._decoder = DecodeStream(ids=self._prompt_ids, skip_special_tokens=True)
-        self._new_ids: list[int] = []
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # The last token that is no special one: the next one is read after it.
+        self._before = next((token for token in reversed(prompt_ids) if token not in self._special), None)
         self._text, self._emitted = "", 0  # the answer so far, and how many of its characters went out
 
     def feed(self, token: int) -> str:
         """The text that is certain now; often none."""
         assert not self.stopped
-        self._new_ids.append(token)
-        self._text += self._decoder.step(self._tokenizer, token) or ""
+        self._add(self._read(token))
+        return self._emit(len(self._text) - (0 if self.stopped else self._may_begin_stop()))
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        if not self.stopped:
+            self._add(self._utf8.decode(b"", final=True))
+        return self._emit(len(self._text))
+
+    def _add(self, text: str) -> None:
+        self._text += text
         # A stop string that began earlier would have held its beginning back.
         found = [place for word in self._stop if (place := self._text.find(word, self._emitted)) >= 0]
         if found:
             self.stopped = True
             self._text = self._text[: min(found)]
-        return self._emit(len(self._text) - (0 if found else self._may_begin_stop()))
 
-    def finish(self) -> str:
-        """What was held back, when no more tokens come."""
-        if not self.stopped:
-            decode = self._tokenizer.decode
-            whole = decode(self._prompt_ids + self._new_ids)[len(decode(self._prompt_ids)) :]
-            self._text = whole if whole.startswith(self._text) else self._text
-        return self._emit(len(self._text))
+    def _read(self, token: int) -> str:
+        """The characters that a token completes."""
+        if token in self._special:
+            return ""
+        name = self._tokenizer.id_to_token(token)
+        if name is None:  # a row of the embedding that the tokenizer has no token for
+            return ""
+        if self._byte_level:
+            return self._utf8.decode(_byte_level(name))
+        byte = _BYTE_TOKEN.fullmatch(name) if self._byte_fallback else None
+        if byte:
+            text = self._utf8.decode(bytes.fromhex(byte[1]))
+        else:
+            text = self._utf8.decode(b"", final=True)  # what is incomplete will not be completed
+            self._utf8.reset()
+            text += self._after_another(token)
+        self._before = token
+        return text
+
+    def _after_another(self, token: int) -> str:
+        decode = self._tokenizer.decode
+        if self._before is None:
+            return decode([token])
+        return decode([self._before, token])[len(decode([self._before])) :]
 
     def _emit(self, end: int) -> str:
         piece = self._text[self._emitted : end]
@@ -60,3 +100,29 @@ class TextStream:
         """Length of the longest end of the text that begins a stop string."""
         lengths = [size for word in self._stop for size in range(1, len(word)) if self._text.endswith(word[:size])]
         return max(lengths, default=0)
+
+
+def _decoders(tokenizer: Tokenizer) -> set[str]:
+    """The kinds of decoder that a tokenizer goes through."""
+    if tokenizer.decoder is None:
+        return set()
+    content = json.loads(tokenizer.decoder.__getstate__())
+    return {part["type"] for part in content.get("decoders", [content])}
+
+
+def _byte_level(name: str) -> bytes:
+    """The bytes that a byte-level token's visible letters stand for; a token of other letters is its own text."""
+    try:
+        return bytes(map(_LETTERS.__getitem__, name))
+    except KeyError:
+        return name.encode("utf-8")
+
+
+def _letters() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 letters stand for themselves, other bytes for the letters from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
+
+
+_LETTERS = _letters()
