@@ -80,6 +80,7 @@ class TextTokens:
         """The tokens of a prompt that somebody typed, with the prefix before them.
 
         Args:
+            prompt: text.
             special_tokens: the text spells special tokens, such as <|im_start|>, and means them: a chat written by hand.
                 Otherwise text is text, as the rows were in training.
 

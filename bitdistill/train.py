@@ -29,7 +29,7 @@ from bitdistill import console
 from bitdistill.config import RunConfig, TrainingConfig, parse_config
 from bitdistill.data import demo
 from bitdistill.data.corpus import TokenStream
-from bitdistill.data.tasks import encode, encode_prompts, load_rows, load_task, load_validation, show_example
+from bitdistill.data.tasks import encode, encode_prompts, load_rows, load_task, load_validation, pad_token, show_example
 from bitdistill.distributed import launch, presets
 from bitdistill.distributed.checkpoint import full_state_dict
 from bitdistill.distributed.teacher import load_teacher
@@ -47,7 +47,7 @@ from bitdistill.runtime.packed_file import read_packed
 from bitdistill.stages import AFTER, RunDirectory, file_identity
 from bitdistill.student.embeddings import FULL_PRECISION, embedding_format
 from bitdistill.student.layers import bit_linears, use_backward
-from bitdistill.student.loading import load_language_model, load_tokenizer, tokenizer_settings
+from bitdistill.student.loading import embedding_rows, load_language_model, load_tokenizer, tokenizer_settings
 from bitdistill.student.quantizers import quantizer_named
 from bitdistill.student.refine import (
     calibrate_gains,
@@ -279,10 +279,10 @@ class Job:
             launch.say(f"{self.task.name}: {split} is not scored; --extra_validation_files.{split} FILE adds it")
         return rows
 
-    def encoded(self, tokenizer):
-        """The task's training rows as tokens, counts said aloud, one example shown."""
+    def encoded(self, tokenizer, model):
+        """The task's training rows as tokens that the model has, counts said aloud, one example shown."""
         rows = self.rows("train")
-        encoded, counts = encode(self.task, rows, tokenizer, self.config.max_length)
+        encoded, counts = encode(self.task, rows, tokenizer, self.config.max_length, embedding_rows(model))
         launch.say(
             f"{self.task.name}: {counts['rows']:,} training rows, {counts['tokens']:,} tokens, longest "
             f"{counts['longest_tokens']}; {counts['truncated']:,} prompts cut to {self.config.max_length} tokens"
@@ -462,8 +462,8 @@ class Job:
             fine_tune,
             save,
             model=model,
-            rows=self.encoded(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
+            rows=self.encoded(tokenizer, model),
+            pad_token_id=pad_token(tokenizer, embedding_rows(model)),
         )
 
     def refine(self) -> None:
@@ -577,8 +577,8 @@ class Job:
             fine_tune,
             self._save_ternary(tokenizer),
             model=model,
-            rows=self.encoded(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
+            rows=self.encoded(tokenizer, model),
+            pad_token_id=pad_token(tokenizer, embedding_rows(model)),
             objective=Distillation(model, teacher, **options),
             health_steps=section.health_steps,
         )
@@ -598,8 +598,8 @@ class Job:
             fine_tune,
             self._save_ternary(tokenizer),
             model=model,
-            rows=self.encoded(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
+            rows=self.encoded(tokenizer, model),
+            pad_token_id=pad_token(tokenizer, embedding_rows(model)),
             health_steps=section.health_steps,
         )
 

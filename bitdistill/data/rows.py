@@ -55,9 +55,7 @@ class RowFile:
         path: an existing file of a kind in READERS, compressed or not.
         option: what the user gave it as, for messages.
         columns: those that are wanted; further ones of a CSV or Parquet file are not read.
-
-    Attributes:
-        names: every column that was seen so far, in order.
+        names: every column that was seen so far, in order; filled by reading.
 
     Raises:
         UserError: on iteration: the file cannot be read as what its name says; the row is named.

@@ -429,6 +429,7 @@ def pad_token(tokenizer, vocab_size: int | None = None) -> int:
     """A token to fill up with: the tokenizer's own, or EOS, or 0. Padding is masked, so any that the model has will do.
 
     Args:
+        tokenizer: a transformers tokenizer.
         vocab_size: rows of the model's embedding; a padding token that was added to the tokenizer alone has none there.
     """
     choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

@@ -26,6 +26,7 @@ from bitdistill.evaluation.scoring import (
     torch_logits,
 )
 from bitdistill.runtime.cpu import MAX_SLOTS, Runtime, log_softmax
+from bitdistill.student.loading import embedding_rows, end_token_ids
 
 LOGIT_ROWS = 64  # a packed student's logits of a text are made for so many positions at a time
 
@@ -67,7 +68,7 @@ def score_rows(model, task: Task, rows, tokenizer, *, max_length: int, batch_siz
         if packed:
             predicted = model.classify(prompts, words, partial(tqdm, desc=f"{name:<11}")).argmax(axis=1)
         else:
-            logits_of = torch_logits(model, pad_token(tokenizer))
+            logits_of = torch_logits(model, pad_token(tokenizer, embedding_rows(model)))
             predicted, _ = classify(logits_of, prompts, words, batch_size, desc=f"{name:<11}")
         correct = predicted == np.array(label_indices(task, rows))
         share, low, high = accuracy_interval(correct)
@@ -79,10 +80,8 @@ def score_rows(model, task: Task, rows, tokenizer, *, max_length: int, batch_siz
         by_index = {answer.index: answer for answer in tqdm(finished, total=len(prompts), desc=f"{name:<11}")}
         answers = [by_index[index].token_ids for index in range(len(prompts))]
     else:
-        eos = tokenizer.eos_token_id
-        answers = generate_greedy(
-            model, prompts, task.max_new_tokens, eos, pad_token(tokenizer), batch_size, desc=f"{name:<11}"
-        )
+        ends, padding = end_token_ids(model, tokenizer.eos_token_id), pad_token(tokenizer, embedding_rows(model))
+        answers = generate_greedy(model, prompts, task.max_new_tokens, ends, padding, batch_size, desc=f"{name:<11}")
     texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
     references = rows[task.target_column][:]
     scores = summarization_scores(texts, references)

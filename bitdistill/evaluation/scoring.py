@@ -97,19 +97,21 @@ def generate_greedy(
     model,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     pad_token_id: int,
     batch_size: int = 8,
     desc: str = "generating",
 ) -> list[list[int]]:
     """Greedy continuation of each prompt, without the EOS that ends it.
 
-    The model's own generation_config is left aside (its repetition penalty would not be greedy decoding).
+    `eos_token_id` is one token or several. The model's own generation_config is left aside
+    (its repetition penalty would not be greedy decoding).
     """
     from transformers import GenerationConfig
 
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad_token_id
     )
     device = next(model.parameters()).device
     answers: list[list[int]] = [[] for _ in prompts]
@@ -128,7 +130,8 @@ def generate_greedy(
                     generation_config=settings,
                 )
             for i, ids in zip(batch, output[:, length:].tolist(), strict=True):
-                answers[i] = ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids
+                end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+                answers[i] = ids[:end]
             progress.update(len(batch))
     return answers
 

@@ -65,7 +65,8 @@ def write_packed(
             LM head likewise. None is as trained: the codes that training multiplied with, or fp16. Another one than was
             trained only rounds what was trained in full precision: the proof of parity shows what that costs.
         tokenizer_json: the bytes of tokenizer.json, or None for a file that only takes token ids.
-        metadata: JSON values kept in the header for the reader's information.
+        metadata: JSON values kept in the header for the reader's information. Of {"tokenizer": {"eos_token"}} the file also
+            learns to stop where answers end in training; the model's own config and generation_config add their tokens.
 
     Returns: packing, embedding, linear_weights, linear_bytes (codes with padding, and scales), bits_per_weight (of
         these), embedding_bytes (with an untied LM head), other_bytes (norms, biases, tokenizer, header), file_bytes,
@@ -84,7 +85,7 @@ def write_packed(
     embedding = _embedding_to_store(model, embedding)
     if not path.parent.is_dir():
         raise UserError("path", expected="a file in an existing folder", got=str(path), do="Create the folder first.")
-    config, tensors = _collect(model, packing, embedding, tokenizer_json)
+    config, tensors = _collect(model, packing, embedding, tokenizer_json, metadata)
     write_tensors(path, config, tensors, metadata)
     file_bytes = path.stat().st_size
     linear_bytes = sum(
@@ -127,9 +128,12 @@ def write_tensors(
         _sort_metadata(temporary)
 
 
-def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) -> tuple[Config, dict[str, np.ndarray]]:
+def _collect(
+    model, packing: str, embedding: str, tokenizer_json: bytes | None, metadata: dict[str, Any] | None
+) -> tuple[Config, dict[str, np.ndarray]]:
     """The config and the tensors of a student, ready to be written."""
     from bitdistill.student.layers import bit_linears
+    from bitdistill.student.loading import end_token_ids
 
     layers = bit_linears(model)
     if not layers:
@@ -155,8 +159,6 @@ def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) 
     if tokenizer_json:
         tensors[TOKENIZER] = np.frombuffer(tokenizer_json, np.uint8)
 
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    eos = hf.eos_token_id if eos is None else eos
     config = Config(
         model_type=hf.model_type,
         vocab_size=decoder.embed_tokens.weight.shape[0],
@@ -173,7 +175,7 @@ def _collect(model, packing: str, embedding: str, tokenizer_json: bytes | None) 
         tied=tied,
         rope=rope,
         window=window,
-        eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+        eos_token_ids=end_token_ids(model, _tokenizer_eos(tokenizer_json, metadata)),
         packing=packing,
         embedding=embedding,
         tokenizer_bytes=len(tokenizer_json or b""),
@@ -236,6 +238,16 @@ def _check_complete(model, layers: dict, tables: dict, norms: dict) -> None:
     for module in (*tables.values(), *norms.values()):
         left_out.pop(id(module.weight), None)
     assert not left_out, f"parameters that the format has no place for: {sorted(left_out.values())}"
+
+
+def _tokenizer_eos(tokenizer_json: bytes | None, metadata: dict[str, Any] | None) -> int | None:
+    """The id of the tokenizer's EOS, in which the answers of a task end in training."""
+    eos = ((metadata or {}).get("tokenizer") or {}).get("eos_token")
+    if not tokenizer_json or eos is None:
+        return None
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(tokenizer_json.decode("utf-8")).token_to_id(eos)
 
 
 def _embedding_to_store(model, wanted: str | None) -> str:

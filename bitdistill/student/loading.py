@@ -97,6 +97,30 @@ def load_tokenizer(name_or_path: str | Path):
     return tokenizer
 
 
+def end_token_ids(model: PreTrainedModel, *more: int | None) -> list[int]:
+    """Every token that ends an answer of a model: those of its generation_config, of its config, and further ones.
+
+    The three places disagree in many published models; whoever trained one to stop used any of them.
+
+    Args:
+        model: a causal language model.
+        more: the tokenizer's eos_token_id, in which the answers of this project's tasks end.
+
+    Returns: different ids, in this order, that the model's embedding has a row for.
+    """
+    found: list[int] = []
+    for config in (model.generation_config, model.config):
+        ids = getattr(config, "eos_token_id", None)
+        found += [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    found += [index for index in more if index is not None]
+    return [index for index in dict.fromkeys(found) if 0 <= index < embedding_rows(model)]
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many tokens a model has: ids from here on are the tokenizer's alone."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def check_same_vocabulary(teacher_config, student_config) -> None:
     """Raises UserError when logits of teacher and student cannot be compared word by word."""
     if teacher_config.vocab_size != student_config.vocab_size:
