@@ -117,8 +117,9 @@ def training(bench: Bench) -> None:
     backward modes, fake quantisation, full precision. All have the same head and loss (kernels/vocabulary.py)."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    from bitdistill.names import PROJECTIONS, SUBLN_BEFORE
     from bitdistill.student.layers import use_backward
-    from bitdistill.student.refine import PROJECTIONS, SUBLN_BEFORE, refine
+    from bitdistill.student.refine import refine
     from bitdistill.student.sharing import WeightCodes
     from bitdistill.training.head import head_cross_entropy, instead_of_logits
     from bitdistill.training.losses import next_tokens

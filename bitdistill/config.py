@@ -4,6 +4,7 @@ Precedence, lowest first: the defaults here, the recipe (`--recipe`, a YAML file
 line. Names are Hugging Face's where Hugging Face has one. Only entry files read these objects.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,23 +13,23 @@ from typing import Literal
 
 from bitdistill.distributed import launch
 from bitdistill.errors import UserError
+from bitdistill.limits import check_limits
+from bitdistill.names import STAGES
 from bitdistill.student import quantizers
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGE_CHOICES = Literal[
-    "all", "base", "teacher", "refine", "cache", "pretrain", "distill", "baseline", "evaluate", "export"
-]
+STAGE_CHOICES = Literal[("all", *STAGES)]
 
 
 @dataclass
 class TrainingConfig:
-    """Optimisation of one training stage, under the names of transformers.TrainingArguments.
+    """Optimization of one training stage, under the names of transformers.TrainingArguments.
 
     Args:
-        max_steps: optimiser steps; -1 derives them from num_train_epochs.
+        max_steps: optimizer steps; -1 derives them from num_train_epochs.
         num_train_epochs: passes over the data when max_steps is -1.
         per_device_train_batch_size: sequences per rank and micro-step.
-        gradient_accumulation_steps: micro-steps per optimiser step.
+        gradient_accumulation_steps: micro-steps per optimizer step.
         learning_rate: peak learning rate of AdamW.
         lr_scheduler_type: cosine, linear, constant_with_warmup, ...
         warmup_steps: steps of linear warm-up; below 1 a share of all steps.
@@ -59,23 +60,6 @@ class TrainingConfig:
     logging_steps: int = 10
     save_steps: int = 500
     health_steps: int = 50
-
-    def validate(self, where: str) -> None:
-        """Raises UserError for a value that cannot work; `where` is the name of the section."""
-        _positive(f"{where}.per_device_train_batch_size", self.per_device_train_batch_size)
-        _positive(f"{where}.gradient_accumulation_steps", self.gradient_accumulation_steps)
-        _positive(f"{where}.logging_steps", self.logging_steps)
-        _positive(f"{where}.learning_rate", self.learning_rate)
-        _at_least_zero(f"{where}.save_steps", self.save_steps)
-        _at_least_zero(f"{where}.health_steps", self.health_steps)
-        _at_least_zero(f"{where}.weight_decay", self.weight_decay)
-        _at_least_zero(f"{where}.warmup_steps", self.warmup_steps)
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise UserError(
-                f"{where}.max_steps", expected="a positive number or -1", got=str(self.max_steps), do="Fix it."
-            )
-        if self.max_steps == -1:
-            _positive(f"{where}.num_train_epochs", self.num_train_epochs)
 
 
 @dataclass
@@ -145,20 +129,6 @@ class PretrainConfig(TrainingConfig):
     kd_temperature: float = 1.0
     kd_top_k: int = 32
 
-    def validate(self, where: str) -> None:
-        super().validate(where)
-        _positive(f"{where}.block_size", self.block_size)
-        _at_least_zero(f"{where}.lambda_logits", self.lambda_logits)
-        _positive(f"{where}.kd_temperature", self.kd_temperature)
-        _positive(f"{where}.kd_top_k", self.kd_top_k)
-        if not 0 <= self.annealing_start <= self.annealing_end < 1:
-            raise UserError(
-                f"{where}.annealing_start",
-                expected="0 <= annealing_start <= annealing_end < 1: the last steps train the ternary model",
-                got=f"{self.annealing_start} and annealing_end {self.annealing_end}",
-                do="Correct them.",
-            )
-
 
 @dataclass
 class DistillConfig(TrainingConfig):
@@ -193,24 +163,6 @@ class DistillConfig(TrainingConfig):
     gamma_attention: float | Literal["balanced"] = "balanced"
     gamma_rho: float = 1.0
     gamma_every: int = 10
-
-    def validate(self, where: str) -> None:
-        super().validate(where)
-        _positive(f"{where}.kd_temperature", self.kd_temperature)
-        _positive(f"{where}.gamma_every", self.gamma_every)
-        _at_least_zero(f"{where}.lambda_logits", self.lambda_logits)
-        if self.gamma_attention != "balanced":
-            _at_least_zero(f"{where}.gamma_attention", self.gamma_attention)
-        teacher = self.teacher_relation_layers
-        if self.relation != "none" and (
-            not self.relation_layers or (teacher is not None and len(teacher) != len(self.relation_layers))
-        ):
-            raise UserError(
-                f"{where}.relation_layers",
-                expected="at least one layer, and as many teacher_relation_layers",
-                got=f"{self.relation_layers} and {teacher}",
-                do="List the layers in pairs, or set relation to none.",
-            )
 
 
 @dataclass
@@ -291,7 +243,7 @@ class RunConfig:
             (int8 products of stochastically rounded gradients: twice the tensor-core rate, some noise).
         zero: DeepSpeed ZeRO stage of the trained model. auto: 1 where there is something to share; one rank on a CPU trains in
             PyTorch alone, without DeepSpeed.
-        offload: where ZeRO keeps optimiser state and, at stage 3, parameters.
+        offload: where ZeRO keeps optimizer state and, at stage 3, parameters.
         teacher_offload: keep the frozen teacher's parameters there instead of on the device.
         nvme_path: folder on a fast disk for nvme offload.
         report: write report.html and its figures at the end.
@@ -340,29 +292,46 @@ class RunConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def validate(self) -> None:
-        """Raises UserError for a combination that cannot run; called before anything is loaded."""
-        for name in ("base", "teacher", "pretrain", "distill"):
-            getattr(self, name).validate(name)
+        """Raises UserError for a value or a combination that cannot run; called before anything is loaded."""
+        check_limits(self)
+        for check in (self._check_training, self._check_layers, self._check_model, self._check_formats):
+            check()
+
+    def _check_training(self) -> None:
         for name in ("base", "pretrain"):
-            if getattr(self, name).train_sampling_strategy != "random":
+            strategy = getattr(self, name).train_sampling_strategy
+            if strategy != "random":
                 raise UserError(
                     f"{name}.train_sampling_strategy",
                     expected="random: blocks of a corpus are all of one length",
-                    got=getattr(self, name).train_sampling_strategy,
-                    do="Set it for teacher and distill.",
+                    got=strategy,
+                    do=f"Leave {name}.train_sampling_strategy out; teacher and distill can have group_by_length.",
                 )
-        _positive("max_length", self.max_length)
-        _positive("export.proof_rows", self.export.proof_rows)
-        _at_least_zero("export.speed_tokens", self.export.speed_tokens)
-        if self.refine.embedding != "fp16" and self.export.embedding not in (None, self.refine.embedding):
+        start, end = self.pretrain.annealing_start, self.pretrain.annealing_end
+        if start > end:
             raise UserError(
-                "export.embedding",
-                expected=f"{self.refine.embedding}, as refine.embedding trains it",
-                got=str(self.export.embedding),
-                do="Leave it out: only an embedding trained in full precision can be stored in another format.",
+                "pretrain.annealing_start",
+                expected=f"at most pretrain.annealing_end, {end}",
+                got=str(start),
+                do="Lower pretrain.annealing_start, or raise pretrain.annealing_end.",
             )
-        if self.max_steps is not None:
-            _positive("max_steps", self.max_steps)
+
+    def _check_layers(self) -> None:
+        ours, teachers = self.distill.relation_layers, self.distill.teacher_relation_layers
+        if self.distill.relation == "none":
+            return
+        if not ours:
+            do = "Name at least one layer, or set distill.relation to none."
+            raise UserError("distill.relation_layers", expected="at least one layer", got="none", do=do)
+        if teachers is not None and len(teachers) != len(ours):
+            raise UserError(
+                "distill.teacher_relation_layers",
+                expected=f"as many layers as distill.relation_layers has, {len(ours)}",
+                got=f"{teachers} beside {ours}",
+                do="List a teacher's layer for each of the student's, or leave it out for the same layers.",
+            )
+
+    def _check_model(self) -> None:
         demo = self.model is None
         if demo and self.task != "demo":
             raise UserError("model", expected="a base model for a real task", got="none", do="Give --model.")
@@ -386,15 +355,21 @@ class RunConfig:
                 "student",
                 expected="a finished stage 2 of another run (RUN/pretrain)",
                 got=f"{self.student}, without a model.safetensors",
-                do="Check the path.",
+                do="Give the path of a folder `pretrain` of a run whose stage 2 is done.",
             )
         if self.teacher.finetuned and self.teacher.model is None:
             raise UserError(
                 "teacher.finetuned", expected="teacher.model with it", got="none", do="Give --teacher.model."
             )
-        self._validate_quantizer()
 
-    def _validate_quantizer(self) -> None:
+    def _check_formats(self) -> None:
+        if self.refine.embedding != "fp16" and self.export.embedding not in (None, self.refine.embedding):
+            raise UserError(
+                "export.embedding",
+                expected=f"{self.refine.embedding}, as refine.embedding trains it",
+                got=str(self.export.embedding),
+                do="Leave it out: only an embedding trained in full precision can be stored in another format.",
+            )
         quantizer = quantizers.quantizer_named(self.refine.weight_quantizer)
         if self.export.enabled and self.evaluate.enabled and self.stage in ("all", "export"):
             quantizers.refuse_many_scales(quantizer)
@@ -404,14 +379,13 @@ class RunConfig:
             quantizers.refuse_softmax(quantizer)
 
 
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise UserError(name, expected="a positive number", got=str(value), do="Correct it.")
-
-
-def _at_least_zero(name: str, value: float) -> None:
-    if not value >= 0:
-        raise UserError(name, expected="zero or more", got=str(value), do="Correct it.")
+def _refused(text: str) -> UserError:
+    """What jsonargparse says about a value or a name, under the setting's own name where it says that."""
+    found = re.match(r'Parser key "([\w.]+)": (.*)', text)
+    field, got = found.groups() if found else ("command line", text)
+    do = f"See --help for {field}." if found else "See --help for the settings that there are."
+    expected = "a value of its kind" if found else "known settings"
+    return UserError(field, expected=expected, got=f"an error: {got}", do=do)
 
 
 def _chosen_recipe(arguments: Sequence[str]) -> str:
@@ -465,8 +439,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
     try:
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
-        text = " ".join(str(error).split())
-        raise UserError("command line", expected="known settings", got=text, do="See --help.") from error
+        raise _refused(" ".join(str(error).split())) from error
     namespace.pop("config", None)
     namespace.pop("__default_config__", None)
     config = parser.instantiate_classes(namespace)

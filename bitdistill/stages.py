@@ -1,39 +1,25 @@
-"""The stages of a run: what each stands on, whether it must run again and why, and how its result becomes whole.
-
-    base -> teacher ------------------\\
-    base -> refine -> pretrain -> distill -> evaluate -> export        (base: the embedded demo's own base model)
-    base -> cache ----/              /                                 (cache: teacher logits for stage 2, if wanted)
-    base -> baseline ----------------/
+"""The results of a run's stages on disk: which are there, whether a stage must run again and why, and how its result becomes
+whole. Which stages there are is the table in train.py.
 
 A stage's folder holds `done.json`: the settings and the inputs that its result depends on, and an `id` drawn when it
-finished. A stage is skipped when both are as they were; so a changed setting reruns the stage, its new id reruns what
-stands on it, and the reason is said.
+finished. A stage is skipped when both are as they were; so a changed setting reruns the stage, its new id reruns the
+stages that depend on it, and the reason is said.
 """
 
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitdistill.distributed.checkpoint import save_folder_atomically
 from bitdistill.errors import UserError
 
-AFTER = {
-    "base": (),
-    "teacher": ("base",),
-    "refine": ("base",),
-    "cache": ("base",),
-    "pretrain": ("refine", "cache"),
-    "distill": ("pretrain", "teacher"),
-    "baseline": ("base",),
-    "evaluate": ("teacher", "distill", "baseline"),
-    "export": ("distill", "baseline", "evaluate"),
-}
-OPTIONAL = ("cache",)  # left out, it has no place to fill: what it stands on itself does not matter
-ENOUGH = ("cache.blocks",)  # settings of which a finished stage may hold more than is wanted
+# Settings of which a finished stage may hold more than is wanted: a cache of more blocks serves a run that needs fewer.
+MORE_IS_ENOUGH = ("cache.blocks",)
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -53,17 +39,43 @@ def file_identity(source: str | Path | None) -> Any:
     return [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files if file.is_file()]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table in train.py.
+
+    Args:
+        depends_on: the stages whose results it needs.
+        part_of_run: settings -> whether a run with these settings has this stage.
+        reads: names of the settings and files that its result depends on.
+        do: the function that does it, given what the stages of the run share.
+    """
+
+    depends_on: tuple[str, ...]
+    part_of_run: Callable[[Any], bool]
+    reads: tuple[str, ...]
+    do: Callable[[Any], None]
+
+
 class RunDirectory:
     """The results of a run's stages on disk.
 
     Args:
         root: RUN.
-        stages: the stages that this run has, a subset of AFTER (a run on a given base model has no `base`).
+        depends_on: every stage that there is -> the stages whose results it needs, in the order in which they run.
+        stages: those that this run has (a run on a given base model has no `base`).
+        without_substitute: stages of which nothing takes the place when the run does not have them.
     """
 
-    def __init__(self, root: str | Path, stages: tuple[str, ...]):
+    def __init__(
+        self,
+        root: str | Path,
+        depends_on: dict[str, tuple[str, ...]],
+        stages: Collection[str],
+        without_substitute: Collection[str] = ("cache",),
+    ):
         self.root = Path(root)
-        self.stages = tuple(stage for stage in AFTER if stage in stages)
+        self.depends_on, self.without_substitute = depends_on, without_substitute
+        self.stages = tuple(stage for stage in depends_on if stage in stages)
 
     def folder(self, stage: str) -> Path:
         return self.root / stage
@@ -72,12 +84,12 @@ class RunDirectory:
         return self.root / "checkpoints" / stage
 
     def inputs(self, stage: str) -> tuple[str, ...]:
-        """The stages of this run that a stage stands on; a stage left out is replaced by what it would stand on itself."""
+        """The stages of this run that a stage needs; one that the run does not have is replaced by those that it needs."""
         found: dict[str, None] = {}
-        for name in AFTER[stage]:
+        for name in self.depends_on[stage]:
             if name in self.stages:
                 found[name] = None
-            elif name not in OPTIONAL:
+            elif name not in self.without_substitute:
                 found |= dict.fromkeys(self.inputs(name))
         return tuple(found)
 
@@ -95,7 +107,8 @@ class RunDirectory:
         changed = [
             name
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and not (name in ENOUGH and before.get(name, 0) > now.get(name, 0))
+            if before.get(name) != now.get(name)
+            and not (name in MORE_IS_ENOUGH and before.get(name, 0) > now.get(name, 0))
         ]
         if changed:
             name = changed[0]
@@ -108,7 +121,7 @@ class RunDirectory:
         return None
 
     def require_inputs(self, stage: str) -> None:
-        """Raises UserError when a stage that this one stands on has no result yet."""
+        """Raises UserError when a stage that this one depends on has no result yet."""
         for name in self.inputs(stage):
             if self.done(name) is None:
                 raise UserError(

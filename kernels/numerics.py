@@ -15,6 +15,7 @@ Rules, pinned (docs/method.md, section 1):
 """
 
 ACT_MAX = 127  # the largest int8 activation code in magnitude; -128 is allowed by the paper's clip but never produced
+IGNORED = -100  # the label of a position that is not to be learned, as torch's cross-entropy has it
 EPSILON = 1e-5  # lower clamp of both scales before use, as in the authors' code; the paper names no value
 
 # Largest in_features for which an fp32 sum of act_code * weight_code is still an exact integer.

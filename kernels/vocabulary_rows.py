@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the target of a row without one, as in torch
+from bitdistill.kernels.numerics import IGNORED
+
 BLOCK_BYTES = (
     2**20
 )  # of fp32 logits that PyTorch works on at a time: with a temporary or two they fit into two L2 caches

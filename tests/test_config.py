@@ -1,10 +1,15 @@
 """Settings: precedence, validation, and that the resolved file can be run again."""
 
+import dataclasses
+import math
+from typing import get_args, get_origin, get_type_hints
+
 import pytest
 import yaml
 
 from bitdistill.config import RECIPES, RunConfig, parse_config
 from bitdistill.errors import UserError
+from bitdistill.limits import LIMITS, check_limits
 
 REAL = ["--model", "m", "--task", "sst2", "--corpus", "c.txt"]
 
@@ -79,11 +84,22 @@ def test_launcher_argument_is_ignored():
         (["--distill.gamma_attention", "much"], "gamma_attention"),
         (["--recipe", "best"], "recipe: expected one of demo, paper, quick, standard; got 'best'"),
         (["--config", "/no/such/file.yaml"], "file.yaml"),
-        (["--distill.learning_rate", "0"], "distill.learning_rate: expected a positive number"),
+        (
+            ["--distill.learning_rate", "0"],
+            "distill.learning_rate: expected a number above 0; got 0.0. Give such a number",
+        ),
         (["--distill.max_steps", "0"], "distill.max_steps"),
         (["--teacher.save_steps", "-1"], "teacher.save_steps"),
-        (["--distill.relation_layers", "[]"], "relation_layers"),
-        (["--distill.teacher_relation_layers", "[1, 2]"], "relation_layers"),
+        (["--distill.relation_layers", "[]"], "distill.relation_layers: expected at least one layer"),
+        (["--distill.teacher_relation_layers", "[1, 2]"], "distill.teacher_relation_layers: expected as many layers"),
+        (["--pretrain.annealing_start", "0.9"], "pretrain.annealing_start: expected at most pretrain.annealing_end"),
+        (["--base.train_sampling_strategy", "group_by_length"], "base.train_sampling_strategy: expected random"),
+        (["--baseline.learning_rate", ".nan"], "baseline.learning_rate: expected a number above 0; got nan"),
+        (["--evaluate.max_rows", "0"], "evaluate.max_rows: expected a whole number from 1 on; got 0"),
+        (["--export.proof_rows", "-1"], "export.proof_rows"),
+        (["--refine.subln_eps", ".inf"], "refine.subln_eps: expected a number above 0; got inf"),
+        (["--seed", "4294967296"], "seed: expected a whole number from 0 to 4294967295"),
+        (["--output_dir", ""], "output_dir: expected a text; got ''"),
         (["--max_steps", "-3"], "max_steps"),
         (["--task", "sst2"], "model: expected a base model"),
         (["--model", "m"], "task: expected sst2"),
@@ -97,9 +113,55 @@ def test_mistakes_are_named(arguments, message):
     assert message in str(error.value)
 
 
+def numbers_of(kind, where=""):
+    """(dotted name, type) of every setting that takes a number, alone or in a list."""
+    for name, type_ in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(type_):
+            yield from numbers_of(type_, f"{name}.")
+        elif {int, float} & {type_, *get_args(type_), *(one for part in get_args(type_) for one in get_args(part))}:
+            yield f"{where}{name}", type_
+
+
+def test_every_number_has_a_limit_and_keeps_it():
+    """Beyond either end, and for floats NaN and infinity: refused by the setting's own name, with what to do."""
+    for name, type_ in numbers_of(RunConfig):
+        limit = LIMITS[name.rpartition(".")[2]]
+        wrong = [limit.lowest - 3, math.nan, math.inf, -math.inf]  # -1 is a word for max_steps
+        wrong += [limit.highest + 1] if math.isfinite(limit.highest) else []
+        wrong += [limit.lowest] if limit.above else []
+        wrong += [limit.highest] if limit.below else []
+        several = list in (get_origin(part) for part in (type_, *get_args(type_)))
+        for value in wrong:
+            config = RunConfig()
+            section, _, setting = name.rpartition(".")
+            setattr(getattr(config, section) if section else config, setting, [value] if several else value)
+            with pytest.raises(UserError) as error:
+                check_limits(config)
+            assert error.value.field == name
+            assert error.value.do
+
+
+def test_what_the_parser_refuses_is_said_under_the_setting():
+    for value in ("true", "much", "[1]"):
+        with pytest.raises(UserError) as error:
+            parse_config([f"--distill.learning_rate={value}"])
+        assert error.value.field == "distill.learning_rate"
+
+
+def test_every_text_has_something_in_it():
+    for arguments, field in (
+        (["--train_file", " "], "train_file"),
+        (["--extra_validation_files.x", ""], "extra_validation_files"),
+        (["--report_to", '["tensorboard", ""]'], "report_to"),
+        (["--teacher.model", ""], "teacher.model"),
+    ):
+        with pytest.raises(UserError) as error:
+            parse_config(arguments)
+        assert error.value.field == field
+
+
 def test_every_setting_is_documented():
     """jsonargparse takes the help texts from the docstrings: a setting without one has no help."""
-    import dataclasses
 
     def walk(kind):
         for field in dataclasses.fields(kind):

@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 
 from bitdistill.kernels import vocabulary, vocabulary_rows
 from bitdistill.kernels.gpu import vocabulary_kl
+from bitdistill.kernels.numerics import IGNORED
 
 torch.set_num_threads(1)
-IGNORED = -100
 PER_TAU, CE, KL = 0.2, 0.5, 0.7
 
 

@@ -2,10 +2,13 @@
 
 import pytest
 
+from bitdistill import names, train
+from bitdistill.config import parse_config
 from bitdistill.errors import UserError
-from bitdistill.stages import AFTER, RunDirectory, file_identity, flatten
+from bitdistill.stages import RunDirectory, file_identity, flatten
 
 STAGES = ("teacher", "refine", "pretrain", "distill")
+DEPENDS_ON = {name: stage.depends_on for name, stage in train.STAGES.items()}
 
 
 def finish(directory, stage, settings):
@@ -15,7 +18,7 @@ def finish(directory, stage, settings):
 
 @pytest.fixture
 def directory(tmp_path):
-    directory = RunDirectory(tmp_path / "run", STAGES)
+    directory = RunDirectory(tmp_path / "run", DEPENDS_ON, STAGES)
     for stage in STAGES:
         finish(directory, stage, {stage: {"learning_rate": 1e-3}})
     return directory
@@ -56,18 +59,52 @@ def test_an_error_leaves_the_old_result(directory):
 
 
 def test_missing_input(tmp_path):
-    directory = RunDirectory(tmp_path, STAGES)
+    directory = RunDirectory(tmp_path, DEPENDS_ON, STAGES)
     with pytest.raises(UserError, match=r"finished `refine` before `pretrain`.*--stage refine"):
         directory.require_inputs("pretrain")
-    directory.require_inputs("refine")  # stands on nothing: the base stage is not part of this run
+    directory.require_inputs("refine")  # needs nothing: the base stage is not part of this run
     assert directory.reason_to_run("refine", {}) == "not run yet"
 
 
-def test_order_is_a_topological_one():
+def test_the_table_of_stages_is_in_an_order_that_works():
     seen = set()
-    for stage, after in AFTER.items():
-        assert seen.issuperset(after)
+    for stage, needed in DEPENDS_ON.items():
+        assert seen.issuperset(needed)
         seen.add(stage)
+    assert list(train.STAGES) == list(names.STAGES)
+    assert set(names.SETTINGS.values()) <= seen
+
+
+def test_a_stage_that_a_run_does_not_have_is_replaced_by_what_it_needs():
+    """Without stage 2 the third starts from the refined model; a run without teacher logits misses nothing."""
+    run = RunDirectory("run", DEPENDS_ON, {"base", "teacher", "refine", "distill"})
+    assert run.inputs("distill") == ("refine", "teacher")
+    run = RunDirectory("run", DEPENDS_ON, {"base", "refine", "pretrain"})
+    assert run.inputs("pretrain") == ("refine",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stages"),
+    [
+        ([], "base teacher refine pretrain distill baseline evaluate export"),
+        (["--pretrain.lambda_logits", "1"], "base teacher refine cache pretrain distill baseline evaluate export"),
+        (
+            ["--pretrain.enabled", "false", "--pretrain.lambda_logits", "1"],
+            "base teacher refine distill baseline evaluate export",
+        ),
+        (["--evaluate.enabled", "false"], "base teacher refine pretrain distill baseline"),
+        (["--baseline.enabled", "false", "--export.enabled", "false"], "base teacher refine pretrain distill evaluate"),
+        (
+            ["--model", "m", "--task", "sst2", "--corpus", "c"],
+            "teacher refine pretrain distill baseline evaluate export",
+        ),
+        (["--model", "m", "--task", "sst2", "--student", "STUDENT"], "teacher distill baseline evaluate export"),
+    ],
+)
+def test_which_stages_a_run_has(tmp_path, arguments, stages):
+    (tmp_path / "model.safetensors").touch()
+    config, _ = parse_config([str(tmp_path) if word == "STUDENT" else word for word in arguments])
+    assert [name for name, stage in train.STAGES.items() if stage.part_of_run(config)] == stages.split()
 
 
 def test_flatten_and_identity(tmp_path):

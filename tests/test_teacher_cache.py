@@ -27,6 +27,8 @@ from bitdistill.training.pretrain import NextTokenDistillation
 from bitdistill.training.teacher_cache import Layout, TeacherCache, check_room, finish_cache, round_top_k, write_shards
 from bitdistill.training.trainer import Counts, collate_blocks
 
+DEPENDS_ON = {"base": (), "refine": ("base",), "cache": ("base",), "pretrain": ("refine", "cache")}
+
 torch.set_num_threads(1)
 V, T = 64, 6
 
@@ -350,7 +352,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
 
 
 def test_more_blocks_than_needed_are_enough(tmp_path):
-    directory = RunDirectory(tmp_path, ("refine", "cache", "pretrain"))
+    directory = RunDirectory(tmp_path, DEPENDS_ON, ("refine", "cache", "pretrain"))
     assert directory.inputs("pretrain") == ("refine", "cache")
     with directory.result("cache", {"cache": {"blocks": 100, "top_k": 4}}, {}):
         pass
@@ -364,7 +366,7 @@ def test_more_blocks_than_needed_are_enough(tmp_path):
 
 
 def test_without_distillation_stage_2_stands_on_what_it_stood_on(tmp_path):
-    assert RunDirectory(tmp_path, ("base", "refine", "pretrain")).inputs("pretrain") == ("refine",)
+    assert RunDirectory(tmp_path, DEPENDS_ON, ("base", "refine", "pretrain")).inputs("pretrain") == ("refine",)
 
 
 RANKS = """

@@ -11,11 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from bitdistill.kernels import vocabulary, vocabulary_rows
+from bitdistill.kernels.numerics import IGNORED
 from bitdistill.kernels.vocabulary import linear_cross_entropy, linear_distillation, linear_distillation_top_k
 
 torch.set_num_threads(1)
-
-IGNORED = -100
 
 
 def rows(N=7, H=6, V=37, G=5, scale=1.0, seed=0):

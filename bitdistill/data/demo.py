@@ -21,6 +21,7 @@ Files of `make_demo`: corpus.txt (as corpus.py reads it), train.jsonl and valida
 task.yaml (as tasks.py reads it), and base/ with config.json and the tokenizer, a Hugging Face folder without weights.
 """
 
+import hashlib
 import json
 import random
 import shutil
@@ -33,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bitdistill.data.corpus import SEPARATOR
+from bitdistill.distributed import launch
 
 LABEL_NOISE = 0.05
 TRAIN_SHARE = 0.6
@@ -93,7 +95,7 @@ REACTIONS = (
 
 @dataclass(frozen=True)
 class DemoPaths:
-    """Where `make_demo` put what: files, and `base`, the folder with configuration and tokenizer."""
+    """Where `make_demo` writes: files, and `base`, the folder with the model's configuration and the tokenizer."""
 
     corpus: Path
     train: Path
@@ -231,5 +233,26 @@ def make_demo(folder: str | Path, seed: int = 0) -> DemoPaths:
     tokenizer.save_pretrained(unfinished / "base")
     demo_config(tokenizer).save_pretrained(unfinished / "base")
     unfinished.rename(folder)
-    paths = (folder / name for name in ("corpus.txt", "train.jsonl", "validation.jsonl", "task.yaml", "base"))
-    return DemoPaths(*paths)
+    return _paths(folder)
+
+
+def demo_of_run(run_dir: Path, seed: int) -> DemoPaths:
+    """The demo's files in RUN/demo: made anew unless those of this seed and this version of this file are there.
+
+    Every rank calls it; rank 0 writes.
+    """
+    folder, marker = run_dir / "demo", run_dir / "demo.json"
+    if launch.is_main():
+        wanted = {"seed": seed, "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+        if not (marker.is_file() and json.loads(marker.read_text()) == wanted and folder.is_dir()):
+            launch.say("demo: makes its own corpus, tokenizer and task")
+            shutil.rmtree(folder, ignore_errors=True)
+            make_demo(folder, seed)
+            marker.write_text(json.dumps(wanted))
+    launch.barrier()
+    return _paths(folder)
+
+
+def _paths(folder: Path) -> DemoPaths:
+    names = ("corpus.txt", "train.jsonl", "validation.jsonl", "task.yaml", "base")
+    return DemoPaths(*(folder / name for name in names))

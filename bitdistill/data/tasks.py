@@ -45,10 +45,10 @@ from torch import Tensor
 
 from bitdistill.data.rows import READERS, Literal, Row, RowFile
 from bitdistill.errors import UserError
+from bitdistill.kernels.numerics import IGNORED
 from bitdistill.text_files import COMPRESSED, kind_of, read_text, user_path
 from bitdistill.text_tokens import TextTokens, check_unicode
 
-IGNORED = -100  # the label of a token that is not learned: what torch's cross-entropy skips
 BUILT_IN = Path(__file__).parent.parent / "recipes" / "tasks"
 MAX_PROBLEMS = 10  # of one file's rows that are named; the rest are of the same kind
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 10_000, 1 << 26  # of the table in memory

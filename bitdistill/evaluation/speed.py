@@ -5,13 +5,16 @@ student by our own runtime. Medians with spread; compilation and the prompt are 
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bitdistill.evaluation.weight_only import weight_only_size
+from bitdistill.names import DISTILLED, FULL_PRECISION, PROJECTIONS, WEIGHT_ONLY
 from bitdistill.runtime.cpu import Runtime
-from bitdistill.student.refine import PROJECTIONS
+from bitdistill.runtime.packed_file import read_packed
 
 REPEATS = 5
 
@@ -45,7 +48,7 @@ def full_precision_size(folder: str | Path) -> dict[str, Any]:
                     linear_bytes += tensor.numel() * tensor.element_size()
     model_bytes = sum(file.stat().st_size for file in files)
     return {
-        "setting": "FP16-SFT",
+        "setting": FULL_PRECISION,
         "runner": "not measured",
         "linear_bytes": linear_bytes,
         "model_bytes": model_bytes,
@@ -102,3 +105,39 @@ def packed_speed(runtime: Runtime, prompt: list[int], tokens: int) -> dict[str, 
         return time.perf_counter() - started
 
     return {"runner": f"bitdistill, {runtime.model.config.packing}", **_rates(decode, tokens)}
+
+
+def sizes_and_speeds(
+    teacher: Path,
+    packed: dict[str, tuple[Path, dict[str, Any]]],
+    prompt: list[int],
+    tokens: int,
+    *,
+    weight_only: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The content of export/speed.json: bytes and decoding speed of every setting on this CPU.
+
+    Args:
+        teacher: folder of FP16-SFT. packed: setting -> (packed file, sizes), from export.pack.pack_settings.
+        prompt: token ids. tokens: decoded per timing; 0 measures no speed.
+        weight_only: also the bytes of FP16-SFT with its linears in 4 bits. say: is told what takes long.
+
+    Returns: {"machine", "rows"}, a row a setting, FP16-SFT first.
+    """
+    full = full_precision_size(teacher)
+    if tokens:
+        say("export: measures decoding of FP16-SFT by transformers")
+        full |= full_precision_speed(teacher, prompt, tokens)
+    rows = []
+    for setting, (path, sizes) in packed.items():
+        row = {"setting": setting, "runner": "not measured", "model_bytes": sizes["file_bytes"]}
+        row |= {name: sizes[name] for name in ("linear_bytes", "bits_per_weight", "model_bits_per_parameter")}
+        if tokens:
+            row |= packed_speed(Runtime(path, torch.get_num_threads()), prompt, tokens)
+        rows.append(row)
+    rounded = []
+    if weight_only:
+        size = weight_only_size(teacher, read_packed(packed[DISTILLED][0]).config)
+        rounded = [{"setting": name, "runner": "not measured", **size} for name in WEIGHT_ONLY]
+    return {"machine": machine(), "rows": [full, *rounded, *rows]}

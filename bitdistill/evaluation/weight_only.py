@@ -33,12 +33,11 @@ from tqdm.auto import tqdm
 
 from bitdistill.errors import UserError
 from bitdistill.evaluation.scoring import evaluating
+from bitdistill.names import PROJECTIONS, WEIGHT_ONLY
 from bitdistill.runtime.packed_file import Config
 from bitdistill.student.gptq import DAMPING, compensated_codes, inverse_factor
-from bitdistill.student.refine import PROJECTIONS
 
 BITS, GROUP = 4, 128
-METHODS = {"int4 RTN": "rtn", "int4 GPTQ": "gptq"}  # the settings of the comparison
 CALIBRATION_TOKENS = 8192
 BATCH_TOKENS = 4096
 # The projection whose input is recorded for each group of projections that are given the same tensor.
@@ -150,7 +149,7 @@ def quantize_model(
     Raises:
         UserError: gptq without a prompt, or what `gptq` refuses.
     """
-    assert method in METHODS.values(), method
+    assert method in WEIGHT_ONLY.values(), method
     layers = model.get_submodule("model.layers")
     facts = {"linear_bytes": 0, "linear_weights": 0, "calibration_tokens": sum(map(len, calibration))}
 

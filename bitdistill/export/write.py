@@ -21,6 +21,7 @@ from bitdistill.errors import UserError
 from bitdistill.kernels import packing as layout
 from bitdistill.kernels.packing import INT4_GROUP
 from bitdistill.kernels.tables import quantize_table
+from bitdistill.names import LAYER_NORMS
 from bitdistill.runtime.packed_file import (
     EMBEDDINGS,
     FORMAT,
@@ -33,14 +34,6 @@ from bitdistill.runtime.packed_file import (
 )
 
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-_LAYER_NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -204,7 +197,7 @@ def _norms(decoder) -> dict[str, Any]:
     """The model's own norms (SubLN apart), by the names that they have in the file."""
     norms = {"model.norm": decoder.norm}
     for index, layer in enumerate(decoder.layers):
-        for path in _LAYER_NORMS:
+        for path in LAYER_NORMS:
             owner, _, last = path.rpartition(".")
             norm = getattr(layer.get_submodule(owner), last, None)
             if norm is not None:

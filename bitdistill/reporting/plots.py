@@ -13,12 +13,20 @@ import warnings
 
 import numpy as np
 
+from bitdistill.names import DISTILLED, FULL_PRECISION, PROJECTIONS, TERNARY_BASELINE
+
 INK = "#23272f"
 BLUE, ORANGE, GREEN, PURPLE = "#3d88c7", "#dd7b1e", "#12946f", "#b567a8"
 QUIET = "#9aa1ae"
 ON_BARS = "#16181d"  # nearly INK, but not: it stays dark on the dark page
 KIND_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b5483a", "#b79a1f", "#5b6bc0")
-SETTING_COLOURS = {"FP16-SFT": BLUE, "BitNet-SFT": ORANGE, "BitDistill": GREEN, "int4 RTN": QUIET, "int4 GPTQ": PURPLE}
+SETTING_COLOURS = {
+    FULL_PRECISION: BLUE,
+    TERNARY_BASELINE: ORANGE,
+    DISTILLED: GREEN,
+    "int4 RTN": QUIET,
+    "int4 GPTQ": PURPLE,
+}
 TERM_COLOURS = {"loss": INK, "loss_ce": BLUE, "loss_logits": ORANGE, "loss_attention": PURPLE}
 TERM_NAMES = {
     "loss": "total",
@@ -26,7 +34,6 @@ TERM_NAMES = {
     "loss_logits": "logits distillation",
     "loss_attention": "relations",
 }
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_POINTS = 400  # bins of a raw curve; each gives its lowest and its highest value, so that spikes survive
 MAX_TOKENS = 40  # tokens in an attention map whose labels can still be read
 

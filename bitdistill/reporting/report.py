@@ -27,20 +27,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bitdistill.errors import UserError
+from bitdistill.names import DISTILLED, FULL_PRECISION, SETTINGS, STAGES, TERNARY_BASELINE, WEIGHT_ONLY
 
-SETTINGS = ("FP16-SFT", "BitNet-SFT", "BitDistill")
-WEIGHT_ONLY = ("int4 RTN", "int4 GPTQ")  # FP16-SFT with its linears in 4 bits; shown where they were measured
-STAGES = {
-    "base": "full-precision base model",
-    "teacher": "the base fine-tuned on the task (FP16-SFT)",
-    "refine": "stage 1: surgery, SubLN",
-    "cache": "the base model's logits for stage 2",
-    "pretrain": "stage 2: continued pre-training, ternary",
-    "distill": "stage 3: distillation fine-tuning (BitDistill)",
-    "baseline": "ternary student, plain fine-tuning (BitNet-SFT)",
-    "evaluate": "scores on the task's validation rows",
-    "export": "packed file, parity proof, speed",
-}
 PROOF = {  # what export/parity.py measured, in words
     "codes_equal": "codes and scales of the file, unpacked, are those of the trained student",
     "linears": "ternary layers whose codes and scales were compared, bit for bit",
@@ -210,7 +198,7 @@ def table_lines(run: Run) -> list[dict]:
         speeds.setdefault(row["setting"], []).append(row)
     lines = []
     rounded = [setting for setting in WEIGHT_ONLY if setting in scores or setting in speeds]
-    for setting in dict.fromkeys([SETTINGS[0], *rounded, *SETTINGS[1:], *scores, *speeds]):
+    for setting in dict.fromkeys([FULL_PRECISION, *rounded, *SETTINGS, *scores, *speeds]):
         rows = speeds.get(setting, [None])
         for index, speed in enumerate(rows):
             label = setting if len(rows) == 1 else f"{setting}, {speed.get('runner', NONE)}"
@@ -250,21 +238,21 @@ def summary(run: Run) -> list[str]:
     """The result in sentences, each resting on numbers of the run; caveats are said as loudly as gains."""
     numbers, firsts = headline(run), {line["setting"]: line for line in table_lines(run) if line["first"]}
     score = {setting: line["score"]["score"] for setting, line in firsts.items() if line["score"]}
-    full, ours = (firsts[setting]["speed"] for setting in ("FP16-SFT", "BitDistill"))
+    full, ours = (firsts[setting]["speed"] for setting in (FULL_PRECISION, DISTILLED))
     metric, task, majority = _metric(run), run.scores.get("task", "the task"), _majority(run)
     said = ["BitDistill has not been evaluated yet."]
-    if "BitDistill" in score:
+    if DISTILLED in score:
         said = [f"On {task}, the 1.58-bit BitDistill student scores {score['BitDistill']:.1f} ({metric})."]
     if numbers["retention"] is not None:
         said.append(
-            f"FP16-SFT, the full-precision model fine-tuned on the same examples, scores {score['FP16-SFT']:.1f}: the "
-            f"student keeps {numbers['retention']:.1f} % of it{_paired(run, 'BitDistill', 'FP16-SFT')}."
+            f"FP16-SFT, the full-precision model fine-tuned on the same examples, scores {score[FULL_PRECISION]:.1f}: the "
+            f"student keeps {numbers['retention']:.1f} % of it{_paired(run, DISTILLED, FULL_PRECISION)}."
         )
     if numbers["gain"] is not None:
         said.append(
             f"It stands {abs(numbers['gain']):.1f} points {'above' if numbers['gain'] >= 0 else 'below'} BitNet-SFT "
-            f"({score['BitNet-SFT']:.1f}), the ternary student fine-tuned without a teacher"
-            f"{_paired(run, 'BitDistill', 'BitNet-SFT')}."
+            f"({score[TERNARY_BASELINE]:.1f}), the ternary student fine-tuned without a teacher"
+            f"{_paired(run, DISTILLED, TERNARY_BASELINE)}."
         )
     for setting, line in firsts.items():
         low, high = (line["score"] or {}).get("interval") or (math.inf, -math.inf)
@@ -276,8 +264,8 @@ def summary(run: Run) -> list[str]:
             f"in FP16; the whole file, embedding and head included, takes {_bytes(ours['model_bytes'])}, "
             f"{numbers['model_ratio']:.1f} times less."
         )
-    rounded = next((name for name in reversed(WEIGHT_ONLY) if name in score and firsts[name]["speed"]), None)
-    if rounded and ours and "BitDistill" in score:
+    rounded = next((name for name in reversed(list(WEIGHT_ONLY)) if name in score and firsts[name]["speed"]), None)
+    if rounded and ours and DISTILLED in score:
         four_bits = firsts[rounded]["speed"]["linear_bytes"]
         said.append(
             f"Without any training, 4 bits a weight ({rounded}) keep FP16-SFT at {score[rounded]:.1f} with linears of "
@@ -398,7 +386,7 @@ def _scored(score: dict | None) -> str:
 
 def cells(run: Run, lines: list[dict]) -> list[list[str]]:
     """The comparison table as text, a list per line; sizes and speeds carry their ratio to the first FP16-SFT line."""
-    full = next(line for line in lines if line["setting"] == "FP16-SFT")
+    full = next(line for line in lines if line["setting"] == FULL_PRECISION)
     reference, full_score = full["speed"] or {}, (full["score"] or {}).get("score")
 
     def number(value, form):

@@ -5,16 +5,8 @@ import numpy as np
 from bitdistill.kernels.cpu.activations import quantize_activations
 from bitdistill.kernels.cpu.decoder import Layer, Model, Projection, Table
 from bitdistill.kernels.cpu.matmul import ternary_accumulate
+from bitdistill.names import LAYER_NORMS
 from bitdistill.runtime.packed_file import PackedModel
-
-NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-)
 
 
 def decoder_model(packed: PackedModel) -> Model:
@@ -44,7 +36,7 @@ def decoder_model(packed: PackedModel) -> Model:
 
     def layer(index: int) -> Layer:
         name = f"model.layers.{index}"
-        gain = {norm: tensors.get(f"{name}.{norm}.gain") for norm in NORMS}
+        gain = {norm: tensors.get(f"{name}.{norm}.gain") for norm in LAYER_NORMS}
         gemma = config.model_type == "gemma3_text"  # its two further norms stand behind attention and MLP
         return Layer(
             input_norm=gain["input_layernorm"],

@@ -23,6 +23,7 @@ from bitdistill.cpus import available_cpus
 from bitdistill.errors import UserError
 from bitdistill.kernels.cpu.compilation import watch_compilation
 from bitdistill.kernels.cpu.decoder import Decoder, KVCache
+from bitdistill.names import KV_CACHES
 from bitdistill.runtime.batching import Request, Stats, run
 from bitdistill.runtime.compiled import decoder_model
 from bitdistill.runtime.packed_file import PackedModel, read_packed
@@ -31,7 +32,6 @@ from bitdistill.runtime.slots import Slots
 from bitdistill.runtime.text_stream import TextStream
 from bitdistill.text_tokens import TextTokens
 
-KV_CACHES = ("bf16", "fp32", "int8")
 MAX_SLOTS = 16
 MIN_CAPACITY = 256  # positions of a KV cache at least; powers of two from there, for huge pages make all of it resident
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitdistill.errors import UserError
@@ -152,3 +153,23 @@ def tokenizer_settings(tokenizer) -> dict[str, str | None]:
     """What `packed_tokenizer` needs besides tokenizer.json: special tokens and the chat template."""
     names = ("bos_token", "eos_token", "pad_token", "chat_template")
     return {name: getattr(tokenizer, name) for name in names}
+
+
+def tied_keys(model: nn.Module) -> set[str]:
+    """State-dict keys that only repeat the input embedding (a tied LM head), never stored."""
+    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+
+
+def save_language_model(
+    folder: str | Path, model: nn.Module, state_dict: dict[str, Tensor], *, tokenizer, dtype: torch.dtype
+) -> None:
+    """Writes a full-precision model and its tokenizer as a Hugging Face folder.
+
+    Args:
+        folder: for an atomic result give a temporary folder and rename it.
+        model: for its configuration; it is left in `dtype`. state_dict: its full tensors.
+        tokenizer: a Hugging Face tokenizer. dtype: of the stored tensors.
+    """
+    kept = state_dict.keys() - tied_keys(model)  # each in a dtype of its own, ties would be stored twice
+    model.to(dtype).save_pretrained(folder, state_dict={key: state_dict[key].to(dtype) for key in sorted(kept)})
+    tokenizer.save_pretrained(folder)

@@ -23,16 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitdistill.errors import UserError
+from bitdistill.names import PROJECTIONS, SIBLINGS, SUBLN_BEFORE
 from bitdistill.student.calibration import InputStatistics
 from bitdistill.student.embeddings import FULL_PRECISION, quantize_embeddings
 from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears
-from bitdistill.student.loading import check_family
+from bitdistill.student.loading import check_family, tied_keys
 from bitdistill.student.quantizers import WeightQuantizer, quantizer_named
 from bitdistill.student.sharing import Siblings
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # given the same tensor by every family
-SUBLN_BEFORE = {"two": ("o_proj", "down_proj"), "all": PROJECTIONS, "none": ()}
 FORMAT_VERSION = 1
 
 
@@ -139,6 +137,35 @@ def _convert(
         quantizer.calibrate(layer, inputs[name])
     model.set_submodule(name, layer)
     return subln is not None
+
+
+def refine_on_corpus(
+    model: nn.Module,
+    blocks: Callable[[], Iterable[dict[str, Tensor]]],
+    *,
+    norms: str,
+    gain: str,
+    subln_eps: float | None,
+    embedding: str,
+    weight_quantizer: str,
+) -> tuple[Refinement, dict[str, float] | None]:
+    """`refine` after the calibration that its settings ask for.
+
+    Args:
+        model: as in `refine`. blocks: makes the batches that are calibrated on; called for each calibration, or never.
+        gain: "one", or "calibrated" by `calibrate_gains`. norms, subln_eps, embedding, weight_quantizer: as in `refine`.
+
+    Returns: (the counts, the calibrated gains by layer name, or None).
+
+    Raises:
+        UserError: what `refine`, `calibrate_gains` and `calibrate_inputs` refuse.
+    """
+    gains = inputs = None
+    if gain == "calibrated" and norms != "none":
+        gains = calibrate_gains(model, blocks(), norms)
+    if quantizer_named(weight_quantizer).calibrated:
+        inputs = calibrate_inputs(model, blocks(), norms, subln_eps)
+    return refine(model, norms, gains, subln_eps, embedding, weight_quantizer, inputs), gains
 
 
 def _introduce_siblings(model: nn.Module) -> None:
@@ -262,11 +289,6 @@ def _watch_inputs(
     return list(wanted)
 
 
-def tied_keys(model: nn.Module) -> set[str]:
-    """State-dict keys that only repeat the input embedding (a tied LM head), never stored."""
-    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-
-
 def save_student(folder: str | Path, model: nn.Module, tokenizer=None, state_dict: dict | None = None) -> None:
     """Writes config.json, model.safetensors (fp32 masters, SubLN gains) and the tokenizer.
 
@@ -321,6 +343,17 @@ def student_record(folder: str | Path) -> dict:
             do="Update bitdistill.",
         )
     return written
+
+
+def require_quantizers(folder: str | Path, weight_quantizer: str, embedding: str) -> None:
+    """Raises UserError, naming the setting, when a saved student was trained with other quantizers."""
+    record = student_record(folder)
+    wanted = {"weight_quantizer": ("absmean", weight_quantizer), "embedding": (FULL_PRECISION, embedding)}
+    for name, (usual, given) in wanted.items():
+        trained = record.get(name, usual)
+        if trained != given:
+            expected = f"{trained}, with which {folder} was trained"
+            raise UserError(f"refine.{name}", expected=expected, got=given, do=f"Give --refine.{name} {trained}.")
 
 
 def load_student(folder: str | Path) -> PreTrainedModel:

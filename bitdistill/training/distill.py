@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from bitdistill.data.tasks import collate
 from bitdistill.distributed import launch
 from bitdistill.distributed.teacher import Teacher
+from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.loading import check_same_vocabulary
 from bitdistill.training.capture import AttentionCapture
 from bitdistill.training.head import (
@@ -31,7 +32,7 @@ from bitdistill.training.head import (
     instead_of_logits,
 )
 from bitdistill.training.health import HealthLog
-from bitdistill.training.losses import IGNORED, BalancedGamma, next_tokens, relation_loss
+from bitdistill.training.losses import BalancedGamma, next_tokens, relation_loss
 from bitdistill.training.trainer import Counts, Objective, StageTrainer
 
 

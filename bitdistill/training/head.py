@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill.errors import UserError
+from bitdistill.kernels.numerics import IGNORED
 from bitdistill.kernels.vocabulary import linear_cross_entropy, linear_distillation, linear_distillation_top_k
 from bitdistill.student.embeddings import multiplied_weight
-from bitdistill.training.losses import IGNORED
 
 _PRODUCTS: ContextVar[torch.dtype | None] = ContextVar("dtype of the head's products", default=None)
 

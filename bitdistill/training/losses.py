@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from bitdistill.errors import UserError
+from bitdistill.kernels.numerics import IGNORED
 
-IGNORED = -100  # the label of a token that is not to be learnt
 RELATION_CONVENTIONS = ("eq12", "alg1", "pr382", "attention_maps")
 PROBABILITY_FLOOR = 1e-8  # of alg1 and pr382
 PR382_SPLIT_HEADS = 32

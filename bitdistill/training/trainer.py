@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from bitdistill.distributed import launch
 from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete
 from bitdistill.errors import UserError
+from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.layers import assert_fp32_masters
 from bitdistill.student.sharing import WeightCodes
 from bitdistill.training.annealing import Annealing
@@ -190,7 +191,7 @@ class StageTrainer(Trainer):
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
-        answers = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        answers = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         positions = sum(batch["labels"].numel() for batch in batches)
         totals = launch.all_reduce_sum(torch.tensor([answers, tokens, positions], device=self.args.device))

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitdistill.kernels.gpu.launches import Launch
-from bitdistill.kernels.vocabulary_rows import IGNORED
+from bitdistill.kernels.numerics import IGNORED
 
 # 8 logits a thread: one 16-byte load of bf16 from each tensor. About 80 registers let three rows share a multiprocessor,
 # each at another point of its work. With fewer rows than two a multiprocessor, a row gets twice the threads.

@@ -1,0 +1,111 @@
+"""Everything that a run reads besides models: its task, its rows, its corpus, and the tokens made of them.
+
+The settings name files or hub datasets; the embedded demo names none and brings its own. Each stage asks here for what it
+needs, so that training, calibration and scoring see the same rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitdistill.data.corpus import TokenStream
+from bitdistill.data.tasks import Task, encode, encode_prompts, load_rows, load_task, load_validation, show_example
+from bitdistill.distributed import launch
+from bitdistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a run's texts come from, and how much of them is used.
+
+    Args:
+        task: a built-in task's name or a YAML file.
+        train_file: local training rows; the hub's when None. validation_file: likewise.
+        extra_validation_files: local rows of further validation splits: {split: file}.
+        corpus: hub dataset, file, folder or glob; None when no stage needs it. corpus_column: its text column.
+        max_length: tokens of a task row. max_train_rows, max_validation_rows: rows used; all when None.
+        seed: of the rows that are drawn, and of the order of the corpus.
+    """
+
+    task: str
+    train_file: str | None = None
+    validation_file: str | None = None
+    extra_validation_files: dict[str, str] = field(default_factory=dict)
+    corpus: str | None = None
+    corpus_column: str | None = None
+    max_length: int = 512
+    max_train_rows: int | None = None
+    max_validation_rows: int | None = None
+    seed: int = 0
+
+    @cached_property
+    def loaded_task(self) -> Task:
+        """The task, read once."""
+        return load_task(self.task)
+
+    def train_rows(self):
+        """The task's training rows, from a local file or the hub."""
+        return load_rows(self.loaded_task, "train", self.train_file, self.max_train_rows, self.seed)
+
+    def validation_rows(self) -> dict[str, Any]:
+        """Split -> rows of every validation split, "validation" first; a split that is left out is said."""
+        task, files = self.loaded_task, self.extra_validation_files
+        rows, left_out = load_validation(task, self.validation_file, files, self.max_validation_rows, self.seed)
+        for split in left_out:
+            launch.say(f"{task.name}: {split} is not scored; --extra_validation_files.{split} FILE adds it")
+        return rows
+
+    def training_tokens(self, tokenizer, vocabulary: int, example_file: Path):
+        """The training rows as tokens below `vocabulary`; their counts are said, and one row is shown in `example_file`."""
+        task, rows = self.loaded_task, self.train_rows()
+        encoded, counts = encode(task, rows, tokenizer, self.max_length, vocabulary)
+        launch.say(
+            f"{task.name}: {counts['rows']:,} training rows, {counts['tokens']:,} tokens, longest "
+            f"{counts['longest_tokens']}; {counts['truncated']:,} prompts cut to {self.max_length} tokens"
+        )
+        if launch.is_main():
+            example_file.write_text(show_example(task, rows[0], tokenizer, self.max_length) + "\n")
+        return encoded
+
+    def training_prompts(self, tokenizer, tokens: int) -> list[list[int]]:
+        """Training prompts drawn by the seed, as token lists that hold `tokens` tokens together: to calibrate on."""
+        rows = self.train_rows()
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+        chosen = rows.select(order[: tokens // 8].tolist())
+        prompts, _ = encode_prompts(self.loaded_task, chosen, tokenizer, self.max_length)
+        ends = np.cumsum([len(ids) for ids in prompts])
+        return prompts[: int((ends < tokens).sum()) + 1]
+
+    def validation_prompts(self, tokenizer, rows: int) -> list[list[int]]:
+        """The prompts of the first validation rows, as token lists."""
+        task = self.loaded_task
+        found = load_rows(task, "validation", self.validation_file, self.max_validation_rows, self.seed)
+        prompts, _ = encode_prompts(task, found.select(range(min(rows, len(found)))), tokenizer, self.max_length)
+        return prompts
+
+    def corpus_stream(self, tokenizer, block_size: int) -> TokenStream:
+        """The corpus as an endless stream of blocks.
+
+        Raises:
+            UserError: the run names no corpus, or it cannot be read.
+        """
+        if self.corpus is None:
+            do = "Give --corpus, or --refine.gain one."
+            raise UserError("corpus", expected="text for this stage", got="none", do=do)
+        stream = TokenStream(self.corpus, tokenizer, block_size, text_column=self.corpus_column, seed=self.seed)
+        if stream.left_out:
+            named = ", ".join(stream.left_out[:3]) + (", ..." if len(stream.left_out) > 3 else "")
+            launch.say(f"corpus: {len(stream.left_out)} files left out, hidden or of another kind: {named}")
+        return stream
+
+    def first_blocks(self, tokenizer, block_size: int, count: int) -> Iterator[dict[str, Tensor]]:
+        """The first blocks of the corpus, one at a time, as batches of one: to calibrate on."""
+        blocks = iter(self.corpus_stream(tokenizer, block_size))
+        ids = (next(blocks)["input_ids"].unsqueeze(0) for _ in range(count))
+        return ({"input_ids": block, "attention_mask": torch.ones_like(block)} for block in ids)

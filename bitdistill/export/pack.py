@@ -1,0 +1,64 @@
+"""The ternary settings of a run as packed files: written, and the student's proved."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitdistill.distributed import launch
+from bitdistill.export.parity import prove_parity
+from bitdistill.export.write import write_packed
+from bitdistill.names import DISTILLED
+from bitdistill.student.embeddings import FULL_PRECISION, embedding_format
+from bitdistill.student.loading import load_tokenizer, tokenizer_settings
+from bitdistill.student.refine import load_student
+
+STUDENT = "student.safetensors"
+
+
+def pack_settings(
+    folder: Path,
+    models: dict[str, Path],
+    prompts: Sequence[Sequence[int]],
+    *,
+    task: str,
+    packing: str,
+    embedding: str | None,
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Packs every ternary model, and proves that BitDistill's file is the trained student (proof.json).
+
+    Args:
+        folder: for the files. models: setting -> the folder of its trained ternary model.
+        prompts: token lists on which the packed student must reproduce the trained one.
+        task: the task's name, for the file's header. packing: "base3" or "2bit".
+        embedding: stored format of embedding and LM head; None: as they were trained, int8 if in full precision.
+
+    Returns: setting -> (its packed file, its sizes as `write_packed` gives them).
+
+    Raises:
+        UserError: what `write_packed` and `prove_parity` refuse.
+    """
+    packed = {}
+    for setting, source in models.items():
+        path = folder / (STUDENT if setting == DISTILLED else f"{source.name}.safetensors")
+        model = load_student(source)
+        trained = embedding_format(model)
+        sizes = write_packed(
+            path,
+            model,
+            packing=packing,
+            embedding=embedding or ("int8" if trained == FULL_PRECISION else trained),
+            tokenizer_json=(source / "tokenizer.json").read_bytes(),
+            metadata={"setting": setting, "task": task, "tokenizer": tokenizer_settings(load_tokenizer(source))},
+        )
+        bits = sizes["bits_per_weight"]
+        launch.say(f"export: {path.name}, {sizes['file_bytes']:,} bytes, {bits:.3f} bits a weight")
+        if setting == DISTILLED:
+            proof = prove_parity(path, model, prompts)
+            (folder / "proof.json").write_text(json.dumps(proof, indent=1))
+            launch.say(
+                f"export: proved on {proof['tokens']} tokens: codes of {proof['linears']} linears equal, mean KL "
+                f"{proof['mean_kl']:.1e}, same top-1 {100 * proof['same_top1']:.1f} %"
+            )
+        packed[setting] = path, sizes
+    return packed

@@ -1,0 +1,292 @@
+"""ENTRY (the part of train.py that all stages share): settings, folders, sources of data, DeepSpeed's configuration, and how
+a stage trains.
+
+Which stages there are is train.py's table, which is given to `Job`.
+"""
+
+import dataclasses
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitdistill.config import RunConfig, TrainingConfig
+from bitdistill.data.demo import demo_of_run
+from bitdistill.data.sources import Sources
+from bitdistill.data.tasks import pad_token
+from bitdistill.distributed import launch, presets
+from bitdistill.distributed.checkpoint import full_state_dict
+from bitdistill.errors import UserError
+from bitdistill.kernels.cpu.bf16 import has_bf16_products
+from bitdistill.names import SETTINGS
+from bitdistill.reporting.versions import versions
+from bitdistill.stages import RunDirectory, Stage, file_identity
+from bitdistill.student.loading import embedding_rows, load_tokenizer
+from bitdistill.student.quantizers import quantizer_named
+from bitdistill.student.refine import require_quantizers
+from bitdistill.training.teacher_cache import Layout, check_room
+from bitdistill.training.trainer import capped_steps, release, training_arguments
+
+FULL_PRECISION_STAGES = ("base", "teacher")
+DOES_NOT_CHANGE_THE_RESULT = ("logging_steps", "save_steps", "health_steps")
+OF_STAGE_2_DISTILLATION = ("lambda_logits", "kd_temperature", "kd_top_k")  # read only where lambda_logits is above 0
+
+
+def optimization(section: TrainingConfig) -> dict[str, Any]:
+    """The part of a stage's settings that is about optimization: what TrainingConfig itself has."""
+    return {field.name: getattr(section, field.name) for field in dataclasses.fields(TrainingConfig)}
+
+
+class Job:
+    """What the stages of a run share: settings, folders, sources of data, the DeepSpeed configuration.
+
+    Args:
+        config: validated settings. text: the same as YAML, for RUN/config.yaml.
+        stages: every stage that there is, in the order in which they run.
+    """
+
+    def __init__(self, config: RunConfig, text: str, stages: dict[str, Stage]):
+        self.config = config
+        self.embedded = config.model is None
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.stages = stages
+        part_of_run = [name for name, stage in stages.items() if stage.part_of_run(config)]
+        depends_on = {name: stage.depends_on for name, stage in stages.items()}
+        self.directory = RunDirectory(config.output_dir, depends_on, part_of_run)
+        self.root = self.directory.root
+        self.alone = self._trains_alone()
+        launch.initialise(self.device, alone=self.alone)
+        self._refuse_impossible()
+        launch.say(self._engine())
+        if launch.is_main():
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / "config.yaml").write_text(text)
+            (self.root / "versions.json").write_text(json.dumps(versions(), indent=1))
+        self.sources = self._sources()
+        self.task = self.sources.loaded_task
+        if config.stage == "all":
+            self._look_ahead()
+        launch.barrier()
+
+    def _trains_alone(self) -> bool:
+        """One rank on a CPU has nothing to share and nothing to offload: PyTorch without DeepSpeed, unless asked for."""
+        config = self.config
+        offload = config.offload != "none" or config.teacher_offload != "none"
+        return self.device == "cpu" and launch.ranks_started() == 1 and config.zero == "auto" and not offload
+
+    def _refuse_impossible(self) -> None:
+        """An impossible combination is refused before anything is trained."""
+        config = self.config
+        if config.teacher_offload != "none":
+            device = {"device": self.device, "nvme_path": config.nvme_path}
+            precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.teacher_dtype]
+            presets.teacher_config(config.teacher_offload, precision=precision, **device)
+        if "nvme" in (config.offload, config.teacher_offload):
+            launch.require_nvme(config.nvme_path)
+        self._numerics("pretrain")
+
+    def _products(self, stage: str) -> tuple[str, str | None]:
+        """The precision of a stage's products, and that of its LM head where it differs."""
+        ternary = stage not in FULL_PRECISION_STAGES
+        return presets.products(self.config.precision, self.device, ternary=ternary, has_bf16=has_bf16_products())
+
+    def _numerics(self, stage: str) -> dict[str, Any]:
+        """What training_arguments needs to know of engine and precision."""
+        precision, head = self._products(stage)
+        found = {"deepspeed": None, "head_dtype": presets.AUTOCAST.get(head)}
+        if self.alone:
+            return found | {"autocast_dtype": presets.AUTOCAST.get(precision)}
+        zero = presets.DEFAULT_ZERO if self.config.zero == "auto" else self.config.zero
+        device = {"device": self.device, "nvme_path": self.config.nvme_path}
+        section = presets.deepspeed_config(zero, self.config.offload, precision=precision, **device)
+        return found | {"deepspeed": section}
+
+    def _engine(self) -> str:
+        """Who trains, and in which precision, in a sentence."""
+        engine = "PyTorch alone: one rank on a CPU needs no ZeRO" if self.alone else "DeepSpeed"
+        full, (ternary, head) = self._products("teacher")[0], self._products("pretrain")
+        head = f", their LM head {head}" if head else ""
+        return f"engine: {engine}; products of full-precision models {full}, around ternary layers {ternary}{head}"
+
+    def _sources(self) -> Sources:
+        """The settings' task, rows and corpus; what they leave out of the embedded demo's, the demo makes."""
+        config = self.config
+        names = ("task", "train_file", "validation_file", "corpus")
+        given = {name: getattr(config, name) for name in names}
+        self.tokenizer_folder = config.model
+        if self.embedded:
+            demo = demo_of_run(self.root, config.seed)
+            own = dict(zip(names, (demo.task, demo.train, demo.validation, demo.corpus), strict=True))
+            given = {name: own[name] if given[name] in (None, "demo") else given[name] for name in names}
+            self.tokenizer_folder = demo.base
+        return Sources(
+            **{name: None if value is None else str(value) for name, value in given.items()},
+            extra_validation_files=config.extra_validation_files,
+            corpus_column=config.corpus_column,
+            max_length=config.max_length,
+            max_train_rows=config.max_train_rows,
+            max_validation_rows=config.evaluate.max_rows,
+            seed=config.seed,
+        )
+
+    def _look_ahead(self) -> None:
+        """Opens whatever a later stage will read: a wrong path is said now, and not after hours of training."""
+        self.sources.train_rows()
+        self.sources.validation_rows()
+        self.require_same_student()
+        if "pretrain" in self.directory.stages:
+            self.sources.corpus_stream(load_tokenizer(self.tokenizer_folder), self.config.pretrain.block_size)
+            self.require_steps()
+        if "cache" in self.directory.stages and self.reason_to_run("cache"):
+            check_room(self.root, self.cache_layout(len(load_tokenizer(self.tokenizer_folder))))
+
+    def require_steps(self) -> None:
+        """Raises UserError when nothing says how long stage 2 is."""
+        if self.config.pretrain.max_steps == -1 and self.config.max_steps is None:
+            do = "Set pretrain.max_steps: a token stream has no end."
+            raise UserError("pretrain.max_steps", expected="a number of steps", got="-1", do=do)
+
+    def require_same_student(self) -> None:
+        """A student of another run brings its quantizers with it: what these settings say must be true of it, too."""
+        if self.config.student is not None:
+            section = self.config.refine
+            require_quantizers(self.config.student, section.weight_quantizer, section.embedding)
+
+    @property
+    def base_folder(self) -> str | Path:
+        """The base model: the demo's own, or --model."""
+        return self.directory.folder("base") if self.embedded else self.config.model
+
+    @property
+    def student_folder(self) -> str | Path:
+        """Where stage 3 starts."""
+        return self.config.student or self.directory.folder("pretrain" if self.config.pretrain.enabled else "refine")
+
+    @property
+    def trained(self) -> dict[str, Path]:
+        """Setting -> the folder of its trained model, for those that this run has."""
+        return {name: self.directory.folder(of) for name, of in SETTINGS.items() if of in self.directory.stages}
+
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        """What the teacher computes in: its stored dtype on a GPU; fp32 on a CPU, where fp16 products are slow."""
+        return getattr(torch, self.config.teacher.dtype) if self.device == "cuda" else torch.float32
+
+    @property
+    def stage_2_blocks(self) -> int:
+        """Blocks of the corpus that all steps of stage 2 see."""
+        section = self.config.pretrain
+        rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * launch.world_size()
+        return capped_steps(section.max_steps, self.config.max_steps) * rows
+
+    def cache_layout(self, vocabulary: int) -> Layout:
+        """The teacher's logits that stage 2 needs."""
+        section = self.config.pretrain
+        return Layout(self.stage_2_blocks, section.block_size, section.kd_top_k, section.kd_temperature, vocabulary)
+
+    def task_rows(self, tokenizer, model) -> dict[str, Any]:
+        """The training rows as tokens that the model has, and what they are padded with, for `fine_tune`."""
+        vocabulary = embedding_rows(model)  # one of the rows is shown in RUN/example.txt
+        rows = self.sources.training_tokens(tokenizer, vocabulary, self.root / "example.txt")
+        return {"rows": rows, "pad_token_id": pad_token(tokenizer, vocabulary)}
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """Everything that the result of a stage depends on, besides the results of the stages it depends on."""
+        known = self.known_settings()
+        return {name: value for group in self.stages[stage].reads for name, value in known[group].items()}
+
+    def known_settings(self) -> dict[str, dict[str, Any]]:
+        """The groups of settings that the table's column `reads` names, as done.json keeps them."""
+        config, sources = self.config, self.sources
+        names = ("base", "teacher", "refine", "pretrain", "distill", "baseline", "evaluate", "export")
+        sections = {name: dataclasses.asdict(getattr(config, name)) for name in names}
+        if not config.pretrain.lambda_logits > 0:
+            for name in OF_STAGE_2_DISTILLATION:
+                del sections["pretrain"][name]
+        sections["distill steps"] = optimization(config.distill)
+        groups = {
+            name: {name.split()[0]: {key: one for key, one in values.items() if key not in DOES_NOT_CHANGE_THE_RESULT}}
+            for name, values in sections.items()
+        }
+        kept = {"blocks": self.stage_2_blocks, "block_size": config.pretrain.block_size}
+        kept |= {"top_k": config.pretrain.kd_top_k, "temperature": config.pretrain.kd_temperature}
+        corpus = {"corpus": {"source": file_identity(sources.corpus), "column": config.corpus_column}}
+        rows = {"train": {"file": file_identity(sources.train_file), "max_rows": config.max_train_rows}}
+        validation = {"validation_file": file_identity(sources.validation_file)}
+        if extra := config.extra_validation_files:
+            validation["extra_validation_files"] = {split: file_identity(file) for split, file in extra.items()}
+        task = dataclasses.asdict(self.task)
+        calibrated = config.refine.gain == "calibrated" or quantizer_named(config.refine.weight_quantizer).calibrated
+        return groups | {
+            "training": {"seed": config.seed, "precision": config.precision, "max_steps_cap": config.max_steps},
+            "seed": {"seed": config.seed},
+            "backward": {"bit_linear_backward": config.bit_linear_backward},
+            "embedding": {"embedding": config.refine.embedding},
+            "cache": {"cache": kept},
+            "corpus": corpus,
+            "calibration": corpus if calibrated else {},
+            "model": {} if self.embedded else {"model": file_identity(config.model)},
+            "teacher model": {"teacher_model": file_identity(config.teacher.model)},
+            "student": {"student": file_identity(config.student)} if config.student else {},
+            "task": {"task": task | {"labels": str(task["labels"])}, "max_length": config.max_length},
+            "train rows": rows,
+            "validation rows": validation,
+            "GPTQ rows": rows | {"seed": config.seed} if config.evaluate.weight_only else {},
+        }
+
+    def reason_to_run(self, stage: str) -> str | None:
+        """Why a stage must run, or None when its result still stands."""
+        return self.directory.reason_to_run(stage, self.settings(stage))
+
+    def result(self, stage: str, facts: dict[str, Any]):
+        """A temporary folder that becomes the stage's result; rank 0 alone may write one."""
+        return self.directory.result(stage, self.settings(stage), facts)
+
+    def train(self, stage: str, section: TrainingConfig, fit: Callable[..., Any], save: Callable[..., None], **options):
+        """What every training stage shares: arguments, checkpoints that belong to these settings, the atomic result."""
+        checkpoints = self.directory.checkpoints(stage)
+        resume = self.prepare_checkpoints(stage)
+        arguments = training_arguments(
+            checkpoints,
+            **self._numerics(stage),
+            seed=self.config.seed,
+            report_to=self.config.report_to,
+            steps_cap=self.config.max_steps,
+            **optimization(section),
+        )
+        trainer, facts = fit(arguments=arguments, stage=stage, run_dir=self.root, resume=resume, **options)
+        model, state = trainer.model, full_state_dict(trainer.model_wrapped)
+        if launch.is_main():
+            with self.result(stage, facts) as folder:
+                save(folder, model, state)
+        launch.barrier()
+        release(trainer)
+        if launch.is_main():
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        gc.collect()
+
+    def prepare_checkpoints(self, stage: str) -> bool:
+        """True when there are checkpoints of these very settings and --resume was given; others are removed, said."""
+        folder = self.directory.checkpoints(stage)
+        path = folder / "settings.json"
+        inputs = {name: self.directory.done(name)["id"] for name in self.directory.inputs(stage)}
+        engine = "torch" if self.alone else "deepspeed"  # neither reads the other's checkpoints
+        now = json.loads(json.dumps({"settings": self.settings(stage), "inputs": inputs, "engine": engine}))
+        known = json.loads(path.read_text()) if path.is_file() else None
+        resume = self.config.resume and known == now
+        launch.barrier()
+        if not resume and folder.exists():
+            why = "their settings differ from those of this run" if self.config.resume else "no --resume was given"
+            if any(folder.glob("checkpoint-*")) or any(folder.glob("shard-*")):
+                launch.say(f"{stage}: earlier checkpoints are removed, because {why}")
+            if launch.is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+        if launch.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(now))
+        launch.barrier()
+        return resume
