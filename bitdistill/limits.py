@@ -17,7 +17,8 @@ class Limit:
     """A range of numbers, said in words.
 
     Args:
-        words: for the message. lowest, highest: both allowed, unless `above` (below): then lowest (highest) is not.
+        words: the range in words, for the message. lowest, highest: its ends.
+        above: the lowest number itself is not allowed. below: the highest number itself is not allowed.
     """
 
     words: str
