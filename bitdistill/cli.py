@@ -105,7 +105,7 @@ def _generate_lines(
     prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     blank = len(lines) - len(prompts) - (lines[-1] == "")  # nothing follows the last line end
     if not prompts:
-        raise UserError("prompts_file", expected="at least one prompt", got="none", do="Write one a line.")
+        raise UserError("prompts_file", expected="at least one prompt", got="none", do="Write one prompt per line.")
     if blank:
         print(f"[{blank} blank lines left out]", file=sys.stderr)
     finished, following, escaped = {}, 0, not console.takes_unicode(sys.stdout)
@@ -198,7 +198,9 @@ def evaluate(
         json_file: write the result there, too.
     """
     if perplexity and lm_eval:
-        raise UserError("eval", expected="--perplexity or --lm_eval", got="both", do="Run them one after the other.")
+        raise UserError(
+            "perplexity", expected="--perplexity or --lm_eval", got="both", do="Run them one after the other."
+        )
     run = Path(run_or_file).expanduser()
     if json_file:
         _require_writable("json_file", json_file)
@@ -249,7 +251,7 @@ def _run_defaults(run: Path) -> dict:
 
     if not (run / "config.yaml").is_file():
         return {}
-    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     if settings["model"] is None:
         files = {"task": str(run / "demo" / "task.yaml"), "validation_file": str(run / "demo" / "validation.jsonl")}
         return files | {"max_length": settings["max_length"]}
@@ -343,7 +345,9 @@ def _lm_eval(
     ours = [name for name in names if (BUILT_IN / f"{name}.yaml").is_file() or Path(name).is_file()]
     if file is not None and len(ours) > 1:
         got = f"one file and {', '.join(ours)}"
-        raise UserError("lm_eval", expected="one task of ours for local rows", got=got, do="Run them one by one.")
+        raise UserError(
+            "lm_eval", expected="one task of ours for local rows", got=got, do="Score them one after the other."
+        )
     name, model, tokenizer = _subject(run_or_file, setting, threads)
     lines = []
     for wanted in names:

@@ -166,7 +166,9 @@ def mark_complete(folder: str | Path) -> None:
         files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
         files.pop(MARKER, None)
         unfinished = folder / f".{MARKER}"
-        unfinished.write_text(json.dumps({"world_size": launch.world_size(), "files": files}, indent=1))
+        unfinished.write_text(
+            json.dumps({"world_size": launch.world_size(), "files": files}, indent=1), encoding="utf-8"
+        )
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
         unfinished.rename(folder / MARKER)
@@ -205,7 +207,7 @@ def _completeness(checkpoint: Path) -> tuple[str | None, dict]:
     """(what is wrong or None, the marker)."""
     if not (checkpoint / MARKER).is_file():
         return f"unfinished: it has no {MARKER}", {}
-    marker = json.loads((checkpoint / MARKER).read_text())
+    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     for name, size in marker["files"].items():
         file = checkpoint / name
         if not file.is_file():

@@ -79,7 +79,7 @@ def initialise(device: str, alone: bool = False) -> None:
                 "device",
                 expected=f"a GPU for each of {local_ranks} local ranks",
                 got=str(torch.cuda.device_count()),
-                do="Start fewer ranks (deepspeed --num_gpus N), or set the device to cpu.",
+                do="Start fewer ranks (deepspeed --num_gpus N), or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU.",
             )
         torch.cuda.set_device(local_rank)
     else:
@@ -232,7 +232,7 @@ def require_nvme(nvme_path: str | Path) -> None:
     """
     path = Path(nvme_path)
     if not path.is_dir() or not os.access(path, os.W_OK):
-        raise UserError("nvme_path", expected="a writable folder", got=str(path), do="Create it on the fast disk.")
+        raise UserError("nvme_path", expected="a writable folder", got=str(path), do="Create it on a fast disk.")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
@@ -269,7 +269,7 @@ def _quieten(is_rank_0: bool) -> None:
     # DeepSpeed calls collectives that torch renamed: one warning per call, many per step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not is_rank_0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- for the life of the process
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- for the life of the process
         transformers.logging.set_verbosity_error()
         datasets.disable_progress_bars()
         warnings.simplefilter("ignore")

@@ -85,12 +85,12 @@ def deepspeed_config(
         )
     if precision == "fp16" and device == "cpu":
         raise UserError(
-            "precision", expected="fp32 or bf16 on CPU", got="'fp16'", do="fp16 needs loss scaling on a GPU; use bf16."
+            "precision", expected="fp32 or bf16 on CPU", got="'fp16'", do="Use bf16: fp16 needs loss scaling on a GPU."
         )
     _check_offload(offload, nvme_path)
     if offload != "none" and zero == 0:
         raise UserError(
-            "offload", expected="'none' with zero 0", got=repr(offload), do="Stage 0 partitions nothing; set zero to 2."
+            "offload", expected="'none' with zero 0", got=repr(offload), do="Set zero to 2: stage 0 partitions nothing."
         )
     if offload == "nvme" and zero != 3:
         raise UserError(

@@ -186,7 +186,7 @@ def test_a_quantized_embedding_is_stored_as_it_was_trained_or_not_at_all(tmp_pat
                 UserError, match=f"expected {embedding}, in which .* was trained; got {other}"
             ) as caught:
                 write_packed(tmp_path / "s", model, embedding=other)
-            assert caught.value.field == "embedding"
+            assert caught.value.field == "export.embedding"
     full = student("qwen3", "fp16")
     for embedding in ("fp16", *QUANTIZED_FORMATS):
         assert write_packed(tmp_path / "s", full, embedding=embedding)["embedding"] == embedding

@@ -113,7 +113,7 @@ def test_cuda_without_gpu_says_what_to_do(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))  # restored afterwards
-    with pytest.raises(UserError, match=r"^device: expected a GPU for each of .+; got 0\. .+ cpu\.$"):
+    with pytest.raises(UserError, match=r"^device: expected a GPU for each of .+; got 0\. .+ CPU\.$"):
         launch.initialise("cuda")
 
 

@@ -298,15 +298,13 @@ def test_no_gradient_reaches_the_teacher():
 @pytest.mark.parametrize(
     ("settings", "field", "said"),
     [
-        ({"convention": "eq13"}, "relation_convention", "eq12"),
-        ({"split_heads": 5}, "split_heads", "[1, 2, 4, 8, 16]"),
-        ({"split_heads": 0}, "split_heads", "[1, 2, 4, 8, 16]"),
-        ({"convention": "pr382"}, "split_heads", "[1, 2, 4, 8, 16]"),
-        ({"convention": "eq12", "temperature": 2.0}, "temperature", "eq12"),
-        ({"convention": "pr382", "split_heads": 2, "causal": True}, "causal", "pr382"),
-        ({"convention": "alg1", "num_layers": 2}, "num_layers", "alg1"),
-        ({"convention": "attention_maps", "split_heads": 4}, "split_heads", "attention_maps"),
-        ({"convention": "attention_maps", "weights": (1, 1, 0)}, "weights", "attention_maps"),
+        ({"convention": "eq13"}, "distill.relation", "eq12"),
+        ({"split_heads": 5}, "distill.split_heads", "[1, 2, 4, 8, 16]"),
+        ({"split_heads": 0}, "distill.split_heads", "[1, 2, 4, 8, 16]"),
+        ({"convention": "pr382"}, "distill.split_heads", "[1, 2, 4, 8, 16]"),
+        ({"convention": "eq12", "temperature": 2.0}, "distill.relation_temperature", "eq12"),
+        ({"convention": "pr382", "split_heads": 2, "causal": True}, "distill.relation_causal", "pr382"),
+        ({"convention": "attention_maps", "split_heads": 4}, "distill.split_heads", "attention_maps"),
     ],
 )
 def test_mistakes_in_the_settings_are_named(settings, field, said):
@@ -314,6 +312,12 @@ def test_mistakes_in_the_settings_are_named(settings, field, said):
         relation_loss(qkv(0), qkv(1), MASK, **settings)
     assert error.value.field == field
     assert said in str(error.value)
+
+
+def test_arguments_that_a_convention_does_not_have():
+    for arguments in ({"convention": "alg1", "num_layers": 2}, {"convention": "attention_maps", "weights": (1, 1, 0)}):
+        with pytest.raises(ValueError, match=arguments["convention"]):
+            relation_loss(qkv(0), qkv(1), MASK, **arguments)
 
 
 def test_unlike_heads_need_split_heads():
@@ -602,7 +606,7 @@ def test_balanced_gamma_over_micro_batches_and_ranks_equals_one_batch():
 
 def test_balanced_gamma_settings():
     for settings in ({"rho": 0.0}, {"rho": -1.0}, {"rho": math.nan}, {"rho": 1.0, "decay": 1.0}):
-        with pytest.raises(UserError):
+        with pytest.raises(ValueError, match="expected"):
             BalancedGamma(**settings)
 
 

@@ -192,9 +192,9 @@ def refused(field, call):
 
 def test_writing_refuses(tmp_path):
     path = tmp_path / "s"
-    refused("packing", lambda: write_packed(path, student("qwen3"), packing="1bit"))
-    refused("embedding", lambda: write_packed(path, student("qwen3"), embedding="int3"))
-    refused("path", lambda: write_packed(tmp_path / "no" / "s", student("qwen3")))
+    refused("export.packing", lambda: write_packed(path, student("qwen3"), packing="1bit"))
+    refused("export.embedding", lambda: write_packed(path, student("qwen3"), embedding="int3"))
+    refused("output_dir", lambda: write_packed(tmp_path / "no" / "s", student("qwen3")))
     plain = AutoModelForCausalLM.from_config(CONFIGS["qwen3"])
     refused("model", lambda: write_packed(path, plain))
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -208,12 +208,12 @@ def test_writing_refuses(tmp_path):
     refused("model.norm", lambda: write_packed(path, model))
     model = student("qwen3")
     model.model.embed_tokens.weight.data[3] = 70000.0
-    refused("embedding", lambda: write_packed(path, model))
+    refused("export.embedding", lambda: write_packed(path, model))
     write_packed(path, model, embedding="int8")
     narrow = LlamaConfig(vocab_size=9, hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     model = AutoModelForCausalLM.from_config(narrow)
     refine(model)
-    refused("embedding", lambda: write_packed(path, model, embedding="int4"))
+    refused("export.embedding", lambda: write_packed(path, model, embedding="int4"))
 
 
 def test_writing_refuses_what_the_runtime_lacks(tmp_path):
@@ -223,11 +223,11 @@ def test_writing_refuses_what_the_runtime_lacks(tmp_path):
     config = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "hidden_act": "relu"})
     model = AutoModelForCausalLM.from_config(config)
     refine(model)
-    refused("hidden_act", lambda: write_packed(tmp_path / "s", model))
+    refused("config.json: hidden_act", lambda: write_packed(tmp_path / "s", model))
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**CONFIGS["llama"].to_dict(), "rope_parameters": rope}))
     refine(model)
-    refused("rope_parameters", lambda: write_packed(tmp_path / "s", model))
+    refused("config.json: rope_parameters", lambda: write_packed(tmp_path / "s", model))
     model = student("llama")
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.bfloat16()
     assert "bfloat16" in refused("model", lambda: write_packed(tmp_path / "s", model))
@@ -239,24 +239,24 @@ def test_writing_refuses_what_the_runtime_lacks(tmp_path):
 
 def test_reading_refuses_other_files(tmp_path, qwen3):
     path = qwen3[0]
-    assert "no such file" in refused("file", lambda: read_packed(tmp_path / "absent"))
-    refused("file", lambda: read_packed(tmp_path))
+    assert "no such file" in refused("RUN_OR_FILE", lambda: read_packed(tmp_path / "absent"))
+    refused("RUN_OR_FILE", lambda: read_packed(tmp_path))
     (tmp_path / "empty").touch()
-    refused("file", lambda: read_packed(tmp_path / "empty"))
+    refused("RUN_OR_FILE", lambda: read_packed(tmp_path / "empty"))
     (tmp_path / "text").write_text("not safetensors, but long enough to have a header length")
-    refused("file", lambda: read_packed(tmp_path / "text"))
+    refused("RUN_OR_FILE", lambda: read_packed(tmp_path / "text"))
     save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "foreign")
-    assert "something else" in refused("file", lambda: read_packed(tmp_path / "foreign"))
+    assert "something else" in refused("RUN_OR_FILE", lambda: read_packed(tmp_path / "foreign"))
     for version in ("1", "3"):
         rewritten(path, version=version)
-        assert "Update bitdistill, or export the student again" in refused("file", lambda: read_packed(path))
+        assert "Update bitdistill, or export the student again" in refused("RUN_OR_FILE", lambda: read_packed(path))
 
 
 @pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.999])
 def test_reading_notices_truncation(qwen3, share):
     path = qwen3[0]
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    assert "truncated" in refused("file", lambda: read_packed(path))
+    assert "truncated" in refused("RUN_OR_FILE", lambda: read_packed(path))
 
 
 def test_reading_notices_every_flipped_bit(qwen3):
@@ -271,7 +271,7 @@ def test_reading_notices_every_flipped_bit(qwen3):
         if damaged[place : place + 1] == b" " or data[place : place + 1] == b" ":
             continue  # white space that pads the header carries nothing
         path.write_bytes(damaged)
-        refused("file", lambda: read_packed(path))
+        refused("RUN_OR_FILE", lambda: read_packed(path))
 
 
 def test_reading_names_missing_extra_and_misshapen_tensors(qwen3):
@@ -279,13 +279,13 @@ def test_reading_names_missing_extra_and_misshapen_tensors(qwen3):
     whole = load_file(path)
     name = "model.layers.1.mlp.down_proj.subln"
     rewritten(path, {key: value for key, value in whole.items() if key != name})
-    message = refused("file", lambda: read_packed(path))
+    message = refused("RUN_OR_FILE", lambda: read_packed(path))
     assert f"1 missing: {name}" in message
     rewritten(path, {**whole, "model.layers.9.bias": np.zeros(3, np.float32)})
-    assert "1 extra: model.layers.9.bias" in refused("file", lambda: read_packed(path))
+    assert "1 extra: model.layers.9.bias" in refused("RUN_OR_FILE", lambda: read_packed(path))
     for other in (whole[name][:-1], whole[name].astype(np.float16), whole[name].astype(np.float64)):
         rewritten(path, {**whole, name: other})
-        assert f"1 of another dtype or shape: {name}" in refused("file", lambda: read_packed(path))
+        assert f"1 of another dtype or shape: {name}" in refused("RUN_OR_FILE", lambda: read_packed(path))
     rewritten(path, whole)
     read_packed(path)
 
@@ -297,6 +297,6 @@ def test_reading_notices_edits(qwen3):
     config = json.loads(header["config"])
     edited = json.dumps({**config, "rms_norm_eps": 1e-3})
     rewritten(path, config=edited, config_sha256=header["config_sha256"])
-    assert "damaged or edited" in refused("file", lambda: read_packed(path))
+    assert "damaged or edited" in refused("RUN_OR_FILE", lambda: read_packed(path))
     rewritten(path, config=header["config"], config_sha256=None)
-    assert "damaged or edited" in refused("file", lambda: read_packed(path))
+    assert "damaged or edited" in refused("RUN_OR_FILE", lambda: read_packed(path))

@@ -185,9 +185,9 @@ def test_parity_fails_on_other_logits(qwen3, monkeypatch):
 
 def test_parity_needs_prompts_and_fp32(qwen3):
     path, model = qwen3
-    refused("prompts", lambda: prove_parity(path, model, []))
-    refused("prompts", lambda: prove_parity(path, model, [[3], []]))
-    refused("prompts", lambda: prove_parity(path, model, [[3] * 65]))
+    refused("validation_file", lambda: prove_parity(path, model, []))
+    refused("validation_file", lambda: prove_parity(path, model, [[3], []]))
+    refused("validation_file", lambda: prove_parity(path, model, [[3] * 65]))
     refused("model", lambda: prove_parity(path, model.bfloat16(), PROMPTS))
 
 

@@ -216,7 +216,7 @@ def test_calibrated_gains_are_the_rms_of_the_inputs():
     gain = model.model.layers[0].mlp.down_proj.subln.weight
     assert torch.allclose(gain, torch.full_like(gain, expected), rtol=1e-6)
     assert len(calibrate_gains(tiny("qwen3"), [{"input_ids": TOKENS}], norms="all")) == 14
-    with pytest.raises(UserError, match="at least one batch"):
+    with pytest.raises(UserError, match="at least one block"):
         calibrate_gains(tiny("qwen3"), [])
 
 

@@ -572,7 +572,7 @@ def test_refusals(talker, tmp_path):
         "threads": lambda: Runtime(tmp_path / "s", threads=0),
         "kv_cache": lambda: Runtime(tmp_path / "s", kv_cache="int3"),
         "context": lambda: Runtime(tmp_path / "s", context=65),
-        "file": lambda: list(bare.generate("text")),
+        "RUN_OR_FILE": lambda: list(bare.generate("text")),
         "max_new_tokens": lambda: list(bare.generate_ids([3], max_new_tokens=0)),
         "slots": lambda: list(bare.generate_batch([[3]], slots=17)),
         "label": lambda: bare.classify([[3]], [[5], []]),

@@ -274,7 +274,7 @@ def test_refusals(tmp_path, device):
     cases = {
         "kv_cache": lambda: CudaRuntime(path, device, kv_cache="int8"),
         "context": lambda: CudaRuntime(path, device, context=65),
-        "file": lambda: list(runtime.generate("text")),
+        "RUN_OR_FILE": lambda: list(runtime.generate("text")),
         "max_new_tokens": lambda: list(runtime.generate_ids([3], max_new_tokens=0)),
         "device": lambda: CudaRuntime(path, "cuda:77"),
     }

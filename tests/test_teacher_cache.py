@@ -342,7 +342,7 @@ def test_other_tokens_than_the_teacher_saw(finished):
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     layout = Layout(10, 512, 32, 1.0, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=layout.total_bytes - 1))
-    with pytest.raises(UserError, match=r"cache: expected 0.000676 GB free.*kd_top_k"):
+    with pytest.raises(UserError, match=r"output_dir: expected 0.000676 GB free.*kd_top_k"):
         check_room(tmp_path, layout)
     (tmp_path / "shard-00000.safetensors").write_bytes(b"x" * 10)  # what is there already needs no room
     check_room(tmp_path, layout)

@@ -209,7 +209,7 @@ def test_rtn_needs_no_calibration_and_gptq_does():
     weights = sum(value.numel() for name, value in before.items() if "_proj.weight" in name)
     assert facts["linear_weights"] == weights
     assert facts["calibration_tokens"] == 0
-    with pytest.raises(UserError, match="calibration"):
+    with pytest.raises(UserError, match="prompts for GPTQ"):
         quantize_model(model, "gptq", [])
 
 

@@ -168,14 +168,14 @@ def stock_task(name: str, rows: Dataset | None = None):
             changed = {"include": str(manager.task_index[name].yaml_path), "task": name, "dataset_path": "json"}
             changed |= {"dataset_name": None, "dataset_kwargs": {"data_files": {"validation": f"{folder}/rows.jsonl"}}}
             changed |= {"validation_split": "validation", "training_split": None, "test_split": None}
-            Path(folder, "task.yaml").write_text(yaml.safe_dump(changed | {"fewshot_split": None}))
+            Path(folder, "task.yaml").write_text(yaml.safe_dump(changed | {"fewshot_split": None}), encoding="utf-8")
             return list(manager.load([f"{folder}/task.yaml"])["tasks"].values())
     except (ConnectionError, FileNotFoundError, DatasetNotFoundError, requests.ConnectionError) as error:
         raise UserError(
-            f"lm_eval task {name}",
-            expected="its data from the hub",
+            "lm_eval",
+            expected=f"the data of {name} from the hub",
             got=str(error).strip().splitlines()[0],
-            do="It needs a network; for sst2, mnli, qnli or a YAML of yours give local rows: --validation_file FILE.",
+            do="Connect to the network; for sst2, mnli, qnli or a YAML file of yours give local rows: --validation_file FILE.",
         ) from error
 
 

@@ -178,7 +178,7 @@ def accuracy_interval(correct: np.ndarray, confidence: float = 0.95) -> tuple[fl
     """
     correct = np.asarray(correct, bool)
     if not len(correct):
-        raise UserError("evaluation", expected="at least one row", got="none", do="Give rows to score.")
+        raise UserError("validation_file", expected="at least one row", got="none", do="Give rows to score.")
     interval = scipy.stats.binomtest(int(correct.sum()), len(correct)).proportion_ci(confidence, method="wilson")
     return float(correct.mean()), float(interval.low), float(interval.high)
 
@@ -196,7 +196,9 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95, seed: int = 0) -
     values = np.asarray(values, np.float64)
     if len(values) < 2:
         do = "Score more rows."
-        raise UserError("evaluation", expected="at least two examples for an interval", got=str(len(values)), do=do)
+        raise UserError(
+            "validation_file", expected="at least two examples for an interval", got=str(len(values)), do=do
+        )
     interval = scipy.stats.bootstrap(
         (values,),
         np.mean,

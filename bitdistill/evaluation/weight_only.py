@@ -62,7 +62,9 @@ def _check(weight: Tensor, bits: int, group: int) -> None:
     assert group >= 1
     if not (weight.abs() < 65504 * (2 ** (bits - 1) - 0.5)).all():  # false for NaN, too
         do = "The model cannot be stored in this format; set evaluate.weight_only to false."
-        raise UserError("weight", expected="finite weights whose scale fp16 can hold", got="others", do=do)
+        raise UserError(
+            "evaluate.weight_only", expected="finite weights whose scale fp16 can hold", got="others", do=do
+        )
 
 
 def round_to_nearest(weight: Tensor, bits: int = BITS, group: int = GROUP) -> tuple[Tensor, Tensor]:
@@ -116,7 +118,7 @@ def gptq(
     _check(weight, bits, group)
     if not hessian.isfinite().all():
         do = "Set evaluate.weight_only to false."
-        raise UserError("calibration", expected="finite activations", got="infinite or NaN ones", do=do)
+        raise UserError("evaluate.weight_only", expected="finite activations", got="infinite or NaN ones", do=do)
     codes, scales = compensated_codes(
         weight,
         inverse_factor(hessian, damping),
@@ -163,7 +165,7 @@ def quantize_model(
             put(linear, *round_to_nearest(linear.weight, bits, group))
     else:
         if not any(map(len, calibration)):
-            raise UserError("calibration", expected="prompts for GPTQ", got="none", do="Give training rows.")
+            raise UserError("train_file", expected="prompts for GPTQ", got="none", do="Give a file with training rows.")
         calls, hidden, real = _layer_calls(model, calibration)
         with evaluating(model):
             for index, layer in enumerate(tqdm(layers, desc="GPTQ")):

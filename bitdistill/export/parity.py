@@ -70,9 +70,11 @@ def prove_parity(path: str | Path, model, prompts: Sequence[Sequence[int]]) -> d
     context, lengths = model.config.max_position_embeddings, [len(ids) for ids in prompts]
     if not lengths or min(lengths) == 0 or max(lengths) > context:
         expected = f"at least one text to compare on, each of 1 to {context} tokens"
-        raise UserError("prompts", expected=expected, got=f"lengths {lengths}", do="Give texts that fit.")
+        raise UserError(
+            "validation_file", expected=expected, got=f"lengths {lengths}", do="Give rows whose prompts fit."
+        )
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
-        raise UserError("model", expected="a student in float32", got="other dtypes", do="Use refine.load_student.")
+        raise UserError("student", expected="one in float32", got="other dtypes", do="Load it by refine.load_student.")
     runtime = Runtime(path, kv_cache="fp32")
     _compare_weights(runtime.model, model)
     _compare_tables(runtime.model, model)

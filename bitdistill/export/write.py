@@ -72,12 +72,24 @@ def write_packed(
     """
     path = Path(path)
     if packing not in layout.PACKINGS:
-        raise UserError("packing", expected=f"one of {', '.join(layout.PACKINGS)}", got=repr(packing), do="Correct it.")
+        raise UserError(
+            "export.packing",
+            expected=f"one of {', '.join(layout.PACKINGS)}",
+            got=repr(packing),
+            do="Choose one of these.",
+        )
     if embedding is not None and embedding not in EMBEDDINGS:
-        raise UserError("embedding", expected=f"one of {', '.join(EMBEDDINGS)}", got=repr(embedding), do="Correct it.")
+        raise UserError(
+            "export.embedding",
+            expected=f"one of {', '.join(EMBEDDINGS)}",
+            got=repr(embedding),
+            do="Choose one of these.",
+        )
     embedding = _embedding_to_store(model, embedding)
     if not path.parent.is_dir():
-        raise UserError("path", expected="a file in an existing folder", got=str(path), do="Create the folder first.")
+        raise UserError(
+            "output_dir", expected="a file in an existing folder", got=str(path), do="Create the folder first."
+        )
     config, tensors = _collect(model, packing, embedding, tokenizer_json, metadata)
     write_tensors(path, config, tensors, metadata)
     file_bytes = path.stat().st_size
@@ -250,7 +262,7 @@ def _embedding_to_store(model, wanted: str | None) -> str:
     trained = embedding_format(model)
     if wanted not in (None, trained) and trained != FULL_PRECISION:
         raise UserError(
-            "embedding",
+            "export.embedding",
             expected=f"{trained}, in which the student's embedding was trained",
             got=wanted,
             do="Leave it out: only an embedding trained in full precision can be stored in another format.",
@@ -278,14 +290,14 @@ def _refuse_unsupported(model) -> None:
     for rope_type in types.values() if isinstance(types, dict) else [types]:
         if rope_type in ("dynamic", "longrope"):
             raise UserError(
-                "rope_parameters",
+                "config.json: rope_parameters",
                 expected="a RoPE scaling whose frequencies do not depend on the length of the text",
                 got=rope_type,
                 do="Set rope_parameters of the base model to a fixed type before training.",
             )
     if _activation(hf) not in _ACTIVATIONS:
         raise UserError(
-            "hidden_act",
+            "config.json: hidden_act",
             expected=f"one of {', '.join(_ACTIVATIONS)}",
             got=_activation(hf),
             do="Use another base model.",
@@ -293,7 +305,10 @@ def _refuse_unsupported(model) -> None:
     for field in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
         if getattr(hf, field, None):
             raise UserError(
-                field, expected="none (the runtime has no such step)", got=str(getattr(hf, field)), do="Clear it."
+                field,
+                expected="none (the runtime has no such step)",
+                got=str(getattr(hf, field)),
+                do="Set it to null in the base model's config.json, or take another base model.",
             )
 
 
@@ -317,14 +332,16 @@ def _check_master(name: str, weight) -> None:
 def _float32(name: str, tensor) -> np.ndarray:
     array = tensor.detach().float().cpu().contiguous().numpy()
     if not np.isfinite(array).all():
-        raise UserError(name, expected="finite numbers", got="NaN or infinity", do="The training diverged.")
+        raise UserError(
+            name, expected="finite numbers", got="NaN or infinity", do="Lower the learning rate: the training diverged."
+        )
     return array
 
 
 def _quantize_table(name: str, table: np.ndarray, embedding: str, packing: str) -> dict[str, np.ndarray]:
     if embedding == "int4" and table.shape[1] % INT4_GROUP:
         raise UserError(
-            "embedding",
+            "export.embedding",
             expected=f"a hidden size that {INT4_GROUP} divides, for int4",
             got=str(table.shape[1]),
             do="Use int8 or fp16.",
@@ -332,7 +349,7 @@ def _quantize_table(name: str, table: np.ndarray, embedding: str, packing: str) 
     peak = np.abs(table).max()
     if embedding in ("fp16", "int4") and peak > np.finfo(np.float16).max:
         raise UserError(
-            "embedding", expected="entries up to 65504, for fp16", got=f"{peak:g} in {name}", do="Use int8."
+            "export.embedding", expected="entries up to 65504, for fp16", got=f"{peak:g} in {name}", do="Use int8."
         )
     if embedding == "fp16":
         return {f"{name}.weight": table.astype(np.float16)}

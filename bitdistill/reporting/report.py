@@ -86,7 +86,7 @@ def read_run(run_dir: str | Path) -> Run:
     """
     path = Path(run_dir)
     if not path.is_dir():
-        raise UserError("run directory", expected="an existing folder", got=str(path), do="Name the folder of a run.")
+        raise UserError("RUN", expected="an existing folder", got=str(path), do="Name the folder of a run.")
     run = Run(path)
     if (path / "config.yaml").is_file():
         run.config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")

@@ -91,7 +91,9 @@ class Runtime:
         if threads is not None and threads < 1:
             raise UserError("threads", expected="at least 1", got=str(threads), do="Leave it out to use all cores.")
         if kv_cache not in KV_CACHES:
-            raise UserError("kv_cache", expected=f"one of {', '.join(KV_CACHES)}", got=repr(kv_cache), do="Correct it.")
+            raise UserError(
+                "kv_cache", expected=f"one of {', '.join(KV_CACHES)}", got=repr(kv_cache), do="Choose one of these."
+            )
         self.model: PackedModel = read_packed(path)
         longest = self.model.config.max_position_embeddings
         if context is not None and not 1 <= context <= longest:
@@ -316,7 +318,7 @@ class Runtime:
             UserError: as `generate`, before anything is computed; texts for a file without a tokenizer.
         """
         if not 1 <= slots <= MAX_SLOTS:
-            raise UserError("slots", expected=f"1 to {MAX_SLOTS}", got=str(slots), do="Correct it.")
+            raise UserError("slots", expected=f"1 to {MAX_SLOTS}", got=str(slots), do="Give a number of this range.")
         sampling = sampling or Sampling()
         requests = [
             self._request(index, self._encoded(prompt), max_new_tokens, replace(sampling, seed=sampling.seed + index))
@@ -387,7 +389,7 @@ class Runtime:
 
     def _request(self, index: int, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Request:
         if max_new_tokens < 1:
-            raise UserError("max_new_tokens", expected="at least 1", got=str(max_new_tokens), do="Correct it.")
+            raise UserError("max_new_tokens", expected="at least 1", got=str(max_new_tokens), do="Give 1 or more.")
         ids = self._checked_prompt(prompt_ids, self.context)
         sampler = Sampler(sampling, ids, self.model.config.vocab_size)
         return Request(index, ids, max_new_tokens, sampler, prompt_tokens=len(ids))
@@ -415,7 +417,7 @@ class Runtime:
     def _needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise UserError(
-                "file",
+                "RUN_OR_FILE",
                 expected="a packed file with a tokenizer",
                 got=f"{self.model.path} without one",
                 do="Use generate_ids, or export it again with the tokenizer.",

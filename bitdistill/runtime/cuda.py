@@ -91,7 +91,9 @@ class CudaRuntime:
     def __init__(self, path: str | Path, device: str = "cuda", context: int | None = None, kv_cache: str = "bf16"):
         self.device = usable_device(device)
         if kv_cache not in KV_CACHES:
-            raise UserError("kv_cache", expected=f"one of {', '.join(KV_CACHES)}", got=repr(kv_cache), do="Correct it.")
+            raise UserError(
+                "kv_cache", expected=f"one of {', '.join(KV_CACHES)}", got=repr(kv_cache), do="Choose one of these."
+            )
         self.model: PackedModel = read_packed(path)
         longest = self.model.config.max_position_embeddings
         if context is not None and not 1 <= context <= longest:
@@ -290,7 +292,7 @@ class CudaRuntime:
         """
         if self.tokenizer is None:
             raise UserError(
-                "file",
+                "RUN_OR_FILE",
                 expected="a packed file with a tokenizer",
                 got=f"{self.model.path} without one",
                 do="Use generate_ids, or export it again with the tokenizer.",
@@ -334,7 +336,7 @@ def _pieces(ids: list[int]) -> list[tuple[int, list[int]]]:
 
 def _check_length(max_new_tokens: int) -> None:
     if max_new_tokens < 1:
-        raise UserError("max_new_tokens", expected="at least 1", got=str(max_new_tokens), do="Correct it.")
+        raise UserError("max_new_tokens", expected="at least 1", got=str(max_new_tokens), do="Give 1 or more.")
 
 
 # --- file -> device ---------------------------------------------------------------------------------------------------

@@ -167,33 +167,35 @@ def read_packed(path: str | Path) -> PackedModel:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError("file", expected="a packed student file", got=f"{path} (no such file)", do="Check the path.")
+        raise UserError(
+            "RUN_OR_FILE", expected="a packed student file", got=f"{path} (no such file)", do="Check the path."
+        )
     try:
         with safe_open(path, framework="np") as file:  # validates the header and that the file is as long as it says
             header = file.metadata() or {}
     except SafetensorError as error:
         raise UserError(
-            "file",
+            "RUN_OR_FILE",
             expected="a whole safetensors file",
             got=f"{path}, which is another kind of file or truncated ({error})",
             do="Copy or export it again.",
         ) from error
     if header.get("format") != FORMAT:
         raise UserError(
-            "file",
+            "RUN_OR_FILE",
             expected=f"a safetensors file with format {FORMAT}",
             got=f"{path}, format {header.get('format')}: a checkpoint of something else",
             do="Give export/student.safetensors of a run.",
         )
     if header.get("version") != str(VERSION):
         raise UserError(
-            "file",
+            "RUN_OR_FILE",
             expected=f"packed format version {VERSION}",
             got=f"{path}, version {header.get('version')}",
             do="Update bitdistill, or export the student again.",
         )
     damaged = UserError(
-        "file",
+        "RUN_OR_FILE",
         expected="the bytes that were written",
         got=f"{path}, which was damaged or edited (a checksum differs)",
         do="Copy or export it again.",
@@ -237,7 +239,7 @@ def _check_tensors(path: Path, expected: dict, tensors: dict[str, np.ndarray]) -
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(
-                "file",
+                "RUN_OR_FILE",
                 expected=f"the {len(expected)} tensors that its config names",
                 got=f"{path} with {len(names)} {problem}: {shown}",
                 do="Export the student again.",

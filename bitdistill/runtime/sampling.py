@@ -63,7 +63,9 @@ class Sampling:
             ("seed", "0 or more", self.seed >= 0),
         ):
             if not right:
-                raise UserError(field, expected=expected, got=str(getattr(self, field)), do="Correct it.")
+                raise UserError(
+                    field, expected=expected, got=str(getattr(self, field)), do="Give a number of this range."
+                )
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0):
             raise UserError(
                 "temperature",

@@ -82,13 +82,18 @@ def quantize_embeddings(model: nn.Module, format: str) -> None:
         UserError: an unknown format, or one that the hidden size does not fit.
     """
     if format not in TABLE_FORMATS:
-        raise UserError("embedding", expected=f"one of {', '.join(TABLE_FORMATS)}", got=repr(format), do="Correct it.")
+        raise UserError(
+            "refine.embedding",
+            expected=f"one of {', '.join(TABLE_FORMATS)}",
+            got=repr(format),
+            do="Choose one of these.",
+        )
     if format == FULL_PRECISION:
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if format == "int4" and embedding.embedding_dim % INT4_GROUP:
         raise UserError(
-            "embedding",
+            "refine.embedding",
             expected=f"a hidden size that {INT4_GROUP} divides, for int4",
             got=str(embedding.embedding_dim),
             do="Use int8 or ternary.",

@@ -109,7 +109,7 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Conversion:
         tokenizer.save_pretrained(unfinished)
         ends = [metadata[key] for key in _END_KEYS if key in metadata]
         generation = {"bos_token_id": config.bos_token_id, "eos_token_id": sorted(set(ends), key=ends.index)}
-        (unfinished / "generation_config.json").write_text(json.dumps(generation, indent=1))
+        (unfinished / "generation_config.json").write_text(json.dumps(generation, indent=1), encoding="utf-8")
     stored = [tensor for name, tensor in tensors.items() if name != ROPE_FACTORS]
     parameters = sum(int(tensor.n_elements) for tensor in stored)
     return Conversion(

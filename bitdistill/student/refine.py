@@ -84,7 +84,9 @@ def refine(
     """
     check_family(model.config)
     if norms not in SUBLN_BEFORE:
-        raise UserError("norms", expected=f"one of {', '.join(SUBLN_BEFORE)}", got=repr(norms), do="Correct it.")
+        raise UserError(
+            "refine.norms", expected=f"one of {', '.join(SUBLN_BEFORE)}", got=repr(norms), do="Choose one of these."
+        )
     quantizer = quantizer_named(weight_quantizer)
     if bit_linears(model):
         raise UserError("model", expected="a full-precision model", got="a converted one", do="Load the base model.")
@@ -208,7 +210,9 @@ def calibrate_gains(model: nn.Module, batches: Iterable[dict[str, Tensor]], norm
 
     wanted = _watch_inputs(model, batches, SUBLN_BEFORE[norms], record)
     if wanted and not sums:
-        raise UserError("calibration", expected="at least one batch", got="none", do="Give a corpus, or --gain one.")
+        raise UserError(
+            "corpus", expected="at least one block", got="none", do="Give a longer --corpus, or set --refine.gain one."
+        )
     return {name: max((total / count) ** 0.5, 1e-8) for name, (total, count) in sums.items()}
 
 
@@ -244,7 +248,7 @@ def calibrate_inputs(
     watched = [name for name in PROJECTIONS if first_of.get(name, name) == name]
     _watch_inputs(model, batches, watched, record)
     if not found:
-        raise UserError("calibration", expected="at least one batch", got="none", do="Give a corpus.")
+        raise UserError("corpus", expected="at least one block", got="none", do="Give a longer --corpus.")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     result = {}
     for name in names:
@@ -325,7 +329,7 @@ def student_record(folder: str | Path) -> dict:
         if not (folder / name).is_file():
             raise UserError("student", expected=f"a folder with {name}", got=str(folder), do="Give a finished stage.")
     try:
-        written = json.loads((folder / "config.json").read_text()).get("bitdistill")
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("bitdistill")
     except ValueError as error:
         raise UserError("config.json", expected="JSON", got=str(error), do="Run the stage again.") from error
     if not written:

@@ -194,7 +194,7 @@ def trim_folder(model: nn.Module, tokenizer, texts: Iterable[str], target: str |
     trim_model(model, kept)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    (Path(target) / "tokenizer.json").write_text(json.dumps(trimmed, ensure_ascii=False))
+    (Path(target) / "tokenizer.json").write_text(json.dumps(trimmed, ensure_ascii=False), encoding="utf-8")
     _renumber_tokenizer_config(Path(target) / "tokenizer_config.json", kept)
     np.save(Path(target) / "kept_tokens.npy", kept)
     return Trimming(kept, vocabulary_before, len(kept), before, after, changed, number)
@@ -259,13 +259,13 @@ def _renumber_setting(config, name: str, new_id: dict[int, int]) -> None:
 
 def _renumber_tokenizer_config(path: Path, kept: np.ndarray) -> None:
     """added_tokens_decoder of tokenizer_config.json is keyed by id."""
-    settings = json.loads(path.read_text())
+    settings = json.loads(path.read_text(encoding="utf-8"))
     if "added_tokens_decoder" in settings:
         new_id = {str(old): str(new) for new, old in enumerate(kept)}
         settings["added_tokens_decoder"] = {
             new_id[index]: token for index, token in settings["added_tokens_decoder"].items()
         }
-        path.write_text(json.dumps(settings, indent=1, ensure_ascii=False))
+        path.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _batches(texts: Iterable[str]) -> Iterable[list[str]]:

@@ -67,7 +67,7 @@ class AttentionCapture:
         for layer in layers:
             if not -count <= layer < count:
                 raise UserError(
-                    "relation_layer",
+                    "distill.relation_layers",
                     expected=f"a layer from {-count} to {count - 1}; the model has {count}",
                     got=str(layer),
                     do="Count from 0, or backwards from -1, the last.",
@@ -75,10 +75,10 @@ class AttentionCapture:
         self._layers = {layer: self._decoder.layers[layer] for layer in layers}
         if not layers or len({layer % count for layer in layers}) != len(layers):
             raise UserError(
-                "relation_layer",
+                "distill.relation_layers",
                 expected="one or more layers, each named once",
                 got=str(list(layers)),
-                do=f"Mind that -1 and {count - 1} are the same layer.",
+                do=f"Name each layer once: -1 and {count - 1} are the same.",
             )
         self._require_grad = require_grad
         self._running = False
@@ -125,12 +125,10 @@ class AttentionCapture:
         if not self._running:
             return qkv
         if self._require_grad and not all(x.requires_grad for x in qkv):
-            raise UserError(
-                "gradient_checkpointing_kwargs",
-                expected="q, k and v of the student connected to the graph",
-                got=f"tensors without a gradient{'' if torch.is_grad_enabled() else ' (gradients are switched off)'}",
-                do='Set {"use_reentrant": false} if gradient checkpointing is on; otherwise something holds the '
-                "student frozen or under torch.no_grad.",
+            off = "" if torch.is_grad_enabled() else " (gradients are switched off)"
+            raise ValueError(
+                f"q, k and v of the student have no gradient{off}: gradient checkpointing needs use_reentrant=False, and the "
+                "student must be neither frozen nor under torch.no_grad"
             )
         self.qkv[layer] = tuple(x.view_as(x) for x in qkv)
         self.downstream[layer] = tuple(x.view_as(x) for x in qkv)

@@ -250,9 +250,9 @@ class HealthLog(TrainerCallback):
         start = Path(args.output_dir) / START_FILE
         if state.global_step == 0:
             start.parent.mkdir(parents=True, exist_ok=True)
-            start.write_text(json.dumps(self.start))
+            start.write_text(json.dumps(self.start), encoding="utf-8")
         elif start.is_file():
-            self.start = json.loads(start.read_text())
+            self.start = json.loads(start.read_text(encoding="utf-8"))
         else:
             launch.say(f"{self.stage}: {start.name} is gone; scale_drift counts from step {state.global_step}")
         for line in self._kept(self.path, state.global_step):
@@ -263,7 +263,7 @@ class HealthLog(TrainerCallback):
     def _kept(self, path: Path, last_step: int) -> list[dict]:
         """This stage's lines up to the step that a resumed run goes on from."""
         lines = []
-        for text in path.read_text().splitlines() if path.is_file() and last_step else []:
+        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() and last_step else []:
             try:
                 lines.append(json.loads(text))
             except ValueError:
@@ -307,7 +307,7 @@ class HealthLog(TrainerCallback):
 
     @staticmethod
     def _append(path: Path, line: dict) -> None:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 

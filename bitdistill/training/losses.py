@@ -93,10 +93,10 @@ def logits_distillation(
     """
     if student_logits_BTV.shape[-1] != teacher_logits_BTV.shape[-1]:
         raise UserError(
-            "teacher",
+            "teacher.model",
             expected=f"logits over the student's vocabulary of {student_logits_BTV.shape[-1]} tokens",
             got=f"{teacher_logits_BTV.shape[-1]} tokens",
-            do="Teacher and student need the same tokenizer and the same padding of the embedding.",
+            do="Choose a teacher with the tokenizer and the padding of the embedding that the student has.",
         )
     assert student_logits_BTV.shape == teacher_logits_BTV.shape, "teacher and student saw different batches"
     student_NV = F.log_softmax(student_logits_BTV[rows_BT].float() / temperature, dim=-1)
@@ -178,10 +178,10 @@ def relation_loss(
         pairs, weights = [((teacher_qkv[0], teacher_qkv[1]), (q, k))], (1.0,)
         if teacher_qkv[0].shape[1] != q.shape[1]:
             raise UserError(
-                "relation_convention",
+                "distill.relation",
                 expected=f"as many query heads in the teacher as in the student ({q.shape[1]}) for attention_maps",
                 got=str(teacher_qkv[0].shape[1]),
-                do="Use eq12 or alg1 with split_heads for models of different shape.",
+                do="Set distill.relation to eq12 or alg1, and distill.split_heads, for models of different shape.",
             )
         causal, scale, floor = True, 1 / temperature, 0.0
     else:
@@ -214,22 +214,27 @@ def _check_settings(convention, split_heads, temperature, causal, num_layers, we
     """A setting that a convention does not have must be left alone: it would change nothing, silently."""
     if convention not in RELATION_CONVENTIONS:
         raise UserError(
-            "relation_convention", expected=f"one of {RELATION_CONVENTIONS}", got=repr(convention), do="Choose one."
+            "distill.relation",
+            expected=f"one of {RELATION_CONVENTIONS}",
+            got=repr(convention),
+            do="Choose one of these.",
         )
+    if (num_layers != 1 and convention != "pr382") or (
+        tuple(weights) != (1.0, 1.0, 1.0) and convention == "attention_maps"
+    ):
+        raise ValueError(f"relation convention {convention} has no num_layers {num_layers} or weights {weights}")
     foreign = {
-        "split_heads": split_heads is not None and convention == "attention_maps",
-        "weights": tuple(weights) != (1.0, 1.0, 1.0) and convention == "attention_maps",
-        "temperature": temperature != 1.0 and convention in ("eq12", "pr382"),
-        "causal": causal and convention == "pr382",
-        "num_layers": num_layers != 1 and convention != "pr382",
+        "distill.split_heads": (split_heads, split_heads is not None and convention == "attention_maps"),
+        "distill.relation_temperature": (temperature, temperature != 1.0 and convention in ("eq12", "pr382")),
+        "distill.relation_causal": (causal, causal and convention == "pr382"),
     }
-    for field, is_set in foreign.items():
+    for setting, (value, is_set) in foreign.items():
         if is_set:
             raise UserError(
-                field,
-                expected=f"its default, because the relation convention {convention} has no such setting",
-                got=repr(locals()[field]),
-                do="Leave it out, or choose another convention.",
+                setting,
+                expected=f"its default, because distill.relation {convention} has no such setting",
+                got=repr(value),
+                do="Leave it out, or choose another distill.relation.",
             )
 
 
@@ -242,19 +247,19 @@ def _choose_heads(convention: str, split_heads: int | None, pairs: list[tuple[Te
         for teacher, student in pairs:
             if teacher.shape[1] != student.shape[1]:
                 raise UserError(
-                    "split_heads",
+                    "distill.split_heads",
                     expected=f"a number of heads to regroup both models to: one of {common_split_heads(*widths)}",
                     got=f"none, and {teacher.shape[1]} heads in the teacher but {student.shape[1]} in the student",
-                    do="Set split_heads to one of these.",
+                    do="Set distill.split_heads to one of these.",
                 )
         return None
     if split_heads < 1 or any(width % split_heads for width in widths):
         raise UserError(
-            "split_heads",
+            "distill.split_heads",
             expected=f"a divisor of the widths {widths} of Q, K and V in both models: "
             f"one of {common_split_heads(*widths)}",
             got=str(split_heads),
-            do="Set split_heads to one of these.",
+            do="Set distill.split_heads to one of these.",
         )
     return split_heads
 
@@ -413,9 +418,11 @@ class BalancedGamma:
 
     def __init__(self, rho: float, decay: float = 0.99):
         if not rho > 0:
-            raise UserError("gamma_rho", expected="a number above 0", got=str(rho), do="1 balances the two gradients.")
+            raise UserError(
+                "distill.gamma_rho", expected="a number above 0", got=str(rho), do="Set it to 1, which balances them."
+            )
         if not 0 <= decay < 1:
-            raise UserError("decay", expected="0 <= decay < 1", got=str(decay), do="0.99 averages over 100 steps.")
+            raise ValueError(f"decay: expected 0 <= decay < 1; got {decay}")
         self.rho, self.decay = rho, decay
         self.mean, self.updates, self.skipped = 0.0, 0, 0
         self.task_norm = self.attention_norm = 0.0  # of the step that was finished last, for the log

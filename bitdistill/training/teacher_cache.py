@@ -74,7 +74,10 @@ class Layout:
     def __post_init__(self):
         if not 1 <= self.top_k <= self.vocabulary:
             raise UserError(
-                "kd_top_k", expected=f"1 to {self.vocabulary}, the model's words", got=str(self.top_k), do="Lower it."
+                "pretrain.kd_top_k",
+                expected=f"1 to {self.vocabulary}, the model's words",
+                got=str(self.top_k),
+                do="Set it to a number of this range.",
             )
 
     @property
@@ -112,7 +115,7 @@ def check_room(folder: Path, layout: Layout) -> None:
     free, needed = shutil.disk_usage(folder).free, layout.total_bytes - written
     if free < needed:
         raise UserError(
-            "cache",
+            "output_dir",
             expected=f"{needed / 1e9:.3g} GB free in {folder} for the teacher's logits",
             got=f"{free / 1e9:.3g} GB ({layout})",
             do="Lower pretrain.kd_top_k or pretrain.max_steps, or move output_dir.",
@@ -206,7 +209,7 @@ def finish_cache(unfinished: Path, folder: Path, layout: Layout) -> int:
         (unfinished / _name(shard)).rename(folder / _name(shard))
         sizes.append((folder / _name(shard)).stat().st_size)
     header = {"format": FORMAT, "version": VERSION, **asdict(layout), "shard_bytes": sizes}
-    (folder / HEADER).write_text(json.dumps(header, indent=1))
+    (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
     return sum(sizes)
 
 
@@ -290,7 +293,7 @@ class TeacherCache:
         path = self.folder / HEADER
         self._check("header", path.is_file(), HEADER, "no such file")
         try:
-            header = json.loads(path.read_text())
+            header = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             self._check("header", False, "JSON", error)
         about = (header.pop("format", None), header.pop("version", None))
@@ -300,7 +303,7 @@ class TeacherCache:
     def _check(self, what: str, right: bool, expected: object, got: object) -> None:
         if not right:
             do = "Run --stage cache again, with the settings of this run."
-            raise UserError(f"teacher logits in {self.folder}: {what}", expected=str(expected), got=str(got), do=do)
+            raise UserError(f"{self.folder}: {what}", expected=str(expected), got=str(got), do=do)
 
 
 def _widened(array: np.ndarray) -> np.ndarray:

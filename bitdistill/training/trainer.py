@@ -256,7 +256,7 @@ class StageTrainer(Trainer):
         folder = Path(self.args.output_dir)
         checkpoint = latest_checkpoint(folder) if resume else None
         if checkpoint is not None:
-            extra = json.loads((checkpoint / EXTRA_STATE).read_text())
+            extra = json.loads((checkpoint / EXTRA_STATE).read_text(encoding="utf-8"))
             self.objective.load_state_dict(extra["objective"])
             if self.stream is not None:
                 self.stream.load_state(extra["stream"])
@@ -297,7 +297,7 @@ class _Files(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if launch.is_main() and logs and "loss" in logs:
             line = {"stage": self.trainer.stage, "step": state.global_step, "time": time.time(), **logs}
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def on_save(self, args, state, control, **kwargs):
@@ -306,7 +306,7 @@ class _Files(TrainerCallback):
             extra = {"objective": self.trainer.objective.state_dict()}
             if self.trainer.stream is not None:
                 extra["stream"] = self.trainer.stream.state_for(state.global_step * self.trainer.step_rows())
-            (folder / EXTRA_STATE).write_text(json.dumps(extra))
+            (folder / EXTRA_STATE).write_text(json.dumps(extra), encoding="utf-8")
         mark_complete(folder)
 
 
@@ -315,7 +315,7 @@ def drop_lines(path: Path, stage: str, after_step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
@@ -323,7 +323,7 @@ def drop_lines(path: Path, stage: str, after_step: int) -> None:
         if line["stage"] != stage or line["step"] <= after_step:
             kept.append(text)
     new = path.with_suffix(".new")
-    new.write_text("".join(f"{text}\n" for text in kept))
+    new.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
     new.replace(path)
 
 
