@@ -33,9 +33,6 @@ from bitdistill.runtime.packed_file import (
     data_checksum,
 )
 
-_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -285,31 +282,10 @@ def _attention_kinds(model) -> tuple[list[str], list[int | None]]:
 
 def _refuse_unsupported(model) -> None:
     """Raises UserError for what the runtime would get wrong."""
-    hf = model.config
-    types = model.model.rotary_emb.rope_type
-    for rope_type in types.values() if isinstance(types, dict) else [types]:
-        if rope_type in ("dynamic", "longrope"):
-            raise UserError(
-                "config.json: rope_parameters",
-                expected="a RoPE scaling whose frequencies do not depend on the length of the text",
-                got=rope_type,
-                do="Set rope_parameters of the base model to a fixed type before training.",
-            )
-    if _activation(hf) not in _ACTIVATIONS:
-        raise UserError(
-            "config.json: hidden_act",
-            expected=f"one of {', '.join(_ACTIVATIONS)}",
-            got=_activation(hf),
-            do="Use another base model.",
-        )
-    for field in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
-        if getattr(hf, field, None):
-            raise UserError(
-                field,
-                expected="none (the runtime has no such step)",
-                got=str(getattr(hf, field)),
-                do="Set it to null in the base model's config.json, or take another base model.",
-            )
+    from bitdistill.student.model_folder import runtime_problems
+
+    for problem in runtime_problems(model.config):
+        raise problem
 
 
 def _check_master(name: str, weight) -> None:

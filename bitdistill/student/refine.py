@@ -27,7 +27,8 @@ from bitdistill.names import PROJECTIONS, SIBLINGS, SUBLN_BEFORE
 from bitdistill.student.calibration import InputStatistics
 from bitdistill.student.embeddings import FULL_PRECISION, quantize_embeddings
 from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears
-from bitdistill.student.loading import check_family, tied_keys
+from bitdistill.student.loading import tied_keys
+from bitdistill.student.model_folder import check_family
 from bitdistill.student.quantizers import WeightQuantizer, quantizer_named
 from bitdistill.student.sharing import Siblings
 
