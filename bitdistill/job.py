@@ -177,6 +177,12 @@ class Job:
         return getattr(torch, self.config.teacher.dtype) if self.device == "cuda" else torch.float32
 
     @property
+    def inference_products(self) -> torch.dtype | None:
+        """Of the products of full-precision models that are run and not trained, on a CPU; None leaves them as they are."""
+        halved = self.config.precision == "auto" and self.device == "cpu" and has_bf16_products()
+        return torch.bfloat16 if halved else None
+
+    @property
     def stage_2_blocks(self) -> int:
         """Blocks of the corpus that all steps of stage 2 see."""
         section = self.config.pretrain

@@ -108,7 +108,8 @@ def cache_teacher_logits(job: Job) -> None:
     if launch.is_main():
         check_room(shards, layout)
     stream = job.sources.corpus_stream(load_tokenizer(job.tokenizer_folder), section.block_size)
-    write_shards(shards, model, stream, layout, batch_size=section.per_device_train_batch_size)
+    options = {"batch_size": section.per_device_train_batch_size, "products": job.inference_products}
+    write_shards(shards, model, stream, layout, **options)
     del model
     gc.collect()
     launch.barrier()
@@ -166,7 +167,8 @@ def distill_student(job: Job) -> None:
     tokenizer, model = load_tokenizer(job.student_folder), load_student(job.student_folder)
     use_backward(model, job.config.bit_linear_backward)
     where = {"device": job.device, "offload": job.config.teacher_offload, "nvme_path": job.config.nvme_path}
-    teacher = load_teacher(job.directory.folder("teacher"), dtype=job.teacher_dtype, **where)
+    products = job.inference_products if job.config.teacher_offload == "none" else None
+    teacher = load_teacher(job.directory.folder("teacher"), dtype=job.teacher_dtype, products=products, **where)
     losses = {name: value for name, value in dataclasses.asdict(section).items() if name not in optimization(section)}
     job.train(
         "distill",
@@ -221,6 +223,7 @@ def evaluate_settings(job: Job) -> None:
             max_length=job.config.max_length,
             batch_size=section.per_device_eval_batch_size,
             device=job.device,
+            products=job.inference_products,
             calibration=partial(job.sources.training_prompts, tokens=CALIBRATION_TOKENS)
             if section.weight_only
             else None,

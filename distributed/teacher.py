@@ -31,10 +31,12 @@ class Teacher:
     Attributes:
         module: the Hugging Face model, for hooks and its config. Under offload its parameters are empty outside a call.
         forward: what is called: the module, or the DeepSpeed engine around it.
+        products: the dtype of its matrix products, where everything between them keeps another.
     """
 
     module: nn.Module
     forward: nn.Module
+    products: torch.dtype | None = None
 
     @property
     def device(self) -> torch.device:
@@ -45,15 +47,22 @@ class Teacher:
         """The model's output for a batch on `device`.
 
         Not inference mode: its tensors could not take part in a loss. Autocast of the student is off inside: the
-        teacher computes in its own dtype. Under offload every rank must call it equally often, since gathering is
-        collective.
+        teacher computes in its own dtype, or multiplies in `products`. Under offload every rank must call it equally
+        often, since gathering is collective.
         """
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        autocast = torch.autocast(self.device.type, self.products, enabled=self.products is not None)
+        with torch.no_grad(), autocast:
             return self.forward(**batch)
 
 
 def load_teacher(
-    path: str | Path, *, dtype: torch.dtype, device: str, offload: str = "none", nvme_path: str | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    products: torch.dtype | None = None,
+    offload: str = "none",
+    nvme_path: str | None = None,
 ) -> Teacher:
     """Loads a causal LM, frozen and in eval mode. With offload it is collective: every rank calls it.
 
@@ -61,6 +70,8 @@ def load_teacher(
         path: a Hugging Face folder or model name.
         dtype: of its parameters: torch.float32, bfloat16 or float16.
         device: "cpu" or "cuda", where it computes; `launch.initialise(device)` came before.
+        products: of its matrix products, if not `dtype`: the weights of its linear layers are rounded to it once, what stands
+            between the products stays in `dtype`. For a resident teacher.
         offload: "none" (resident), "cpu" or "nvme" (where the parameters wait).
         nvme_path: folder on a fast disk, for "nvme".
 
@@ -75,7 +86,11 @@ def load_teacher(
         with _deepspeed_while_loading(None):
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         model = _frozen(model).to(device)
-        return Teacher(module=model, forward=model)
+        if products is not None:
+            _round_linears(model, products)
+        return Teacher(module=model, forward=model, products=products)
+
+    assert products is None, "an offloaded teacher multiplies in its own dtype"
 
     config = presets.teacher_config(offload, precision=PRECISION[dtype], device=device, nvme_path=nvme_path)
     if offload == "nvme":
@@ -89,6 +104,14 @@ def load_teacher(
     _recompute_rope(engine.module, engine.device)
     assert all(hasattr(parameter, "ds_id") for parameter in model.parameters()), "a parameter was not partitioned"
     return Teacher(module=engine.module, forward=engine)
+
+
+def _round_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """The linear layers' weights in `dtype`, but for a head that shares its weight with the embedding."""
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:
+            module.to(dtype)
 
 
 def _frozen(model: nn.Module) -> nn.Module:

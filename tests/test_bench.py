@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import claims
+import cpu_training
 import history
 import measure
 import random_models
@@ -357,3 +358,30 @@ def test_parameters_are_shown_with_their_names_where_they_are_numbers():
 
 def test_figures_in_tables():
     assert [measure.figure(x) for x in (1234567, 0.0, 1.60011, 1234.5)] == ["1,234,567", "0", "1.6", "1,234"]
+
+
+class Said:
+    """cpu_training.Measured with figures that were written down."""
+
+    figure, ratio = cpu_training.Measured.figure, cpu_training.Measured.ratio
+
+    def __init__(self, found):
+        self.found = found
+
+
+def test_targets_of_cpu_training():
+    def step(*seconds, peak):
+        return {"seconds": list(seconds), "peak_bytes": peak}
+
+    vnni = {"before": [step(8.0, 9.0, peak=4), step(10.0, peak=4)], "fast": [step(2.0, 2.0, peak=3), step(3.0, peak=3)]}
+    vnni |= {"full fp32": [step(4.0, peak=2)], "layer": [{"linear fp32": [3.0], "fast": [1.0], "exact": [2.0]}]}
+    rows = cpu_training.target_rows(Said({cpu_training.VNNI: vnni, cpu_training.NATIVE: {"fast": [step(1.0, peak=1)]}}))
+    ratios = {row["what"]: row["ratio"] for row in rows if row["isa"] == cpu_training.VNNI}
+    assert ratios["stage-2 step, fast, against before"] == 4.5  # medians 9 and 2
+    assert ratios["stage-2 step, exact, against before"] is None
+    assert ratios["stage-2 step, fast, against full precision fp32"] == 2.0
+    assert ratios["BitLinear, fast, against nn.Linear fp32"] == 3.0
+    assert ratios["peak memory of a stage-2 step, below full precision fp32"] == pytest.approx(2 / 3)
+    lines = cpu_training.show(rows).splitlines()
+    assert [line.split()[-2] for line in lines if "fast, against before" in line] == ["holds", "measured"]
+    assert sum("missed" in line for line in lines) == 2

@@ -1,8 +1,10 @@
 """The offloaded teacher gives the resident one's logits, bit for bit, beside students of stage 2 and 3."""
 
 import pytest
+import torch
 
 import ranks
+from bitdistill.distributed import teacher
 
 SCRIPT = """
 import json, sys
@@ -93,3 +95,19 @@ def test_offloaded_equals_resident_beside_a_student(tmp_path):
         torch.set_num_threads(threads)
         for zero in (2, 3):
             assert torch.equal(torch.load(tmp_path / f"logits-{zero}-{dtype}.pt"), logits)
+
+
+def test_products_in_bf16_leave_everything_between_them_in_fp32(tmp_path):
+    """The linear layers alone are rounded: the tied head and what leaves the model stay fp32, the logits move by bf16's error."""
+    ranks.tiny_model().save_pretrained(tmp_path)
+    tokens = torch.arange(24).reshape(2, 12)
+    exact = teacher.load_teacher(tmp_path, dtype=torch.float32, device="cpu")
+    rounded = teacher.load_teacher(tmp_path, dtype=torch.float32, device="cpu", products=torch.bfloat16)
+    kinds = {name: parameter.dtype for name, parameter in rounded.module.named_parameters()}
+    assert {dtype for name, dtype in kinds.items() if "_proj" in name} == {torch.bfloat16}
+    assert {dtype for name, dtype in kinds.items() if "_proj" not in name} == {torch.float32}
+    seen = []
+    rounded.module.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
+    a, b = (one(input_ids=tokens).logits.float() for one in (exact, rounded))
+    assert seen == [torch.float32]  # the residual stream
+    assert 0 < (a - b).norm() / a.norm() < 0.03

@@ -31,6 +31,7 @@ def compare_settings(
     max_length: int,
     batch_size: int,
     device: str,
+    products: torch.dtype | None = None,
     calibration: Callable[[Any], list[list[int]]] | None,
     attention_maps: AttentionMaps,
     attention_layers: dict[str, int],
@@ -41,6 +42,7 @@ def compare_settings(
         folder: for the files. models: setting -> the folder of its trained model.
         task: what is scored. splits: {split: rows}, the main one first, from data.tasks.load_validation.
         max_length: tokens of prompt and answer. batch_size: rows at a time. device: "cpu" or "cuda".
+        products: the dtype of the full-precision models' matrix products, if not their own.
         calibration: tokenizer -> prompts on which GPTQ rounds FP16-SFT to 4 bits; None leaves the 4-bit models out.
         attention_maps: (model, token ids, layer) -> what each head attends to, float32 (H, T, T).
         attention_layers: setting -> its layer that is drawn, for FP16-SFT and BitDistill.
@@ -54,19 +56,22 @@ def compare_settings(
         model = load_language_model(source) if setting == FULL_PRECISION else load_student(source)
         model.to(device)
         tokenizer = load_tokenizer(source)
-        with WeightCodes(model).hold():
+        autocast = torch.autocast(device, products, enabled=products is not None and setting == FULL_PRECISION)
+        with WeightCodes(model).hold(), autocast:
             scores[setting] = score_splits(model, task, splits, tokenizer, name=setting, **options)
         if setting == FULL_PRECISION and calibration is not None:
             prompts = calibration(tokenizer)
             for name, method in WEIGHT_ONLY.items():
                 rounded = load_language_model(source).to(device)
                 facts[name] = quantize_model(rounded, method, prompts if method == "gptq" else ())
-                scores[name] = score_splits(rounded, task, splits, tokenizer, name=name, **options)
+                with autocast:
+                    scores[name] = score_splits(rounded, task, splits, tokenizer, name=name, **options)
         if setting in attention_layers:
             row = splits["validation"].select([0])
             prompt = encode_prompts(task, row, tokenizer, max_length)[0][0]
             attention[setting] = attention_maps(model, prompt, attention_layers[setting])
     notes = [] if device == "cpu" else ["scored on the GPU in fp32"]
+    notes += [] if products is None else ["full-precision models are scored with bf16 products"]
     (folder / "scores.json").write_text(json.dumps(scores_json(task, splits, scores, notes), indent=1))
     _write_predictions(folder, splits, scores)
     np.savez_compressed(

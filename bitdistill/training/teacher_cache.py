@@ -142,16 +142,20 @@ def token_hashes(tokens_BT: np.ndarray) -> np.ndarray:
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
-def teacher_logits(model: nn.Module, tokens_BT: Tensor, layout: Layout) -> dict[str, np.ndarray]:
+def teacher_logits(
+    model: nn.Module, tokens_BT: Tensor, layout: Layout, products: torch.dtype | None = None
+) -> dict[str, np.ndarray]:
     """One batch of the cache: indices (B, T, K), values (B, T, K), log_rest (B, T), as they are stored.
 
     Args:
         model: full precision, in eval mode. Runs in its own dtype; its logits are fp32.
         tokens_BT: int64, blocks without padding.
         layout: how many words are kept, and at which temperature.
+        products: the dtype of its matrix products, if not its own. The head's are in its own.
     """
+    autocast = torch.autocast(model.device.type, products, enabled=products is not None)
     tokens_BT = tokens_BT.to(model.device)
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False), instead_of_logits(model, hidden_states):
+    with torch.no_grad(), autocast, instead_of_logits(model, hidden_states):
         hidden = model(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False).logits
     with head_weight(model) as weight:
         indices, values, log_rest = linear_top_k(
@@ -165,14 +169,16 @@ def teacher_logits(model: nn.Module, tokens_BT: Tensor, layout: Layout) -> dict[
     }
 
 
-def write_shards(folder: Path, model: nn.Module, stream, layout: Layout, *, batch_size: int) -> None:
+def write_shards(
+    folder: Path, model: nn.Module, stream, layout: Layout, *, batch_size: int, products: torch.dtype | None = None
+) -> None:
     """Runs the teacher over this rank's share of the blocks, but for shards that are in `folder` already.
 
     Args:
         folder: of unfinished work, the same for all ranks.
         model: the teacher, as in teacher_logits; whole on this rank.
         stream: corpus.TokenStream at its beginning, or anything that gives its blocks in order.
-        batch_size: blocks at a time.
+        batch_size: blocks at a time. products: as in teacher_logits.
         layout: what is written: blocks, block size, words, temperature.
     """
     blocks = iter(stream)
@@ -188,7 +194,7 @@ def write_shards(folder: Path, model: nn.Module, stream, layout: Layout, *, batc
             tokens_BT = torch.stack([block["input_ids"] for block in taken])
             batches = []
             for batch_BT in tokens_BT.split(batch_size):
-                batches.append(teacher_logits(model, batch_BT, layout))
+                batches.append(teacher_logits(model, batch_BT, layout, products))
                 bar.update(len(batch_BT))
             arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
             arrays["token_hash"] = token_hashes(tokens_BT.numpy())

@@ -1,0 +1,73 @@
+"""BitLinear forward and backward beside nn.Linear, in one process: what bench/cpu_training.py starts for each instruction set.
+
+    python bench/layer_step.py '{"rounds": 7, "tokens": 1024}'
+
+The seven projections of a layer of SmolLM2-135M's shape in turn, with every gradient, 1,024 tokens. Prints JSON: the seconds
+of each round for nn.Linear in fp32 and bf16 and for BitLinear "exact" and "fast", timed alternately.
+"""
+
+import json
+import sys
+import time
+
+import torch
+
+from bitdistill.student.layers import BitLinear, use_backward
+from bitdistill.student.sharing import WeightCodes
+
+SHAPES = ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576))  # (in, out)
+
+
+def layers(kind: str, seed: int = 0) -> torch.nn.ModuleList:
+    """The projections as nn.Linear or BitLinear, without biases."""
+    torch.manual_seed(seed)
+    made = [torch.nn.Linear(width, out, bias=False) for width, out in SHAPES]
+    if kind == "linear bf16":
+        made = [layer.bfloat16() for layer in made]
+    if not kind.startswith("linear"):
+        made = [BitLinear(layer) for layer in made]
+    result = torch.nn.ModuleList(made)
+    if not kind.startswith("linear"):
+        use_backward(result, kind)
+    return result
+
+
+def work(kind: str, tokens: int):
+    """One forward and backward pass through all of them, each on an input of its own."""
+    model = layers(kind)
+    dtype = model[0].weight.dtype
+    inputs = [torch.randn(tokens, width, dtype=torch.float32).to(dtype).requires_grad_() for width, _ in SHAPES]
+    gradients = [torch.randn(tokens, out, dtype=torch.float32).to(dtype) for _, out in SHAPES]
+    codes = None if kind.startswith("linear") else WeightCodes(model)
+
+    def run() -> None:
+        for x, grad, layer in zip(inputs, gradients, model, strict=True):
+            x.grad = layer.weight.grad = None
+            layer(x).backward(grad)
+
+    def step() -> None:
+        if codes is None:
+            return run()
+        with codes.hold():  # the codes are made in it, as once in an optimizer step
+            run()
+
+    return step
+
+
+def measure(rounds: int, tokens: int) -> dict[str, list[float]]:
+    """Seconds of each round."""
+    works = {kind: work(kind, tokens) for kind in ("linear fp32", "linear bf16", "exact", "fast")}
+    found: dict[str, list[float]] = {kind: [] for kind in works}
+    for run in works.values():
+        run()
+    for turn in range(rounds):
+        for kind in list(works) if turn % 2 else reversed(works):
+            started = time.perf_counter()
+            works[kind]()
+            found[kind].append(time.perf_counter() - started)
+    return found
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    print(json.dumps(measure(given["rounds"], given.get("tokens", 1024))))
