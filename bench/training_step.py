@@ -10,7 +10,6 @@ on PYTHONPATH.
 
 from bitdistill.distributed import launch  # isort: skip -- an older commit has no openmp.py
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -158,6 +157,7 @@ def prepared(spec: Spec) -> Callable[[], object]:
     """Loads and refines the model; what is returned trains it."""
     from bitdistill.data.corpus import TokenStream
     from bitdistill.distributed.teacher import load_teacher
+    from bitdistill.student import backend
     from bitdistill.student.layers import use_backward
     from bitdistill.student.loading import load_language_model, load_tokenizer
     from bitdistill.student.refine import refine
@@ -166,10 +166,8 @@ def prepared(spec: Spec) -> Callable[[], object]:
 
     alone = {"alone": True} if "alone" in inspect.signature(launch.initialise).parameters else {}
     launch.initialise("cpu", **(alone if spec.engine == "torch" else {}))
-    with contextlib.suppress(ImportError):
-        from bitdistill.student.backend import choose_kernels
-
-        choose_kernels(spec.kernels)
+    if hasattr(backend, "choose_kernels"):
+        backend.choose_kernels(spec.kernels)
     model, tokenizer = load_language_model(spec.model), load_tokenizer(spec.model)
     if spec.ternary:
         refine(model, norms="two")
