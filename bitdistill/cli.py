@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from bitdistill import console, surroundings
+from bitdistill import console, folders, surroundings
 from bitdistill.errors import UserError
 from bitdistill.text_files import decode, user_path
 
@@ -204,6 +204,16 @@ def evaluate(
     run = Path(run_or_file).expanduser()
     if json_file:
         _require_writable("json_file", json_file)
+    for option, number, least in (
+        ("max_rows", max_rows, 1),
+        ("max_length", max_length, 1),
+        ("block_size", block_size, 2),
+    ):
+        _require_at_least(option, number, least)
+    _require_at_least("threads", threads, 1)
+    validation_file, perplexity = folders.local_path(validation_file), folders.local_path(perplexity)
+    task = folders.local_path(task) if (task or "").endswith((".yaml", ".yml")) else task
+    extra_validation_files = {s: folders.local_path(file) for s, file in (extra_validation_files or {}).items()}
     known = own = _run_defaults(run)
     given = {"task": task, "validation_file": validation_file, "max_length": max_length}
     if task is not None and task != known.get("task"):  # the run's rows are of its own task
@@ -224,6 +234,11 @@ def evaluate(
         result = _task_score(run_or_file, setting, options, max_rows, threads)
     if json_file:
         Path(json_file).expanduser().write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def _require_at_least(option: str, number: int | None, least: int) -> None:
+    if number is not None and number < least:
+        raise UserError(option, expected=f"{least} or more", got=str(number), do=f"Give --{option} {least} or more.")
 
 
 def _require_writable(option: str, file: str) -> None:
@@ -251,8 +266,15 @@ def _run_defaults(run: Path) -> dict:
 
     if not (run / "config.yaml").is_file():
         return {}
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    if settings["model"] is None:
+    try:
+        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        do = "Copy the file from a backup, or run the training command again, which writes it."
+        raise UserError(f"{run / 'config.yaml'}", expected="the settings of a run", got=str(error), do=do) from error
+    if not isinstance(settings, dict) or "max_length" not in settings:
+        do = "Name a folder that bitdistill/train.py has written."
+        raise UserError(f"{run / 'config.yaml'}", expected="the settings of a run", got="other content", do=do)
+    if settings.get("model") is None:
         files = {"task": str(run / "demo" / "task.yaml"), "validation_file": str(run / "demo" / "validation.jsonl")}
         return files | {"max_length": settings["max_length"]}
     names = ("task", "validation_file", "extra_validation_files", "max_length")
@@ -401,8 +423,9 @@ def export(
     folder = Path(run).expanduser()
     if not (folder / "distill" / "model.safetensors").is_file():
         do = "Train one first: deepspeed bitdistill/train.py --stage all."
-        raise UserError("run", expected="a run directory with a finished student (RUN/distill)", got=run, do=do)
+        raise UserError("RUN", expected="a run directory with a finished student (RUN/distill)", got=run, do=do)
     options = {"linear_type": type, "embedding_type": embedding, "prove": prove}
+    _require_at_least("threads", threads, 1)
     options["threads"] = threads or available_cpus()
     result = deliver(folder / "distill", format, output, proof_texts(folder), **options)
     print(f"{result['path']}: {result['file_bytes']:,} bytes, {result['bits_per_weight']:.2f} bits per ternary weight")

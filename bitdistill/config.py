@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from bitdistill import console, folders
 from bitdistill.distributed import launch
 from bitdistill.errors import UserError
 from bitdistill.limits import check_limits
@@ -420,6 +421,18 @@ def build_parser(recipe: str):
     return parser
 
 
+def _settle_paths(namespace) -> None:
+    """Writes local files and folders out in full, ~ included: config.yaml means the same wherever it is read again."""
+    for name in ("model", "student", "teacher.model", "train_file", "validation_file", "corpus", "nvme_path"):
+        namespace[name] = folders.local_path(namespace[name])
+    if namespace.task.endswith((".yaml", ".yml")):  # other names are those of the tasks that are built in
+        namespace.task = folders.local_path(namespace.task)
+    files = namespace.extra_validation_files or {}
+    namespace.extra_validation_files = {split: folders.local_path(file) for split, file in files.items()}
+    if namespace.output_dir:
+        namespace.output_dir = str(Path(namespace.output_dir).expanduser().absolute())
+
+
 def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str]:
     """Settings from a command line.
 
@@ -434,6 +447,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
     from jsonargparse import ArgumentError
 
     arguments = launch.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    for argument in arguments:
+        console.require_utf8("command line", argument)
     arguments = ["--resume=true" if argument == "--resume" else argument for argument in arguments]
     parser = build_parser(_chosen_recipe(arguments))
     try:
@@ -442,6 +457,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
         raise _refused(" ".join(str(error).split())) from error
     namespace.pop("config", None)
     namespace.pop("__default_config__", None)
+    _settle_paths(namespace)
     config = parser.instantiate_classes(namespace)
     text = parser.dump(namespace, skip_validation=True, skip_none=False)
     run = RunConfig(**{name: config[name] for name in RunConfig.__dataclass_fields__})

@@ -1,5 +1,6 @@
 """What an entry does with the terminal: text that every encoding can carry, one line for a user's mistake, closed pipes."""
 
+import errno
 import os
 import select
 import sys
@@ -9,6 +10,20 @@ from bitdistill.errors import UserError
 
 USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; 128 + the number of the signal, as shells have it
 LONGEST_MESSAGE = 4000  # characters
+# What the system says about files, disks and rights. A file that is not there is not among them: whoever opens one says more.
+SYSTEM = {
+    errno.ENOSPC: "Free some space, or name a folder on another disk.",
+    errno.EDQUOT: "Free some space, or name a folder on another disk.",
+    errno.EFBIG: "Raise the limit of file sizes (ulimit -f).",
+    errno.EACCES: "Change the rights of the file or folder, or name another one.",
+    errno.EPERM: "Change the rights of the file or folder, or name another one.",
+    errno.EROFS: "Name a folder that can be written to.",
+    errno.ENAMETOOLONG: "Give a shorter name.",
+    errno.EISDIR: "Name a file.",
+    errno.ENOTDIR: "Name a folder.",
+    errno.ELOOP: "Remove the symbolic link that points to itself.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n).",
+}
 
 
 def run(body: Callable[[], int | None]) -> int:
@@ -17,7 +32,8 @@ def run(body: Callable[[], int | None]) -> int:
     Args:
         body: the entry. What it returns is the exit status; None is 0.
 
-    Returns: the body's status; 2 after a UserError, 130 after Ctrl-C, 141 when whoever read the output has gone (`| head`).
+    Returns: the body's status; 2 after a UserError or when the system refuses (a full disk, missing rights, no memory);
+        130 after Ctrl-C; 141 when whoever read the output has gone (`| head`).
     """
     open_streams()
     try:
@@ -31,7 +47,20 @@ def run(body: Callable[[], int | None]) -> int:
         if not any(_reader_is_gone(stream) for stream in (sys.stdout, sys.stderr)):
             raise  # another pipe or connection than the terminal's
         return _leave_quietly()
+    except OSError as error:
+        if error.errno not in SYSTEM:
+            raise
+        return complain(system_error(error))
+    except MemoryError as error:
+        do = "Lower the batch size or the context, or use a machine with more memory."
+        return complain(UserError("memory", expected="enough for this command", got=str(error) or "too little", do=do))
     return status
+
+
+def system_error(error: OSError) -> UserError:
+    """What the system said, as a UserError about the file that it was said of."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "disk"
+    return UserError(name, expected="a system that allows it", got=str(error.strerror), do=SYSTEM[error.errno])
 
 
 def complain(error: UserError) -> int:

@@ -1,5 +1,6 @@
 """Folders that may not be there, or not be written to: the home of the user, caches, a folder among the temporary files."""
 
+import glob
 import os
 import stat
 import tempfile
@@ -12,6 +13,15 @@ def home() -> Path | None:
         return Path.home()
     except (RuntimeError, KeyError):
         return None
+
+
+def local_path(name: str | None) -> str | None:
+    """A path in full, ~ included, when files are there or it begins with ~; a name of something else (a hub id) as it is."""
+    if not name:
+        return name
+    path = os.path.expanduser(name)
+    there = os.path.exists(path) or (glob.has_magic(path) and bool(glob.glob(path, recursive=True)))
+    return str(Path(path).absolute()) if there or name.startswith("~") else name
 
 
 def why_not_writable(folder: Path) -> str | None:

@@ -64,8 +64,8 @@ class Job:
         launch.say(self._engine())
         if launch.is_main():
             self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / "config.yaml").write_text(text)
-            (self.root / "versions.json").write_text(json.dumps(versions(), indent=1))
+            (self.root / "config.yaml").write_text(text, encoding="utf-8")
+            (self.root / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
         self.sources = self._sources()
         self.task = self.sources.loaded_task
         if config.stage == "all":
@@ -282,7 +282,7 @@ class Job:
         inputs = {name: self.directory.done(name)["id"] for name in self.directory.inputs(stage)}
         engine = "torch" if self.alone else "deepspeed"  # neither reads the other's checkpoints
         now = json.loads(json.dumps({"settings": self.settings(stage), "inputs": inputs, "engine": engine}))
-        known = json.loads(path.read_text()) if path.is_file() else None
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         resume = self.config.resume and known == now
         launch.barrier()
         if not resume and folder.exists():
@@ -293,6 +293,6 @@ class Job:
                 shutil.rmtree(folder, ignore_errors=True)
         if launch.is_main():
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(now))
+            path.write_text(json.dumps(now), encoding="utf-8")
         launch.barrier()
         return resume

@@ -96,7 +96,7 @@ class RunDirectory:
     def done(self, stage: str) -> dict[str, Any] | None:
         """done.json of a finished stage, else None."""
         path = self.folder(stage) / "done.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def reason_to_run(self, stage: str, settings: dict[str, Any]) -> str | None:
         """Why the stage must run, or None when its result still stands."""
@@ -150,7 +150,7 @@ class RunDirectory:
                 "inputs": {name: self.done(name)["id"] for name in self.inputs(stage)},
                 **facts,
             }
-            (folder / "done.json").write_text(json.dumps(done, indent=1))
+            (folder / "done.json").write_text(json.dumps(done, indent=1), encoding="utf-8")
 
 
 def _short(value: Any) -> str:

@@ -204,7 +204,9 @@ def train_baseline(job: Job) -> None:
 def save_ternary(folder: Path, model: nn.Module, state: dict[str, Tensor], *, tokenizer) -> None:
     """A ternary student as a Hugging Face folder, with histograms of its weights for the report."""
     save_student(folder, model, tokenizer, state)
-    (folder / "weights.json").write_text(json.dumps(weight_histograms(state, list(bit_linears(model)))))
+    (folder / "weights.json").write_text(
+        json.dumps(weight_histograms(state, list(bit_linears(model)))), encoding="utf-8"
+    )
 
 
 def evaluate_settings(job: Job) -> None:
@@ -247,7 +249,7 @@ def export_settings(job: Job) -> None:
         speeds = sizes_and_speeds(
             teacher, packed, prompts[0], section.speed_tokens, weight_only=weight_only, say=launch.say
         )
-        (folder / "speed.json").write_text(json.dumps(speeds, indent=1))
+        (folder / "speed.json").write_text(json.dumps(speeds, indent=1), encoding="utf-8")
         facts["seconds"] = round(time.perf_counter() - started, 2)
 
 

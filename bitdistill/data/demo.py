@@ -244,11 +244,11 @@ def demo_of_run(run_dir: Path, seed: int) -> DemoPaths:
     folder, marker = run_dir / "demo", run_dir / "demo.json"
     if launch.is_main():
         wanted = {"seed": seed, "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-        if not (marker.is_file() and json.loads(marker.read_text()) == wanted and folder.is_dir()):
+        if not (marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == wanted and folder.is_dir()):
             launch.say("demo: makes its own corpus, tokenizer and task")
             shutil.rmtree(folder, ignore_errors=True)
             make_demo(folder, seed)
-            marker.write_text(json.dumps(wanted))
+            marker.write_text(json.dumps(wanted), encoding="utf-8")
     launch.barrier()
     return _paths(folder)
 

@@ -70,7 +70,7 @@ class Sources:
             f"{counts['longest_tokens']}; {counts['truncated']:,} prompts cut to {self.max_length} tokens"
         )
         if launch.is_main():
-            example_file.write_text(show_example(task, rows[0], tokenizer, self.max_length) + "\n")
+            example_file.write_text(show_example(task, rows[0], tokenizer, self.max_length) + "\n", encoding="utf-8")
         return encoded
 
     def training_prompts(self, tokenizer, tokens: int) -> list[list[int]]:

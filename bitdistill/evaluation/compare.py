@@ -72,7 +72,9 @@ def compare_settings(
             attention[setting] = attention_maps(model, prompt, attention_layers[setting])
     notes = [] if device == "cpu" else ["scored on the GPU in fp32"]
     notes += [] if products is None else ["full-precision models are scored with bf16 products"]
-    (folder / "scores.json").write_text(json.dumps(scores_json(task, splits, scores, notes), indent=1))
+    (folder / "scores.json").write_text(
+        json.dumps(scores_json(task, splits, scores, notes), indent=1), encoding="utf-8"
+    )
     _write_predictions(folder, splits, scores)
     np.savez_compressed(
         folder / "attention.npz",
@@ -88,7 +90,7 @@ def _write_predictions(folder: Path, splits: dict[str, Any], scores: dict[str, d
     """One line for each row of each split: the row, and what every setting said to it."""
     for split, rows in splits.items():
         name = "predictions.jsonl" if split == "validation" else f"predictions-{split}.jsonl"
-        with (folder / name).open("w") as file:
+        with (folder / name).open("w", encoding="utf-8") as file:
             for i, row in enumerate(rows):
                 predictions = {setting: score[split].predictions[i] for setting, score in scores.items()}
                 file.write(json.dumps({"row": i, **row, "predictions": predictions}) + "\n")

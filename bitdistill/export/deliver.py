@@ -81,7 +81,7 @@ def deliver(
         path.unlink() if path.is_file() else shutil.rmtree(path)
         raise
     proof_path = path.with_name(f"{path.name}.proof.json") if path.is_file() else path / "proof.json"
-    proof_path.write_text(json.dumps(result["proof"], indent=1))
+    proof_path.write_text(json.dumps(result["proof"], indent=1), encoding="utf-8")
     return result
 
 
@@ -90,7 +90,7 @@ def proof_texts(run: str | Path) -> list[str]:
     path = Path(run) / "evaluate" / "predictions.jsonl"
     if not path.is_file():
         return []
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for _, line in zip(range(PROOF_TEXTS), file, strict=False)]
     return ["\n".join(value for value in row.values() if isinstance(value, str)) for row in rows]
 

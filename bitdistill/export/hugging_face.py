@@ -230,7 +230,7 @@ def _write_config(folder: Path, model, format: str, dtype: torch.dtype, groups: 
         settings["quantization"] = settings["quantization_config"] = section
         rope = settings.get("rope_parameters") or {}
         settings["rope_theta"] = rope.get("full_attention", rope).get("rope_theta")  # mlx-lm reads the older names
-    (folder / "config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
 

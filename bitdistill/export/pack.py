@@ -55,7 +55,7 @@ def pack_settings(
         launch.say(f"export: {path.name}, {sizes['file_bytes']:,} bytes, {bits:.3f} bits a weight")
         if setting == DISTILLED:
             proof = prove_parity(path, model, prompts)
-            (folder / "proof.json").write_text(json.dumps(proof, indent=1))
+            (folder / "proof.json").write_text(json.dumps(proof, indent=1), encoding="utf-8")
             launch.say(
                 f"export: proved on {proof['tokens']} tokens: codes of {proof['linears']} linears equal, mean KL "
                 f"{proof['mean_kl']:.1e}, same top-1 {100 * proof['same_top1']:.1f} %"
