@@ -34,6 +34,7 @@ from bitdistill.kernels.numerics import IGNORED
 
 RELATION_CONVENTIONS = ("eq12", "alg1", "pr382", "attention_maps")
 PROBABILITY_FLOOR = 1e-8  # of alg1 and pr382
+BLOCK_NUMBERS = 2**16  # of a relation that a CPU works on at a time: half a dozen temporaries then fit into its L2 cache
 PR382_SPLIT_HEADS = 32
 
 
@@ -372,24 +373,59 @@ def _log_ratio_terms(p: Tensor, q: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(near, p * growth, q - p), torch.where(near, p * (growth - d), q - p - p * d)
 
 
+def _row_kl(teacher: Tensor, student: Tensor, allowed: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
+    """``(q - p, KL)`` of rows (R, T). allowed: bool (R, T), None for everywhere."""
+    d = student - teacher
+    if allowed is not None:
+        teacher = teacher.masked_fill(~allowed, -math.inf)
+        d = d.masked_fill_(~allowed, 0.0)
+    p = teacher.softmax(-1)
+    centered = d - (p * d).sum(-1, keepdim=True)
+    if float(centered.abs().amax()) < 1 and not (floor and float(p.amin()) < 3 * floor):
+        return _row_kl_near(p, centered)
+    if allowed is not None:
+        student = student.masked_fill(~allowed, -math.inf)
+    q = student.softmax(-1)
+    d = d - (student.logsumexp(-1, keepdim=True) - teacher.logsumexp(-1, keepdim=True))
+    d = d - torch.log1p(_log_ratio_terms(p, q, d)[0].sum(-1, keepdim=True))  # one Newton step: now sum(q) is sum(p)
+    change, terms = _log_ratio_terms(p, q, d)
+    if floor:
+        p_raised, q_raised = p.clamp_min(floor), q.clamp_min(floor)
+        d = torch.where((p < floor) | (q < floor), q_raised.log() - p_raised.log(), d)
+        terms = _log_ratio_terms(p_raised, q_raised, d)[1] - ((q_raised - q) - (p_raised - p))
+        seen = torch.where(q < floor, 0.0, p_raised) - p  # what the clamps change in the gradient's weights
+        change = change - seen + q * seen.sum(-1, keepdim=True)
+    return change, terms.sum(-1)
+
+
+def _row_kl_near(p: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """`_row_kl` where no two logits moved apart by more than 2, as in relations that are being learned: p alone is needed.
+
+    Args:
+        p: the teacher's probabilities. d: student - teacher less any constant of the row; overwritten.
+
+    Numerics: ``log E_p[exp d] = log1p(E_p[expm1 d])`` is the difference of the two log Z, exact and small.
+    """
+    shift = torch.log1p((p * torch.expm1(d)).sum(-1, keepdim=True))
+    d = d.sub_(shift)
+    growth = torch.expm1(d)
+    change = p * growth
+    return change, growth.sub_(d).mul_(p).sum(-1)
+
+
 class _RowKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, teacher, student, allowed, floor):
-        d = student - teacher
-        teacher, student = (x.masked_fill(~allowed, -math.inf) for x in (teacher, student))
-        p, q = teacher.softmax(-1), student.softmax(-1)
-        d = d - (student.logsumexp(-1, keepdim=True) - teacher.logsumexp(-1, keepdim=True))
-        d = d - torch.log1p(_log_ratio_terms(p, q, d)[0].sum(-1, keepdim=True))  # one Newton step: now sum(q) is sum(p)
-        change, terms = _log_ratio_terms(p, q, d)
-        if floor:
-            p_raised, q_raised = p.clamp_min(floor), q.clamp_min(floor)
-            d = torch.where((p < floor) | (q < floor), q_raised.log() - p_raised.log(), d)
-            terms = _log_ratio_terms(p_raised, q_raised, d)[1] - ((q_raised - q) - (p_raised - p))
-            seen = torch.where(q < floor, 0.0, p_raised) - p  # what the clamps change in the gradient's weights
-            change = change - seen + q * seen.sum(-1, keepdim=True)
+        mask = None if bool(allowed.all()) else allowed.expand(student.shape).flatten(0, -2)
+        teacher_RT, student_RT = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in (teacher, student))
+        change_RT, kl_R = torch.empty_like(student_RT), torch.empty_like(student_RT[:, 0])
+        at_once = max(1, BLOCK_NUMBERS // student_RT.shape[1]) if student.device.type == "cpu" else len(student_RT)
+        for begin in range(0, len(student_RT), at_once):  # a CPU's temporaries stay in its cache
+            of = slice(begin, begin + at_once)
+            change_RT[of], kl_R[of] = _row_kl(teacher_RT[of], student_RT[of], None if mask is None else mask[of], floor)
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(change)
-        return terms.sum(-1)
+            ctx.save_for_backward(change_RT.view(student.shape))
+        return kl_R.view(student.shape[:-1])
 
     @staticmethod
     @once_differentiable
