@@ -48,6 +48,57 @@ class BitLinear:
         return memory_ratio(lambda: self._backward(self.ours), lambda: self._backward(self.linear))
 
 
+class TrainedBitLinear:
+    """1,024 tokens through a projection of SmolLM2-135M's MLP, forward with every gradient, codes of the weights included."""
+
+    params = ("exact", "fast")
+    param_names = ("backward",)
+
+    def setup(self, backward):
+        import torch
+
+        with newer_than_some_commits():
+            from bitdistill.student.layers import BitLinear, use_backward
+            from bitdistill.student.sharing import WeightCodes
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        linears = {torch.float32: torch.nn.Linear(576, 1536, bias=False)}
+        linears[torch.bfloat16] = torch.nn.Linear(576, 1536, bias=False).bfloat16()
+        ours = torch.nn.ModuleList([BitLinear(torch.nn.Linear(576, 1536, bias=False))])
+        use_backward(ours, backward)
+        codes = WeightCodes(ours)
+        x, grad = torch.randn(1024, 576), torch.randn(1024, 1536)
+
+        def run(layer, dtype):
+            inputs = x.to(dtype).detach().requires_grad_()
+            layer.weight.grad = None
+            layer(inputs).backward(grad.to(dtype))
+
+        def step():
+            with codes.hold():
+                run(ours[0], torch.float32)
+
+        self.step = step
+        self.of = {dtype: (lambda dtype=dtype, layer=layer: run(layer, dtype)) for dtype, layer in linears.items()}
+        step()
+
+    @shown("BitLinear in training")
+    def time_step(self, backward):
+        self.step()
+
+    @shown("BitLinear in training, against nn.Linear in fp32", "x nn.Linear")
+    def track_ratio_to_fp32(self, backward):
+        import torch
+
+        return ratio(self.step, self.of[torch.float32])
+
+    @shown("BitLinear in training, against nn.Linear in bf16", "x nn.Linear")
+    def track_ratio_to_bf16(self, backward):
+        import torch
+
+        return ratio(self.step, self.of[torch.bfloat16])
+
+
 class Quantizer:
     """A weight of 1024 x 1024 and the activations of 256 tokens, beside one pass over the same tensor, `x.abs()`."""
 

@@ -34,7 +34,9 @@ from bitdistill.kernels.numerics import IGNORED
 
 RELATION_CONVENTIONS = ("eq12", "alg1", "pr382", "attention_maps")
 PROBABILITY_FLOOR = 1e-8  # of alg1 and pr382
-BLOCK_NUMBERS = 2**16  # of a relation that a CPU works on at a time: half a dozen temporaries then fit into its L2 cache
+BLOCK_NUMBERS = (
+    2**16
+)  # of a relation that a CPU works on at a time: half a dozen temporaries then fit into its L2 cache
 PR382_SPLIT_HEADS = 32
 
 
