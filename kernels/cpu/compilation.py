@@ -123,20 +123,26 @@ def cache_folder() -> Path:
     return folder
 
 
-def jit(function: Callable) -> Callable:
+def jit(function: Callable, fastmath: set[str] | bool = False) -> Callable:
     """``numba.njit`` without the GIL, with IEEE division and the cache of this module; no bounds are checked.
 
     Numba's own settings are left alone for everybody else: its cache folder is changed for the decoration only.
     """
     if numba.config.DISABLE_JIT:
         return function
+    options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False, "fastmath": fastmath}
     with _decorating:
         before = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(cache_folder())
         try:
-            return numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+            return numba.njit(**options)(function)
         finally:
             numba.config.CACHE_DIR = before
+
+
+def jit_sums(function: Callable) -> Callable:
+    """`jit` for a loop that sums floats in any order, which lets it become a vector loop."""
+    return jit(function, {"reassoc"})
 
 
 class _Listener(event.Listener):

@@ -121,20 +121,86 @@ def load_int32(builder, address):
     return builder.sitofp(_load(builder, address, _I32), _FLOATS)
 
 
-def _py_store_bf16(address, value):
+def _py_bf16(value):
     bits = value.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
-    return _py_store(address, np.where(np.isnan(value), bits >> 16 | 64, rounded).astype(np.uint16))
+    return np.where(np.isnan(value), bits >> 16 | 64, rounded).astype(np.uint16)
 
 
-@native(types.int64(A, V), _py_store_bf16)
-def store_bf16(builder, address, value):
-    """Writes 16 floats as bf16, rounded half to even; NaN stays NaN. Returns 0."""
+def _bf16(builder, value):
+    """Rounded half to even to bf16, as int16; NaN stays NaN."""
     bits = builder.bitcast(value, _INTS)
     high = builder.lshr(bits, _ints(16))
     rounded = builder.lshr(builder.add(builder.add(bits, _ints(0x7FFF)), builder.and_(high, _ints(1))), _ints(16))
     bits = builder.select(builder.fcmp_unordered("uno", value, value), builder.or_(high, _ints(64)), rounded)
-    return _store(builder, address, builder.trunc(bits, ir.VectorType(_I16, LANES)))
+    return builder.trunc(bits, ir.VectorType(_I16, LANES))
+
+
+@native(types.int64(A, V), lambda address, value: _py_store(address, _py_bf16(value)))
+def store_bf16(builder, address, value):
+    """Writes 16 floats as bf16, rounded half to even; NaN stays NaN. Returns 0."""
+    return _store(builder, address, _bf16(builder, value))
+
+
+@native(V(V), lambda value: (_py_bf16(value).astype(np.uint32) << 16).view(np.float32))
+def round_bf16(builder, value):
+    """16 floats rounded to bf16 and back."""
+    return builder.bitcast(builder.shl(builder.zext(_bf16(builder, value), _INTS), _ints(16)), _FLOATS)
+
+
+def _first(builder, count):
+    """Lanes 0 .. count - 1."""
+    return builder.icmp_signed("<", _iota(), _splat(builder, builder.trunc(count, _I32), True))
+
+
+def _load_first(builder, address, count, element):
+    kind = ir.VectorType(element, LANES)
+    name = f"llvm.masked.load.v{LANES}{'f32' if element is _F32 else 'i16'}.p0"
+    pointer, one, rest = _at(builder, address, kind), ir.Constant(_I32, 1), ir.Constant(kind, None)
+    return _intrinsic(builder, name, kind, pointer, one, _first(builder, count), rest)
+
+
+def _store_first(builder, address, value, count):
+    name = f"llvm.masked.store.v{LANES}{'f32' if value.type == _FLOATS else 'i16' if value.type.element == _I16 else 'i8'}.p0"
+    pointer, one = _at(builder, address, value.type), ir.Constant(_I32, 1)
+    _intrinsic(builder, name, ir.VoidType(), value, pointer, one, _first(builder, count))
+    return ir.Constant(ir.IntType(64), 0)
+
+
+def _py_load_first(address, count, dtype):
+    return np.concatenate([_py_array(address, count, dtype), np.zeros(LANES - count, dtype)])
+
+
+def _py_store_first(address, values, count):
+    _py_array(address, count, values.dtype)[:] = values[:count]
+    return 0
+
+
+@native(V(A, N), lambda address, count: _py_load_first(address, count, np.float32))
+def load_first(builder, address, count):
+    """`count` < 16 floats, then zeros; reads no further."""
+    return _load_first(builder, address, count, _F32)
+
+
+@native(types.int64(A, V, N), _py_store_first)
+def store_first(builder, address, value, count):
+    """Writes the first `count` < 16 floats. Returns 0."""
+    return _store_first(builder, address, value, count)
+
+
+@native(
+    V(A, N), lambda address, count: (_py_load_first(address, count, np.uint16).astype(np.uint32) << 16).view(np.float32)
+)
+def load_first_bf16(builder, address, count):
+    """`count` < 16 bf16 as floats, then zeros; reads no further."""
+    bits = builder.zext(_load_first(builder, address, count, _I16), _INTS)
+    return builder.bitcast(builder.shl(bits, _ints(16)), _FLOATS)
+
+
+@native(types.int64(A, V, N), lambda address, value, count: _py_store_first(address, _py_bf16(value), count))
+def store_first_bf16(builder, address, value, count):
+    """Writes the first `count` < 16 floats as bf16. Returns 0."""
+    return _store_first(builder, address, _bf16(builder, value), count)
 
 
 def _py_codes(value):
@@ -160,6 +226,21 @@ def store_codes(builder, address, value):
     _store(builder, address, codes)
     total = _intrinsic(builder, f"llvm.vector.reduce.add.v{LANES}i32", _I32, builder.sext(codes, _INTS))
     return builder.sext(total, ir.IntType(64))
+
+
+@native(
+    types.int64(A, V, N),
+    lambda address, value, count: _py_store_first(address, _py_codes(value).astype(np.int8), count),
+)
+def store_first_codes(builder, address, value, count):
+    """Rounds half to even and writes the first `count` int8; |value| <= 127. Returns 0."""
+    return _store_first(builder, address, builder.trunc(_codes(builder, value), ir.VectorType(_I8, LANES)), count)
+
+
+@native(types.int64(A, V), lambda address, value: _py_store(address, _py_codes(value).astype(np.int8)))
+def store_int8(builder, address, value):
+    """Rounds half to even and writes 16 int8; |value| <= 127. Returns 0."""
+    return _store(builder, address, builder.trunc(_codes(builder, value), ir.VectorType(_I8, LANES)))
 
 
 # --- lane by lane -----------------------------------------------------------------------------------------------------
@@ -205,6 +286,12 @@ def multiply_add(builder, a, b, c):
 def maximum(builder, a, b):
     """a where a > b, else b"""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+@native(V(V, V, V), lambda value, a, b: np.where(value >= 0, a, b))
+def where_positive(builder, value, a, b):
+    """a where value >= 0, else b"""
+    return builder.select(builder.fcmp_ordered(">=", value, _constant(0)), a, b)
 
 
 def _py_between(value, low, high):

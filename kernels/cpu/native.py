@@ -73,6 +73,7 @@ def view_of(number: type | np.dtype, name: str) -> Callable:
 
 
 float32s = view_of(np.float32, "float32s")
+float64s = view_of(np.float64, "float64s")
 float16s = view_of(np.uint16, "float16s")  # as bits: Numba computes in no float16
 uint16s = view_of(np.uint16, "uint16s")
 int64s = view_of(np.int64, "int64s")

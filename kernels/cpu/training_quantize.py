@@ -1,0 +1,189 @@
+"""The quantizers of training on a CPU, and the scaling of products: compiled, over rows of float32 or bf16.
+
+    quantize_rows      act_codes, act_scale          reference.quantize_activation, bit for bit
+    weight_sums, weight_codes                        reference.quantize_weight, bit for bit
+    gradient_peaks, gradient_codes                   dY to int8, for both products of the fast backward pass
+    scale_rows         int32 -> float: ``acc * (row_scale * column_scale) + bias``
+
+**Gradients.** In each product the scale that varies along the summed dimension is folded into dY before it is quantized,
+the other one stays outside:
+
+    dX = (dY * weight_scale) @ weight_codes    summed over O: one scale a token, row codes (N, O)
+    dW = (dY * act_scale).T @ act_codes        summed over N: one scale a column, column codes (N, O)
+
+Codes are rounded to the nearest.
+
+Addresses are int64, strides in bytes; `half` says that floats are bf16. Shape suffixes: N tokens, I in_features, O
+out_features.
+"""
+
+import numpy as np
+
+from bitdistill.kernels.cpu.compilation import jit, jit_sums
+from bitdistill.kernels.cpu.floats import (
+    LANES,
+    add,
+    divide,
+    largest_magnitude,
+    load_int32,
+    maximum,
+    maximum_magnitude,
+    multiply,
+    splat,
+    store_first_codes,
+    store_int8,
+    subtract,
+)
+from bitdistill.kernels.cpu.native import float32s, float64s, int32s, int64s
+from bitdistill.kernels.cpu.rows import BLOCK, get, put
+from bitdistill.kernels.numerics import ACT_MAX, EPSILON
+
+TINY = np.float32(1e-30)  # below it a peak counts as it: 127 / peak must be finite
+WORK = 5  # numbers of a row of the table of `weight_sums`
+_EPSILON, _ACT_MAX = np.float32(EPSILON), np.float32(ACT_MAX)
+
+
+@jit
+def put_codes(address, value, count):
+    """Rounds half to even and writes the first `count` of 16 codes."""
+    if count >= LANES:
+        store_int8(address, value)
+    else:
+        store_first_codes(address, value, count)
+
+
+@jit
+def quantize_rows(first, last, x, stride, half, width, codes, scale):
+    """``act_codes = round(x * (127 / m))``, ``act_scale = m / 127``, ``m = max(max|x|, EPSILON)`` of rows first .. last - 1.
+
+    Args:
+        x: address of rows of `width` floats. codes: of int8 (N, width). scale: of float32 (N,).
+
+    Numerics: bit for bit the reference. With a NaN or an infinity in a row its scale is not finite and its codes mean nothing.
+    """
+    size = 2 if half else 4
+    for n in range(first, last):
+        row, out = x + n * stride, codes + n * width
+        peaks = splat(_EPSILON)
+        for i in range(0, width, LANES):
+            peaks = maximum_magnitude(peaks, get(row + size * i, width - i, half))
+        peak = largest_magnitude(peaks)
+        factor = splat(_ACT_MAX / peak)
+        for i in range(0, width, LANES):
+            put_codes(out + i, multiply(get(row + size * i, width - i, half), factor), width - i)
+        float32s(scale + 4 * n, 1)[0] = peak / _ACT_MAX
+
+
+@jit_sums
+def _sum_of_magnitudes(weight, count):
+    total = 0.0
+    for value in float32s(weight, count):
+        total += np.float64(abs(value))
+    return total
+
+
+@jit
+def weight_sums(first, last, table):
+    """``sum|W|`` in float64, of pieces of weights.
+
+    Args:
+        table: address of int64 (pieces, WORK): addresses of a piece's float32 weights, of its int8 codes, of its float64
+            sum and of its tensor's float32 scale, and its number of weights.
+    """
+    for piece in range(first, last):
+        work = int64s(table + 8 * WORK * piece, WORK)
+        float64s(work[2], 1)[0] = _sum_of_magnitudes(work[0], work[4])
+
+
+@jit
+def weight_codes(first, last, table):
+    """``clip(round(W / weight_scale), -1, 1)`` of pieces of weights; `table` as in `weight_sums`. Numerics: the reference's."""
+    least, zero = splat(np.float32(-1)), splat(np.float32(0))
+    for piece in range(first, last):
+        work = int64s(table + 8 * WORK * piece, WORK)
+        weight, codes, count = work[0], work[1], work[4]
+        scale = splat(float32s(work[3], 1)[0])
+        for i in range(0, count, LANES):
+            low = maximum(divide(get(weight + 4 * i, count - i, False), scale), least)
+            put_codes(codes + i, subtract(zero, maximum(subtract(zero, low), least)), count - i)
+
+
+@jit
+def gradient_peaks(first, last, dy, stride, half, width, act_scale, peaks):
+    """``max|dY * act_scale|`` of every column, within each BLOCK of rows.
+
+    Args:
+        dy: address of rows of `width` floats. act_scale: of float32 (N,). peaks: of float32 (blocks, width), written.
+    """
+    size = 2 if half else 4
+    for n in range(first, last):
+        row, out = dy + n * stride, peaks + 4 * width * (n // BLOCK)
+        scale = splat(float32s(act_scale + 4 * n, 1)[0])
+        for i in range(0, width, LANES):
+            value = multiply(get(row + size * i, width - i, half), scale)
+            before = splat(np.float32(0)) if n % BLOCK == 0 else get(out + 4 * i, width - i, False)
+            put(out + 4 * i, maximum_magnitude(before, value), width - i, False)
+
+
+@jit
+def gradient_codes(
+    first, last, dy, stride, half, width, weight_scale, row_codes, row_scale, act_scale, factor, column_codes
+):
+    """int8 codes of dY: ``round(dY * weight_scale / row_scale)`` and ``round(dY * act_scale * factor)``, either or both.
+
+    Args:
+        dy: address of rows of `width` floats. weight_scale: of float32 (width,). row_codes: of int8 (N, width), or 0 for
+            none. row_scale: of float32 (N,), written.
+        act_scale: of float32 (N,). factor: of float32 (width,), 127 / peak of a column. column_codes: of int8 (N, width),
+            or 0 for none.
+
+    Numerics: a NaN or an infinity in a row makes its row_scale NaN or infinite. A row of zeros has codes 0.
+    """
+    size = 2 if half else 4
+    for n in range(first, last):
+        row = dy + n * stride
+        if row_codes != 0:
+            peaks = splat(TINY)
+            for i in range(0, width, LANES):
+                value = multiply(get(row + size * i, width - i, half), get(weight_scale + 4 * i, width - i, False))
+                peaks = maximum_magnitude(peaks, value)
+            peak = largest_magnitude(peaks)
+            by = splat(_ACT_MAX / peak)
+            for i in range(0, width, LANES):
+                value = multiply(get(row + size * i, width - i, half), get(weight_scale + 4 * i, width - i, False))
+                put_codes(row_codes + n * width + i, multiply(value, by), width - i)
+            float32s(row_scale + 4 * n, 1)[0] = peak / _ACT_MAX
+        if column_codes != 0:
+            scale = splat(float32s(act_scale + 4 * n, 1)[0])
+            for i in range(0, width, LANES):
+                value = multiply(get(row + size * i, width - i, half), scale)
+                value = multiply(value, get(factor + 4 * i, width - i, False))
+                put_codes(column_codes + n * width + i, value, width - i)
+
+
+@jit
+def scale_rows(first, last, acc, width, row_scale, column_scale, bias, out, half):
+    """``out = acc * (row_scale * column_scale) + bias``, each operation rounded as in the reference.
+
+    Args:
+        acc: address of int32 (N, width). row_scale: of float32 (N,). column_scale: of float32 (width,), or 0 for ones.
+        bias: of float32 (width,), or 0 for none. out: of (N, width) floats, bf16 where `half`; may be acc where not.
+    """
+    size = 2 if half else 4
+    for n in range(first, last):
+        source, target = acc + 4 * n * width, out + size * n * width
+        whole = width // LANES * LANES
+        row = float32s(row_scale + 4 * n, 1)[0]
+        by = splat(row)
+        for i in range(0, whole, LANES):
+            scale = multiply(by, get(column_scale + 4 * i, LANES, False)) if column_scale != 0 else by
+            value = multiply(load_int32(source + 4 * i), scale)
+            if bias != 0:
+                value = add(value, get(bias + 4 * i, LANES, False))
+            put(target + size * i, value, LANES, half)
+        for i in range(whole, width):
+            scale = row * float32s(column_scale + 4 * i, 1)[0] if column_scale != 0 else row
+            value = np.float32(int32s(source + 4 * i, 1)[0]) * scale
+            if bias != 0:
+                value = value + float32s(bias + 4 * i, 1)[0]
+            put(target + size * i, splat(value), 1, half)
