@@ -48,7 +48,8 @@ def test_the_ends_are_full_precision_and_the_ordinary_layer(kind, subln):
     assert torch.allclose(layer(x), F.linear(inside, layer.weight, layer.bias), rtol=1e-6, atol=1e-6)
     layer.annealing = 1.0
     assert torch.equal(layer(x), ordinary)
-    assert torch.equal(ordinary, bit_linear(inside, layer.weight, layer.bias))
+    expected = bit_linear(inside, layer.weight, layer.bias)  # a fused norm sums in another order
+    assert torch.allclose(ordinary, expected, rtol=1e-5, atol=1e-6) if subln else torch.equal(ordinary, expected)
 
 
 def test_linear_by_hand_and_its_gradient():

@@ -1,4 +1,4 @@
-"""Which implementation of a BitLinear runs on a device: the Triton kernels, or the PyTorch reference."""
+"""Which implementation of a BitLinear runs on a device: Triton kernels, compiled CPU kernels, or the PyTorch reference."""
 
 import functools
 import importlib.util
@@ -11,10 +11,14 @@ from bitdistill.distributed import launch
 
 @functools.cache
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """`kernels.gpu.bit_linear` where the device can run it, else None: then the reference does the work.
+    """`kernels.gpu.bit_linear` or `kernels.cpu.bit_linear`, else None: then the reference does the work.
 
-    The kernels need an NVIDIA GPU of compute capability 8.0 or later and Triton. A GPU without them is told once.
+    Those of a GPU need an NVIDIA one of compute capability 8.0 or later and Triton. A GPU without them is told once.
     """
+    if device.type == "cpu":
+        from bitdistill.kernels.cpu import bit_linear
+
+        return bit_linear
     if device.type != "cuda":
         return None
     missing = None

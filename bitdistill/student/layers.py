@@ -1,7 +1,7 @@
 """BitLinear, SubLN and GatedMLP: the modules that stage 1 puts into a model. The mathematics is in kernels/.
 
-One `if` chooses the backend: the kernels on an NVIDIA GPU (backend.py), else the PyTorch reference. On the kernels what
-stands before the quantiser, SubLN and the gate of an MLP, is one operation with it, and what can be shared is (sharing.py).
+One `if` chooses the backend: the kernels of a GPU or of a CPU (backend.py), else the PyTorch reference. On the kernels what
+stands before the quantizer, SubLN and the gate of an MLP, is one operation with it, and what can be shared is (sharing.py).
 A layer that is being annealed, or has another weight quantizer than absmean, runs in PyTorch on every device
 (quantizers.py).
 """
@@ -58,7 +58,7 @@ class BitLinear(nn.Module):
             saved with the layer.
 
     Attributes:
-        backward: how the kernels compute gradients, "exact" or "fast" (kernels/gpu/matmul.py); `use_backward` sets it.
+        backward: how the kernels compute gradients, "exact" or "fast" (kernels/*/bit_linear.py); `use_backward` sets it.
         siblings: the layers that are given the same tensor as this one, or None.
         held: this weight's codes while sharing.WeightCodes holds them.
         annealing: from 0, full precision, to 1, ternary weights and int8 activations: the ordinary layer, bit for bit.
@@ -200,7 +200,7 @@ def _hooked(module: nn.Module) -> bool:
 
 @functools.cache
 def _say_once(what: str) -> None:
-    launch.say(f"{what}: the ternary layers run on plain PyTorch; the Triton kernels know absmean, and no annealing")
+    launch.say(f"{what}: the ternary layers run on plain PyTorch; the kernels know absmean, and no annealing")
 
 
 def bit_linears(model: nn.Module) -> dict[str, BitLinear]:
@@ -209,7 +209,7 @@ def bit_linears(model: nn.Module) -> dict[str, BitLinear]:
 
 
 def use_backward(model: nn.Module, backward: str) -> None:
-    """Sets how the GPU kernels compute the gradients of every BitLinear: "exact" or "fast"."""
+    """Sets how the kernels compute the gradients of every BitLinear: "exact" or "fast"."""
     assert backward in ("exact", "fast"), backward
     for layer in bit_linears(model).values():
         layer.backward = backward

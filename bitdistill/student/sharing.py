@@ -1,4 +1,4 @@
-"""What the BitLinears of a model compute once and use more than once, on a GPU: three caches and why each cannot be stale.
+"""What the BitLinears of a model compute once and use more than once, on the kernels: three caches, never stale.
 
 **Ternary codes of the weights**, for as long as the weights stand still: all micro-steps of an optimiser step, the
 recomputation of checkpointed layers, a whole evaluation. Whoever knows that they stand still says so:
@@ -63,7 +63,7 @@ def _count_steps() -> None:
 class HeldCodes:
     """The ternary codes of one weight, and what the weight was when they were made."""
 
-    codes: tuple[Tensor, ...]  # a kernels.gpu.quantize.TernaryWeight; (codes, scale) of a layer that runs in PyTorch
+    codes: tuple[Tensor, ...]  # the kernels' own, from `ternarize_each`; (codes, scale) of a layer that runs in PyTorch
     weight: Tensor  # an alias of it, which keeps its storage alive
     version: int
     steps: int

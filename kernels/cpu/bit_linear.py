@@ -270,7 +270,7 @@ def stacked(parts: Sequence[Ternary]) -> Ternary:
         codes, scales = (
             _side_by_side([getattr(part, name) for part in parts]) for name in ("weight_codes", "weight_scale")
         )
-        parts[0].kept[key] = Ternary(codes, scales, tuple(part.sizes[0] for part in parts)), parts
+        parts[0].kept[key] = Ternary(codes, scales, tuple(part.sizes[0] for part in parts)), parts[1:]
     return parts[0].kept[key][0]
 
 

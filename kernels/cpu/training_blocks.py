@@ -31,7 +31,8 @@ def lay_out_rows(first, last, codes, columns, blocks):
     """Blocks of the groups first .. last - 1 of a weight, int8 (R, K).
 
     Args:
-        codes: address of int8 (R, columns), 16 rows a group. blocks: address of 64-byte blocks (R / 16, columns / 4).
+        first, last: groups. codes: address of int8 (R, columns), 16 rows a group.
+        columns: K. blocks: address of 64-byte blocks (R / 16, columns / 4).
     """
     quads = columns // 4
     one = repeat_byte(1)
@@ -51,7 +52,8 @@ def lay_out_columns(first, last, codes, rows, columns, blocks):
     """Blocks of the groups first .. last - 1 of a weight's transpose: its rows are 16 columns of int8 (rows, columns) each.
 
     Args:
-        codes: address of int8 (rows, columns). blocks: address of 64-byte blocks (columns / 16, rows / 4).
+        first, last: groups. codes: address of int8 (rows, columns).
+        rows, columns: of the weight as it is. blocks: address of 64-byte blocks (columns / 16, rows / 4).
     """
     quads = rows // 4
     one = repeat_byte(1)
@@ -78,8 +80,11 @@ def multiply_blocks(first, last, blocks, codes, columns, tokens, acc, acc_stride
     """``acc = codes @ weight_codes.T`` of the row groups first .. last - 1, for all tokens.
 
     Args:
-        blocks: address of the blocks of all groups. codes: address of int8 (tokens, columns), columns a multiple of 4.
-        acc: address of int32 rows, `acc_stride` numbers apart, written.
+        first, last: groups. blocks: address of the blocks of all groups.
+        codes: address of int8 (tokens, columns), columns a multiple of 4.
+        columns, tokens: K and N.
+        acc: address of int32 rows, written.
+        acc_stride: numbers from one row to the next.
 
     Numerics: exact.
     """

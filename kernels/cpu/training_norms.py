@@ -84,8 +84,12 @@ def norm_quantize_rows(first, last, x, stride, half, width, gain, eps, codes, sc
     """int8 codes of ``x * rstd * gain``, rows first .. last - 1.
 
     Args:
-        x: address of rows of `width` floats. gain: of float32 (width,). eps: float32. codes: of int8 (N, width). scale,
-            rstd: of float32 (N,).
+        first, last: rows.
+        x: address of rows of `width` floats, bf16 where `half`.
+        stride, half, width: of these rows.
+        gain: address of float32 (width,). eps: float32.
+        codes: address of int8 (N, width).
+        scale, rstd: addresses of float32 (N,).
     """
     size = 2 if half else 4
     for n in range(first, last):
@@ -119,7 +123,15 @@ def _activated(gate, gelu):
 def gated_quantize_rows(
     first, last, gate, gate_stride, up, up_stride, half, width, gelu, gain, eps, codes, scale, rstd
 ):
-    """int8 codes of ``h * rstd * gain``, or of h where gain is 0; the arguments as in `norm_quantize_rows`."""
+    """int8 codes of ``h * rstd * gain``, or of h where gain is 0.
+
+    Args:
+        first, last: rows.
+        gate, up: addresses of rows of `width` floats.
+        gate_stride, up_stride, half, width: of these rows.
+        gelu: which activation.
+        gain, eps, codes, scale, rstd: as in `norm_quantize_rows`.
+    """
     size = 2 if half else 4
     kept = np.empty(width + LANES, np.float32)
     h = kept.ctypes.data
@@ -140,8 +152,11 @@ def norm_backward_rows(first, last, dy, dy_stride, dy_half, x, stride, half, wid
     """dx in x's dtype, and dgain float32 (blocks, width), of ``x * rstd * gain``.
 
     Args:
-        dy, x: addresses of rows of `width` floats. gain: of float32 (width,). rstd: of float32 (N,). dx: of (N, width)
-            floats. dgain: of float32 (blocks, width).
+        first, last: rows.
+        dy, x: addresses of rows of `width` floats.
+        dy_stride, dy_half, stride, half, width: of these rows.
+        gain: address of float32 (width,). rstd: of float32 (N,).
+        dx: address of (N, width) floats. dgain: of float32 (blocks, width).
     """
     size, dy_size = 2 if half else 4, 2 if dy_half else 4
     for n in range(first, last):
@@ -167,7 +182,10 @@ def gated_backward_rows(
 ):  # fmt: skip
     """dgate and dup in gate's dtype, and dgain float32 (blocks, width); of no norm where gain is 0.
 
-    Args: as in `norm_backward_rows`; dgate, dup: addresses of (N, width) floats.
+    Args:
+        first, last, dy, dy_stride, dy_half, half, width, gain, rstd, dgain: as in `norm_backward_rows`.
+        gate, gate_stride, up, up_stride, gelu: as in `gated_quantize_rows`.
+        dgate, dup: addresses of (N, width) floats.
     """
     size, dy_size = 2 if half else 4, 2 if dy_half else 4
     kept = np.empty((2, width + LANES), np.float32)

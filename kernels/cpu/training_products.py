@@ -35,7 +35,9 @@ class Ternary:
     """One or more linears, stacked: ``W_s ~ weight_scale[s] * weight_codes[rows of s]``.
 
     Args:
-        weight_codes: int8 (O, I), contiguous. weight_scale: fp32 (S,). sizes: rows of each.
+        weight_codes: int8 (O, I), contiguous. weight_scale: fp32 (S,).
+        sizes: rows of each.
+        kept: what was made of them, by name.
     """
 
     weight_codes: Tensor
@@ -68,10 +70,15 @@ class Ternary:
 # --- the ways to multiply ------------------------------------------------------------------------------------------------
 
 
+def _plain(matrix: Tensor) -> Tensor:
+    """With the strides of its shape where a dimension is 1: `_int_mm` takes (1, n) with strides (1, 1) for something else."""
+    return matrix.contiguous().flatten().view(matrix.shape) if 1 in matrix.shape else matrix
+
+
 def _onednn(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
     """oneDNN through torch."""
     weight = ternary.weight_codes.t() if kind == "forward" else ternary.weight_codes
-    torch._int_mm(codes, weight, out=out)
+    torch._int_mm(_plain(codes), _plain(weight), out=out)
 
 
 def _own(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
@@ -84,7 +91,7 @@ def _own(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
 METHODS: dict[str, Callable] = {"onednn": _onednn, "own": _own}
 
 
-def _possible(codes: Tensor, width: int) -> list[str]:
+def possible(codes: Tensor, width: int) -> list[str]:
     """Names of METHODS for codes (N, K) and a result of `width` columns."""
     names = ["onednn"]
     if width % 16 == 0 and codes.shape[1] % 4 == 0:
@@ -97,7 +104,7 @@ def ternary_product(kind: str, codes: Tensor, ternary: Ternary, method: str | No
 
     Args:
         kind: "forward" or "backward".
-        codes: int8 (N, K), contiguous, within +-127; K is I, or O backward.
+        codes: int8 (N, K), contiguous, within +-127; K is I, or O backward. ternary: the weight.
         method: of METHODS; the fastest by default.
 
     Returns: int32 (N, O), or (N, I) backward. Numerics: exact.
@@ -113,7 +120,7 @@ def ternary_product(kind: str, codes: Tensor, ternary: Ternary, method: str | No
 
 def dense_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of int8 matrices within +-127, any strides, int32; where `dense_products_are_exact`."""
-    return torch._int_mm(a, b)
+    return torch._int_mm(_plain(a), _plain(b))
 
 
 @functools.cache
@@ -153,7 +160,7 @@ def _keep(key: str, name: str) -> None:
 
 
 def _fastest(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> str:
-    names = _possible(codes, out.shape[1])
+    names = possible(codes, out.shape[1])
     if len(names) == 1:
         return names[0]
     (N, K), isa = codes.shape, os.environ.get("ONEDNN_MAX_CPU_ISA", "")

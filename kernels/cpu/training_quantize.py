@@ -57,7 +57,10 @@ def quantize_rows(first, last, x, stride, half, width, codes, scale):
     """``act_codes = round(x * (127 / m))``, ``act_scale = m / 127``, ``m = max(max|x|, EPSILON)`` of rows first .. last - 1.
 
     Args:
-        x: address of rows of `width` floats. codes: of int8 (N, width). scale: of float32 (N,).
+        first, last: rows.
+        x: address of rows of `width` floats, bf16 where `half`.
+        stride, half, width: of these rows.
+        codes: address of int8 (N, width). scale: of float32 (N,).
 
     Numerics: bit for bit the reference. With a NaN or an infinity in a row its scale is not finite and its codes mean nothing.
     """
@@ -87,6 +90,7 @@ def weight_sums(first, last, table):
     """``sum|W|`` in float64, of pieces of weights.
 
     Args:
+        first, last: pieces.
         table: address of int64 (pieces, WORK): addresses of a piece's float32 weights, of its int8 codes, of its float64
             sum and of its tensor's float32 scale, and its number of weights.
     """
@@ -97,7 +101,11 @@ def weight_sums(first, last, table):
 
 @jit
 def weight_codes(first, last, table):
-    """``clip(round(W / weight_scale), -1, 1)`` of pieces of weights; `table` as in `weight_sums`. Numerics: the reference's."""
+    """``clip(round(W / weight_scale), -1, 1)`` of pieces of weights, bit for bit the reference.
+
+    Args:
+        first, last, table: as in `weight_sums`.
+    """
     least, zero = splat(np.float32(-1)), splat(np.float32(0))
     for piece in range(first, last):
         work = int64s(table + 8 * WORK * piece, WORK)
@@ -113,7 +121,10 @@ def gradient_peaks(first, last, dy, stride, half, width, act_scale, peaks):
     """``max|dY * act_scale|`` of every column, within each BLOCK of rows.
 
     Args:
-        dy: address of rows of `width` floats. act_scale: of float32 (N,). peaks: of float32 (blocks, width), written.
+        first, last: rows.
+        dy: address of rows of `width` floats, bf16 where `half`.
+        stride, half, width: of these rows.
+        act_scale: address of float32 (N,). peaks: of float32 (blocks, width), written.
     """
     size = 2 if half else 4
     for n in range(first, last):
@@ -132,10 +143,12 @@ def gradient_codes(
     """int8 codes of dY: ``round(dY * weight_scale / row_scale)`` and ``round(dY * act_scale * factor)``, either or both.
 
     Args:
-        dy: address of rows of `width` floats. weight_scale: of float32 (width,). row_codes: of int8 (N, width), or 0 for
-            none. row_scale: of float32 (N,), written.
-        act_scale: of float32 (N,). factor: of float32 (width,), 127 / peak of a column. column_codes: of int8 (N, width),
-            or 0 for none.
+        first, last: rows.
+        dy: address of rows of `width` floats, bf16 where `half`.
+        stride, half, width: of these rows.
+        weight_scale: address of float32 (width,). row_codes: of int8 (N, width), or 0 for none.
+        row_scale: address of float32 (N,), written. act_scale: of float32 (N,).
+        factor: address of float32 (width,), 127 / peak of a column. column_codes: of int8 (N, width), or 0 for none.
 
     Numerics: a NaN or an infinity in a row makes its row_scale NaN or infinite. A row of zeros has codes 0.
     """
@@ -166,8 +179,13 @@ def scale_rows(first, last, acc, width, row_scale, column_scale, bias, out, half
     """``out = acc * (row_scale * column_scale) + bias``, each operation rounded as in the reference.
 
     Args:
-        acc: address of int32 (N, width). row_scale: of float32 (N,). column_scale: of float32 (width,), or 0 for ones.
-        bias: of float32 (width,), or 0 for none. out: of (N, width) floats, bf16 where `half`; may be acc where not.
+        first, last: rows.
+        acc: address of int32 (N, width).
+        width: O.
+        row_scale: address of float32 (N,). column_scale: of float32 (width,), or 0 for ones.
+        bias: address of float32 (width,), or 0 for none.
+        out: address of (N, width) floats, may be acc where not half.
+        half: whether out is bf16.
     """
     size = 2 if half else 4
     for n in range(first, last):

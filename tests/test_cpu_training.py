@@ -1,0 +1,348 @@
+"""The CPU's training kernels against the reference: codes, scales and integers bit for bit, gradients as good as PyTorch's."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bitdistill.kernels import reference
+from bitdistill.kernels.cpu import bit_linear, rows, training_products
+
+SHAPES = [(6, 48), (2, 3, 48), (1, 16), (0, 48), (7, 575), (3, 1), (130, 80), (5, 17)]
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request, monkeypatch):
+    """One thread, and three that share even small work."""
+    monkeypatch.setattr(rows, "LEAST", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    return request.param
+
+
+def odd_rows(shape, dtype=torch.float32, seed=0):
+    """Random rows, among them zeros, ties of the rounding, very large and very small ones."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    flat = x.view(-1, shape[-1])
+    for place, row in enumerate(flat[:5]):
+        if place == 0:
+            row.zero_()
+        elif place == 1:
+            row.copy_((torch.arange(len(row)) % 255 - 127) / 2)
+            row[0] = 127  # so that every second value lies halfway between two codes
+        elif place in (2, 3):
+            row.mul_(1e10 if place == 2 else 1e-10)
+    return x.to(dtype)
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300)).item()
+
+
+# --- quantizers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activations_bit_for_bit(shape, dtype, threads):
+    x = odd_rows(shape, dtype)
+    codes, scale = bit_linear.quantize_input(x)
+    expected_codes, expected_scale = reference.quantize_activation(x)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(scale, expected_scale)
+
+
+def test_activations_of_any_layout():
+    x = odd_rows((40, 60))
+    for view in (x.t(), x[:, 3:50], x[::2], x[:, ::2], x[0].expand(4, 60), x.view(4, 10, 60).transpose(0, 1)):
+        codes, scale = bit_linear.quantize_input(view)
+        expected = reference.quantize_activation(view)
+        assert torch.equal(codes, expected[0])
+        assert torch.equal(scale, expected[1])
+    read_only = np.ones((3, 5), np.float32)
+    read_only.flags.writeable = False
+    with pytest.warns(UserWarning, match="not writable"):
+        frozen = torch.from_numpy(read_only)
+    assert (bit_linear.quantize_input(frozen).act_codes == 127).all()
+
+
+def test_a_nan_or_an_infinity_reaches_the_output():
+    weight = torch.randn(4, 20)
+    for bad in (float("nan"), float("inf")):
+        x = torch.ones(3, 20)
+        x[1, 7] = bad
+        y = bit_linear.ternary_linear(
+            x, bit_linear.quantize_input(x), [weight], [], bit_linear.ternarize([weight]), torch.float32, "exact"
+        )
+        assert not y[1].isfinite().any()
+        assert y[[0, 2]].isfinite().all()
+    with pytest.raises(ValueError, match="at least 1"):
+        bit_linear.quantize_input(torch.zeros(2, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_bit_for_bit(dtype, threads):
+    weights = [
+        odd_rows(shape, seed=seed).to(dtype) for seed, shape in enumerate([(32, 48), (5, 3), (1, 1), (300, 700)])
+    ]
+    weights += [
+        torch.zeros(4, 6, dtype=dtype),
+        torch.full((3, 5), -1e-6, dtype=dtype),
+        torch.randn(20, 30, dtype=dtype).t(),
+    ]
+    weights += [torch.tensor([[0.5, 1.5, -0.5, -1.5]], dtype=dtype)]  # halves of the scale, which is 1
+    for part, weight in zip(bit_linear.ternarize_each(weights), weights, strict=True):
+        codes, scale = reference.quantize_weight(weight)
+        assert torch.equal(part.weight_codes, codes)
+        assert torch.equal(part.weight_scale, scale.view(1))
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        bit_linear.ternarize([torch.zeros(0)])
+
+
+def test_stacked_weights_are_views_where_they_lie_side_by_side():
+    weights = [torch.randn(O, 24) for O in (8, 5, 16)]
+    parts = bit_linear.ternarize_each(weights)
+    together = bit_linear.stacked(parts)
+    assert together.weight_codes.data_ptr() == parts[0].weight_codes.data_ptr()
+    assert bit_linear.stacked(parts) is together
+    apart = bit_linear.stacked([parts[2], parts[0]])
+    assert torch.equal(apart.weight_codes, torch.cat([parts[2].weight_codes, parts[0].weight_codes]))
+    assert apart.of_columns().tolist() == [parts[2].weight_scale.item()] * 16 + [parts[0].weight_scale.item()] * 8
+
+
+# --- products ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("method", training_products.METHODS)
+def test_products_bit_for_bit(method, kind, threads):
+    for N, I, O in [
+        (1, 16, 16),
+        (2, 48, 32),
+        (9, 64, 16),
+        (37, 576, 192),
+        (5, 1028, 48),
+        (300, 32, 80),
+        (4, 575, 33),
+        (3, 1, 5),
+        (3, 4, 1),
+    ]:
+        generator = torch.Generator().manual_seed(N)
+        for extreme in (False, True):
+            ternary = bit_linear.ternarize([torch.randn(O, I, generator=generator) + extreme * 9])
+            codes = torch.randint(-127, 128, (N, I if kind == "forward" else O), generator=generator, dtype=torch.int8)
+            codes = codes.fill_(-127) if extreme else codes
+            expected = codes.long() @ (ternary.weight_codes.t() if kind == "forward" else ternary.weight_codes).long()
+            if method in training_products.possible(codes, expected.shape[1]):
+                got = training_products.ternary_product(kind, codes, ternary, method)
+                assert got.dtype == torch.int32
+                assert torch.equal(got.long(), expected), (N, I, O)
+
+
+def test_the_choice_is_kept_for_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(training_products, "cache_folder", lambda: tmp_path)
+    training_products._known.cache_clear()
+    timed = []
+    for name, method in training_products.METHODS.items():
+        monkeypatch.setitem(
+            training_products.METHODS, name, lambda *work, name=name, method=method: timed.append(name) or method(*work)
+        )
+    ternary = bit_linear.ternarize([torch.randn(32, 64)])
+    codes = torch.randint(-127, 128, (9, 64), dtype=torch.int8)
+    try:
+        first = training_products.ternary_product("forward", codes, ternary)
+        assert {timed.count(name) for name in training_products.METHODS} <= {4, 5}
+        for again in range(2):  # known to the process, then read from the file
+            timed.clear()
+            assert torch.equal(training_products.ternary_product("forward", codes, ternary), first)
+            assert len(timed) == 1
+            if again == 0:
+                training_products._known.cache_clear()
+        (tmp_path / "products.json").write_text("broken")
+        training_products._known.cache_clear()
+        assert torch.equal(training_products.ternary_product("forward", codes, ternary), first)
+    finally:
+        training_products._known.cache_clear()
+
+
+# --- the linear ----------------------------------------------------------------------------------------------------------
+
+
+def linear(x, weights, biases, backward, dtype=torch.float32):
+    activation, ternary = bit_linear.quantize_input(x), bit_linear.ternarize(weights)
+    return bit_linear.ternary_linear(x, activation, weights, biases, ternary, dtype, backward)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_bit_for_bit(shape, bias, threads):
+    """Also linears side by side, each with a scale of its own."""
+    weights = [torch.randn(O, shape[-1]) * (1 + O) for O in (32, 5, 16)]
+    biases = [torch.randn(len(weight)) for weight in weights] if bias else []
+    x = odd_rows(shape)
+    expected = [reference.bit_linear(x, w, b) for w, b in zip(weights, biases or [None] * 3, strict=True)]
+    assert torch.equal(linear(x, weights, biases, "exact"), torch.cat(expected, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 48), (2, 65, 575), (0, 48), (1, 16)])
+def test_exact_gradients_are_as_good_as_pytorchs(shape, dtype, threads):
+    """Of input, weights and biases, against float64: at most twice the reference's error."""
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    weights, biases = (
+        [torch.randn(O, shape[-1], requires_grad=True) for O in (32, 7)],
+        [torch.randn(32), torch.randn(7)],
+    )
+    biases = [bias.requires_grad_() for bias in biases]
+    inputs = [x, *weights, *biases]
+    y = linear(x, weights, biases, "exact", dtype)
+    dy = torch.randn(y.shape).to(dtype)
+    ours = torch.autograd.grad(y, inputs, dy)
+    plain = torch.cat([reference.bit_linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
+    theirs = torch.autograd.grad(plain, inputs, dy)
+    codes, scale = reference.quantize_activation(x)
+    rows64, dy64 = (codes * scale.double()).flatten(0, -2), dy.double().flatten(0, -2)
+    parts = [reference.quantize_weight(weight) for weight in weights]
+    dx = sum((d @ (c * s.double())) for d, (c, s) in zip(dy64.split([32, 7], 1), parts, strict=True)).view(shape)
+    truth = [dx, *(d.t() @ rows64 for d in dy64.split([32, 7], 1)), *dy64.sum(0).split([32, 7])]
+    for name, a, b, t in zip(["x", "w0", "w1", "b0", "b1"], ours, theirs, truth, strict=True):
+        assert a.dtype == b.dtype
+        assert relative(a, t) <= max(2 * relative(b, t), 2**-22 if dtype == torch.float32 else 2**-8), name
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_fast_gradients_are_close(dense, threads, monkeypatch):
+    """int8 noise, but of the right size and direction; NaN gets through; zeros stay zero; unneeded gradients are not made."""
+    if not (dense and training_products.dense_products_are_exact()):
+        monkeypatch.setattr(bit_linear, "dense_products_are_exact", lambda: False)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(150, 70), torch.randn(40, 70), torch.randn(40)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    dy = torch.randn(150, 40) * torch.rand(150, 1) ** 4
+    dy[3], dy[:, 5] = 0, 0
+    fast = torch.autograd.grad(linear(x, [weight], [bias], "fast"), inputs, dy)
+    exact = torch.autograd.grad(reference.bit_linear(x, weight, bias), inputs, dy)
+    for a, b, bound in zip(fast, exact, (0.01, 0.015, 1e-6), strict=True):
+        assert relative(a, b) <= bound
+    assert (fast[0][3] == 0).all()
+    assert (fast[1][5] == 0).all()
+    dy[4, 6] = float("nan")
+    dx, dw, _ = torch.autograd.grad(linear(x, [weight], [bias], "fast"), inputs, dy)
+    assert dx[4].isnan().all()
+    assert dw[6].isnan().all()
+    assert dx[:4].isfinite().all()
+    (only_x,) = torch.autograd.grad(linear(x, [weight.detach()], [], "fast"), [x], torch.ones(150, 40))
+    (only_weight,) = torch.autograd.grad(linear(x.detach(), [weight], [], "fast"), [weight], torch.ones(150, 40))
+    assert only_x.shape == x.shape
+    assert only_weight.shape == weight.shape
+
+
+def test_more_tokens_than_an_int32_sum_holds(monkeypatch):
+    monkeypatch.setattr(bit_linear, "TOKENS_OF_A_SUM", 64)
+    torch.manual_seed(0)
+    x, weight, dy = (
+        torch.randn(150, 32, requires_grad=True),
+        torch.randn(16, 32, requires_grad=True),
+        torch.randn(150, 16),
+    )
+    fast = torch.autograd.grad(linear(x, [weight], [], "fast"), [x, weight], dy)
+    exact = torch.autograd.grad(reference.bit_linear(x, weight), [x, weight], dy)
+    assert all(relative(a, b) <= 0.015 for a, b in zip(fast, exact, strict=True))
+
+
+def test_int8_is_saved_for_backward():
+    """A quarter of the input's bytes, and the input itself is let go."""
+    x, weight = torch.randn(64, 256, requires_grad=True) * 1, torch.randn(128, 256, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        linear(x, [weight], [], "exact")
+    assert sum(tensor.nbytes for tensor in saved) <= x.nbytes / 4 + 64 * 4
+    assert all(tensor.data_ptr() != x.data_ptr() for tensor in saved)
+
+
+# --- norms and gates -----------------------------------------------------------------------------------------------------
+
+
+def errors(compute, plain, inputs, dtype):
+    """(ours, PyTorch's) errors against float64 of the codes' values and of every gradient."""
+    dy = torch.randn(inputs[0].shape).to(dtype)
+    activation, anchor = compute(*inputs)
+    value = plain(*inputs)
+    inputs64 = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    value64 = plain(*inputs64)
+    truth = torch.autograd.grad(value64, inputs64, dy.double())
+    ours, theirs = (torch.autograd.grad(y, inputs, dy) for y in (anchor, value))
+    codes, scale = reference.quantize_activation(value)
+    pairs = [(relative(activation.act_codes * activation.act_scale, value64), relative(codes * scale, value64))]
+    for a, b, t in zip(ours, theirs, truth, strict=True):
+        assert a.dtype == b.dtype
+        pairs.append((relative(a, t), relative(b, t)))
+    return pairs
+
+
+def norm64(x, gain):
+    if x.dtype != torch.float64:
+        return reference.rms_norm(x, gain, 1e-6)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 48), (2, 70, 575), (3, 7)])
+def test_norm_is_as_good_as_pytorchs(shape, dtype, threads):
+    torch.manual_seed(0)
+    x, gain = torch.randn(shape).to(dtype), torch.rand(shape[-1]) + 0.5
+    inputs = [x.requires_grad_(), gain.requires_grad_()]
+    compute = lambda x, gain: bit_linear.norm_quantize_input(x, gain, 1e-6)  # noqa: E731
+    for ours, theirs in errors(compute, norm64, inputs, dtype):
+        assert ours <= max(2 * theirs, 2**-22)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_gate_is_as_good_as_pytorchs(normed, activation, dtype, threads):
+    torch.manual_seed(0)
+    act = F.silu if activation == "silu" else lambda x: F.gelu(x, approximate="tanh")
+    for shape in ((5, 48), (2, 70, 90)):
+        gate, up = (3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+        inputs = [gate.requires_grad_(), up.requires_grad_()]
+        inputs += [(torch.rand(shape[-1]) + 0.5).requires_grad_()] if normed else []
+        compute = lambda g, u, gain=None: bit_linear.gated_quantize_input(g, u, gain, 1e-6, activation)  # noqa: E731
+        plain = lambda g, u, gain=None: act(g) * u if gain is None else norm64(act(g) * u, gain)  # noqa: E731
+        for ours, theirs in errors(compute, plain, inputs, dtype):
+            assert ours <= max(2 * theirs, 2**-21)
+
+
+def test_gates_far_from_zero():
+    gate = torch.tensor([[-1e30, -200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0, 1e18]], requires_grad=True)
+    for activation, act in (("silu", F.silu), ("gelu_pytorch_tanh", lambda x: F.gelu(x, approximate="tanh"))):
+        _, anchor = bit_linear.gated_quantize_input(gate, torch.ones_like(gate), None, 0.0, activation)
+        (ours,) = torch.autograd.grad(anchor, [gate], torch.ones_like(gate))
+        near = gate.detach()[:, 1:-1].double().requires_grad_()
+        (theirs,) = torch.autograd.grad(act(near), [near], torch.ones_like(near))
+        assert torch.allclose(ours[:, 1:-1].double(), theirs, atol=1e-6)
+        assert ours.isfinite().all()
+
+
+def test_unknown_gates_are_refused():
+    x = torch.zeros(2, 8)
+    with pytest.raises(ValueError, match="expected silu or gelu_pytorch_tanh; got relu"):
+        bit_linear.gated_quantize_input(x, x, None, 1e-6, "relu")
+    with pytest.raises(ValueError, match="shape and dtype of gate"):
+        bit_linear.gated_quantize_input(x, x[:1], None, 1e-6, "silu")
+
+
+@pytest.mark.parametrize("part", ["norm", "gate"])
+def test_sums_over_tokens_do_not_depend_on_the_threads(part, monkeypatch):
+    monkeypatch.setattr(rows, "LEAST", 1)
+    x, gain, dy = torch.randn(300, 40, requires_grad=True), torch.rand(40, requires_grad=True), torch.randn(300, 40)
+    found = []
+    for count in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        if part == "norm":
+            _, anchor = bit_linear.norm_quantize_input(x, gain, 1e-6)
+        else:
+            _, anchor = bit_linear.gated_quantize_input(x, 2 * x, gain, 1e-6, "silu")
+        found.append(torch.autograd.grad(anchor, [gain], dy)[0])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
