@@ -183,7 +183,8 @@ def test_absmean_is_what_it_was(subln):
     layer, x = make_layer("absmean", subln=subln), torch.randn(2, 3, 48)
     inside = x if layer.subln is None else layer.subln(x)
     assert not layer.on_reference()
-    assert torch.equal(layer(x), bit_linear(inside, layer.weight, layer.bias))
+    expected = bit_linear(inside, layer.weight, layer.bias)  # a fused norm sums in another order
+    assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-6) if subln else torch.equal(layer(x), expected)
     assert set(layer.state_dict()) == {"weight", "bias"} | ({"subln.weight"} if subln else set())
     for ours, theirs in zip(layer.ternary(), quantize_weight(layer.weight), strict=True):
         assert torch.equal(ours, theirs)

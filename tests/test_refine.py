@@ -92,7 +92,7 @@ def test_the_mlp_computes_what_the_familys_own_code_does(family):
     after, y = model.model.layers[0].mlp, torch.randn(3, 32)
     assert type(after) is not type(before)
     assert after.act_fn is before.act_fn
-    assert torch.equal(after(y), type(before).forward(after, y))
+    assert torch.allclose(after(y), type(before).forward(after, y), rtol=1e-5, atol=1e-5)  # a fused gate rounds less
 
 
 @pytest.mark.parametrize("family", FAMILIES)

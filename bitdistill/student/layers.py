@@ -194,8 +194,8 @@ class GatedMLP(nn.Module):
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether its call does more than its forward, as under ZeRO-3, where it gathers the parameters."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether its call does more than its class's forward, as under ZeRO-3, where it gathers the parameters, or another."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 @functools.cache
