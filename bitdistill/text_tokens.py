@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from bitdistill.errors import UserError
 
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _PROBES = ("a", "A", "1", ".", "的")
 
 
@@ -31,7 +32,7 @@ class TextTokens:
             declared special or not.
 
     Attributes:
-        prefix: ids that the tokenizer puts before a text.
+        prefix, suffix: ids that the tokenizer puts before and after a text by itself; only the prefix belongs to a prompt.
         special: {text: id} of its special tokens.
     """
 
@@ -43,7 +44,10 @@ class TextTokens:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special = {token.content: index for index, token in added.items() if token.special}
+        if getattr(tokenizer.model, "byte_fallback", False):  # some files declare the bytes special, too: they are text
+            self.special = {text: index for text, index in self.special.items() if not _BYTE_TOKEN.fullmatch(text)}
         written = {token.content: index for index, token in added.items() if token.content in (chat_template or "")}
+        written = {text: index for text, index in written.items() if self._is_found(text, index)}
         self._ordinary = [text for text in written if text not in self.special]  # control tokens in a turn alone
         self._control = self.special | written
         self._special_ids = set(self.special.values())
@@ -51,12 +55,14 @@ class TextTokens:
         unknown = getattr(tokenizer.model, "unk_token", None)
         self._unknown = unknown if unknown in self.special else None
         self._special_ids.discard(self.special.get(unknown))
+        self._marked = {text for text, index in self._control.items() if self._is_found(text, index)}
         nonce = secrets.token_hex(8)  # nobody can write into a row what he cannot know
         self._shield = f"\U0010fff0{nonce}\U0010fff1"
         self._names = {text: f"\U0010fff2{nonce}:{index}\U0010fff3" for text, index in self._control.items()}
         self._find_control, self._find_ordinary = _any_of(self._control), _any_of(self._ordinary)
+        self._find_marked = _any_of(self._marked)
         self._renamed: Tokenizer | None = None
-        self.prefix = _prefix(tokenizer)
+        self.prefix, self.suffix = _frame(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts in which nothing is a special token, without what the tokenizer adds around a text.
@@ -106,15 +112,18 @@ class TextTokens:
         Args:
             rendered: chats whose turns went through `shield`; the template writes BOS itself.
         """
-        plain = all(self._shield not in text for text in rendered)
-        if plain:
+        if all(self._shield not in text for text in rendered):
             encoded = self._encode(self._tokenizer, rendered)
-            counts = [sum(1 for name in self._find_control.findall(t) if name != self._unknown) for t in rendered]
-            control = set(self._control.values()) - {self.special.get(self._unknown)}
-            if all(sum(token in control for token in ids) == count for ids, count in zip(encoded, counts, strict=True)):
+            if all(map(self._is_as_written, rendered, encoded)):
                 return encoded
-        named = [self.unshield(self._find_control.sub(self._name, text)) for text in rendered]
+        named = [self.unshield(self._find_marked.sub(self._name, text)) for text in rendered]
         return self._encode(self._with_other_names(), named)
+
+    def _is_as_written(self, text: str, ids: list[int]) -> bool:
+        """Whether the control tokens among the ids are those that the text names, and no other became one."""
+        control = {self._control[name] for name in self._marked if name != self._unknown}
+        named = self._find_marked.findall(text)
+        return self._unknown not in named and sum(token in control for token in ids) == len(named)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """(first, end) characters of each token of `encode`."""
@@ -123,6 +132,10 @@ class TextTokens:
         if plain.ids == ids:
             return plain.offsets
         return self._with_other_names().encode(text, add_special_tokens=False).offsets
+
+    def _is_found(self, text: str, index: int) -> bool:
+        """Whether the tokenizer finds an added token in the middle of a text: with some normalizers it does not."""
+        return index in self._tokenizer.encode(f"a{text}a", add_special_tokens=False).ids
 
     def _name(self, found: re.Match) -> str:
         return self._names[found[0]]
@@ -168,15 +181,15 @@ def _any_of(texts: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def _prefix(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer's post-processor writes before a text, found by the ids of a short one."""
+def _frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer's post-processor writes before and after a text, found by the ids of a short one."""
     for probe in _PROBES:
         alone = tokenizer.encode(probe, add_special_tokens=False).ids
         whole = tokenizer.encode(probe).ids
         for first in range(len(whole) - len(alone) + 1 if alone else 0):
             if whole[first : first + len(alone)] == alone:
-                return whole[:first]
-    return []
+                return whole[:first], whole[first + len(alone) :]
+    return [], []
 
 
 def _rename(tokenizer: Tokenizer, names: dict[str, str]) -> Tokenizer:
@@ -184,7 +197,8 @@ def _rename(tokenizer: Tokenizer, names: dict[str, str]) -> Tokenizer:
     content = json.loads(tokenizer.to_str())
     content |= {"post_processor": None, "truncation": None, "padding": None}
     for token in content["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
+        if token["content"] in names:
+            token |= {"content": names[token["content"]], "normalized": False}
     model = content["model"]
     if isinstance(model.get("vocab"), dict):
         model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}

@@ -1,14 +1,17 @@
 """Scores by EleutherAI's lm-evaluation-harness (lm_eval): an opinion from outside on a student, its teacher or a baseline.
 
-For a task of ours the same local rows (or those of the hub) are asked twice: with our prompt, as the harness tokenises and
-scores it, which must agree with evaluation.py row by row where no prompt was cut; and with the harness's own prompt, where
-it has a task of that name, which says what a student that was tuned on one wording makes of another. Any other name is a
-task of the harness, with its own data from the hub.
+For a task of ours the same local rows (or those of the hub) are asked twice: with our prompt, in the tokens of training and
+as the harness scores it, which must agree with score.py row by row where no prompt was cut; and with the harness's own
+prompt, where it has a task of that name, which says what a student that was tuned on one wording makes of another. Any
+other name is a task of the harness, with its own data from the hub.
 
-A packed file is asked through `PackedLM`, a torch model through the harness's HFLM. Needs the extra `bitdistill[eval]`.
+A packed file is asked through `PackedLM`, a torch model through the harness's HFLM; both without an EOS that a tokenizer
+appends to its texts: a prompt does not end where its answer begins. Needs the extra `bitdistill[eval]`.
 """
 
+import copy
 import functools
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,25 +28,48 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers.processors import TemplateProcessing
 from tqdm.auto import tqdm
 
-from bitdistill.data.tasks import Task, label_indices, prompt_texts
+from bitdistill.data.tasks import Task, encode_prompts, label_indices, label_tokens, prompt_texts, text_tokens
 from bitdistill.errors import UserError
 from bitdistill.runtime.cpu import Cache, Runtime, log_softmax
 
 ROWS_AT_A_TIME = 64  # logits of so many positions are looked at together
 
 
-class PackedLM(TemplateLM):
+class _OurTask(ConfigurableTask):
+    """A task of ours: `pairs` are the tokens of (prompt, answer) for its texts."""
+
+    pairs: dict[tuple[str, str], tuple[list[int], list[int]]]
+
+
+class _KnownPairs:
+    """Takes the tokens of our own prompts and answers from a list, where a model of the harness would make them."""
+
+    pairs: dict[tuple[str, str], tuple[list[int], list[int]]]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        known = self.pairs.get((context, continuation))
+        return known or super()._encode_pair(context, continuation)  # type: ignore[misc]
+
+
+class _TorchLM(_KnownPairs, HFLM):
+    """The harness's own model, with our tokens for our prompts."""
+
+
+class PackedLM(_KnownPairs, TemplateLM):
     """A packed student as the harness wants a model: log-likelihoods and greedy text, by the CPU runtime.
 
     Args:
-        runtime: on a packed file. tokenizer: models.packed_tokenizer of it.
+        runtime: on a packed file.
+        tokenizer: `student.loading.packed_tokenizer` of it.
+        pairs: tokens of prompts and answers that are known: {(prompt, answer): (its ids, its ids)}.
     """
 
-    def __init__(self, runtime: Runtime, tokenizer):
+    def __init__(self, runtime: Runtime, tokenizer, pairs: dict | None = None):
         super().__init__()
-        self.runtime, self.tokenizer = runtime, tokenizer
+        self.runtime, self.tokenizer, self.pairs = runtime, tokenizer, pairs or {}
 
     @property
     def eot_token_id(self) -> int:
@@ -55,9 +81,10 @@ class PackedLM(TemplateLM):
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        if add_special_tokens is None:
-            add_special_tokens = not (self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token))
-        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        tokens = text_tokens(self.tokenizer)
+        if add_special_tokens is None and self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token):
+            return tokens.encode_prompt(string, special_tokens=True)
+        return tokens.encode([string])[0] if add_special_tokens is False else tokens.encode_prompt(string)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """(sum of log p, whether greedy decoding would say it). Contexts are fed once for all their continuations."""
@@ -114,12 +141,33 @@ class PackedLM(TemplateLM):
         return texts
 
 
-def harness_model(model, tokenizer, batch_size: int = 32):
-    """A Runtime as a PackedLM, a torch model as the harness's HFLM, on the device where it is."""
+def harness_model(model, tokenizer, batch_size: int = 32, pairs: dict | None = None):
+    """A Runtime as a PackedLM, a torch model as the harness's HFLM, on the device where it is.
+
+    Args:
+        model: a Runtime or a torch model. tokenizer: of the model.
+        batch_size: of a torch model.
+        pairs: as of `PackedLM`.
+    """
     if isinstance(model, Runtime):
-        return PackedLM(model, tokenizer)
+        return PackedLM(model, tokenizer, pairs)
     device = next(model.parameters()).device
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
+    result = _TorchLM(pretrained=model, tokenizer=_ending_nothing(tokenizer), batch_size=batch_size, device=str(device))
+    result.pairs = pairs or {}
+    return result
+
+
+def _ending_nothing(tokenizer):
+    """The tokenizer, or a copy that appends nothing to its texts."""
+    tokens = text_tokens(tokenizer)
+    if not tokens.suffix:
+        return tokenizer
+    names = tokenizer.convert_ids_to_tokens(tokens.prefix)
+    result = copy.deepcopy(tokenizer)
+    result.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*names, "$A"], special_tokens=list(zip(names, tokens.prefix, strict=True))
+    )
+    return result
 
 
 def harness_task(task: Task, rows: Dataset, tokenizer) -> ConfigurableTask:
@@ -134,7 +182,9 @@ def harness_task(task: Task, rows: Dataset, tokenizer) -> ConfigurableTask:
     gold = label_indices(task, rows)
     rows = rows.select_columns(task.columns).add_column("_gold", gold)
     chat = task.chat and bool(tokenizer.chat_template)
-    return ConfigurableTask(
+    texts, answers = prompt_texts(task, list(rows), tokenizer), [("" if chat else " ") + word for word in task.words]
+    ids, words = encode_prompts(task, rows, tokenizer, sys.maxsize)[0], label_tokens(task, tokenizer)
+    result = _OurTask(
         config={
             "task": f"{task.name} (our prompt)",
             "custom_dataset": lambda **_: {"validation": rows},
@@ -147,6 +197,12 @@ def harness_task(task: Task, rows: Dataset, tokenizer) -> ConfigurableTask:
             "metric_list": [{"metric": "acc"}],
         }
     )
+    result.pairs = {
+        (text, answer): (prompt, word)
+        for text, prompt in zip(texts, ids, strict=True)
+        for answer, word in zip(answers, words, strict=True)
+    }
+    return result
 
 
 def stock_task(name: str, rows: Dataset | None = None):
@@ -196,8 +252,9 @@ def run_harness(model, tokenizer, tasks: Sequence[Any], limit: int | None = None
     Returns: a dict for each task and metric: {"task", "metric", "value", "stderr" (or None), "rows"}.
     """
     # The standard error of a mean, such as acc, is a formula; other metrics are resampled.
+    pairs = {text: ids for task in tasks for text, ids in getattr(task, "pairs", {}).items()}
     output = simple_evaluate(
-        harness_model(model, tokenizer),
+        harness_model(model, tokenizer, pairs=pairs),
         tasks=list(tasks),
         limit=limit,
         bootstrap_iters=100,

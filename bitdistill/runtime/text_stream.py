@@ -37,9 +37,10 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()):
         self.stopped = False
         self._tokenizer = tokenizer
-        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         decoders = _decoders(tokenizer)
         self._byte_level, self._byte_fallback = "ByteLevel" in decoders, "ByteFallback" in decoders
+        special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._special = {i for i, text in special.items() if not (self._byte_fallback and _BYTE_TOKEN.fullmatch(text))}
         self._stop = [word for word in stop if word]
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # The last token that is no special one: the next one is read after it.
