@@ -96,7 +96,7 @@ def write_packed_model(path: Path, shape: Shape, packing: str, embedding: str) -
         codes, scale = (tensor.numpy() for tensor in quantize_table(torch.from_numpy(table), embedding))
         pack = {"int8": layout.pack_int8, "int4": layout.pack_int4}.get(embedding, lambda c: layout.pack(c, packing))
         tensors["model.embed_tokens.weight_packed"] = pack(codes)
-        scale = layout.pack_int4_scale(scale) if embedding == "int4" else scale
+        scale = layout.pack_scales(scale) if embedding == "int4" else scale
         tensors["model.embed_tokens.weight_scale"] = scale
     half = np.arange(0, shape.head_dim, 2, dtype=np.float32) / np.float32(shape.head_dim)
     tensors["rope.full_attention.inv_freq"] = (1 / np.float32(1e6) ** half).astype(np.float32)

@@ -7,9 +7,9 @@ line. Names are Hugging Face's where Hugging Face has one. Only entry files read
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bitdistill import console, folders
 from bitdistill.distributed import launch
@@ -93,6 +93,9 @@ class RefineConfig:
             int8, int4 and ternary are what the packed file then stores, bit for bit (docs/method.md).
         weight_quantizer: how the linears become ternary (docs/method.md); the baseline's are absmean. block and awq cannot
             be exported; with ZeRO-3 gptq and seq do not work. gptq and awq look at calibration_blocks, too.
+        weight_scale: what has a scale of its own: the whole tensor (the paper), each row, or each group of columns of a row
+            (absmean, gptq and tequila); the baseline has one per tensor. A group costs 16 / group_size bits per weight.
+        group_size: columns of a group: 64, 128 or 256.
     """
 
     norms: Literal["two", "all", "none"] = "two"
@@ -101,6 +104,13 @@ class RefineConfig:
     calibration_blocks: int = 16
     embedding: Literal["fp16", "int8", "int4", "ternary"] = "fp16"
     weight_quantizer: Literal[*quantizers.QUANTIZERS] = "absmean"
+    weight_scale: Literal["tensor", "row", "group"] = "tensor"
+    group_size: Literal[64, 128, 256] = 128
+
+    def in_effect(self) -> dict[str, Any]:
+        """All settings but those that weight_scale leaves without effect."""
+        without = {"tensor": {"weight_scale", "group_size"}, "row": {"group_size"}, "group": set()}[self.weight_scale]
+        return {name: value for name, value in asdict(self).items() if name not in without}
 
 
 @dataclass
@@ -371,9 +381,10 @@ class RunConfig:
                 got=str(self.export.embedding),
                 do="Leave it out: only an embedding trained in full precision can be stored in another format.",
             )
-        quantizer = quantizers.quantizer_named(self.refine.weight_quantizer)
+        refine = self.refine
+        quantizer = quantizers.quantizer_named(refine.weight_quantizer, refine.weight_scale, refine.group_size)
         if self.export.enabled and self.evaluate.enabled and self.stage in ("all", "export"):
-            quantizers.refuse_many_scales(quantizer)
+            quantizers.refuse_unpackable(quantizer)
         if self.zero == 3:
             quantizers.refuse_partitions(quantizer)
         if self.pretrain.annealing == "softmax":

@@ -154,7 +154,8 @@ class Job:
         """A student of another run brings its quantizers with it: what these settings say must be true of it, too."""
         if self.config.student is not None:
             section = self.config.refine
-            require_quantizers(self.config.student, section.weight_quantizer, section.embedding)
+            scales = (section.weight_scale, section.group_size)
+            require_quantizers(self.config.student, section.weight_quantizer, section.embedding, *scales)
 
     @property
     def base_folder(self) -> str | Path:
@@ -213,6 +214,7 @@ class Job:
         if not config.pretrain.lambda_logits > 0:
             for name in OF_STAGE_2_DISTILLATION:
                 del sections["pretrain"][name]
+        sections["refine"] = config.refine.in_effect()
         sections["distill steps"] = optimization(config.distill)
         groups = {
             name: {name.split()[0]: {key: one for key, one in values.items() if key not in DOES_NOT_CHANGE_THE_RESULT}}

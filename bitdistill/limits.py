@@ -52,6 +52,7 @@ LIMITS = {
     "gamma_every": COUNT,
     "gamma_rho": POSITIVE,
     "gradient_accumulation_steps": COUNT,
+    "group_size": Limit("64, 128 or 256", 64, 256),
     "health_steps": COUNT_OR_NONE,
     "kd_temperature": POSITIVE,
     "kd_top_k": COUNT,

@@ -6,6 +6,7 @@ Rules, pinned (docs/method.md, section 1):
 * All quantizer arithmetic is in fp32, whatever the dtype of the input.
 * ``weight_scale = max(mean|W|, EPSILON)``. The sum runs in fp64 and is rounded to fp32 once, so that order of summation,
   thread count and device do not move the scale, and no code flips at the 0.5 boundary between two runs.
+* Scales of rows and of groups of columns: the same mean of each, rounded to bf16 (fp16 holds these numbers, too).
 * ``weight_codes = clip(round(W / weight_scale), -1, 1)``: a true division, not a product with the reciprocal.
 * ``act_codes = clip(round(x * (127 / m)), -128, 127)`` and ``act_scale = m / 127``, with ``m = max(max|x|, EPSILON)`` per
   token: both true divisions. (``127 / m`` written with a Python scalar is ``reciprocal(m) * 127`` in torch and differs
@@ -17,6 +18,8 @@ Rules, pinned (docs/method.md, section 1):
 ACT_MAX = 127  # the largest int8 activation code in magnitude; -128 is allowed by the paper's clip but never produced
 IGNORED = -100  # the label of a position that is not to be learned, as torch's cross-entropy has it
 EPSILON = 1e-5  # lower clamp of both scales before use, as in the authors' code; the paper names no value
+
+MAX_SCALE = 65280.0  # the largest number that fp16 and bf16 both hold: of a row's or a group's scale
 
 # Largest in_features for which an fp32 sum of act_code * weight_code is still an exact integer.
 MAX_EXACT_IN_FEATURES = (2**24 - 1) // 128

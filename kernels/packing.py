@@ -20,6 +20,9 @@ so base3 takes exactly 8/5 = 1.6 bits a weight where 16 divides O and 4 divides 
             (ceil(V/16), I/32, 16): the scales that a row group needs together lie together; 32 divides I
     ternary 2bit or base3, with an fp32 scale a row, (V,)
 
+A ternary linear has one fp32 scale, or fp16 scales for each row and each of its G groups of columns, (ceil(O/16), G, 16)
+like int4's.
+
 Equal codes have equal bytes: unpacking refuses padding of another code. Shapes: (O, I) is (out_features, in_features).
 
 Example, base3 and 2bit, codes [[-1, 0, 1, 1, 0]]: O = 1, I = 5, so two blocks in one vector; lane 0 is row 0.
@@ -182,15 +185,15 @@ def pack_int4(codes: np.ndarray) -> np.ndarray:
     return (fields[:, 0] | fields[:, 1] << 4).reshape(-1)
 
 
-def pack_int4_scale(scale: np.ndarray) -> np.ndarray:
-    """float16 (V, I/32) scales to the order in which kernels read them: float16 (ceil(V/16), I/32, 16), padded with 0."""
+def pack_scales(scale: np.ndarray) -> np.ndarray:
+    """float16 (O, G) scales to the order in which kernels read them: float16 (ceil(O/16), G, 16), padded with 0."""
     padded = np.zeros((row_groups(len(scale)) * BLOCK_ROWS, scale.shape[1]), np.float16)
     padded[: len(scale)] = scale
     return np.ascontiguousarray(padded.reshape(-1, BLOCK_ROWS, scale.shape[1]).transpose(0, 2, 1))
 
 
-def unpack_int4_scale(packed: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
-    """The inverse of `pack_int4_scale` for some rows: float16 (n, I/32)."""
+def unpack_scales(packed: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+    """The inverse of `pack_scales` for some rows: float16 (n, G)."""
     return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[rows]
 
 

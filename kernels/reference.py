@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitdistill.kernels.numerics import ACT_MAX, EPSILON, MAX_EXACT_IN_FEATURES
+from bitdistill.kernels.numerics import ACT_MAX, EPSILON, MAX_EXACT_IN_FEATURES, MAX_SCALE
 
 
 def weight_scale(weight: Tensor) -> Tensor:
@@ -42,6 +42,55 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = weight_scale(weight)
     codes = torch.round(weight.detach().float() / scale).clamp_(-1, 1).to(torch.int8)
     return codes, scale
+
+
+def snapped_scale(scale: Tensor) -> Tensor:
+    """The nearest number that fp16 and bf16 both hold, at least EPSILON: what is stored is what training multiplies by.
+
+    bf16's eight significant bits; fp16 holds each of these from 2^-17 on (EPSILON lies above) up to 65,280.
+
+    Args:
+        scale: fp32, any shape.
+
+    Returns: fp32 like scale. Numerics: half to even.
+    """
+    return scale.clamp(EPSILON, MAX_SCALE).bfloat16().float()
+
+
+def group_scales(weight: Tensor, columns: int) -> Tensor:
+    """absmean of each row and group of columns, snapped: ``snapped_scale(mean|group|)``.
+
+    Args:
+        weight: (O, I), any float dtype. columns: of a group; the last group of a row may be narrower.
+
+    Returns: fp32 (O, G), G = ceil(I / columns). Numerics: summed in fp64, rounded to fp32, then snapped.
+    """
+    if weight.numel() == 0:
+        raise ValueError("weight: expected at least one element; got none. Under ZeRO-3 gather the parameter first.")
+    parts = weight.detach().float().abs().split(columns, dim=1)
+    return snapped_scale(torch.stack([part.mean(dim=1, dtype=torch.float64).float() for part in parts], dim=1))
+
+
+def spread_scales(scale: Tensor, in_features: int, columns: int | None) -> Tensor:
+    """The scale of every column: fp32 () as it is, or (O, I) of the (O, G) scales of groups of `columns`.
+
+    Args:
+        scale: fp32 () or (O, G). in_features: I. columns: of a group; None for a single scale.
+    """
+    return scale if columns is None else scale.repeat_interleave(columns, dim=1)[:, :in_features]
+
+
+def quantize_weight_groups(weight: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """`quantize_weight` with a scale for each row and group of columns: ``clip(round(W / s), -1, 1)``.
+
+    Args:
+        weight: (O, I), any float dtype; arithmetic in fp32. columns: of a group; I for one scale per row.
+
+    Returns: (codes int8 (O, I) in {-1, 0, 1}, `group_scales` fp32 (O, G)).
+    """
+    scale = group_scales(weight, columns)
+    spread = spread_scales(scale, weight.shape[1], columns)
+    return torch.round(weight.detach().float() / spread).clamp_(-1, 1).to(torch.int8), scale
 
 
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,16 +129,16 @@ class _BitLinear(torch.autograd.Function):
     """Quantized forward, straight-through backward: both quantizers are the identity for the gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, out_dtype, ternary):
+    def forward(ctx, x, weight, bias, out_dtype, ternary, columns):
         # Autocast off: it would round the exact integer accumulators to bf16.
         with torch.autocast(x.device.type, enabled=False):
             act_codes, act_scale = quantize_activation(x)
             weight_codes, scale = quantize_weight(weight) if ternary is None else ternary
-            y = _accumulate_fp32(act_codes, weight_codes).float() * (act_scale * scale)
+            y = _scaled_product(act_codes, act_scale, weight_codes, scale, columns)
             if bias is not None:
                 y = y + bias.float()
         ctx.save_for_backward(act_codes, act_scale, weight_codes, scale)
-        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        ctx.x_dtype, ctx.weight_dtype, ctx.columns = x.dtype, weight.dtype, columns
         return y.to(out_dtype)
 
     @staticmethod
@@ -99,19 +148,48 @@ class _BitLinear(torch.autograd.Function):
         dtype = grad_y.dtype
         with torch.autocast(grad_y.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = ((grad_y @ weight_codes.to(dtype)) * scale.to(dtype)).to(ctx.x_dtype)
+                if ctx.columns is None:
+                    grad_x = ((grad_y @ weight_codes.to(dtype)) * scale.to(dtype)).to(ctx.x_dtype)
+                else:
+                    quantized = weight_codes * spread_scales(scale, weight_codes.shape[1], ctx.columns)
+                    grad_x = (grad_y @ quantized.to(dtype)).to(
+                        ctx.x_dtype
+                    )  # exact in bf16 and fp16: scales are snapped
             if ctx.needs_input_grad[1]:
                 scaled = (grad_y.float() * act_scale).to(dtype).flatten(0, -2)
                 grad_weight = (scaled.T @ act_codes.to(dtype).flatten(0, -2)).to(ctx.weight_dtype)
             if ctx.needs_input_grad[2]:
                 grad_bias = grad_y.float().flatten(0, -2).sum(0).to(ctx.weight_dtype)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _scaled_product(
+    act_codes: Tensor, act_scale: Tensor, weight_codes: Tensor, scale: Tensor, columns: int | None
+) -> Tensor:
+    """The product of `bit_linear` before its bias, fp32."""
+    if columns is None:
+        return _accumulate_fp32(act_codes, weight_codes).float() * (act_scale * scale)
+    if scale.shape[1] == 1:
+        return _accumulate_fp32(act_codes, weight_codes).float() * (act_scale * scale[:, 0])
+    total = torch.zeros(*act_codes.shape[:-1], len(weight_codes), dtype=torch.float32, device=act_codes.device)
+    groups = zip(act_codes.split(columns, dim=-1), weight_codes.split(columns, dim=1), scale.unbind(1), strict=True)
+    for act_group, weight_group, scale_O in groups:
+        total += _accumulate_fp32(act_group, weight_group) * scale_O
+    return total * act_scale
 
 
 def bit_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, ternary: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    ternary: tuple[Tensor, Tensor] | None = None,
+    columns: int | None = None,
 ) -> Tensor:
     """``y = (q(x) @ q(W).T) * (act_scale * weight_scale) + bias`` with the straight-through gradient.
+
+    With scales for rows the same, row by row. With scales for groups of columns the integers of each group are scaled and
+    added up in fp32, the first group first: ``y = sum_g(acc_g * weight_scale_g) * act_scale + bias``. A group has at most
+    256 columns, so that its product with a snapped scale is exact, and only the sum rounds.
 
     Forward: integers exact, one fp32 scaling. Backward, with ``x~ = act_scale * act_codes`` and
     ``W~ = weight_scale * weight_codes``: ``dX = dY W~``, ``dW = dY^T x~``, ``db = sum(dY)``; matrix products in
@@ -120,6 +198,7 @@ def bit_linear(
     Args:
         x: (..., I) float, at least two dimensions. weight: (O, I), the fp32 master. bias: (O,) or None.
         ternary: another quantizer's (codes int8 (O, I), weight_scale fp32 ()) of `weight`; quantize_weight's by default.
+        columns: of the groups, where ternary has scales fp32 (O, G) for them; I for one scale per row.
 
     Returns: (..., O) in ``x.dtype``, or in the autocast dtype under torch.autocast, as ``nn.Linear`` does.
 
@@ -130,7 +209,7 @@ def bit_linear(
         raise ValueError(f"x: expected a last dimension of {weight.shape[-1]} (in_features); got {tuple(x.shape)}")
     device = x.device.type
     out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _BitLinear.apply(x, weight, bias, out_dtype, ternary)
+    return _BitLinear.apply(x, weight, bias, out_dtype, ternary, columns)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -100,8 +100,8 @@ def check_operations():
 @jit
 def _all_digits(source, out):
     for at in range(0, 256, 64):
-        rest, u4 = matmul._top_digit(vector.load_bytes(source + at))
-        u0, u1, u2, u3 = matmul._low_digits(rest)
+        rest, u4 = matmul.top_digit(vector.load_bytes(source + at))
+        u0, u1, u2, u3 = matmul.low_digits(rest)
         vector.store_bytes(out + at, u0)
         vector.store_bytes(out + 256 + at, u1)
         vector.store_bytes(out + 512 + at, u2)
@@ -195,7 +195,7 @@ def make_table(rng, format, rows, columns, extreme=None):
     if format == "int4":
         scale = rng.uniform(0.01, 0.1, (rows, columns // 32)).astype(np.float16)
         full = codes * np.repeat(scale.astype(np.float64), 32, axis=1)
-        return codes, packing.pack_int4(codes), packing.pack_int4_scale(scale), full
+        return codes, packing.pack_int4(codes), packing.pack_scales(scale), full
     return codes, packing.pack(codes, format), scale, codes * scale[:, None].astype(np.float64)
 
 
@@ -206,7 +206,7 @@ def table_product(x, codes, format, scale):
         hi, lo = (plane @ codes.T.astype(np.int64) for plane in (hi, lo))
         return (np.float32(255) * hi.astype(np.float32) + lo.astype(np.float32)) * (act_scale * scale)
     rows, groups = len(codes), codes.shape[1] // 32
-    scale = packing.unpack_int4_scale(scale, slice(0, rows)).astype(np.float32)
+    scale = packing.unpack_scales(scale, slice(0, rows)).astype(np.float32)
     result = np.zeros((len(x), rows), np.float32)
     for group in range(groups):
         columns = slice(32 * group, 32 * group + 32)

@@ -86,9 +86,7 @@ def pack_table(values: np.ndarray, format: str) -> Table:
         groups = values.reshape(rows, -1, packing.INT4_GROUP)
         scale = (np.abs(groups).max(axis=2) / 7).astype(np.float16)
         codes = np.clip(np.rint(groups / scale[:, :, None].astype(np.float32)), -8, 7).astype(np.int8)
-        return Table(
-            format, rows, columns, packing.pack_int4(codes.reshape(rows, columns)), packing.pack_int4_scale(scale)
-        )
+        return Table(format, rows, columns, packing.pack_int4(codes.reshape(rows, columns)), packing.pack_scales(scale))
     if format == "int8":
         scale = np.abs(values).max(axis=1) / np.float32(127)
         return Table(format, rows, columns, packing.pack_int8(np.rint(values / scale[:, None]).astype(np.int8)), scale)
@@ -103,9 +101,17 @@ def table_values(table: Table) -> np.ndarray:
         return table.weight.astype(np.float64)
     codes = packing.unpack_rows(table.weight, np.arange(table.rows), table.columns, table.format).astype(np.float64)
     if table.format == "int4":
-        scale = packing.unpack_int4_scale(table.scale, slice(table.rows)).astype(np.float64)
+        scale = packing.unpack_scales(table.scale, slice(table.rows)).astype(np.float64)
         return codes * np.repeat(scale, packing.INT4_GROUP, axis=1)
     return codes * table.scale.astype(np.float64)[:, None]
+
+
+def _spread_scales(p: Projection) -> np.ndarray:
+    """float64 () or (O, I): the scale of every weight."""
+    if p.group_size is None:
+        return np.float64(p.weight_scale)
+    scale = packing.unpack_scales(p.weight_scale, slice(p.out_features)).astype(np.float64)
+    return np.repeat(scale, p.group_size, axis=1)[:, : p.in_features]
 
 
 class Float64Decoder:
@@ -120,7 +126,7 @@ class Float64Decoder:
             for name in ("q", "k", "v", "o", "gate", "up", "down"):
                 p = getattr(layer, name)
                 codes = packing.unpack(p.weight, p.out_features, p.in_features, p.packing)
-                self.weights[id(p)] = codes.astype(np.float64)
+                self.weights[id(p)] = codes.astype(np.float64) * _spread_scales(p)
 
     def norm(self, x, gain, eps=None):
         eps = self.model.eps if eps is None else eps
@@ -129,7 +135,7 @@ class Float64Decoder:
     def project(self, p: Projection, x):
         if p.subln is not None:
             x = self.norm(x, p.subln, p.subln_eps)
-        y = self.codes(x, 127) @ self.weights[id(p)].T * float(p.weight_scale)
+        y = self.codes(x, 127) @ self.weights[id(p)].T
         return y if p.bias is None else y + p.bias
 
     @staticmethod

@@ -182,12 +182,12 @@ def test_refuses_damaged_fields():
 @given(rows=st.integers(1, 40), groups=st.integers(1, 4))
 def test_int4_scales(rows, groups):
     scale = np.random.default_rng(rows).random((rows, groups)).astype(np.float16)
-    packed = packing.pack_int4_scale(scale)
+    packed = packing.pack_scales(scale)
     assert packed.shape == (-(-rows // 16), groups, 16)
     for row in range(rows):
         for group in range(groups):
             assert packed[row // 16, group, row % 16] == scale[row, group]
-    np.testing.assert_array_equal(packing.unpack_int4_scale(packed, slice(0, rows)), scale, strict=True)
+    np.testing.assert_array_equal(packing.unpack_scales(packed, slice(0, rows)), scale, strict=True)
     assert not packed.transpose(0, 2, 1).reshape(-1, groups)[rows:].any()
 
 

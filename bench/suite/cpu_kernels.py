@@ -126,7 +126,7 @@ class Head:
         if format == "int8":
             packed = packing.pack_int8(codes)
         elif format == "int4":
-            packed, scale = packing.pack_int4(codes), packing.pack_int4_scale(scale)
+            packed, scale = packing.pack_int4(codes), packing.pack_scales(scale)
         elif format != "fp16":
             packed = packing.pack(codes, format)
         self.product = lambda: multiply_table(x, packed, format, VOCABULARY, scale)

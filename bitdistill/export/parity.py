@@ -143,8 +143,10 @@ def _compare_weights(packed, model) -> None:
         if codes.shape != got.shape or (codes != got).any():
             count = "all" if codes.shape != got.shape else int((codes != got).sum())
             raise RuntimeError(f"{packed.path}: {name}: {count} of {codes.size} weight codes differ from the student's")
-        if scale.item() != packed.tensors[f"{name}.weight_scale"].item():
-            raise RuntimeError(f"{packed.path}: {name}: weight_scale differs from the student's {scale.item()!r}")
+        scale, got = scale.cpu().numpy(), packed.weight_scales(name)
+        if scale.shape != got.shape or (scale != got).any():
+            shown = scale.item() if scale.size == 1 else f"{scale.shape} scales"
+            raise RuntimeError(f"{packed.path}: {name}: weight_scale differs from the student's {shown!r}")
 
 
 def _compare_tables(packed, model) -> None:
@@ -248,8 +250,8 @@ def _unrounded(model) -> Iterator[None]:
 
     def forward_of(layer):
         def forward(x):
-            codes, scale = layer.ternary()
-            return F.linear(x if layer.subln is None else layer.subln(x), codes.float() * scale, layer.ternary_bias())
+            x = x if layer.subln is None else layer.subln(x)
+            return F.linear(x, layer.quantized_weight(), layer.ternary_bias())
 
         return forward
 

@@ -141,6 +141,8 @@ def _collect(
     if not layers:
         raise UserError("model", expected="a refined student", got=type(model).__name__, do="Run --stage refine first.")
     _refuse_unsupported(model)
+    quantizer = next(iter(layers.values())).quantizer
+    assert len({str(layer.quantizer) for layer in layers.values()}) == 1, "linears with different quantizers"
     hf, decoder = model.config, model.model
     tied = model.lm_head.weight is decoder.embed_tokens.weight
     tables = {"model.embed_tokens": decoder.embed_tokens} | ({} if tied else {"lm_head": model.lm_head})
@@ -182,6 +184,8 @@ def _collect(
         embedding=embedding,
         tokenizer_bytes=len(tokenizer_json or b""),
         linears=linears,
+        weight_scale=quantizer.weight_scale,
+        group_size=quantizer.group_size if quantizer.weight_scale == "group" else None,
         norms={name: norm.weight.shape[0] for name, norm in norms.items()},
     )
     return config, tensors
@@ -192,7 +196,7 @@ def _add_linear(tensors: dict[str, np.ndarray], name: str, layer, packing: str) 
     _check_master(name, layer.weight)
     codes, scale = layer.ternary()
     tensors[f"{name}.weight_packed"] = layout.pack(codes.cpu().numpy(), packing)
-    tensors[f"{name}.weight_scale"] = scale.cpu().numpy()
+    tensors[f"{name}.weight_scale"] = _stored_scale(name, scale)
     bias = layer.ternary_bias()
     if bias is not None:
         tensors[f"{name}.bias"] = _float32(f"{name}.bias", bias)
@@ -305,6 +309,15 @@ def _check_master(name: str, weight) -> None:
         )
 
 
+def _stored_scale(name: str, scale) -> np.ndarray:
+    """fp32 () as it is; (O, G) in fp16, in the order of the kernels."""
+    if scale.dim() == 0:
+        return scale.cpu().numpy()
+    halves = scale.half()
+    assert bool((halves.float() == scale).all()), f"{name}: a scale that fp16 does not hold"
+    return layout.pack_scales(halves.cpu().numpy())
+
+
 def _float32(name: str, tensor) -> np.ndarray:
     array = tensor.detach().float().cpu().contiguous().numpy()
     if not np.isfinite(array).all():
@@ -333,7 +346,7 @@ def _quantize_table(name: str, table: np.ndarray, embedding: str, packing: str) 
     if embedding == "int8":
         packed = layout.pack_int8(codes)
     elif embedding == "int4":
-        packed, scale = layout.pack_int4(codes), layout.pack_int4_scale(scale)
+        packed, scale = layout.pack_int4(codes), layout.pack_scales(scale)
     else:
         packed = layout.pack(codes, packing)
     return {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale}

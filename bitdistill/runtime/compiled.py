@@ -4,6 +4,7 @@ import numpy as np
 
 from bitdistill.kernels.cpu.activations import quantize_activations
 from bitdistill.kernels.cpu.decoder import Layer, Model, Projection, Table
+from bitdistill.kernels.cpu.grouped import grouped_product
 from bitdistill.kernels.cpu.matmul import ternary_accumulate
 from bitdistill.names import LAYER_NORMS
 from bitdistill.runtime.packed_file import PackedModel
@@ -22,6 +23,7 @@ def decoder_model(packed: PackedModel) -> Model:
             out_features=linear.out_features,
             in_features=linear.in_features,
             weight_scale=tensors[f"{name}.weight_scale"],
+            group_size=config.scale_columns(linear),
             bias=tensors.get(f"{name}.bias"),
             subln=tensors.get(f"{name}.subln"),
             subln_eps=linear.subln_eps,
@@ -74,8 +76,12 @@ def compiled_product(packed: PackedModel, name: str, x: np.ndarray) -> np.ndarra
     Numerics: bit for bit `reference.bit_linear` on a CPU.
     """
     act_codes, act_scale = quantize_activations(x)
-    out_features = packed.config.linears[name].out_features
-    acc = ternary_accumulate(act_codes, packed.tensors[f"{name}.weight_packed"], packed.config.packing, out_features)
-    y = acc.astype(np.float32) * (act_scale * packed.tensors[f"{name}.weight_scale"])
+    linear, columns = packed.config.linears[name], packed.config.scale_columns(packed.config.linears[name])
+    weight = (packed.tensors[f"{name}.weight_packed"], packed.config.packing, linear.out_features)
+    if columns is None or columns >= linear.in_features:
+        acc = ternary_accumulate(act_codes, *weight)
+        y = acc.astype(np.float32) * (act_scale * packed.weight_scales(name).reshape(-1))
+    else:
+        y = grouped_product(act_codes, *weight, packed.tensors[f"{name}.weight_scale"], columns) * act_scale
     bias = packed.tensors.get(f"{name}.bias")
     return y if bias is None else y + bias

@@ -95,6 +95,13 @@ class CudaRuntime:
                 "kv_cache", expected=f"one of {', '.join(KV_CACHES)}", got=repr(kv_cache), do="Choose one of these."
             )
         self.model: PackedModel = read_packed(path)
+        if self.model.config.weight_scale == "group":
+            raise UserError(
+                "device",
+                expected="a student with one scale per tensor or row (the GPU kernels know no others)",
+                got=f"{path}, with a scale for every {self.model.config.group_size} columns",
+                do='Use the CPU runtime (device "cpu").',
+            )
         longest = self.model.config.max_position_embeddings
         if context is not None and not 1 <= context <= longest:
             do = "Leave it out for the model's own context."
@@ -417,7 +424,8 @@ def _group(model: PackedModel, names: list[str], device: torch.device):
             tensors.get(f"{n}.bias", np.zeros(l.out_features, np.float32)) for n, l in zip(names, linears, strict=True)
         ]
         bias = torch.from_numpy(np.concatenate(parts)).to(device)
-    scales = [np.full(l.out_features, tensors[f"{n}.weight_scale"][()]) for n, l in zip(names, linears, strict=True)]
+    rows = [(name, linear.out_features) for name, linear in zip(names, linears, strict=True)]
+    scales = [np.broadcast_to(model.weight_scales(name).reshape(-1), (out_features,)) for name, out_features in rows]
     weight_scale = torch.from_numpy(np.concatenate(scales)).to(device)
     return Group(tuple(map(pack_2bit, codes)), weight_scale, bias, subln, subln_eps or 0.0)
 
@@ -438,7 +446,7 @@ def _table(model: PackedModel, name: str, device: torch.device):
             codes = layout.unpack_rows(tensors[f"{name}.weight_packed"], rows, config.hidden_size, kind)
         codes = torch.from_numpy(codes).to(device)
         if kind == "int4":
-            scale = np.array(layout.unpack_int4_scale(tensors[f"{name}.weight_scale"], rows))
+            scale = np.array(layout.unpack_scales(tensors[f"{name}.weight_scale"], rows))
             pieces.append(pack_int4(codes, torch.from_numpy(scale).to(device)))
         else:
             pieces.append(pack_rows(codes) if kind in ("fp16", "int8") else pack_2bit(codes))

@@ -1,8 +1,9 @@
 """The packed student file, its format and its reader: one safetensors file with everything that CPU inference needs.
 
-Per ternary linear it holds the packed codes (2 bit or base 3), one fp32 scale, the bias and the SubLN gain where the student has
-them; the embedding and an untied LM head in fp16, int8, int4 or ternary; norm gains and RoPE frequencies in fp32; the tokenizer;
-and a config from which the name, dtype and shape of every tensor follow, so that a file is either whole or refused.
+Per ternary linear it holds the packed codes (2 bit or base 3), one fp32 scale (or fp16 scales of rows or of groups of columns),
+the bias and the SubLN gain where the student has them; the embedding and an untied LM head in fp16, int8, int4 or ternary; norm
+gains and RoPE frequencies in fp32; the tokenizer; and a config from which the name, dtype and shape of every tensor follow, so
+that a file is either whole or refused.
 docs/packed_format.md describes it byte for byte. export/write.py writes it. Reading needs no torch.
 """
 
@@ -20,7 +21,8 @@ from bitdistill.kernels import packing as layout
 from bitdistill.kernels.packing import INT4_GROUP
 
 FORMAT = "bitdistill-packed"
-VERSION = 2
+VERSION = 3
+READ = ("2", "3")  # version 2 had one scale per linear, and did not say so
 EMBEDDINGS = layout.TABLE_FORMATS
 TOKENIZER = "tokenizer.json"
 _DTYPES = {"U8": np.uint8, "I8": np.int8, "F16": np.float16, "F32": np.float32}
@@ -61,6 +63,8 @@ class Config:
     tokenizer_bytes: int  # 0: the file has no tokenizer
     linears: dict[str, Linear]
     norms: dict[str, int]  # name -> width
+    weight_scale: str = "tensor"  # of each linear: one fp32 scale | "row", "group": fp16 scales
+    group_size: int | None = None  # columns of a group; the last one of a row may be narrower
 
     @classmethod
     def from_json(cls, text: str) -> "Config":
@@ -74,7 +78,10 @@ class Config:
         for name, linear in self.linears.items():
             size = layout.packed_bytes(linear.out_features, linear.in_features, self.packing)
             expected[f"{name}.weight_packed"] = (np.uint8, (size,))
-            expected[f"{name}.weight_scale"] = (np.float32, ())
+            columns = self.scale_columns(linear)
+            groups = None if columns is None else -(-linear.in_features // columns)
+            shape = () if groups is None else (layout.row_groups(linear.out_features), groups, layout.BLOCK_ROWS)
+            expected[f"{name}.weight_scale"] = (np.float32 if groups is None else np.float16, shape)
             if linear.bias:
                 expected[f"{name}.bias"] = (np.float32, (linear.out_features,))
             if linear.subln_eps is not None:
@@ -102,6 +109,10 @@ class Config:
             expected[TOKENIZER] = (np.uint8, (self.tokenizer_bytes,))
         return expected
 
+    def scale_columns(self, linear: Linear) -> int | None:
+        """Columns of a row of this linear that share a scale; None where all of it does."""
+        return {"tensor": None, "row": linear.in_features, "group": self.group_size}[self.weight_scale]
+
     def tables(self) -> tuple[str, ...]:
         """The (V, hidden) matrices in the embedding's format."""
         return ("model.embed_tokens",) if self.tied else ("model.embed_tokens", "lm_head")
@@ -123,6 +134,13 @@ class PackedModel:
         packed = self.tensors[f"{name}.weight_packed"]
         return layout.unpack(packed, linear.out_features, linear.in_features, self.config.packing)
 
+    def weight_scales(self, name: str) -> np.ndarray:
+        """float32 () of a linear, or (O, G) where groups of `Config.scale_columns` have scales."""
+        stored = self.tensors[f"{name}.weight_scale"]
+        if stored.ndim == 0:
+            return stored
+        return layout.unpack_scales(stored, slice(self.config.linears[name].out_features)).astype(np.float32)
+
     def table(self, name: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """float32 (rows, hidden) of an embedding or LM head, dequantised."""
         if self.config.embedding == "fp16":
@@ -136,7 +154,7 @@ class PackedModel:
         scale, packed = self.tensors[f"{name}.weight_scale"], self.tensors[f"{name}.weight_packed"]
         kind = self.config.packing if self.config.embedding == "ternary" else self.config.embedding
         codes = layout.unpack_rows(packed, rows, self.config.hidden_size, kind)
-        return codes, layout.unpack_int4_scale(scale, rows) if kind == "int4" else scale[rows]
+        return codes, layout.unpack_scales(scale, rows) if kind == "int4" else scale[rows]
 
     def tokenizer_json(self) -> str | None:
         return self.tensors[TOKENIZER].tobytes().decode("utf-8") if self.config.tokenizer_bytes else None
@@ -187,10 +205,10 @@ def read_packed(path: str | Path) -> PackedModel:
             got=f"{path}, format {header.get('format')}: a checkpoint of something else",
             do="Give export/student.safetensors of a run.",
         )
-    if header.get("version") != str(VERSION):
+    if header.get("version") not in READ:
         raise UserError(
             "RUN_OR_FILE",
-            expected=f"packed format version {VERSION}",
+            expected=f"packed format version {' or '.join(READ)}",
             got=f"{path}, version {header.get('version')}",
             do="Update bitdistill, or export the student again.",
         )

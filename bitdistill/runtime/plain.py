@@ -3,7 +3,8 @@ the compiled decoder (kernels/cpu/decoder.py) is tested against, and the first w
 
     ids -> embedding -> per layer: norm, q k v, RoPE, attention, o; norm, gate up, act, down -> norm -> head
 
-Each projection is ``acc * (act_scale * weight_scale) + bias`` with exact integers ``acc``, as in kernels/reference.py; all
+Each projection is ``acc * (act_scale * weight_scale) + bias`` with exact integers ``acc``, or with a scale for each group of
+columns ``sum_g(acc_g * weight_scale_g) * act_scale + bias``, as in kernels/reference.py; all
 else is fp32, as transformers computes it. Whole texts only: no KV cache, and attention scores of every pair of positions.
 With `unrounded` activations nothing is quantised on the way: the same function without the jumps of a rounding.
 
@@ -79,14 +80,25 @@ def plain_logits(packed: PackedModel, prompts: Sequence[Sequence[int]], unrounde
 
 def plain_product(packed: PackedModel, name: str, x_NI: np.ndarray, unrounded: bool = False) -> np.ndarray:
     """One BitLinear behind its SubLN: float32 (N, I) -> (N, O). Bit for bit `reference.bit_linear` on a CPU."""
-    codes_OI, weight_scale = packed.weight_codes(name), packed.tensors[f"{name}.weight_scale"]
+    codes_OI, weight_scale = packed.weight_codes(name), packed.weight_scales(name)
+    in_features, columns = codes_OI.shape[1], packed.config.scale_columns(packed.config.linears[name])
     if unrounded:
+        if columns is not None:
+            weight_scale = np.repeat(weight_scale, columns, axis=1)[:, :in_features]
         y = x_NI @ (codes_OI.astype(np.float32) * weight_scale).T
     else:
         act_codes, act_scale = quantize_activation(x_NI)
-        exact = np.float32 if codes_OI.shape[1] <= MAX_EXACT_IN_FEATURES else np.float64
-        acc = act_codes.astype(exact) @ codes_OI.astype(exact).T
-        y = acc.astype(np.float32) * (act_scale * weight_scale)
+        exact = np.float32 if in_features <= MAX_EXACT_IN_FEATURES else np.float64
+        if columns is None or columns >= in_features:  # one scale, or one for each row
+            acc = act_codes.astype(exact) @ codes_OI.astype(exact).T
+            y = acc.astype(np.float32) * (act_scale * weight_scale.reshape(-1))
+        else:
+            y = np.zeros((len(x_NI), len(codes_OI)), np.float32)
+            for group, start in enumerate(range(0, in_features, columns)):
+                part = slice(start, start + columns)
+                acc = act_codes[:, part].astype(np.float32) @ codes_OI[:, part].astype(np.float32).T
+                y += acc * weight_scale[:, group]
+            y = y * act_scale
     bias = packed.tensors.get(f"{name}.bias")
     return y if bias is None else y + bias
 

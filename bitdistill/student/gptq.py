@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitdistill.kernels.numerics import EPSILON
-from bitdistill.kernels.reference import weight_scale
+from bitdistill.kernels.reference import group_scales, weight_scale
 
 BLOCK_COLUMNS = 128
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in GPTQ
@@ -94,7 +94,23 @@ def gptq_codes(weight: Tensor, factor: Tensor, columns: int = BLOCK_COLUMNS) -> 
     Returns: (codes int8 (O, I), weight_scale fp32 () = absmean of the weight as it came).
     """
     scale = weight_scale(weight)
-    codes, _ = compensated_codes(
-        weight, factor, columns, lambda _: scale, lambda column, s: torch.round(column / s).clamp_(-1, 1)
-    )
+    codes, _ = compensated_codes(weight, factor, columns, lambda _: scale, _ternary)
     return codes, scale
+
+
+def gptq_group_codes(weight: Tensor, factor: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """`gptq_codes` with a snapped absmean for each row and group of columns, taken when the group is reached.
+
+    Args:
+        weight: (O, I) float. factor: (I, I), from `gptq_factor`. columns: of a group; I for one scale per row.
+
+    Returns: (codes int8 (O, I), scale fp32 (O, G)), G = ceil(I / columns).
+    """
+    codes, scales = compensated_codes(
+        weight, factor, columns, lambda block: group_scales(block, block.shape[1]), _ternary
+    )
+    return codes, torch.cat(scales, dim=1)
+
+
+def _ternary(column: Tensor, scale: Tensor) -> Tensor:
+    return torch.round(column / scale).clamp_(-1, 1)

@@ -116,12 +116,12 @@ class BitLinear(nn.Module):
 
     def on_reference(self) -> bool:
         """Whether it runs in PyTorch even where there are kernels."""
-        return self.annealing < 1 or not self.quantizer.has_kernels
+        return self.annealing < 1 or not self.quantizer.on_kernels
 
     def _on_reference(self, x: Tensor) -> Tensor:
         self._refuse_partitions()
         if kernels_for(x.device) is not None:
-            _say_once("annealing" if self.annealing < 1 else f"weight quantizer {self.quantizer.name}")
+            _say_once("annealing" if self.annealing < 1 else str(self.quantizer))
         x = x if self.subln is None else self.subln(x)
         codes, scale = self.codes()
         bias, weight = self.quantizer.bias(self, codes), self.weight
@@ -130,29 +130,35 @@ class BitLinear(nn.Module):
             return annealed_linear(x, weight, quantized, bias, self.annealing_kind, self.annealing)
         if self.quantizer.learned:
             weight = self.quantizer.straight_through(self, codes, scale)
-        if scale.dim():
+        columns = self.quantizer.columns(self)
+        if columns is None and scale.dim():
             return quantizers.scaled_linear(x, weight, codes * scale, bias)
-        return reference.bit_linear(x, weight, bias, (codes, scale))
+        return reference.bit_linear(x, weight, bias, (codes, scale), columns)
 
     def _refuse_partitions(self) -> None:
         if hasattr(self.weight, "ds_id"):
             quantizers.refuse_partitions(self.quantizer)
 
     def codes(self) -> tuple[Tensor, Tensor]:
-        """(codes int8 (O, I) in {-1, 0, 1}, scale fp32 that broadcasts to (O, I)): what the layer multiplies by once it is
-        ternary. Under ZeRO-3 gather its parameters first."""
+        """(codes int8 (O, I) in {-1, 0, 1}, scale fp32): what the layer multiplies by once it is ternary. The scale is (O, G)
+        for groups of `quantizer.columns`, else it broadcasts to (O, I). Under ZeRO-3 gather its parameters first."""
         if self.quantizer.slow and self.held is not None and self.held.belong_to(self.weight):
             return self.held.codes
         return self.quantizer.codes(self)
 
     def ternary(self) -> tuple[Tensor, Tensor]:
-        """`codes` for a packed file: (codes int8 (O, I) in {-1, 0, 1}, weight_scale fp32 ()).
+        """`codes` for a packed file: (codes int8 (O, I) in {-1, 0, 1}, weight_scale fp32 () or (O, G)).
 
         Raises:
-            UserError: its quantizer has more than one scale.
+            UserError: a packed file has no place for its quantizer's scales.
         """
-        quantizers.refuse_many_scales(self.quantizer)
+        quantizers.refuse_unpackable(self.quantizer)
         return self.codes()
+
+    def quantized_weight(self) -> Tensor:
+        """fp32 (O, I), codes times scales, without a gradient."""
+        codes, scale = self.codes()
+        return codes * reference.spread_scales(scale, self.in_features, self.quantizer.columns(self))
 
     def ternary_bias(self) -> Tensor | None:
         """(O,) or None: the bias of the layer once it is ternary, that of its quantizer included."""
@@ -200,7 +206,10 @@ def _hooked(module: nn.Module) -> bool:
 
 @functools.cache
 def _say_once(what: str) -> None:
-    launch.say(f"{what}: the ternary layers run on plain PyTorch; the kernels know absmean, and no annealing")
+    launch.say(
+        f"{what}: the ternary layers run on plain PyTorch; the kernels know absmean with one scale per tensor, and no "
+        "annealing"
+    )
 
 
 def bit_linears(model: nn.Module) -> dict[str, BitLinear]:

@@ -15,6 +15,9 @@ Plain PyTorch: on an NVIDIA GPU only the ordinary one, `absmean`, has kernels.
 
 All are straight-through for the master weight, except that `seq` passes nothing to weights beyond 0.99 a.
 
+absmean, gptq and tequila can have a scale for each row, or for each group of 64, 128 or 256 columns of a row, instead: the
+absmean of what it scales, snapped to numbers that fp16 and bf16 both hold (`kernels.reference.snapped_scale`).
+
 Each is one class, and `QUANTIZERS` at the end of this file is the only list of them: the settings, the layers and the
 surgery know them by what the class says. To add one, write its class here and name it there.
 """
@@ -29,10 +32,12 @@ from torch.nn import functional as F
 
 from bitdistill.errors import UserError
 from bitdistill.kernels.numerics import EPSILON
-from bitdistill.kernels.reference import quantize_activation, quantize_weight
+from bitdistill.kernels.reference import quantize_activation, quantize_weight, quantize_weight_groups, spread_scales
 from bitdistill.student.calibration import InputStatistics, output_error
-from bitdistill.student.gptq import gptq_codes, gptq_factor
+from bitdistill.student.gptq import gptq_codes, gptq_factor, gptq_group_codes
 
+WEIGHT_SCALES = ("tensor", "row", "group")
+GROUP_SIZES = (64, 128, 256)
 BLOCK_COLUMNS = 128
 ALPHAS = 20  # steps of AWQ's search over alpha
 TEQUILA_LAMBDA = 1e-3
@@ -43,9 +48,17 @@ class WeightQuantizer:
     """How a weight becomes ternary. It keeps nothing itself: what it stores beside the master lies in the BitLinear that
     its methods are given.
 
+    Args:
+        weight_scale: what has a scale of its own: "tensor", "row" or "group".
+        group_size: columns of a group: 64, 128 or 256; the last group of a row may be narrower.
+
+    Raises:
+        UserError: another granularity, or one that this quantizer does not have.
+
     Attributes:
         name: in the settings and in a student's config.json.
-        one_scale: whether the matrix has a single scale, which is all that a packed file has a place for.
+        granular: whether its scales can be those of rows or of groups of columns.
+        packable: whether a packed file has a place for its scales.
         own_weight_suffices: whether it can work under ZeRO-3, which gathers the weight of a layer and nothing beside it.
         calibrated: whether it needs statistics of the layer's inputs before training.
         has_kernels: whether the kernels of a device compute it; otherwise the layer runs in plain PyTorch.
@@ -55,13 +68,31 @@ class WeightQuantizer:
     """
 
     name: ClassVar[str]
-    one_scale: ClassVar[bool] = True
+    granular: ClassVar[bool] = False
+    packable: ClassVar[bool] = True
     own_weight_suffices: ClassVar[bool] = True
     calibrated: ClassVar[bool] = False
     has_kernels: ClassVar[bool] = False
     soft: ClassVar[bool] = False
     slow: ClassVar[bool] = False
     learned: ClassVar[bool] = False
+
+    def __init__(self, weight_scale: str = "tensor", group_size: int = 128):
+        self.weight_scale, self.group_size = weight_scale, group_size
+        _check_scales(self)
+
+    def __str__(self) -> str:
+        scales = {"tensor": "", "row": ", one scale per row", "group": f", one scale per {self.group_size} columns"}
+        return f"weight quantizer {self.name}{scales[self.weight_scale]}"
+
+    @property
+    def on_kernels(self) -> bool:
+        """Whether the kernels of a device compute it with these scales."""
+        return self.has_kernels and self.weight_scale == "tensor"
+
+    def columns(self, layer: nn.Module) -> int | None:
+        """Columns of a row that share a scale of (O, G); None where the scale broadcasts to (O, I)."""
+        return {"tensor": None, "row": layer.in_features, "group": self.group_size}[self.weight_scale]
 
     def attach(self, layer: nn.Module) -> None:
         """Gives a new layer the buffers or parameters that are stored beside its weight."""
@@ -70,12 +101,12 @@ class WeightQuantizer:
         """Fills those buffers from statistics of the layer's inputs."""
 
     def codes(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """(codes int8 (O, I) in {-1, 0, 1}, scale fp32 that broadcasts to (O, I)), without a gradient."""
+        """(codes int8 (O, I) in {-1, 0, 1}, scale fp32), without a gradient: see `columns` for the scale's shape."""
         raise NotImplementedError
 
     def straight_through(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> Tensor:
         """``codes * scale``, fp32 (O, I), with a gradient in the master and in what is learned beside it."""
-        return straight_through(layer.weight, codes * scale)
+        return straight_through(layer.weight, codes * spread_scales(scale, layer.in_features, self.columns(layer)))
 
     def bias(self, layer: nn.Module, codes: Tensor) -> Tensor | None:
         """(O,) or None: the bias of the quantized layer."""
@@ -85,10 +116,11 @@ class WeightQuantizer:
 class AbsMean(WeightQuantizer):
     """The paper's: `kernels.reference.quantize_weight`."""
 
-    name, has_kernels, soft = "absmean", True, True
+    name, granular, has_kernels, soft = "absmean", True, True, True
 
     def codes(self, layer):
-        return quantize_weight(layer.weight)
+        columns = self.columns(layer)
+        return quantize_weight(layer.weight) if columns is None else quantize_weight_groups(layer.weight, columns)
 
 
 def straight_through(weight: Tensor, quantized: Tensor) -> Tensor:
@@ -131,7 +163,7 @@ def block_codes(weight: Tensor, columns: int = BLOCK_COLUMNS) -> tuple[Tensor, T
 class Block(WeightQuantizer):
     """absmean for each row and block of 128 columns: `block_codes`."""
 
-    name, one_scale = "block", False
+    name, packable = "block", False
 
     def codes(self, layer):
         return block_codes(layer.weight)
@@ -143,7 +175,7 @@ class Block(WeightQuantizer):
 class Gptq(WeightQuantizer):
     """Errors of a column are made up for by the columns to come: gptq.py. The factor is saved with the layer."""
 
-    name, own_weight_suffices, calibrated, slow = "gptq", False, True, True
+    name, granular, own_weight_suffices, calibrated, slow = "gptq", True, False, True, True
 
     def attach(self, layer):
         factor = torch.eye(layer.in_features, dtype=torch.float32, device=layer.weight.device)
@@ -153,7 +185,10 @@ class Gptq(WeightQuantizer):
         layer.gptq_factor.copy_(gptq_factor(inputs.gram))
 
     def codes(self, layer):
-        return gptq_codes(layer.weight, layer.gptq_factor)
+        columns = self.columns(layer)
+        if columns is None:
+            return gptq_codes(layer.weight, layer.gptq_factor)
+        return gptq_group_codes(layer.weight, layer.gptq_factor, columns)
 
 
 # --- AWQ ---------------------------------------------------------------------------------------------------------------
@@ -193,7 +228,7 @@ def awq_codes(weight: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
 class Awq(WeightQuantizer):
     """Input channels that are large count more: `awq_codes`. The channel scale is saved with the layer."""
 
-    name, one_scale, calibrated = "awq", False, True
+    name, packable, calibrated = "awq", False, True
 
     def attach(self, layer):
         scale = torch.ones(layer.in_features, dtype=torch.float32, device=layer.weight.device)
@@ -322,15 +357,17 @@ def scaled_linear(x: Tensor, weight: Tensor, quantized: Tensor, bias: Tensor | N
 
 # --- the list ----------------------------------------------------------------------------------------------------------
 
-ABSMEAN = AbsMean()
-QUANTIZERS: dict[str, WeightQuantizer] = {q.name: q for q in (ABSMEAN, Block(), Gptq(), Awq(), Tequila(), Seq())}
+QUANTIZERS: dict[str, type[WeightQuantizer]] = {q.name: q for q in (AbsMean, Block, Gptq, Awq, Tequila, Seq)}
 
 
-def quantizer_named(name: str) -> WeightQuantizer:
+def quantizer_named(name: str, weight_scale: str = "tensor", group_size: int = 128) -> WeightQuantizer:
     """The quantizer of that name.
 
+    Args:
+        name: in QUANTIZERS. weight_scale, group_size: as in `WeightQuantizer`.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it has no such scales.
     """
     if name not in QUANTIZERS:
         raise UserError(
@@ -339,7 +376,25 @@ def quantizer_named(name: str) -> WeightQuantizer:
             got=repr(name),
             do="Choose one of them.",
         )
-    return QUANTIZERS[name]
+    return QUANTIZERS[name](weight_scale, group_size)
+
+
+def _check_scales(quantizer: WeightQuantizer) -> None:
+    weight_scale, group_size = quantizer.weight_scale, quantizer.group_size
+    for field, value, allowed in (
+        ("weight_scale", weight_scale, WEIGHT_SCALES),
+        ("group_size", group_size, GROUP_SIZES),
+    ):
+        if value not in allowed:
+            expected = f"one of {', '.join(map(str, allowed))}"
+            raise UserError(f"refine.{field}", expected=expected, got=repr(value), do="Choose one of them.")
+    if weight_scale != "tensor" and not quantizer.granular:
+        raise UserError(
+            "refine.weight_scale",
+            expected=f"tensor with the weight quantizer {quantizer.name}",
+            got=weight_scale,
+            do=f"Set --refine.weight_scale tensor, or --refine.weight_quantizer {_names(lambda other: other.granular)}.",
+        )
 
 
 def refuse_partitions(quantizer: WeightQuantizer) -> None:
@@ -354,19 +409,26 @@ def refuse_partitions(quantizer: WeightQuantizer) -> None:
         )
 
 
-def refuse_many_scales(quantizer: WeightQuantizer) -> None:
+def refuse_unpackable(quantizer: WeightQuantizer) -> None:
     """Raises UserError where a packed file has no place for the scales of a quantizer."""
-    if not quantizer.one_scale:
+    if not quantizer.packable:
         raise UserError(
             "refine.weight_quantizer",
-            expected=f"one with one scale per tensor, for the export: {_names(lambda other: other.one_scale)}",
-            got=f"{quantizer.name}, which has several",
+            expected=f"one whose scales a packed file can hold: {_names(lambda other: other.packable)}",
+            got=quantizer.name,
             do="Choose one of these, or leave the export out (--export.enabled false).",
         )
 
 
 def refuse_softmax(quantizer: WeightQuantizer) -> None:
     """Raises UserError where softmax annealing would end in other codes than those of a quantizer."""
+    if quantizer.weight_scale != "tensor":
+        raise UserError(
+            "refine.weight_scale",
+            expected="tensor with pretrain.annealing softmax, whose soft codes have one scale per tensor",
+            got=quantizer.weight_scale,
+            do="Set --refine.weight_scale tensor, or --pretrain.annealing linear.",
+        )
     if not quantizer.soft:
         raise UserError(
             "refine.weight_quantizer",
@@ -376,6 +438,9 @@ def refuse_softmax(quantizer: WeightQuantizer) -> None:
         )
 
 
-def _names(able: Callable[[WeightQuantizer], bool]) -> str:
+def _names(able: Callable[[type[WeightQuantizer]], bool]) -> str:
     *names, last = [name for name, quantizer in QUANTIZERS.items() if able(quantizer)]
     return f"{', '.join(names)} or {last}" if names else last
+
+
+ABSMEAN = AbsMean()  # the default of a layer

@@ -32,7 +32,7 @@ from bitdistill.student.model_folder import check_family
 from bitdistill.student.quantizers import WeightQuantizer, quantizer_named
 from bitdistill.student.sharing import Siblings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 is read, and written where there is one scale per tensor: it knows no others
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def refine(
     subln_eps: float | None = None,
     embedding: str = FULL_PRECISION,
     weight_quantizer: str = "absmean",
+    weight_scale: str = "tensor",
+    group_size: int = 128,
     inputs: dict[str, InputStatistics] | None = None,
 ) -> Refinement:
     """Converts a causal language model in place.
@@ -75,6 +77,7 @@ def refine(
         gains: initial SubLN gain by layer name, from `calibrate_gains`; 1 where absent.
         subln_eps: eps of SubLN; the model's own rms_norm_eps by default (the authors' code has 1e-8).
         embedding: "fp16" (full precision) | "int8" | "int4" | "ternary": embedding and LM head while they are trained.
+        weight_scale: what has a scale of its own: "tensor" | "row" | "group". group_size: columns of a group.
         weight_quantizer: a name of quantizers.py. inputs: what "gptq" and "awq" are calibrated on, by layer name, from
             `calibrate_inputs`; without, the layer is absmean until its buffers are loaded.
 
@@ -88,7 +91,7 @@ def refine(
         raise UserError(
             "refine.norms", expected=f"one of {', '.join(SUBLN_BEFORE)}", got=repr(norms), do="Choose one of these."
         )
-    quantizer = quantizer_named(weight_quantizer)
+    quantizer = quantizer_named(weight_quantizer, weight_scale, group_size)
     if bit_linears(model):
         raise UserError("model", expected="a full-precision model", got="a converted one", do="Load the base model.")
     eps = model.config.rms_norm_eps if subln_eps is None else subln_eps
@@ -103,12 +106,16 @@ def refine(
     for name in [name for name, module in model.named_modules() if hasattr(module, "down_proj")]:
         model.set_submodule(name, GatedMLP(model.get_submodule(name), activation))
     model.config.bitdistill = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if weight_scale == "tensor" else FORMAT_VERSION,
         "norms": norms,
         "subln_eps": eps,
         "embedding": embedding,
         "weight_quantizer": weight_quantizer,
     }
+    if weight_scale != "tensor":
+        model.config.bitdistill["weight_scale"] = weight_scale
+    if weight_scale == "group":
+        model.config.bitdistill["group_size"] = group_size
     return Refinement(
         ternary=len(chosen),
         kept=tuple(name for name in linears if name not in chosen),
@@ -151,12 +158,15 @@ def refine_on_corpus(
     subln_eps: float | None,
     embedding: str,
     weight_quantizer: str,
+    weight_scale: str = "tensor",
+    group_size: int = 128,
 ) -> tuple[Refinement, dict[str, float] | None]:
     """`refine` after the calibration that its settings ask for.
 
     Args:
         model: as in `refine`. blocks: makes the batches that are calibrated on; called for each calibration, or never.
-        gain: "one", or "calibrated" by `calibrate_gains`. norms, subln_eps, embedding, weight_quantizer: as in `refine`.
+        gain: "one", or "calibrated" by `calibrate_gains`.
+        norms, subln_eps, embedding, weight_quantizer, weight_scale, group_size: as in `refine`.
 
     Returns: (the counts, the calibrated gains by layer name, or None).
 
@@ -168,7 +178,8 @@ def refine_on_corpus(
         gains = calibrate_gains(model, blocks(), norms)
     if quantizer_named(weight_quantizer).calibrated:
         inputs = calibrate_inputs(model, blocks(), norms, subln_eps)
-    return refine(model, norms, gains, subln_eps, embedding, weight_quantizer, inputs), gains
+    quantizer = (weight_quantizer, weight_scale, group_size)
+    return refine(model, norms, gains, subln_eps, embedding, *quantizer, inputs), gains
 
 
 def _introduce_siblings(model: nn.Module) -> None:
@@ -340,25 +351,30 @@ def student_record(folder: str | Path) -> dict:
             got=f"{folder}, a foreign checkpoint",
             do="Convert it with --stage refine.",
         )
-    if written["format_version"] != FORMAT_VERSION:
+    if written["format_version"] not in range(1, FORMAT_VERSION + 1):
         raise UserError(
             "student",
-            expected=f"format_version {FORMAT_VERSION}",
+            expected=f"format_version {FORMAT_VERSION} or less",
             got=str(written["format_version"]),
             do="Update bitdistill.",
         )
     return written
 
 
-def require_quantizers(folder: str | Path, weight_quantizer: str, embedding: str) -> None:
+def require_quantizers(
+    folder: str | Path, weight_quantizer: str, embedding: str, weight_scale: str = "tensor", group_size: int = 128
+) -> None:
     """Raises UserError, naming the setting, when a saved student was trained with other quantizers."""
     record = student_record(folder)
     wanted = {"weight_quantizer": ("absmean", weight_quantizer), "embedding": (FULL_PRECISION, embedding)}
+    wanted["weight_scale"] = ("tensor", weight_scale)
+    if weight_scale == record.get("weight_scale") == "group":
+        wanted["group_size"] = (128, group_size)
     for name, (usual, given) in wanted.items():
         trained = record.get(name, usual)
         if trained != given:
             expected = f"{trained}, with which {folder} was trained"
-            raise UserError(f"refine.{name}", expected=expected, got=given, do=f"Give --refine.{name} {trained}.")
+            raise UserError(f"refine.{name}", expected=expected, got=str(given), do=f"Give --refine.{name} {trained}.")
 
 
 def load_student(folder: str | Path) -> PreTrainedModel:
@@ -377,7 +393,8 @@ def load_student(folder: str | Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     embedding = written.get("embedding", FULL_PRECISION)
     weight_quantizer = written.get("weight_quantizer", "absmean")
-    refine(model, written["norms"], None, written["subln_eps"], embedding, weight_quantizer)
+    scales = (written.get("weight_scale", "tensor"), written.get("group_size", 128))
+    refine(model, written["norms"], None, written["subln_eps"], embedding, weight_quantizer, *scales)
     try:
         state = load_file(folder / "model.safetensors")
     except SafetensorError as error:

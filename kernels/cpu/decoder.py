@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitdistill.kernels import packing
-from bitdistill.kernels.cpu import activations, attention, elementwise, matmul, step, tables
+from bitdistill.kernels.cpu import activations, attention, elementwise, grouped, matmul, step, tables
 from bitdistill.kernels.cpu.threads import Pool
 
 # Of a long call, so many rows go through the layers together. Working memory grows with it. Seconds of a 512-token prompt,
@@ -50,10 +50,11 @@ class Projection:
     packing: str  # "2bit" | "base3"
     out_features: int
     in_features: int
-    weight_scale: float
+    weight_scale: float | np.ndarray  # of groups of columns: float16 (ceil(O / 16), G, 16), see packing.pack_scales
     bias: np.ndarray | None = None  # float32 (O,)
     subln: np.ndarray | None = None  # float32 (I,)
     subln_eps: float | None = None
+    group_size: int | None = None  # columns of a row that share a scale; None for one scale, I or more for one per row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,13 +375,25 @@ class Decoder:
         record["weight"] = self._array(f"{where}.weight", projection.weight, np.uint8, (size,))
         record["packing"] = tables.MATRIX_FORMATS.index(projection.packing)
         record["out_features"], record["in_features"] = shape
-        record["weight_scale"] = projection.weight_scale
+        self._describe_scales(where, projection, record)
         if projection.bias is not None:
             record["bias"] = self._gain(f"{where}.bias", projection.bias, shape[0])
         if projection.subln is not None:
             _check(projection.subln_eps is not None, f"{where}.subln_eps", "a number", None, "Give it.")
             record["subln"] = self._gain(f"{where}.subln", projection.subln, shape[1])
             record["subln_eps"] = projection.subln_eps
+
+    def _describe_scales(self, where: str, projection: Projection, record: np.void) -> None:
+        if projection.group_size is None:
+            record["weight_scale"] = projection.weight_scale
+            return
+        groups = -(-projection.in_features // projection.group_size)
+        fits = groups == 1 or projection.group_size in grouped.GROUP_COLUMNS
+        allowed = ", ".join(map(str, grouped.GROUP_COLUMNS))
+        _check(fits, f"{where}.group_size", f"one of {allowed}", projection.group_size, "Export the student again.")
+        shape = (packing.row_groups(projection.out_features), groups, packing.BLOCK_ROWS)
+        record["scales"] = self._array(f"{where}.weight_scale", projection.weight_scale, np.float16, shape)
+        record["group_size"] = 0 if groups == 1 else projection.group_size
 
     def _describe_table(self, where: str, table: Table, hidden: int, record: np.void) -> None:
         _check(

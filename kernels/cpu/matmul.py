@@ -87,7 +87,7 @@ _U2_OF, _U3_OF = table(*(min(a, 8) % 3 for a in _A)), table(*(min(a, 8) // 3 for
 
 
 @jit
-def _top_digit(q):
+def top_digit(q):
     """q = 81 u4 + rest: rest, u4."""
     n81 = repeat_byte(81)
     once = min_bytes(q, sub_bytes(q, n81))
@@ -96,7 +96,7 @@ def _top_digit(q):
 
 
 @jit
-def _low_digits(rest):
+def low_digits(rest):
     """rest = u0 + 3 u1 + 9 u2 + 27 u3: four vectors of bytes 0, 1 or 2."""
     if VBMI:
         three = repeat_byte(3)
@@ -197,7 +197,7 @@ def _multiply_base3(weight, blocks, codes, group):
     quads = codes + 4 * (5 * vector - first)
     source = weight + 64 * vector
     end = weight + 64 * last
-    rest, u4 = _top_digit(load_bytes(source))
+    rest, u4 = top_digit(load_bytes(source))
     while source < end:
         sums = no_sums()
         stop = min(end, source + 64 * STEPS_BASE3)
@@ -205,8 +205,8 @@ def _multiply_base3(weight, blocks, codes, group):
             prefetch(source + PREFETCH)
             # The next vector's first digit beside this one's others, and a chain of dot products from zero each time:
             # long chains of dependent operations, which a processor cannot look far enough ahead to overlap by itself.
-            following = _top_digit(load_bytes(min(source + 64, end - 64)))
-            u0, u1, u2, u3 = _low_digits(rest)
+            following = top_digit(load_bytes(min(source + 64, end - 64)))
+            u0, u1, u2, u3 = low_digits(rest)
             step = dot(dot(no_sums(), u4, repeat_quad(quads + 16)), u0, repeat_quad(quads))
             step = dot(dot(step, u1, repeat_quad(quads + 4)), u2, repeat_quad(quads + 8))
             sums = add_sums(sums, dot(step, u3, repeat_quad(quads + 12)))
@@ -226,14 +226,14 @@ def _multiply_base3_twice(weight, blocks, codes, other_codes, group):
     quads = 4 * (5 * vector - first)
     source = weight + 64 * vector
     end = weight + 64 * last
-    rest, u4 = _top_digit(load_bytes(source))
+    rest, u4 = top_digit(load_bytes(source))
     while source < end:
         sums, other = no_sums(), no_sums()
         stop = min(end, source + 64 * STEPS_BASE3)
         while source < stop:
             prefetch(source + PREFETCH)
-            following = _top_digit(load_bytes(min(source + 64, end - 64)))
-            u0, u1, u2, u3 = _low_digits(rest)
+            following = top_digit(load_bytes(min(source + 64, end - 64)))
+            u0, u1, u2, u3 = low_digits(rest)
             at = codes + quads
             step = dot(dot(no_sums(), u4, repeat_quad(at + 16)), u0, repeat_quad(at))
             step = dot(dot(step, u1, repeat_quad(at + 4)), u2, repeat_quad(at + 8))
@@ -253,7 +253,7 @@ def _multiply_base3_twice(weight, blocks, codes, other_codes, group):
 
 
 @jit
-def _unpack(weight, packing, first, count, out):
+def unpack_blocks(weight, packing, first, count, out):
     """Blocks first .. first + count - 1 as bytes u at `out`; up to four more before and after are written as well."""
     three = repeat_byte(3)
     if packing == TWO_BIT:
@@ -267,8 +267,8 @@ def _unpack(weight, packing, first, count, out):
     else:
         for vector in range(first // 5, (first + count + 4) // 5):
             at = out + 64 * (5 * vector - first)
-            rest, u4 = _top_digit(load_bytes(weight + 64 * vector))
-            u0, u1, u2, u3 = _low_digits(rest)
+            rest, u4 = top_digit(load_bytes(weight + 64 * vector))
+            u0, u1, u2, u3 = low_digits(rest)
             store_bytes(at, u0)
             store_bytes(at + 64, u1)
             store_bytes(at + 128, u2)
@@ -395,7 +395,7 @@ def gemm(weight, packing, in_features, records, stride, tokens, acc, acc_stride,
         for group in range(first_group, last_group, GROUPS):
             groups = min(GROUPS, last_group - group)
             for slot in range(groups):
-                _unpack(weight, packing, (group + slot) * blocks + chunk, count, scratch + slot * SLOT + MARGIN)
+                unpack_blocks(weight, packing, (group + slot) * blocks + chunk, count, scratch + slot * SLOT + MARGIN)
             n = 0
             while n < tokens:
                 width = 8 if AVX512 and tokens - n >= 8 else 4 if tokens - n >= 4 else 2 if tokens - n >= 2 else 1

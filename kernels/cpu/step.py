@@ -31,6 +31,7 @@ from bitdistill.kernels.cpu.elementwise import (
     scale_accumulators,
     scale_row,
 )
+from bitdistill.kernels.cpu.grouped import finish_grouped, finish_rows, grouped_gemm, write_group_sums
 from bitdistill.kernels.cpu.matmul import gemm
 from bitdistill.kernels.cpu.native import float32s, int64s, view_of
 from bitdistill.kernels.cpu.tables import FP16, table_logits, table_row
@@ -53,6 +54,8 @@ PROJECTION = np.dtype(
         ("subln", _INT),
         ("codes", _INT),  # which of the layer's quantised inputs it reads: 0, 1 or 2
         ("own_codes", _INT),  # 1: it is the first to read them, so they are made for it
+        ("scales", _INT),  # of rows or groups; 0 where weight_scale is the only one
+        ("group_size", _INT),  # columns that share one of these; 0 for a whole row
         ("weight_scale", _FLOAT),
         ("subln_eps", _FLOAT),
     ],
@@ -123,20 +126,30 @@ def _lap(counter, since):
 def _product(projection, tokens, records, record_bytes, out, out_stride, first, last, acc, scratch):
     """Row groups first .. last - 1 of ``(act_codes @ weight_codes.T) * (act_scale * weight_scale) + bias``."""
     at_once = max(1, ACC_WORDS // (GROUP * tokens))
-    bias = projection["bias"]
+    bias, scales, columns = projection["bias"], projection["scales"], projection["group_size"]
     for group in range(first, last, at_once):
         count = GROUP * min(at_once, last - group)
         row = GROUP * group
-        gemm(
-            projection["weight"], projection["packing"], projection["in_features"], records, record_bytes, tokens,
-            acc - 4 * row, count, group, group + count // GROUP, scratch,
-        )  # fmt: skip
-        for token in range(tokens):
-            scale = float32s(records + token * record_bytes, 1)[0] * projection["weight_scale"]
-            scale_accumulators(
-                acc + 4 * token * count, scale, bias + 4 * row if bias != 0 else 0, count,
-                out + 4 * (token * out_stride + row),
+        if columns == 0:
+            gemm(
+                projection["weight"], projection["packing"], projection["in_features"], records, record_bytes, tokens,
+                acc - 4 * row, count, group, group + count // GROUP, scratch,
             )  # fmt: skip
+        else:
+            grouped_gemm(
+                projection["weight"], projection["packing"], projection["in_features"], scales, columns, records,
+                record_bytes, tokens, acc - 4 * row, count, group, group + count // GROUP, scratch,
+            )  # fmt: skip
+        for token in range(tokens):
+            act_scale = float32s(records + token * record_bytes, 1)[0]
+            source, target = acc + 4 * token * count, out + 4 * (token * out_stride + row)
+            bias_at = bias + 4 * row if bias != 0 else 0
+            if scales == 0:
+                scale_accumulators(source, act_scale * projection["weight_scale"], bias_at, count, target)
+            elif columns == 0:
+                finish_rows(source, act_scale, scales + 2 * row, bias_at, count, target)
+            else:
+                finish_grouped(source, act_scale, bias_at, count, target)
 
 
 @jit
@@ -149,6 +162,8 @@ def _quantize_input(projection, row, row2, record):
         rms_norm(row, projection["subln"], projection["subln_eps"], width, row2)
         row = row2
     quantize_activation(row, width, record)
+    if projection["group_size"] != 0:
+        write_group_sums(record, width, projection["group_size"])
 
 
 @jit

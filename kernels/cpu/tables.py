@@ -339,7 +339,7 @@ def multiply_table(
             float16 (V, hidden).
         format: one of MATRIX_FORMATS.
         rows: V.
-        scale: float32 (V,); int4: float16 (ceil(V/16), hidden/32, 16) from `packing.pack_int4_scale`; fp16: None.
+        scale: float32 (V,); int4: float16 (ceil(V/16), hidden/32, 16) from `packing.pack_scales`; fp16: None.
 
     Returns: float32 (N, V). Numerics: exact integers of x rounded to 16 bits a token, then fp32.
 
