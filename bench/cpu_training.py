@@ -10,6 +10,8 @@ PyTorch, the head in fp32, DeepSpeed ZeRO-1 on the one rank. Instruction sets ar
 project's own kernels alike. The targets were set for a processor with AVX512-VNNI and AVX512-BF16; on one with AMX, which is
 better still at bf16, they are judged with AMX masked, and the machine as it is ("native") is shown beside them.
 
+On a machine that others use as well the clock on the wall says little: `--clock cpu --threads 1` counts the processor's seconds.
+
 The last lines are the table of the targets; exit status 1 when one is missed.
 """
 
@@ -43,6 +45,7 @@ MASKS = {
         "BITDISTILL_CPU_FEATURES": "avx2",
     },
 }
+CLOCKS = {"wall": "perf_counter", "cpu": "process_time"}
 STEPS: dict[str, dict[str, Any]] = {
     "before": {"engine": "deepspeed", "kernels": "reference"},
     "exact": {"backward": "exact", "head": "bf16"},
@@ -140,9 +143,18 @@ class Measured:
                     if name == "full bf16" and isa in (AVX2, "AVX512_CORE_VNNI"):
                         continue
                     of.setdefault(name, []).append(self.step(isa, name))
-                    seconds = of[name][-1]["seconds"]
-                    print(f"round {turn + 1}, {isa}, {name}: {', '.join(f'{s:.2f}' for s in seconds)} s", flush=True)
-                layer = child("layer_step.py", {"rounds": 7}, MASKS[isa], self.arguments.threads)
+                    last = of[name][-1]
+                    spent = (
+                        f"{wall:.2f} ({cpu:.2f} of CPU)"
+                        for wall, cpu in zip(last["seconds"], last["cpu_seconds"], strict=True)
+                    )
+                    print(f"round {turn + 1}, {isa}, {name}: {', '.join(spent)} s", flush=True)
+                layer = child(
+                    "layer_step.py",
+                    {"rounds": 7, "clock": CLOCKS[self.arguments.clock]},
+                    MASKS[isa],
+                    self.arguments.threads,
+                )
                 of.setdefault("layer", []).append(layer)
 
     def figure(self, isa: str, kind: str, variant: str) -> float | None:
@@ -151,7 +163,8 @@ class Measured:
         if kind == "layer":
             values = [value for one in of.get("layer", []) for value in one[variant]]
         elif kind == "seconds":
-            values = [value for one in of.get(variant, []) for value in one["seconds"]]
+            seconds = "cpu_seconds" if self.arguments.clock == "cpu" else "seconds"
+            values = [value for one in of.get(variant, []) for value in one[seconds]]
         else:
             values = [one[kind] for one in of.get(variant, [])]
         return statistics.median(values) if values else None
@@ -203,7 +216,10 @@ def show_medians(measured: Measured) -> str:
 
 def show_parts(measured: Measured) -> str:
     """Seconds of each part of a stage-2 step, before and now."""
-    found = {name: measured.step(NATIVE, name, profile=True)["parts"] for name in ("before", "exact", "fast")}
+    found = {
+        name: measured.step(NATIVE, name, profile=True, clock=CLOCKS[measured.arguments.clock])["parts"]
+        for name in ("before", "exact", "fast")
+    }
     names = sorted(
         {part for parts in found.values() for part in parts}, key=lambda part: -found["before"].get(part, 0.0)
     )
@@ -240,6 +256,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of each process, after a first one")
     parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: for a busy machine, with --threads 1"
+    )
     parser.add_argument("--isa", nargs="+", default=[VNNI, AVX2, NATIVE], choices=list(MASKS))
     parser.add_argument("--variants", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--corpus", type=Path, help="text for stage 2; this project's own documentation by default")

@@ -3,8 +3,8 @@
     python bench/training_step.py '{"model": "DIR", "stage": "pretrain", "folder": "/tmp/x", ...}'
 
 Runs pretrain() or fine_tune() themselves, with the arguments that train.py gives them, and prints JSON: seconds of each step
-(from one line of metrics.jsonl to the next, so that everything between counts), the loss of each, the most resident memory of a
-step, and with "profile" the seconds of each part. Also runs on commits that are older than it: their package comes first
+(from the end of one to the end of the next, so that everything between counts; of the clock, and of the processor over all
+threads), the loss of each, the most resident memory of a step, and with "profile" the seconds of each part. Also runs on commits that are older than it: their package comes first
 on PYTHONPATH.
 """
 
@@ -39,7 +39,8 @@ class Spec:
         ternary: the refined model, or the full-precision one as it is.
         backward: of the ternary layers, "exact" or "fast". kernels: "auto" or "reference".
         engine: "torch", or "deepspeed" (ZeRO-1). precision: "fp32" or "bf16" of all products. head: of the LM head's.
-        steps: timed ones, after one that is not. corpus: text for stage 2. profile: seconds of each part as well.
+        steps: timed ones, after one that is not. corpus: text for stage 2. profile: seconds of each part as well, by
+            the clock "perf_counter" or "process_time".
     """
 
     model: str
@@ -54,12 +55,18 @@ class Spec:
     steps: int = 3
     corpus: str | None = None
     profile: bool = False
+    clock: str = "perf_counter"
 
 
 class Parts:
-    """Seconds of each part of a step, the parts inside it taken out."""
+    """Seconds of each part of a step, the parts inside it taken out.
 
-    def __init__(self):
+    Args:
+        clock: time.perf_counter, or time.process_time.
+    """
+
+    def __init__(self, clock: Callable[[], float]):
+        self.clock = clock
         self.seconds: dict[str, float] = defaultdict(float)
         self._open: list[float] = []
 
@@ -68,12 +75,12 @@ class Parts:
 
         @functools.wraps(function)
         def timed(*args, **kwargs):
-            started = time.perf_counter()
+            started = self.clock()
             self._open.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
-                spent = time.perf_counter() - started
+                spent = self.clock() - started
                 inside = self._open.pop()
                 self.seconds[name] += spent - inside
                 if self._open:
@@ -87,8 +94,8 @@ class Parts:
             setattr(where, attribute, self.of(name, getattr(where, attribute)))
 
 
-def watched_parts() -> Parts:
-    """The parts of a step as they are called in every version of the project."""
+def watched_parts(clock: Callable[[], float]) -> Parts:
+    """The parts of a step as they are called in every version of the project, timed by a clock."""
     import accelerate
     import transformers
 
@@ -98,7 +105,7 @@ def watched_parts() -> Parts:
     from bitdistill.training import distill, pretrain
     from bitdistill.training.trainer import StageTrainer
 
-    parts = Parts()
+    parts = Parts(clock)
     parts.watch(BitLinear, "forward", "ternary layers, forward")
     parts.watch(pretrain, "head_cross_entropy", "LM head and loss, with its gradients")
     parts.watch(distill, "head_distillation", "LM head and loss, with its gradients")
@@ -198,29 +205,34 @@ def run(spec: Spec) -> dict[str, Any]:
     import transformers
 
     train = prepared(spec)
-    parts = watched_parts() if spec.profile else None
+    parts = watched_parts(getattr(time, spec.clock)) if spec.profile else None
     before: dict[str, float] = {}
 
-    class First(transformers.TrainerCallback):
-        """After the first step the caches are warm: peak memory and parts are counted from here."""
+    ends: list[tuple[float, float]] = []
+
+    class Watch(transformers.TrainerCallback):
+        """The clocks after each step; after the first the caches are warm: peak memory and parts are counted from there."""
 
         def on_step_end(self, args, state, control, **kwargs):
+            ends.append((time.perf_counter(), time.process_time()))
             if state.global_step == 1:
                 Path("/proc/self/clear_refs").write_text("5")
                 before.update(parts.seconds if parts else {})
 
-    transformers.trainer.DEFAULT_CALLBACKS.append(First)
+    transformers.trainer.DEFAULT_CALLBACKS.append(Watch)
     train()
     lines = [json.loads(line) for line in (Path(spec.folder) / "metrics.jsonl").read_text().splitlines()]
-    times = [line["time"] for line in lines]
+    wall, cpu = zip(*ends, strict=True)
     found = {
-        "seconds": [after - earlier for earlier, after in itertools.pairwise(times)],
+        "seconds": [after - earlier for earlier, after in itertools.pairwise(wall)],
+        "cpu_seconds": [after - earlier for earlier, after in itertools.pairwise(cpu)],
         "losses": [line["loss_ce"] for line in lines],
         "peak_bytes": resident_bytes("VmHWM"),
     }
     if parts:
         spent = {name: (seconds - before.get(name, 0.0)) / spec.steps for name, seconds in parts.seconds.items()}
-        spent["Trainer, engine, data"] = sum(found["seconds"]) / spec.steps - sum(spent.values())
+        whole = found["cpu_seconds" if spec.clock == "process_time" else "seconds"]
+        spent["Trainer, engine, data"] = sum(whole) / spec.steps - sum(spent.values())
         found["parts"] = spent
     return found
 
