@@ -4,8 +4,8 @@
 
 Runs pretrain() or fine_tune() themselves, with the arguments that train.py gives them, and prints JSON: seconds of each step
 (from the end of one to the end of the next, so that everything between counts; of the clock, and of the processor over all
-threads), the loss of each, the most resident memory of a step, and with "profile" the seconds of each part. Also runs on commits that are older than it: their package comes first
-on PYTHONPATH.
+threads), the loss of each, the most resident memory of a step, and with "profile" the seconds of each part. Also runs on commits
+that are older than it: their package comes first on PYTHONPATH.
 """
 
 from bitdistill.distributed import launch  # isort: skip -- an older commit has no openmp.py
