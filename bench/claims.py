@@ -1,9 +1,10 @@
 """The claims, checked by one command: one table, one exit code.
 
     python bench/claims.py [--rounds 3] [--threads N] [--llama_bench PATH ...] [--peers FILE] [--resident FILE] [--json FILE]
-    python bench/claims.py --from bench/results/claims.json --readme README.md     writes the table into README.md
+    python bench/claims.py --from bench/results/claims.json --page docs/claims.md --readme README.md
 
-A row a claim: where it comes from, the command behind the figure, what was measured with its spread, and whether it
+The last line measures nothing: it writes the whole table into one page, and its main rows into the other.
+One row per claim: where it comes from, the command behind the figure, what was measured with its spread, and whether it
 holds. What could not be measured here says so and is never assumed. Exit status 1 when a claim was measured and does not
 hold, 2 when the command was used wrongly.
 """
@@ -26,6 +27,16 @@ BEGIN, END = "<!-- claims: made by bench/claims.py, do not edit -->", "<!-- end 
 SHAPE = "0.6B"
 TARGETS = {"fp16": 2.8, "int8": 4.5, "int4": 6.7, "ternary": 10.0}  # the whole model, by embedding: times smaller
 NOT_MEASURED = "not measured"
+HEADLINES = (  # how the claims begin that README.md shows; at most eight
+    "linears 10x smaller",
+    f"whole Qwen3-{SHAPE} file, int4",
+    "process that decodes",
+    "CPU decode 2.65x faster than llama.cpp",
+    "CPU prefill 2.65x faster than llama.cpp",
+    "GPU decode",
+    "BitDistill within one point of FP16-SFT on sst2",
+    "BitDistill within one point of FP16-SFT on qnli",
+)
 
 
 def row(claim, source, command, target, value=None, spread=None, unit="x", why="") -> dict:
@@ -156,9 +167,10 @@ def accuracy_rows(folder: Path = ROOT / "bench" / "results" / "studies") -> list
     return rows
 
 
-def markdown(report: dict) -> str:
-    """The table for README.md."""
+def markdown(report: dict, headlines: bool = False) -> str:
+    """The table for docs/claims.md, or with `headlines` its main rows, for README.md."""
     at = report["machine"]
+    rows = [one for one in report["rows"] if not headlines or one["claim"].startswith(HEADLINES)]
     lines = [
         BEGIN,
         f"Measured {at['date'][:10]} on {at['processor']}, {report['threads']} threads, commit {at['commit']}.",
@@ -166,7 +178,7 @@ def markdown(report: dict) -> str:
         "| claim | measured | spread | holds | command |",
         "|---|---|---|---|---|",
     ]
-    for one in report["rows"]:
+    for one in rows:
         unit = "x" if one["unit"] == "x" else f" {one['unit']}"
         if one["measured"] is None:
             cells = [f"not measured ({one['why']})", "", NOT_MEASURED]
@@ -178,7 +190,7 @@ def markdown(report: dict) -> str:
     return "\n".join([*lines, END])
 
 
-def into_readme(text: str, report: dict) -> str:
+def into_page(text: str, report: dict, headlines: bool = False) -> str:
     """`text` with the table between its two markers.
 
     Raises:
@@ -186,9 +198,9 @@ def into_readme(text: str, report: dict) -> str:
     """
     if BEGIN not in text or END not in text:
         raise ValueError(
-            f"README: expected the lines {BEGIN!r} and {END!r}; got neither. Put them where the table belongs."
+            f"page: expected the lines {BEGIN!r} and {END!r}; got neither. Put them where the table belongs."
         )
-    return text[: text.index(BEGIN)] + markdown(report) + text[text.index(END) + len(END) :]
+    return text[: text.index(BEGIN)] + markdown(report, headlines) + text[text.index(END) + len(END) :]
 
 
 def main() -> int:
@@ -205,7 +217,8 @@ def main() -> int:
     parser.add_argument(
         "--from", dest="source", metavar="FILE", help="a --json file of an earlier run; measures nothing"
     )
-    parser.add_argument("--readme", metavar="FILE", help="writes the table there")
+    parser.add_argument("--page", metavar="FILE", help="writes the table there")
+    parser.add_argument("--readme", metavar="FILE", help="writes the main rows of the table there")
     arguments = parser.parse_args()
     if arguments.source:
         report = json.loads(Path(arguments.source).read_text())
@@ -228,9 +241,10 @@ def main() -> int:
     print(markdown(report))
     if arguments.json:
         write_json(arguments.json, report)
-    if arguments.readme:
-        readme = Path(arguments.readme)
-        readme.write_text(into_readme(readme.read_text(), report))
+    for file, headlines in ((arguments.page, False), (arguments.readme, True)):
+        if file:
+            page = Path(file)
+            page.write_text(into_page(page.read_text(), report, headlines))
     return 1 if any(one["holds"] == "does not hold" for one in report["rows"]) else 0
 
 

@@ -286,23 +286,27 @@ def test_claims_about_memory():
     assert "KV cache of 7.0 MB in both" in rows[-1]["claim"]
 
 
-def test_claims_exit_status_and_readme(tmp_path):
+def test_claims_exit_status_and_page(tmp_path):
     command = [sys.executable, str(ROOT / "bench" / "claims.py"), "--from", str(tmp_path / "c.json")]
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{claims.BEGIN}\nold\n{claims.END}\nafter\n")
     for rows, status in ((report()["rows"], 1), ([r for r in report()["rows"] if r["claim"] != "fast"], 0)):
         (tmp_path / "c.json").write_text(json.dumps(report(rows=rows)))
-        result = subprocess.run([*command, "--readme", str(readme)], capture_output=True, text=True, check=False)
+        result = subprocess.run([*command, "--page", str(readme)], capture_output=True, text=True, check=False)
         assert result.returncode == status, result.stderr
         assert readme.read_text() == f"before\n{claims.markdown(report(rows=rows))}\nafter\n"
     with pytest.raises(ValueError, match="expected the lines"):
-        claims.into_readme("no markers", report())
+        claims.into_page("no markers", report())
 
 
-def test_the_readme_has_the_table_of_the_committed_run():
-    path = ROOT / "bench" / "results" / "claims.json"
-    text = (ROOT / "README.md").read_text()
-    assert claims.markdown(json.loads(path.read_text())) in text, "run bench/claims.py --from ... --readme README.md"
+def test_the_pages_have_the_table_of_the_committed_run():
+    report = json.loads((ROOT / "bench" / "results" / "claims.json").read_text())
+    do = "run bench/claims.py --from bench/results/claims.json --page docs/claims.md --readme README.md"
+    assert claims.markdown(report) in (ROOT / "docs/claims.md").read_text(), do
+    main = claims.markdown(report, headlines=True)
+    assert main in (ROOT / "README.md").read_text(), do
+    assert len(claims.HEADLINES) <= 8
+    assert main.count("\n| ") == 1 + len(claims.HEADLINES), "a headline matches no claim, or several"
 
 
 def test_history_reads_asv(tmp_path):
