@@ -7,14 +7,14 @@ projection is one of the seven linears of a decoder layer.
 # Stage -> what its result is, in the order in which they run. What each needs and does: the table in train.py.
 STAGES = {
     "base": "full-precision base model",
-    "teacher": "the base fine-tuned on the task (FP16-SFT)",
+    "teacher": "the base model fine-tuned on the task (FP16-SFT)",
     "refine": "stage 1: surgery, SubLN",
     "cache": "the base model's logits for stage 2",
     "pretrain": "stage 2: continued pre-training, ternary",
     "distill": "stage 3: distillation fine-tuning (BitDistill)",
-    "baseline": "ternary student, plain fine-tuning (BitNet-SFT)",
+    "baseline": "a ternary model that is only fine-tuned (BitNet-SFT)",
     "evaluate": "scores on the task's validation rows",
-    "export": "packed file, parity proof, speed",
+    "export": "the packed file, its proof, its speed",
 }
 
 FULL_PRECISION, TERNARY_BASELINE, DISTILLED = "FP16-SFT", "BitNet-SFT", "BitDistill"

@@ -1,6 +1,10 @@
 """The documents: every relative link leads somewhere, and the maps name what is there."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +55,44 @@ def test_design_names_every_folder_of_the_package():
     assert folders
     assert not {name for name in folders if f"  {name}/" not in design}
     assert not {name for name in folders if f"](bitdistill/{name})" not in readme}
+
+
+CAPS = {"bitdistill/train.py": "--max_steps 2 --evaluate.max_rows 16 --export.proof_rows 2 --export.speed_tokens 4"}
+
+
+def tutorial_steps():
+    """(language, text) of the blocks of docs/tutorial.md that are to be run, with few steps in place of many."""
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "docs/tutorial.md").read_text(), flags=re.M | re.S)
+    for language, text in blocks:
+        text = re.sub(r"max_steps=\d+", "max_steps=2", text)
+        for program, options in CAPS.items():
+            text = text.replace(program, f"{program} {options}")
+        yield language, text
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_it_is_written(tmp_path):
+    """In an empty folder that has only the package's folder, as a clone has it; 2 steps of each stage."""
+    (tmp_path / "bitdistill").symlink_to(ROOT / "bitdistill")
+    (tmp_path / "runs").mkdir()
+    tools = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    outputs = []
+    for language, text in tutorial_steps():
+        command = ["bash", "-euc", text] if language == "sh" else [sys.executable, "-P", "-c", text]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{text}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+        outputs.append(result.stdout)
+    assert len(outputs) == 9
+    assert '"verdict"' in outputs[1]
+    assert "BitDistill" in outputs[3]
+    assert (tmp_path / "runs/verdicts/report.html").is_file()
+    assert outputs[4].startswith("Review: The music was lovely.\nVerdict:")
+    assert [json.loads(line)["prompt"] for line in outputs[5].splitlines()] == ["The music was", "The dinner was so"]
+    assert "accuracy" in outputs[6]
+    assert "'linears': 56" in outputs[8]
+
+
+def test_pictures_of_the_documents_are_small():
+    for picture in ROOT.glob("docs/tutorial/*.png"):
+        assert picture.stat().st_size < 100_000, picture

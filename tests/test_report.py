@@ -235,9 +235,9 @@ def test_table_holds_the_numbers_of_the_files(full):
         "BitDistill \N{MINUS SIGN} FP16-SFT",
         "-1.80",
         "-3.70 to +0.10",
-        "no difference shown",
+        "not significant",
     ]
-    assert page.rows["paired"][2][3] == "a difference"
+    assert page.rows["paired"][2][3] == "significant"
     assert page.rows["extra"] == [["Further metrics", "f1"], ["FP16-SFT", "90.25"], ["BitNet-SFT", "77.125"],
                                   ["BitDistill", "88.375"]]  # fmt: skip
     proof = {row[0]: row[1] for row in page.rows["proof"]}
@@ -254,10 +254,10 @@ def test_headline_ratios(full):
     assert numbers["speed_ratio"] == pytest.approx(41.25 / 15.5, rel=1e-12)
     said = page.texts["summary"]
     assert "scores 88.2 (accuracy)" in said
-    assert "keeps 98.0 % of it (paired difference -1.8 points, 95 % interval -3.7 to +0.1: zero lies inside)" in said
+    assert "keeps 98.0 % of it (paired difference -1.8 points, 95 % interval -3.7 to +0.1: not significant)" in said
     # the file holds BitNet-SFT - BitDistill: sign and bounds turn with the order
     assert "11.7 points above BitNet-SFT" in said
-    assert "paired difference +11.7 points, 95 % interval +8.9 to +14.6: zero lies outside" in said
+    assert "paired difference +11.7 points, 95 % interval +8.9 to +14.6: significant" in said
     assert "88.0 MB, 10.0 times less" in said
     assert "244 MB, 4.9 times less" in said
     assert "2.66 times the speed" in said
@@ -389,7 +389,8 @@ def test_four_bits_and_further_splits(tmp_path):
     pairs = [[row[0].replace("\N{MINUS SIGN}", "-"), row[1]] for row in page.rows["paired"]]
     assert ["BitDistill - int4 GPTQ, validation_mismatched", "+5.50"] in pairs
     said = " ".join(report.summary(report.read_run(tmp_path)))
-    assert "4 bits a weight (int4 GPTQ) keep FP16-SFT at 89.5 with linears of 220 MB, 2.5 times the student's" in said
+    assert "4 bits (int4 GPTQ, no training) scores 89.5" in said
+    assert "its linear layers take 220 MB, 2.5 times as much as the student's" in said
     assert "paired difference -1.3 points" in said
     text = report.table_text(tmp_path)
     assert max(map(len, text.splitlines())) <= 90
@@ -452,7 +453,7 @@ WARNINGS = [
 def test_verdict_on_the_health(full, tmp_path, monkeypatch):
     run_dir, page = full
     assert page.texts["verdict"] == (
-        "Healthy: no warning in 30 measurements (distill). At the end of a stage 31% to 36% of a layer's codes are zero."
+        "Healthy: no warning in 30 measurements (distill). At the end of the stages, 31% to 36% of a layer's codes are zero."
     )
     assert "warnings" not in page.rows
     assert "health: no warning" in report.table_text(run_dir)
@@ -461,13 +462,15 @@ def test_verdict_on_the_health(full, tmp_path, monkeypatch):
     sick = synthetic_run(tmp_path / "sick")
     (sick / "warnings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in WARNINGS) + '{"stage": "dis')
     page = Page(report.write_report(sick))
-    assert page.texts["verdict"].startswith("2 warnings while it trained (pretrain: frozen; distill: thrash).")
+    assert page.texts["verdict"].startswith(
+        "There were 2 warnings during training (pretrain: frozen; distill: thrash)."
+    )
     assert [row[:4] for row in page.rows["warnings"][1:]] == [
         ["frozen", "pretrain", "1,250", "not one code flips in 42 of 42 layers"],
         ["thrash", "distill", "40", "codes thrash in 2 of 42 layers"],
     ]
     assert page.rows["warnings"][1][4] == "Raise learning_rate."
-    assert "Caution: 2 warnings while it trained; see Health." in page.texts["summary"]
+    assert "Caution: there were 2 warnings during training; see Health." in page.texts["summary"]
     assert "health: 2 warnings" in report.table_text(sick)
     assert "warnings.jsonl: 1 corrupted line left out." in page.texts["remarks"]
 
@@ -477,7 +480,7 @@ def test_health_of_an_older_run_is_drawn_but_not_judged(tmp_path):
                                                            for name in NAMES[:8]}} for step in (5, 10)]  # fmt: skip
     (tmp_path / "health.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = Page(report.write_report(tmp_path))
-    assert page.texts["verdict"].startswith("Measured 2 times in distill, but not watched for warning signs")
+    assert page.texts["verdict"].startswith("Measured 2 times in distill, but by a version")
     assert "Healthy" not in page.texts["all"]
     assert "health:" not in report.table_text(tmp_path)
     assert (tmp_path / "figures/health-distill.png").is_file()

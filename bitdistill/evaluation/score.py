@@ -167,7 +167,7 @@ def _figures(score: Score) -> dict[str, Any]:
 
 
 def _majority(task: Task, rows) -> float | None:
-    """Percent of rows with the commonest label; None for generation."""
+    """Percent of rows with the most frequent label; None for generation."""
     if task.kind != "classification":
         return None
     counts = np.bincount(label_indices(task, rows))

@@ -1,8 +1,8 @@
 """The figures of the report: plain arrays in, a matplotlib figure out. Nothing here reads a file.
 
 One drawing serves the light page, the dark page and the PNG file. All text and axes are drawn in INK on a transparent
-ground; in the SVG, INK becomes `currentColor`, so that the page's own text colour applies. Data colours are chosen to
-be told apart by colour-blind readers (after Okabe and Ito) and to stand on white and on near-black alike. Text stays
+ground; in the SVG, INK becomes `currentColor`, so that the page's own text color applies. Data colors are chosen to
+be told apart by color-blind readers (after Okabe and Ito) and to stand on white and on near-black alike. Text stays
 text in the SVG (small, searchable), and `$` in a token is never taken for mathematics.
 """
 
@@ -120,14 +120,14 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return steps[picked], values[picked]
 
 
-def _curve(axis, steps, values, colour: str, label: str | None) -> None:
+def _curve(axis, steps, values, color: str, label: str | None) -> None:
     """Raw values light, their smoothed course on top."""
     raw = thin(steps, values)
-    axis.plot(*raw, color=colour, alpha=0.28, linewidth=0.7)
+    axis.plot(*raw, color=color, alpha=0.28, linewidth=0.7)
     course = smooth(values)
     stride = max(1, len(course) // MAX_POINTS)
     dots = {"marker": "o", "markersize": 3} if len(values) < 3 else {}
-    axis.plot(steps[::stride], course[::stride], color=colour, linewidth=1.6, label=label, **dots)
+    axis.plot(steps[::stride], course[::stride], color=color, linewidth=1.6, label=label, **dots)
 
 
 def _say(axis, words: str) -> None:
@@ -153,36 +153,36 @@ def overview(lines: list[dict], metric: str, majority: float | None):
 
     Args:
         lines: dicts with `label`, `setting`, `score` (row of scores.json or None), `speed` (row of speed.json or None).
-        metric: name of the score. majority: score in 0..100 of always answering the commonest label, or None.
+        metric: name of the score. majority: score in 0..100 of always answering the most frequent label, or None.
     """
     figure, axes = _axes(10.5, 1.15 + 0.34 * len(lines), 1, 3, sharey=True, width_ratios=(1.25, 1, 1))
     score_axis, size_axis, speed_axis = axes[0]
     has_size = has_speed = False
     for y, line in enumerate(lines):
-        colour, score, speed = SETTING_COLOURS.get(line["setting"], INK), line["score"], line["speed"] or {}
+        color, score, speed = SETTING_COLOURS.get(line["setting"], INK), line["score"], line["speed"] or {}
         if score:
             low, high = score.get("interval") or (score["score"], score["score"])
-            score_axis.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
-            score_axis.plot(score["score"], y, "o", color=colour, markersize=6)
+            score_axis.plot([low, high], [y, y], color=color, linewidth=2.2, solid_capstyle="butt")
+            score_axis.plot(score["score"], y, "o", color=color, markersize=6)
         if speed.get("model_bytes"):
             has_size = True
             linear = speed.get("linear_bytes") or 0
-            size_axis.barh(y, linear / 1e6, 0.55, color=colour)
-            size_axis.barh(y, (speed["model_bytes"] - linear) / 1e6, 0.55, linear / 1e6, color=colour, alpha=0.4)
+            size_axis.barh(y, linear / 1e6, 0.55, color=color)
+            size_axis.barh(y, (speed["model_bytes"] - linear) / 1e6, 0.55, linear / 1e6, color=color, alpha=0.4)
         if speed.get("tokens_per_second"):
             has_speed = True
-            speed_axis.barh(y, speed["tokens_per_second"], 0.55, color=colour)
+            speed_axis.barh(y, speed["tokens_per_second"], 0.55, color=color)
             speed_axis.plot(speed.get("spread") or [], [y, y] if speed.get("spread") else [], color=INK, linewidth=1.2)
     if majority is not None:
         score_axis.axvline(majority, color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
         words = {"fontsize": 8, "va": "top", "alpha": 0.8, "xytext": (3, -2), "textcoords": "offset points"}
-        score_axis.annotate("commonest label", (majority, 1), xycoords=("data", "axes fraction"), **words)
+        score_axis.annotate("most frequent label", (majority, 1), xycoords=("data", "axes fraction"), **words)
     score_axis.set(title="Score, 95 % interval", xlabel=f"{metric} (0-100)")
     score_axis.set_yticks(range(len(lines)), [line["label"] for line in lines])
     score_axis.set_ylim(len(lines) - 0.5, -0.5)
     score_axis.margins(x=0.1)
     size_axis.set(title="File: linears (solid) + rest (light)", xlabel="MB")
-    speed_axis.set(title="Generation, spread as a line", xlabel="tokens per second")
+    speed_axis.set(title="Speed; line: range of repetitions", xlabel="tokens per second")
     for axis, known in ((size_axis, has_size), (speed_axis, has_speed)):
         if not known:
             _say(axis, "not run")
@@ -240,9 +240,9 @@ def balance(lines: list[dict]):
     )
     figure, axes = _axes(10.5, 2.6, 1, 3)
     for axis, (title, unit, curves) in zip(axes[0], panels, strict=True):
-        known = [(label, colour, series) for label, colour, series in curves if len(series[1])]
-        for label, colour, series in known:
-            _curve(axis, *series, colour, label)
+        known = [(label, color, series) for label, color, series in curves if len(series[1])]
+        for label, color, series in known:
+            _curve(axis, *series, color, label)
         _log_if_wide(axis, *(values for _, _, (_, values) in known))
         if not known:
             _say(axis, "not logged")
@@ -270,7 +270,7 @@ def weights(histograms: dict[str, dict]):
     Args:
         histograms: stage -> content of weights.json, in the order in which the stages ran.
     """
-    colours = dict(zip(("refine", "pretrain", "distill"), (BLUE, ORANGE, GREEN), strict=True))
+    colors = dict(zip(("refine", "pretrain", "distill"), (BLUE, ORANGE, GREEN), strict=True))
     kinds = _kinds(name for histogram in histograms.values() for name in histogram["layers"])
     panels = [None, *kinds]
     rows = -(-len(panels) // 4)
@@ -285,11 +285,11 @@ def weights(histograms: dict[str, dict]):
             ]
             counts = np.sum(chosen, axis=0) if chosen else np.zeros(len(edges) - 1)
             density = counts / max(counts.sum(), 1) / np.diff(edges)
-            colour = colours.get(stage, INK)
+            color = colors.get(stage, INK)
             if stage == "refine":
-                axis.stairs(density, edges, fill=True, color=colour, alpha=0.3, label=f"after {stage}")
+                axis.stairs(density, edges, fill=True, color=color, alpha=0.3, label=f"after {stage}")
             else:
-                axis.stairs(density, edges, color=colour, linewidth=1.4, label=f"after {stage}")
+                axis.stairs(density, edges, color=color, linewidth=1.4, label=f"after {stage}")
         for boundary in (-0.5, 0.5):
             axis.axvline(boundary, color=INK, linewidth=0.9, linestyle=(0, (3, 2)), alpha=0.75)
         for code, place in (("-1", 0.2), ("0", 0.5), ("+1", 0.8)):
@@ -358,7 +358,7 @@ def _heat_map(figure, axis, lines: list[dict], names: list[str], key: str, title
         positive = table[table > 0]
         low, high = (positive.min(), positive.max()) if positive.size else (1e-6, 1e-5)
         norm = LogNorm(low, max(high, 1.01 * low))
-    else:  # of a sound stage the middle of the colours; a layer that collapses leaves them
+    else:  # of a sound stage the middle of the colors; a layer that collapses leaves them
         norm = Normalize(min(0.25, np.nanmin(table)), max(0.45, np.nanmax(table)))
     image = axis.imshow(table, aspect="auto", cmap=shades, norm=norm, interpolation="nearest")
     marks = range(0, len(lines), -(-len(lines) // 6))
@@ -386,13 +386,13 @@ def _shares(axis, line: dict, kinds: list[str]) -> None:
     for y, kind in enumerate(kinds):
         layers = [layer for name, layer in line["layers"].items() if kind_and_depth(name)[0] == kind]
         left = 0.0
-        for key, label, colour in parts:
+        for key, label, color in parts:
             if not layers or any(key not in layer for layer in layers):
                 axis.clear()
                 axis.set(title="Codes -1, 0, +1", xticks=[], yticks=[])
                 return _say(axis, "not logged")
             share = float(np.mean([layer[key] for layer in layers]))
-            axis.barh(y, share, 0.72, left, color=colour)
+            axis.barh(y, share, 0.72, left, color=color)
             if share > 0.15:
                 words = f"{label}: {100 * share:.0f} %" if y == 0 else f"{100 * share:.0f} %"
                 axis.text(left + share / 2, y, words, ha="center", va="center", fontsize=7.5, color=ON_BARS)
@@ -408,7 +408,7 @@ def _shares(axis, line: dict, kinds: list[str]) -> None:
 def _by_kind(axis, lines: list[dict], kinds: list[str], key: str) -> None:
     """One line per projection, the median over its layers; a faint band from their lowest to their highest."""
     drawn = []
-    for kind, colour in zip(kinds, itertools.cycle(KIND_COLOURS), strict=False):
+    for kind, color in zip(kinds, itertools.cycle(KIND_COLOURS), strict=False):
         rows = [
             (line["step"], *np.percentile(values, (0, 50, 100)))
             for line in lines
@@ -419,8 +419,8 @@ def _by_kind(axis, lines: list[dict], kinds: list[str], key: str) -> None:
         if rows:
             steps, low, middle, high = np.array(rows, dtype=float).T
             dots = {"marker": "o", "markersize": 2.5} if len(rows) < 3 else {}
-            axis.plot(steps, middle, color=colour, linewidth=1.4, label=kind, **dots)
-            axis.fill_between(steps, low, high, color=colour, alpha=0.1, linewidth=0)
+            axis.plot(steps, middle, color=color, linewidth=1.4, label=kind, **dots)
+            axis.fill_between(steps, low, high, color=color, alpha=0.1, linewidth=0)
             drawn += [low, high]
     if drawn:
         _log_if_wide(axis, *drawn)

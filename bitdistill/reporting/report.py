@@ -1,15 +1,15 @@
-"""The report of a run: one HTML page, its figures and the table of the three settings.
+"""The report of a run: one HTML page, its figures, and the table of the three settings.
 
-Reads the files of a run directory (docs/design.md, section 5) and nothing else, so that it can be made again at any
-time, by anybody who was given the folder, while the run is still going or long after it. Three layers:
+It is made from the files of a run directory (docs/design.md, section 5) and from nothing else. So anybody who has the
+folder can make it again at any time, also while the run is still going. There are three layers:
 
     read_run        files -> Run: what exists, and a list of remarks on what is missing, cut off or odd
     table_lines,    Run -> numbers: one line per setting and runner; the ratios that the summary states
     headline
-    write_report    numbers -> table.txt, figures/*.png, report.html (plots.py draws, templates/report.html.j2 sets)
+    write_report    numbers -> table.txt, figures/*.png, report.html (plots.py draws, templates/report.html.j2 lays out)
 
-The page asks the network for nothing and runs no script: it says so in a Content-Security-Policy, which the browser
-enforces. A stage that was not run is named so; a number that is not there is a dash, never a zero.
+The page loads nothing from the network and runs no script. Its Content-Security-Policy makes the browser enforce that. A
+stage that was not run is shown as "not run", and a missing number as a dash, never as a zero.
 """
 
 import json
@@ -33,18 +33,18 @@ PROOF = {  # what export/parity.py measured, in words
     "codes_equal": "codes and scales of the file, unpacked, are those of the trained student",
     "linears": "ternary layers whose codes and scales were compared, bit for bit",
     "tokens": "tokens whose logits were compared",
-    "product_max_diff": "largest difference of a quantized product on the student's own activations, over their peak",
+    "product_max_diff": "largest difference of a ternary product on the student's own activations, relative to their peak",
     "unrounded_max_diff": "largest difference with unrounded activations, in standard deviations of the logits",
     "max_abs_diff": "largest difference of a logit",
-    "relative_rms": "root mean square of the differences over that of the logits",
-    "mean_kl": "KL(student || runtime), nats a token",
+    "relative_rms": "root mean square of the differences, relative to that of the logits",
+    "mean_kl": "KL(student || runtime), in nats per token",
     "same_top1": "share of tokens with the same most likely next token",
-    "noise_mean_kl": "the same KL between two attention kernels of the student itself: its own noise",
-    "noise_same_top1": "the same share between these two",
-    "embedding_mean_kl": "KL that the low-bit embedding of the file costs, nats a token",
-    "embedding_same_top1": "share of tokens on which it changes nothing in first place",
-    "kv_bf16_mean_kl": "KL that a KV cache in bf16 (the runtime's default) costs, nats a token",
-    "kv_int8_mean_kl": "KL that a KV cache in int8 costs, nats a token",
+    "noise_mean_kl": "the same KL between the student with one attention kernel and the student with another: its own noise",
+    "noise_same_top1": "the share of same next tokens between these two",
+    "embedding_mean_kl": "KL that is due to the embedding being stored in few bits, in nats per token",
+    "embedding_same_top1": "share of tokens whose most likely next token it does not change",
+    "kv_bf16_mean_kl": "KL that is due to a KV cache in bf16, the runtime's default, in nats per token",
+    "kv_int8_mean_kl": "KL that is due to a KV cache in int8, in nats per token",
 }
 NONE = "\N{EN DASH}"
 NOT_RUN = "not run"
@@ -235,7 +235,7 @@ def headline(run: Run) -> dict[str, float | None]:
 
 
 def summary(run: Run) -> list[str]:
-    """The result in sentences, each resting on numbers of the run; caveats are said as loudly as gains."""
+    """The result in sentences. Each rests on numbers of the run, and caveats are stated as prominently as gains."""
     numbers, firsts = headline(run), {line["setting"]: line for line in table_lines(run) if line["first"]}
     score = {setting: line["score"]["score"] for setting, line in firsts.items() if line["score"]}
     full, ours = (firsts[setting]["speed"] for setting in (FULL_PRECISION, DISTILLED))
@@ -245,22 +245,26 @@ def summary(run: Run) -> list[str]:
         said = [f"On {task}, the 1.58-bit BitDistill student scores {score['BitDistill']:.1f} ({metric})."]
     if numbers["retention"] is not None:
         said.append(
-            f"FP16-SFT, the full-precision model fine-tuned on the same examples, scores {score[FULL_PRECISION]:.1f}: the "
-            f"student keeps {numbers['retention']:.1f} % of it{_paired(run, DISTILLED, FULL_PRECISION)}."
+            f"FP16-SFT, the full-precision model that was fine-tuned on the same examples, scores "
+            f"{score[FULL_PRECISION]:.1f}: the student keeps "
+            f"{numbers['retention']:.1f} % of it{_paired(run, DISTILLED, FULL_PRECISION)}."
         )
     if numbers["gain"] is not None:
         said.append(
-            f"It stands {abs(numbers['gain']):.1f} points {'above' if numbers['gain'] >= 0 else 'below'} BitNet-SFT "
-            f"({score[TERNARY_BASELINE]:.1f}), the ternary student fine-tuned without a teacher"
+            f"It is {abs(numbers['gain']):.1f} points {'above' if numbers['gain'] >= 0 else 'below'} BitNet-SFT "
+            f"({score[TERNARY_BASELINE]:.1f}), the ternary model that was only fine-tuned, without a teacher"
             f"{_paired(run, DISTILLED, TERNARY_BASELINE)}."
         )
     for setting, line in firsts.items():
         low, high = (line["score"] or {}).get("interval") or (math.inf, -math.inf)
         if majority is not None and low <= majority <= high:
-            said.append(f"Caution: the interval of {setting} contains {majority:.1f}, what the commonest label scores.")
+            said.append(
+                f"Caution: the interval of {setting} contains {majority:.1f}, "
+                "the score of always answering the most frequent label."
+            )
     if numbers["linear_ratio"] and numbers["model_ratio"]:
         said.append(
-            f"Its ternary linears take {_bytes(ours['linear_bytes'])}, {numbers['linear_ratio']:.1f} times less than "
+            f"Its ternary linear layers take {_bytes(ours['linear_bytes'])}, {numbers['linear_ratio']:.1f} times less than "
             f"in FP16; the whole file, embedding and head included, takes {_bytes(ours['model_bytes'])}, "
             f"{numbers['model_ratio']:.1f} times less."
         )
@@ -268,18 +272,19 @@ def summary(run: Run) -> list[str]:
     if rounded and ours and DISTILLED in score:
         four_bits = firsts[rounded]["speed"]["linear_bytes"]
         said.append(
-            f"Without any training, 4 bits a weight ({rounded}) keep FP16-SFT at {score[rounded]:.1f} with linears of "
-            f"{_bytes(four_bits)}, {four_bits / ours['linear_bytes']:.1f} times the student's"
+            f"For comparison, FP16-SFT with its weights rounded to 4 bits ({rounded}, no training) "
+            f"scores {score[rounded]:.1f}; its linear layers take "
+            f"{_bytes(four_bits)}, {four_bits / ours['linear_bytes']:.1f} times as much as the student's"
             f"{_paired(run, 'BitDistill', rounded)}."
         )
     if numbers["speed_ratio"]:
         said.append(
-            f"It generates {_rate(ours['tokens_per_second'])} tokens/s ({ours.get('runner', NONE)}) against "
-            f"{_rate(full['tokens_per_second'])} of FP16-SFT ({full.get('runner', NONE)}): {numbers['speed_ratio']:.2f} "
+            f"It generates {_rate(ours['tokens_per_second'])} tokens per second ({ours.get('runner', NONE)}); FP16-SFT "
+            f"generates {_rate(full['tokens_per_second'])} ({full.get('runner', NONE)}). That is {numbers['speed_ratio']:.2f} "
             "times the speed on the same machine."
         )
     if run.warnings:
-        said.append(f"Caution: {_warnings(run)} while it trained; see Health.")
+        said.append(f"Caution: there {_were(run)} during training; see Health.")
     if run.proof.get("codes_equal", True) is False:
         said.append("Warning: the exported file does NOT hold the ternary codes that training used. Do not ship it.")
     elif run.proof:  # export raises, and writes none, where a code differs
@@ -295,16 +300,14 @@ def health_verdict(run: Run) -> str | None:
         for line in run.warnings:
             kinds.setdefault(line["stage"], []).append(line["kind"])
         listed = "; ".join(f"{stage}: {', '.join(found)}" for stage, found in kinds.items())
-        return f"{_warnings(run)} while it trained ({listed}). What was seen, and what to try, stands below."
+        return f"There {_were(run)} during training ({listed}). The table below says what was seen and what to try."
     if not measured:
         return None
     if not _judged(run):
-        return (
-            f"Measured {measured} times in {stages}, but not watched for warning signs: an older version of bitdistill."
-        )
+        return f"Measured {measured} times in {stages}, but by a version of bitdistill that did not look for warning signs."
     ends = [layer["zeros"] for lines in run.health.values() for layer in lines[-1]["layers"].values()]
     return (
-        f"Healthy: no warning in {measured} measurements ({stages}). At the end of a stage {min(ends):.0%} to "
+        f"Healthy: no warning in {measured} measurements ({stages}). At the end of the stages, {min(ends):.0%} to "
         f"{max(ends):.0%} of a layer's codes are zero."
     )
 
@@ -319,20 +322,24 @@ def _warnings(run: Run) -> str:
     return f"{count} {_plural(count, 'warning')}" if count else "no warning"
 
 
+def _were(run: Run) -> str:
+    return f"{'was' if len(run.warnings) == 1 else 'were'} {_warnings(run)}"
+
+
 def _paired(run: Run, a: str, b: str) -> str:
     """ " (paired difference a - b ...)" where evaluate measured it in either order, else nothing."""
     for row in run.scores.get("paired", []):
         if {row["a"], row["b"]} == {a, b}:
             sign = 1 if row["a"] == a else -1
             low, high = sorted(sign * bound for bound in row["interval"])
-            verdict = "zero lies inside" if low <= 0 <= high else "zero lies outside"
+            verdict = "not significant" if low <= 0 <= high else "significant"
             points = f"paired difference {sign * row['difference']:+.1f} points"
             return f" ({points}, 95 % interval {low:+.1f} to {high:+.1f}: {verdict})"
     return ""
 
 
 def _majority(run: Run) -> float | None:
-    """Score, 0..100, of always answering the commonest label."""
+    """Score, 0..100, of always answering the most frequent label."""
     return run.scores.get("majority")
 
 
@@ -526,11 +533,11 @@ def show_report(run_dir: str | Path) -> None:
 def _tiles(numbers: dict[str, float | None]) -> list[tuple[str, str]]:
     """The headline numbers as (number, words)."""
     forms = (
-        ("retention", "{:.1f} %", "of FP16-SFT's score kept"),
-        ("gain", "{:+.1f}", "points to BitNet-SFT"),
-        ("linear_ratio", "{:.1f}x", "smaller linears than FP16"),
-        ("model_ratio", "{:.1f}x", "smaller whole model"),
-        ("speed_ratio", "{:.2f}x", "the speed of FP16"),
+        ("retention", "{:.1f} %", "of FP16-SFT's score is kept"),
+        ("gain", "{:+.1f}", "points compared with BitNet-SFT"),
+        ("linear_ratio", "{:.1f}x", "smaller linear layers than in FP16"),
+        ("model_ratio", "{:.1f}x", "smaller file of the whole model"),
+        ("speed_ratio", "{:.2f}x", "the speed of FP16-SFT"),
     )
     return [(NOT_RUN if numbers[key] is None else form.format(numbers[key]), words) for key, form, words in forms]
 
