@@ -39,7 +39,8 @@ class TrainingConfig:
         adam_beta2: AdamW's second decay.
         max_grad_norm: gradients are clipped to this global norm; 0 turns it off.
         gradient_checkpointing: recompute activations in the backward pass.
-        train_sampling_strategy: group_by_length draws batches of rows of like length, which saves padding: task rows only.
+        train_sampling_strategy: random, or group_by_length, which puts rows of similar length into a batch and so saves padding
+            (for task rows only).
         logging_steps: steps between lines of metrics.jsonl.
         save_steps: steps between checkpoints for --resume; 0 writes none.
         health_steps: steps between lines of health.jsonl; 0 writes none.
@@ -70,7 +71,7 @@ class TeacherConfig(TrainingConfig):
     Args:
         model: a teacher's base model (folder or hub id); the run's own base model by default. A larger one may have other
             widths and head counts, but must share the vocabulary.
-        finetuned: True when `model` is fine-tuned on the task already and is to be used as it is.
+        finetuned: True if `model` has been fine-tuned on the task already and is to be used unchanged.
         dtype: the precision in which the teacher is stored, and run on a GPU.
     """
 
@@ -89,8 +90,8 @@ class RefineConfig:
         gain: initial SubLN gain: one, or calibrated to the RMS of the base model's own activations.
         subln_eps: eps of SubLN; the model's own rms_norm_eps when absent (the authors' code has 1e-8).
         calibration_blocks: blocks of the corpus that a calibrated gain is measured on.
-        embedding: what embedding and LM head are multiplied as in training, also in the baseline's: fp16 is full precision;
-            int8, int4 and ternary are what the packed file then stores, bit for bit (docs/method.md).
+        embedding: the format in which embedding and LM head are trained, also for the baseline: fp16 is full precision; int8,
+            int4 and ternary are then stored in the packed file bit for bit (docs/method.md).
         weight_quantizer: how the linears become ternary (docs/method.md); the baseline's are absmean. block and awq cannot
             be exported; with ZeRO-3 gptq and seq do not work. gptq and awq look at calibration_blocks, too.
         weight_scale: what has a scale of its own: the whole tensor (the paper), each row, or each group of columns of a row
@@ -120,14 +121,14 @@ class PretrainConfig(TrainingConfig):
     Args:
         enabled: False leaves stage 2 out: stage 3 starts from the refined base model.
         block_size: tokens per sequence.
-        annealing: from full precision to ternary in the course of the stage (docs/method.md): linear, softmax, or none:
-            ternary from the first step.
-        annealing_start: share of the steps before which all is full precision.
-        annealing_end: share of the steps after which all is ternary. Equal to annealing_start: a jump.
+        annealing: how the stage goes from full precision to ternary (docs/method.md): linear, softmax, or none, which is
+            ternary from the first step on.
+        annealing_start: share of the steps that are in full precision.
+        annealing_end: share of the steps after which the model is ternary. If it equals annealing_start, the change is sudden.
         lambda_logits: weight of the distillation from the full-precision base model, whose logits are cached on disk by a
-            stage of their own (cache); 0, as in the paper, turns it off. Large: distillation alone, nearly.
+            stage of their own (cache); 0, as in the paper, turns it off. If it is far above 1, the stage is practically distillation alone.
         kd_temperature: its softmax temperature, for teacher and student. The KL is not multiplied by its square.
-        kd_top_k: words of each position whose logits are cached; all others count as one. 4 bytes a word and token (6 for
+        kd_top_k: the number of words of each position whose logits are cached; all other words are counted as one. 4 bytes a word and token (6 for
             vocabularies above 65,536 words), and 4 for the rest: at 32, 132 (196) bytes a token.
     """
 
@@ -155,7 +156,7 @@ class DistillConfig(TrainingConfig):
         teacher_relation_layers: the teacher's layers, when it has another depth; the same by default.
         split_heads: heads that the relations are regrouped to; the model's own when absent.
         relation_temperature: softmax temperature of alg1 and attention_maps.
-        relation_causal: relations look only backwards.
+        relation_causal: relations of a token to the tokens before it only.
         gamma_attention: weight of the relation loss, or `balanced`: rho * |grad CE| / |grad relation|, running mean.
         gamma_rho: the gradient ratio that `balanced` aims at.
         gamma_every: steps between measurements of that ratio.
@@ -181,7 +182,7 @@ class BaselineConfig:
     """BitNet-SFT: the base model, ternary without SubLN, fine-tuned on the task with the steps of stage 3.
 
     Args:
-        enabled: train it. False leaves the table with two settings.
+        enabled: whether to train it. False leaves two models in the table.
         learning_rate: its own; that of stage 3 when absent.
     """
 

@@ -1,21 +1,21 @@
-"""The token stream of stage 2: documents in, blocks of tokens out; endless, shuffled, and resumed without replay.
+"""The token stream of stage 2 turns documents into blocks of tokens. It is endless, shuffled, and can be resumed.
 
     documents -> tokens, EOS after each document -> blocks of block_size -> windows of ``window`` blocks, permuted
 
 * Documents: the text column of a hub dataset or of local .jsonl / .json / .parquet files (`rows.py`): one row, one
   document. Files may be compressed. A folder's hidden files and those of other kinds are left out and counted. A
-  .txt file is one document, or several where a line reads ``<|endoftext|>`` (as in TinyStories); blank lines and lines
-  end nothing, for in WikiText a line is a paragraph and in a book a blank line is one. A long .txt is read in pieces
-  that end at a line end, and tokenised piece by piece. BOS stands before a document where the tokenizer puts one
+  .txt file is one document, or several where a line reads ``<|endoftext|>`` (as in TinyStories); line
+  ends and blank lines do not end a document, because a line of WikiText is a paragraph, and a blank line in a book ends
+  only a paragraph. A long .txt is read in pieces that end at a line end, and tokenized piece by piece. BOS stands before a document where the tokenizer puts one
   there. A document that spells a special token has its characters, not the token (`text_tokens.py`).
 * Shuffling: window i is permuted with a generator seeded by (seed, i). Nothing depends on rank, worker or time: every
   rank reads the same stream and accelerate's IterableDatasetShard takes its part.
-* Epochs: at the end of the corpus the stream starts again. The last window of an epoch is as short as need be; the last
-  tokens that do not fill a block are dropped, the same in every epoch.
-* Resuming: documents are tokenised in small batches. A window's state is where in the documents the batch began in
-  which the window starts, and how many tokens of that batch were used up before. Going on from there tokenises at most
-  one batch and one window again; ``datasets`` finds the document by itself (a file already read is not opened; inside
-  a file rows are skipped without being tokenised).
+* Epochs: at the end of the corpus the stream starts again. The last window of an epoch may be shorter than the others.
+  The last tokens, which do not fill a block, are dropped; they are the same in every epoch.
+* Resuming: documents are tokenized in small batches. For each window the stream remembers two things: the document with
+  which the batch began that contains the window's first token, and how many tokens of that batch came before the
+  window. To continue from there, at most one batch and one window are tokenized again. ``datasets`` finds the document
+  without reading what comes before (it does not open earlier files, and skips rows without tokenizing them).
 """
 
 import glob
