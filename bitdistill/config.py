@@ -125,11 +125,13 @@ class PretrainConfig(TrainingConfig):
             ternary from the first step on.
         annealing_start: share of the steps that are in full precision.
         annealing_end: share of the steps after which the model is ternary. If it equals annealing_start, the change is sudden.
-        lambda_logits: weight of the distillation from the full-precision base model, whose logits are cached on disk by a
-            stage of their own (cache); 0, as in the paper, turns it off. If it is far above 1, the stage is practically distillation alone.
+        lambda_logits: weight of the distillation from the full-precision base model, whose logits are cached on disk
+            by a stage of their own (cache); 0, as in the paper, turns it off. If it is far above 1, the stage is
+            practically distillation alone.
         kd_temperature: its softmax temperature, for teacher and student. The KL is not multiplied by its square.
-        kd_top_k: the number of words of each position whose logits are cached; all other words are counted as one. 4 bytes a word and token (6 for
-            vocabularies above 65,536 words), and 4 for the rest: at 32, 132 (196) bytes a token.
+        kd_top_k: the number of words of each position whose logits are cached; all other words are counted as one. 4
+            bytes a word and token (6 for vocabularies above 65,536 words), and 4 for the rest: at 32, 132 (196) bytes
+            a token.
     """
 
     enabled: bool = True

@@ -4,10 +4,11 @@
 
 * Documents: the text column of a hub dataset or of local .jsonl / .json / .parquet files (`rows.py`): one row, one
   document. Files may be compressed. A folder's hidden files and those of other kinds are left out and counted. A
-  .txt file is one document, or several where a line reads ``<|endoftext|>`` (as in TinyStories); line
-  ends and blank lines do not end a document, because a line of WikiText is a paragraph, and a blank line in a book ends
-  only a paragraph. A long .txt is read in pieces that end at a line end, and tokenized piece by piece. BOS stands before a document where the tokenizer puts one
-  there. A document that spells a special token has its characters, not the token (`text_tokens.py`).
+  .txt file is one document, or several where a line reads ``<|endoftext|>`` (as in TinyStories); line ends and
+  blank lines do not end a document, because a line of WikiText is a paragraph, and a blank line in a book ends only
+  a paragraph. A long .txt is read in pieces that end at a line end, and tokenized piece by piece. BOS stands before
+  a document where the tokenizer puts one there. A document that spells a special token has its characters, not the
+  token (`text_tokens.py`).
 * Shuffling: window i is permuted with a generator seeded by (seed, i). Nothing depends on rank, worker or time: every
   rank reads the same stream and accelerate's IterableDatasetShard takes its part.
 * Epochs: at the end of the corpus the stream starts again. The last window of an epoch may be shorter than the others.
