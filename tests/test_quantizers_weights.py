@@ -282,7 +282,7 @@ def test_statistics_are_those_of_the_inputs():
         assert statistics.tokens == 32
         assert torch.allclose(statistics.gram, 2 * x.T @ x, rtol=1e-4, atol=1e-4)
         assert torch.allclose(statistics.magnitude, 2 * x.abs().sum(0), rtol=1e-4)
-    with pytest.raises(UserError, match="at least one batch"):
+    with pytest.raises(UserError, match="at least one block"):
         calibrate_inputs(model, [])
 
 
