@@ -136,6 +136,13 @@ def test_every_granular_quantizer(quantizer, weight_scale, groups):
     assert torch.equal(layer.watched()[1], scale.mean())
 
 
+def test_formats_of_equal_groups_refuse_a_narrower_one():
+    with pytest.raises(UserError, match=r"refine.group_size: expected a divisor of 200"):
+        layer_with("absmean", "group").whole_groups()
+    for weight_scale, group_size in (("row", 64), ("tensor", 64), ("group", 256)):  # the last one has one group per row
+        assert layer_with("absmean", weight_scale, group_size).whole_groups()[0].shape == (12, 200)
+
+
 def test_gptq_groups_without_correlation_round_to_nearest():
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     for ours, nearest in zip(

@@ -172,7 +172,7 @@ def _tensors(model, layers, architecture: str, linear_type: str):
     for path, layer in layers.items():
         _, _, index, projection = path.split(".", 3)
         name = f"blk.{index}.{LINEARS[projection]}"
-        codes, scale = (tensor.cpu().numpy() for tensor in layer.ternary())
+        codes, scale = (tensor.cpu().numpy() for tensor in layer.whole_groups())
         scale = scale.reshape(scale.shape if scale.ndim == 2 else (-1, 1)).astype(np.float32)
         bias = layer.ternary_bias()
         bias = None if bias is None else bias.detach().float().cpu().numpy()

@@ -68,7 +68,7 @@ def write_hugging_face(folder: str | Path, model: nn.Module, tokenizer, format: 
     dtype = torch.bfloat16 if model.config.model_type == "gemma3_text" else torch.float16  # Gemma overflows fp16
     tensors, codes_of, linear_bytes = {}, {}, 0
     for name, layer in layers.items():
-        codes, scale = layer.ternary()
+        codes, scale = layer.whole_groups()
         scale_OG = (scale if scale.dim() == 2 else scale.reshape(-1, 1)).float().expand(codes.shape[0], -1)
         encoded = _ENCODERS[format](codes, scale_OG, dtype)
         codes_of[name] = (codes.cpu(), encoded["scale_OG"].cpu())

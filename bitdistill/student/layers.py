@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill.distributed import launch
+from bitdistill.errors import UserError
 from bitdistill.kernels import reference
 from bitdistill.student import quantizers
 from bitdistill.student.annealed import annealed_linear
@@ -154,6 +155,22 @@ class BitLinear(nn.Module):
         """
         quantizers.refuse_unpackable(self.quantizer)
         return self.codes()
+
+    def whole_groups(self) -> tuple[Tensor, Tensor]:
+        """`ternary` for formats in which every group of columns has the same size.
+
+        Raises:
+            UserError: as `ternary`, or the last group of a row is narrower than the others.
+        """
+        columns = self.quantizer.columns(self)
+        if columns is not None and self.in_features % columns and self.in_features > columns:
+            raise UserError(
+                "refine.group_size",
+                expected=f"a divisor of {self.in_features} (in_features), because this format has groups of one size",
+                got=str(columns),
+                do="Train with another --refine.group_size, or export the packed format.",
+            )
+        return self.ternary()
 
     def quantized_weight(self) -> Tensor:
         """fp32 (O, I), codes times scales, without a gradient."""
