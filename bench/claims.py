@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import cpu_training
 import peers
 import resident
 from bitdistill.distributed import openmp
@@ -148,6 +149,20 @@ def gpu_rows() -> list[dict]:
     return rows
 
 
+def cpu_training_rows(path: Path = ROOT / "bench" / "results" / "cpu" / "training.json") -> list[dict]:
+    """From the committed run of bench/cpu_training.py; without one: not measured."""
+    found = json.loads(path.read_text())["targets"] if path.is_file() else []
+    measured = {(one["isa"], one["what"]): one["ratio"] for one in found}
+    rows = []
+    for isa, what, _, _, _, target in cpu_training.TARGETS:
+        value = measured.get((isa, what))
+        claim = f"CPU training ({isa}): {what}"
+        rows.append(
+            row(claim, "aim", "bench/cpu_training.py", target, value, "one run", why="no run on such a CPU yet")
+        )
+    return rows
+
+
 def accuracy_rows(folder: Path = ROOT / "bench" / "results" / "studies") -> list[dict]:
     """From the latest study of each task (`difference_to_fp16_sft`, bench/study.py); without one: not measured."""
     studies = [json.loads(path.read_text()) for path in folder.glob("*.json")]
@@ -236,7 +251,7 @@ def main() -> int:
                 arguments.ours_only, arguments.leave_out = False, []
                 peers.add_llama_bench_on_path(arguments)
                 result, where = peers.measure(SHAPE, arguments, folder, Bandwidth(arguments.threads)), machine()
-        rows = [*sizes, *memory, *speed_rows(result), *gpu_rows(), *accuracy_rows()]
+        rows = [*sizes, *memory, *speed_rows(result), *gpu_rows(), *cpu_training_rows(), *accuracy_rows()]
         report = {"machine": where, "threads": result["threads"], "rows": rows}
     print(markdown(report))
     if arguments.json:

@@ -392,3 +392,12 @@ def test_targets_of_cpu_training():
     lines = cpu_training.show(rows).splitlines()
     assert [line.split()[-2] for line in lines if "fast, against before" in line] == ["holds", "measured"]
     assert sum("missed" in line for line in lines) == 2
+
+
+def test_claims_of_cpu_training(tmp_path):
+    first = cpu_training.TARGETS[0]
+    written = {"targets": [{"isa": first[0], "what": first[1], "ratio": first[-1] - 0.5, "target": first[-1]}]}
+    (tmp_path / "training.json").write_text(json.dumps(written))
+    rows = claims.cpu_training_rows(tmp_path / "training.json")
+    assert [one["holds"] for one in rows] == ["does not hold", *["not measured"] * (len(cpu_training.TARGETS) - 1)]
+    assert {one["holds"] for one in claims.cpu_training_rows(tmp_path / "absent")} == {"not measured"}
