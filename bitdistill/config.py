@@ -97,6 +97,9 @@ class RefineConfig:
         weight_scale: what has a scale of its own: the whole tensor (the paper), each row, or each group of columns of a row
             (absmean, gptq and tequila); the baseline has one per tensor. A group costs 16 / group_size bits per weight.
         group_size: columns of a group: 64, 128 or 256.
+        vocabulary: full, or trimmed to the tokens that the training texts use and what their merges need, in teacher and
+            student alike (docs/method.md): a smaller embedding; other texts are cut into more and smaller pieces.
+        vocabulary_threshold: a trimmed vocabulary keeps tokens that occur more often than this.
     """
 
     norms: Literal["two", "all", "none"] = "two"
@@ -107,6 +110,8 @@ class RefineConfig:
     weight_quantizer: Literal[*quantizers.QUANTIZERS] = "absmean"
     weight_scale: Literal["tensor", "row", "group"] = "tensor"
     group_size: Literal[64, 128, 256] = 128
+    vocabulary: Literal["full", "trimmed"] = "full"
+    vocabulary_threshold: int = 0
 
     def in_effect(self) -> dict[str, Any]:
         """All settings but those that weight_scale leaves without effect."""
@@ -374,6 +379,14 @@ class RunConfig:
         if self.teacher.finetuned and self.teacher.model is None:
             raise UserError(
                 "teacher.finetuned", expected="teacher.model with it", got="none", do="Give --teacher.model."
+            )
+
+        if self.refine.vocabulary == "trimmed" and self.student is not None:
+            raise UserError(
+                "refine.vocabulary",
+                expected="full with --student, whose vocabulary is what it was trained with",
+                got="trimmed",
+                do="Leave one of the two out.",
             )
 
     def _check_formats(self) -> None:

@@ -33,6 +33,7 @@ from bitdistill.training.trainer import capped_steps, release, training_argument
 
 FULL_PRECISION_STAGES = ("base", "teacher")
 DOES_NOT_CHANGE_THE_RESULT = ("logging_steps", "save_steps", "health_steps")
+OF_TRIMMING = ("vocabulary", "vocabulary_threshold")  # a stage of their own, not part of stage 1
 OF_STAGE_2_DISTILLATION = ("lambda_logits", "kd_temperature", "kd_top_k")  # read only where lambda_logits is above 0
 
 
@@ -117,12 +118,12 @@ class Job:
         config = self.config
         names = ("task", "train_file", "validation_file", "corpus")
         given = {name: getattr(config, name) for name in names}
-        self.tokenizer_folder = config.model
+        self.full_tokenizer_folder = config.model
         if self.embedded:
             demo = demo_of_run(self.root, config.seed)
             own = dict(zip(names, (demo.task, demo.train, demo.validation, demo.corpus), strict=True))
             given = {name: own[name] if given[name] in (None, "demo") else given[name] for name in names}
-            self.tokenizer_folder = demo.base
+            self.full_tokenizer_folder = demo.base
         return Sources(
             **{name: None if value is None else str(value) for name, value in given.items()},
             extra_validation_files=config.extra_validation_files,
@@ -159,7 +160,18 @@ class Job:
 
     @property
     def base_folder(self) -> str | Path:
-        """The base model: the demo's own, or --model."""
+        """What teacher and student are made of: the base model, with a trimmed vocabulary where that is wanted."""
+        return self.directory.folder("trim") if "trim" in self.directory.stages else self.full_base_folder
+
+    @property
+    def tokenizer_folder(self) -> str | Path:
+        """The tokenizer of every stage after `trim`; the base model's own before that."""
+        trimmed = "trim" in self.directory.stages and self.directory.done("trim") is not None
+        return self.directory.folder("trim") if trimmed else self.full_tokenizer_folder
+
+    @property
+    def full_base_folder(self) -> str | Path:
+        """The base model as it came: the demo's own, or --model."""
         return self.directory.folder("base") if self.embedded else self.config.model
 
     @property
@@ -190,6 +202,11 @@ class Job:
         rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * launch.world_size()
         return capped_steps(section.max_steps, self.config.max_steps) * rows
 
+    @property
+    def trimming_blocks(self) -> int:
+        """Blocks of the corpus whose tokens a trimmed vocabulary must have: those of stage 2, where the run has it."""
+        return self.stage_2_blocks if "pretrain" in self.directory.stages else 0
+
     def cache_layout(self, vocabulary: int) -> Layout:
         """The teacher's logits that stage 2 needs."""
         section = self.config.pretrain
@@ -215,6 +232,7 @@ class Job:
             for name in OF_STAGE_2_DISTILLATION:
                 del sections["pretrain"][name]
         sections["refine"] = config.refine.in_effect()
+        trimming = {name: sections["refine"].pop(name) for name in OF_TRIMMING}
         sections["distill steps"] = optimization(config.distill)
         groups = {
             name: {name.split()[0]: {key: one for key, one in values.items() if key not in DOES_NOT_CHANGE_THE_RESULT}}
@@ -237,6 +255,7 @@ class Job:
             "cache": {"cache": kept},
             "corpus": corpus,
             "calibration": corpus if calibrated else {},
+            "trimming": {"refine": trimming, "blocks": self.trimming_blocks, "block_size": config.pretrain.block_size},
             "model": {} if self.embedded else {"model": file_identity(config.model)},
             "teacher model": {"teacher_model": file_identity(config.teacher.model)},
             "student": {"student": file_identity(config.student)} if config.student else {},

@@ -76,6 +76,7 @@ LIMITS = {
     "split_heads": COUNT,
     "subln_eps": POSITIVE,
     "teacher_relation_layers": Limit("decoder layers by number; negative ones count from the end", -LARGEST, LARGEST),
+    "vocabulary_threshold": COUNT_OR_NONE,
     "warmup_steps": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
     "zero": Limit("0, 1, 2 or 3", 0, 3),

@@ -7,6 +7,7 @@ projection is one of the seven linears of a decoder layer.
 # Stage -> what its result is, in the order in which they run. What each needs and does: the table in train.py.
 STAGES = {
     "base": "full-precision base model",
+    "trim": "base model and tokenizer with a smaller vocabulary",
     "teacher": "the base model fine-tuned on the task (FP16-SFT)",
     "refine": "stage 1: surgery, SubLN",
     "cache": "the base model's logits for stage 2",

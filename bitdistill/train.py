@@ -5,6 +5,7 @@
 
 A run is a list of stages:
 
+    base -> trim -> all others            (trim: base model and tokenizer with a smaller vocabulary, if wanted)
     base -> teacher ------------------\\
     base -> refine -> pretrain -> distill -> evaluate -> export        (base: the embedded demo's own base model)
     base -> cache ----/              /                                 (cache: teacher logits for stage 2, if wanted)
@@ -43,13 +44,14 @@ from bitdistill.evaluation.compare import compare_settings
 from bitdistill.evaluation.speed import sizes_and_speeds
 from bitdistill.evaluation.weight_only import CALIBRATION_TOKENS
 from bitdistill.export.pack import pack_settings
-from bitdistill.job import Job, optimization
+from bitdistill.job import OF_TRIMMING, Job, optimization
 from bitdistill.names import DISTILLED, FULL_PRECISION
 from bitdistill.reporting.report import show_report
 from bitdistill.stages import Stage
 from bitdistill.student.layers import bit_linears, use_backward
 from bitdistill.student.loading import load_language_model, load_tokenizer, save_language_model
 from bitdistill.student.refine import load_student, refine, refine_on_corpus, save_student
+from bitdistill.student.vocabulary import trim_folder, trim_like
 from bitdistill.training.annealing import Annealing
 from bitdistill.training.capture import attention_maps
 from bitdistill.training.distill import Distillation, fine_tune
@@ -62,16 +64,33 @@ from bitdistill.training.teacher_cache import TeacherCache, check_room, finish_c
 
 def train_base(job: Job) -> None:
     """The demo's own full-precision base model, from scratch."""
-    tokenizer, model = load_tokenizer(job.tokenizer_folder), demo_model(job.tokenizer_folder, job.config.seed)
+    tokenizer, model = load_tokenizer(job.full_tokenizer_folder), demo_model(job.full_tokenizer_folder, job.config.seed)
     stream = job.sources.corpus_stream(tokenizer, job.config.pretrain.block_size)
     save = partial(save_language_model, tokenizer=tokenizer, dtype=torch.float32)
     job.train("base", job.config.base, pretrain, save, model=model, stream=stream)
 
 
+def trim_vocabulary(job: Job) -> None:
+    """The base model and its tokenizer with the tokens that the training texts use. Rank 0 alone."""
+    if not launch.is_main():
+        return
+    section, started = job.config.refine, time.perf_counter()
+    tokenizer, model = load_tokenizer(job.full_tokenizer_folder), load_language_model(job.full_base_folder)
+    texts = job.sources.training_texts(tokenizer, job.trimming_blocks, job.config.pretrain.block_size)
+    facts: dict[str, Any] = {}
+    with job.result("trim", facts) as folder:
+        done = trim_folder(model, tokenizer, texts, folder, section.vocabulary_threshold)
+        facts |= {name: value for name, value in vars(done).items() if name != "kept"}
+        facts["seconds"] = round(time.perf_counter() - started, 2)
+    launch.say(f"trim: {done}")
+
+
 def train_teacher(job: Job) -> None:
     """FP16-SFT: the full-precision model fine-tuned on the task, stored in half precision."""
-    source = job.config.teacher.model or job.base_folder
+    source, trims = job.config.teacher.model or job.base_folder, "trim" in job.directory.stages
     tokenizer, model = load_tokenizer(source), load_language_model(source)
+    if job.config.teacher.model and trims:
+        tokenizer = trim_like(model, tokenizer, job.full_tokenizer_folder, job.directory.folder("trim"))
     save = partial(save_language_model, tokenizer=tokenizer, dtype=getattr(torch, job.config.teacher.dtype))
     if job.config.teacher.finetuned:
         if launch.is_main():
@@ -86,7 +105,7 @@ def refine_base(job: Job) -> None:
     section, started = job.config.refine, time.perf_counter()
     tokenizer, model = load_tokenizer(job.base_folder), load_language_model(job.base_folder)
     blocks = partial(job.sources.first_blocks, tokenizer, job.config.pretrain.block_size, section.calibration_blocks)
-    surgery = {name: value for name, value in vars(section).items() if name != "calibration_blocks"}
+    surgery = {name: value for name, value in vars(section).items() if name not in ("calibration_blocks", *OF_TRIMMING)}
     done, gains = refine_on_corpus(model, blocks, **surgery)
     launch.say(f"refine: {done}")
     if launch.is_main():
@@ -278,17 +297,19 @@ STAGES = {  #      depends on                         is part of a run when
             #          reads                                                                          is done by
     "base":     Stage((),                                lambda config: config.model is None,
                       ("base", "training", "corpus"),                                                  train_base),
-    "teacher":  Stage(("base",),                         always,
+    "trim":     Stage(("base",),                         lambda config: config.refine.vocabulary == "trimmed",
+                      ("trimming", "seed", "model", "corpus", *TASK),                                  trim_vocabulary),
+    "teacher":  Stage(("trim",),                         always,
                       ("teacher", "training", "model", *TASK, "teacher model"),                        train_teacher),
-    "refine":   Stage(("base",),                         brings_no_student,
+    "refine":   Stage(("trim",),                         brings_no_student,
                       ("refine", "model", "calibration"),                                              refine_base),
-    "cache":    Stage(("base",),                         lambda config: pretrains(config) and config.pretrain.lambda_logits > 0,
+    "cache":    Stage(("trim",),                         lambda config: pretrains(config) and config.pretrain.lambda_logits > 0,
                       ("cache", "seed", "model", "corpus"),                                            cache_teacher_logits),
     "pretrain": Stage(("refine", "cache"),               pretrains,
                       ("pretrain", "training", "backward", "corpus"),                                  pretrain_student),
     "distill":  Stage(("pretrain", "teacher"),           always,
                       ("distill", "training", "backward", *TASK, "student"),                           distill_student),
-    "baseline": Stage(("base",),                         lambda config: config.baseline.enabled,
+    "baseline": Stage(("trim",),                         lambda config: config.baseline.enabled,
                       ("baseline", "distill steps", "training", "backward", "model", *TASK, "embedding"), train_baseline),
     "evaluate": Stage(("teacher", "distill", "baseline"), lambda config: config.evaluate.enabled,
                       ("evaluate", "task", "validation rows", "GPTQ rows"),                            evaluate_settings),

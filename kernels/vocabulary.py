@@ -279,8 +279,14 @@ def _rows_at_once(rows: int, vocabulary: int, bytes_a_logit: int, chunk_bytes: i
 
 
 def _logit_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for logits, its rows 16 elements apart or a multiple: whole vectors for loads and products, odd V too."""
-    return torch.empty((rows, -(-vocabulary // 16) * 16), dtype=dtype, device=device)[:, :vocabulary]
+    """Room for logits, its rows 16 elements apart or a multiple: whole vectors for loads and products, odd V too.
+
+    What pads a row is zero: oneDNN's half-precision products read whole tiles (AMX) and multiply the padding by zero, which
+    is NaN where the memory happens to hold one.
+    """
+    room = torch.empty((rows, -(-vocabulary // 16) * 16), dtype=dtype, device=device)
+    room[:, vocabulary:] = 0
+    return room[:, :vocabulary]
 
 
 def _add_product_(total_VH: Tensor, gradient_CV: Tensor, x_CH: Tensor, first: bool) -> None:

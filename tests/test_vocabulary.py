@@ -294,6 +294,34 @@ def test_autocast_is_the_products_in_bf16_and_fp32_beyond(chunk_bytes):
         torch.testing.assert_close(a, b, rtol=0, atol=0.02 * b.abs().max().item())
 
 
+@pytest.mark.parametrize("V", [7, 100, 759])
+def test_memory_that_holds_nan_reaches_no_gradient(V, monkeypatch):
+    """Rows of logits are padded, and half-precision products read the padding."""
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        room = empty(*shape, **options)
+        return room.fill_(math.nan) if room.is_floating_point() else room
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    x, weight = (torch.randn(rows, 64, requires_grad=True) for rows in (33, V))
+    teacher_x, teacher_weight = torch.randn(33, 64), torch.randn(V, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ce, kl = linear_distillation(
+            x,
+            weight,
+            torch.randint(0, V, (33,)),
+            teacher_x,
+            teacher_weight,
+            temperature=5.0,
+            ce_weight=1.0,
+            kl_weight=10.0,
+        )
+    (ce + 10 * kl).backward()
+    for tensor in (ce, kl, x.grad, weight.grad):
+        assert tensor.isfinite().all()
+
+
 def test_half_precision_head_gets_a_half_precision_gradient():
     x, weight, targets, *_ = rows(H=32, V=65)
     ours, exact = leaves(x, weight, dtype=torch.bfloat16), leaves(x.bfloat16(), weight.bfloat16(), dtype=torch.float64)

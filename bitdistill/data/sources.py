@@ -104,8 +104,35 @@ class Sources:
             launch.say(f"corpus: {len(stream.left_out)} files left out, hidden or of another kind: {named}")
         return stream
 
+    def training_texts(self, tokenizer, blocks: int, block_size: int) -> "TrainingTexts":
+        """All that stages 2 and 3 will train on, as texts: the first blocks of the corpus and the training rows.
+
+        Args:
+            tokenizer: of the base model. blocks: of the corpus, 0 for none. block_size: tokens of a block.
+        """
+        return TrainingTexts(self, tokenizer, blocks, block_size)
+
     def first_blocks(self, tokenizer, block_size: int, count: int) -> Iterator[dict[str, Tensor]]:
         """The first blocks of the corpus, one at a time, as batches of one: to calibrate on."""
         blocks = iter(self.corpus_stream(tokenizer, block_size))
         ids = (next(blocks)["input_ids"].unsqueeze(0) for _ in range(count))
         return ({"input_ids": block, "attention_mask": torch.ones_like(block)} for block in ids)
+
+
+@dataclass(frozen=True)
+class TrainingTexts:
+    """Texts that can be walked through several times without being held: see `Sources.training_texts`."""
+
+    sources: Sources
+    tokenizer: Any
+    blocks: int
+    block_size: int
+
+    def __iter__(self) -> Iterator[str]:
+        if self.blocks:
+            stream = iter(self.sources.corpus_stream(self.tokenizer, self.block_size))
+            for _ in range(self.blocks):
+                yield self.tokenizer.decode(next(stream)["input_ids"])
+        rows, _ = encode(self.sources.loaded_task, self.sources.train_rows(), self.tokenizer, self.sources.max_length)
+        for row in rows:
+            yield self.tokenizer.decode(row["input_ids"])

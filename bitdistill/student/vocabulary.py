@@ -41,6 +41,12 @@ class Trimming:
     texts_changed: int  # texts that the trimmed tokenizer cuts into other tokens
     texts: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.vocabulary_after:,} of {self.vocabulary_before:,} tokens kept; the {self.texts:,} training texts are "
+            f"{self.tokens_after:,} tokens instead of {self.tokens_before:,}, {self.texts_changed:,} of them cut differently"
+        )
+
 
 def count_tokens(tokenizer, texts: Iterable[str]) -> tuple[np.ndarray, int]:
     """How often each token occurs in texts, encoded without special tokens.
@@ -198,6 +204,33 @@ def trim_folder(model: nn.Module, tokenizer, texts: Iterable[str], target: str |
     _renumber_tokenizer_config(Path(target) / "tokenizer_config.json", kept)
     np.save(Path(target) / "kept_tokens.npy", kept)
     return Trimming(kept, vocabulary_before, len(kept), before, after, changed, number)
+
+
+def trim_like(model: nn.Module, tokenizer, full_tokenizer_folder: str | Path, trimmed_folder: str | Path):
+    """Trims another model with the same tokenizer, such as a larger teacher, as `trim_folder` trimmed the base model.
+
+    Args:
+        model: a causal language model; changed in place.
+        tokenizer: its tokenizer, which must be that of the base model.
+        full_tokenizer_folder: the base model's tokenizer before it was trimmed.
+        trimmed_folder: what `trim_folder` wrote.
+
+    Returns: the trimmed tokenizer.
+
+    Raises:
+        UserError: the two models have different tokenizers.
+    """
+    from bitdistill.student.loading import load_tokenizer
+
+    if tokenizer.get_vocab() != load_tokenizer(full_tokenizer_folder).get_vocab():
+        raise UserError(
+            "teacher.model",
+            expected="a teacher with the tokenizer of the base model",
+            got="one with other tokens",
+            do="Take a teacher of the same family.",
+        )
+    trim_model(model, np.load(Path(trimmed_folder) / "kept_tokens.npy"))
+    return load_tokenizer(trimmed_folder)
 
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
