@@ -256,6 +256,25 @@ def test_two_ranks_equal_one(world, one_rank, tmp_path, rows, accumulation, opti
                 assert a[step][name] == pytest.approx(b[step][name], rel=tolerance, abs=1e-6), (stage, step, name)
 
 
+def test_a_trimmed_vocabulary_is_what_teacher_and_student_are_made_of(world, tmp_path):
+    from transformers import AutoTokenizer
+
+    run = tmp_path / "run"
+    trimmed = ("--refine.vocabulary", "trimmed", "--refine.vocabulary_threshold", "1000")
+    assert "tokens kept" in job(world, run, "--stage", "trim", *trimmed)
+    job(world, run, "--stage", "refine", *trimmed)
+    full = AutoTokenizer.from_pretrained(world / "base")
+    kept = AutoTokenizer.from_pretrained(run / "trim")
+    assert 256 < len(kept) < len(full)
+    for stage in ("trim", "refine"):
+        assert json.loads((run / stage / "config.json").read_text())["vocab_size"] == len(kept)
+        assert AutoTokenizer.from_pretrained(run / stage).get_vocab() == kept.get_vocab()
+    assert full.decode(full("warm blue red")["input_ids"]) == kept.decode(kept("warm blue red")["input_ids"])
+    done = json.loads((run / "trim" / "done.json").read_text())
+    assert done["vocabulary_after"] == len(kept)
+    assert done["tokens_after"] > done["tokens_before"] > 0
+
+
 def test_student_of_another_run(world, reference, tmp_path):
     run = tmp_path / "run"
     student = ["--student", str(reference[0] / "pretrain")]
