@@ -180,7 +180,7 @@ def test_types_that_do_not_fit_are_refused_by_name(tmp_path):
         write_gguf(tmp_path / "s.gguf", model, byte_level(), linear_type="tq2_0")
     with pytest.raises(UserError, match="auto or one of"):
         write_gguf(tmp_path / "s.gguf", model, byte_level(), linear_type="q3_k")
-    with pytest.raises(UserError, match="embedding_type"):
+    with pytest.raises(UserError, match="embedding: expected one of"):
         write_gguf(tmp_path / "s.gguf", model, byte_level(), embedding_type="int3")
 
 

@@ -81,7 +81,9 @@ class TokenStream(IterableDataset):
         super().__init__()
         if block_size < 2 or window < 1:
             got = f"block_size {block_size}, window {window}"
-            raise UserError("block_size", expected="at least 2, and a window of at least 1", got=got, do="Raise it.")
+            raise UserError(
+                "block_size", expected="at least 2, and a window of at least 1", got=got, do="Give 2 or more."
+            )
         if tokenizer.eos_token_id is None:
             raise UserError("tokenizer", expected="an EOS token, to end documents", got="none", do="Set eos_token.")
         documents, identity, self.left_out = _open(source, config, split, text_column or "text")
@@ -100,8 +102,7 @@ class TokenStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """From the beginning, or from where ``load_state`` put it."""
         if get_worker_info() is not None:
-            do = "Set it to 0: the stream keeps its place in this process."
-            raise UserError("dataloader_num_workers", expected="0", got="a worker process", do=do)
+            raise ValueError("TokenStream keeps its place in this process: use dataloader_num_workers 0")
         self._starts.clear()
         skip, self.epochs = self._start["skip_blocks"], self._start["epoch"]
         self._yielded = self._start["block"] + skip

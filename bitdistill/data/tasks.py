@@ -106,7 +106,7 @@ class Task:
             "Name columns in braces; double other braces.",
         )
         bare = self.prompt == self.prompt.rstrip()
-        yield "prompt", "no white space at its end: the answer brings its own", bare, "Remove it."
+        yield "prompt", "no white space at its end: the answer brings its own", bare, "Remove the white space."
         known = self.truncate_column in self.columns
         yield "truncate_column", f"one of the prompt's {self.columns}", known, "Name the column with the long text."
         yield "splits", "split: name on the hub", isinstance(self.splits, dict), "Write {train: train}."
@@ -177,7 +177,12 @@ def load_task(name_or_path: str) -> Task:
         )
     needed = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [key for key in needed if key not in settings]:
-        raise UserError(f"task file {path}", expected=", ".join(needed), got=f"no {', '.join(missing)}", do="Add it.")
+        raise UserError(
+            f"task file {path}",
+            expected=", ".join(needed),
+            got=f"no {', '.join(missing)}",
+            do="Add the missing keys; recipes/tasks has examples.",
+        )
     return Task(**settings)
 
 
@@ -212,7 +217,7 @@ def load_rows(
         UserError: hub out of reach, unreadable or empty file, missing column, a value that is no text, unknown label.
     """
     if limit is not None and limit < 1:
-        raise UserError("limit", expected="at least 1", got=str(limit), do="Leave it out for all rows.")
+        raise UserError("max_rows", expected="at least 1", got=str(limit), do="Leave it out for all rows.")
     rows, problems = _read(task, split, file)
     if problems:
         raise problems[0]
@@ -240,7 +245,12 @@ def _read(task: Task, split: str, file: str | None) -> tuple[Dataset | None, lis
             f"task {task.name}", expected="a local file", got="no dataset", do=f"Give a file with {option} FILE."
         )
     if split not in task.splits:
-        raise UserError("split", expected=f"one of {', '.join(task.splits)}", got=split, do="Choose another split.")
+        raise UserError(
+            f"task {task.name}: splits",
+            expected=f"a split {split}",
+            got=", ".join(task.splits),
+            do="Name it in the task file.",
+        )
     do = f"Or give a local file with {option} FILE (columns: {', '.join(_needed(task))})."
     rows = load_hub(task.dataset, task.config, task.splits[split], streaming=False, do=do)
     return _checked_hub(task, rows, f"{task.dataset} {task.config or ''} {task.splits[split]}")
@@ -654,7 +664,7 @@ def _rendered(task: Task, rows: Sequence[dict], tokenizer) -> list[str]:
         return [tokenizer.apply_chat_template(turn, **options) for turn in turns]
     except TemplateError as error:
         raise UserError(
-            "chat_template", expected="a template that takes one user turn", got=str(error),
+            "tokenizer_config.json: chat_template", expected="a template that takes one user turn", got=str(error),
             do="Mend the tokenizer's chat template, or set chat: false in the task.",
         ) from error  # fmt: skip
 

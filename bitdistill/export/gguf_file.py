@@ -250,9 +250,7 @@ def _write(path: Path, model, tokenizer, architecture: str, matrices, vectors, e
     from gguf import quants
 
     if embedding_type not in EMBEDDINGS:
-        raise UserError(
-            "embedding_type", expected=f"one of {', '.join(EMBEDDINGS)}", got=embedding_type, do="Choose one."
-        )
+        raise UserError("embedding", expected=f"one of {', '.join(EMBEDDINGS)}", got=embedding_type, do="Choose one.")
     writer = gguf.GGUFWriter(path, architecture)
     types = [kind for _, kind, _, _ in matrices.values()]
     writer.add_file_type(FILE_TYPES[max(TYPES, key=types.count)])

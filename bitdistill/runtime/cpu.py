@@ -202,7 +202,7 @@ class Runtime:
         Raises:
             UserError: an empty prompt or label, an id outside the vocabulary, or a prompt that does not fit with a label.
         """
-        labels = [self._checked_ids(label, "label") for label in labels]
+        labels = [self._checked_ids(label, "labels") for label in labels]
         prompts = [self._checked_prompt(ids, self.context + 1 - max(map(len, labels), default=1)) for ids in prompts]
         likelihoods = np.zeros((len(prompts), len(labels)))
         if likelihoods.size == 0:

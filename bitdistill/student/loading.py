@@ -229,7 +229,9 @@ def packed_tokenizer(packed):
     """
     text = packed.tokenizer_json()
     if text is None:
-        raise UserError("file", expected="a packed file with a tokenizer", got=str(packed.path), do="Export it again.")
+        raise UserError(
+            "RUN_OR_FILE", expected="a packed file with a tokenizer", got=str(packed.path), do="Export it again."
+        )
     special = {name: value for name, value in packed.metadata.get("tokenizer", {}).items() if value is not None}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(text, str(packed.path)), **special)
 

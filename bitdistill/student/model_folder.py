@@ -145,7 +145,10 @@ def runtime_problems(config) -> Iterator[UserError]:
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             got = f"partial_rotary_factor {rope['partial_rotary_factor']}"
             yield UserError(
-                "rope_parameters", expected="RoPE over the whole head", got=got, do="Take another base model."
+                "config.json: rope_parameters",
+                expected="RoPE over the whole head",
+                got=got,
+                do="Take another base model.",
             )
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in ACTIVATIONS:
@@ -248,7 +251,12 @@ def _architecture(path: Path, written: dict[str, Any], setting: str) -> tuple[An
 
     count = written.get("num_hidden_layers", 1)
     if not isinstance(count, int) or not 0 < count < 10_000:
-        raise UserError(setting, expected="num_hidden_layers from 1 on", got=f"{path} with {count!r}", do="Correct it.")
+        raise UserError(
+            setting,
+            expected="num_hidden_layers from 1 on",
+            got=f"{path} with {count!r}",
+            do="Write the file again as transformers saves it, or download the model again.",
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
@@ -274,8 +282,8 @@ def _special_tokens(path: Path, written: dict[str, Any], setting: str) -> Iterat
             for one in value if isinstance(value, list) else [value]:
                 if one is not None and not (type(one) is int and 0 <= one < rows):
                     yield UserError(
-                        f"{name} of {path / source}",
+                        f"{path / source}: {name}",
                         expected=f"a row of the embedding, 0 to {rows - 1}, or none",
                         got=str(one),
-                        do="Correct it; a padding token that does not exist can be null.",
+                        do="Give an id in that range; a padding token that does not exist can be null.",
                     )

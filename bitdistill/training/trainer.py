@@ -220,7 +220,7 @@ class StageTrainer(Trainer):
             value = loss.item()
             if not math.isfinite(value):
                 raise UserError(
-                    f"loss_{name}",
+                    f"metrics.jsonl: loss_{name}",
                     expected="a finite number",
                     got=f"{value} in stage {self.stage} at step {self.state.global_step + 1}",
                     do="Lower the learning rate, lengthen the warm-up, or try precision fp32; --resume goes back to the "
@@ -236,7 +236,7 @@ class StageTrainer(Trainer):
             names = sorted(self._sums)
             sums = launch.all_reduce_sum(self._tensor(self._sums[name] for name in names))
             for name, value in zip(names, sums.tolist(), strict=True):
-                logs[f"loss_{name}"] = value / self._steps_summed
+                logs[f"metrics.jsonl: loss_{name}"] = value / self._steps_summed
             logs |= self.objective.logged()
             if self.annealing is not None:
                 logs["annealing"] = self.annealing.value
