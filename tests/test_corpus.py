@@ -252,7 +252,7 @@ def test_accelerate_reads_ahead_and_state_for_what_was_used_is_there(tmp_path):
 
 def test_worker_processes_are_refused(tmp_path):
     path = str(write(tmp_path / "c", "jsonl", texts(60)))
-    with pytest.raises(RuntimeError, match="dataloader_num_workers 0"):  # torch wraps what a worker says
+    with pytest.raises(ValueError, match="dataloader_num_workers 0"):  # torch wraps what a worker says
         next(iter(DataLoader(TokenStream(path, byte_tokenizer(), 16), num_workers=1)))
 
 

@@ -405,7 +405,7 @@ def _text_of(value: Any, place: str, blank: bool) -> str:
     if not blank and not text.strip():
         raise _Unfit("a text", f"{text!r} in {place}", "Fill or drop the row.")
     try:
-        check_unicode(text, "")
+        check_unicode(text, "text")
     except UserError as error:
         raise _Unfit(error.expected, f"{error.got} in {place}", error.do) from None
     return text
