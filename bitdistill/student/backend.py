@@ -1,4 +1,8 @@
-"""Which implementation of a BitLinear runs on a device: Triton kernels, compiled CPU kernels, or the PyTorch reference."""
+"""Which implementation of a BitLinear runs on a device: Triton kernels, compiled CPU kernels, or the PyTorch reference.
+
+Kernels are used where this machine has seen them do what the reference does (self_check.py). `choose_kernels("reference")`
+leaves them alone.
+"""
 
 import functools
 import importlib.util
@@ -7,33 +11,67 @@ from types import ModuleType
 import torch
 
 from bitdistill.distributed import launch
+from bitdistill.student.self_check import kernels_of, self_check
+
+
+class _Chosen:
+    """What `choose_kernels` chose."""
+
+    kernels = "auto"
+
+
+def choose_kernels(kernels: str) -> None:
+    """Chooses for this process: "auto", the kernels wherever they are right, or "reference", plain PyTorch.
+
+    Args:
+        kernels: "auto" or "reference".
+    """
+    assert kernels in ("auto", "reference"), kernels
+    _Chosen.kernels = kernels
+    kernels_for.cache_clear()
+
+
+def missing_for(device: torch.device) -> str | None:
+    """What a device lacks for kernels, in words, or None."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"a device of type {device.type}"
+    if torch.version.hip is not None:
+        return "an AMD GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+    return "no Triton" if importlib.util.find_spec("triton") is None else None
 
 
 @functools.cache
 def kernels_for(device: torch.device) -> ModuleType | None:
     """`kernels.gpu.bit_linear` or `kernels.cpu.bit_linear`, else None: then the reference does the work.
 
-    Those of a GPU need an NVIDIA one of compute capability 8.0 or later and Triton. A GPU without them is told once.
+    Those of a GPU need an NVIDIA one of compute capability 8.0 or later and Triton. A GPU without them is told once, and so
+    is a kernel that is not right on this machine.
     """
-    if device.type == "cpu":
-        from bitdistill.kernels.cpu import bit_linear
-
-        return bit_linear
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda") or _Chosen.kernels == "reference":
         return None
-    missing = None
-    if torch.version.hip is not None:
-        missing = "an AMD GPU"
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        missing = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
-    elif importlib.util.find_spec("triton") is None:
-        missing = "no Triton"
-    if missing is not None:
+    if missing := missing_for(device):
         launch.say(
             f"{torch.cuda.get_device_name(device)}: the int8 kernels need an NVIDIA GPU of compute capability 8.0 or later "
             f"and Triton; found {missing}. Ternary layers run on plain PyTorch, with the same results, slower."
         )
         return None
-    from bitdistill.kernels.gpu import bit_linear
+    wrong = {name: problem for name, problem in self_check(device, launch.say).items() if problem is not None}
+    kernels, products = kernels_of(device), [name for name in wrong if name.startswith("product ")]
+    if products:
+        kernels.leave_out_products([name.removeprefix("product ") for name in products])
+        launch.say(f"Products that are not right on this machine and are left out: {_list(wrong, products)}.")
+    if len(wrong) > len(products) or (products and not kernels.has_products()):
+        launch.say(
+            f"Kernels that are not right on this machine: {_list(wrong, list(wrong))}. Ternary layers run on plain PyTorch, "
+            "slower. Please report it with the output of `bitdistill env`."
+        )
+        return None
+    return kernels
 
-    return bit_linear
+
+def _list(wrong: dict[str, str], names: list[str]) -> str:
+    return "; ".join(f"{name} ({wrong[name]})" for name in names)

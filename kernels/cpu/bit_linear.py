@@ -32,12 +32,30 @@ from bitdistill.kernels import reference
 from bitdistill.kernels.cpu import training_norms, training_quantize
 from bitdistill.kernels.cpu.compilation import CPU_FEATURES
 from bitdistill.kernels.cpu.rows import BLOCK, share_rows
-from bitdistill.kernels.cpu.training_products import Ternary, dense_product, dense_products_are_exact, ternary_product
+from bitdistill.kernels.cpu.training_products import (
+    Ternary,
+    dense_product,
+    dense_products_are_exact,
+    has_products,
+    leave_out_products,
+    ternary_product,
+)
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON
 
 PIECE = 1 << 16  # weights that are quantized at a time
 TOKENS_OF_A_SUM = 1 << 17  # of int8 times int8, in int32
 _COMPILED = (torch.float32, torch.bfloat16)
+__all__ = [
+    "gated_quantize_input",
+    "has_products",
+    "leave_out_products",
+    "norm_quantize_input",
+    "quantize_input",
+    "stacked",
+    "ternarize",
+    "ternarize_each",
+    "ternary_linear",
+]
 
 
 class Activation(NamedTuple):

@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,12 +91,25 @@ def _own(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
 METHODS: dict[str, Callable] = {"onednn": _onednn, "own": _own}
 
 
+_left_out: set[str] = set()
+
+
+def leave_out_products(names: Sequence[str]) -> None:
+    """Never multiplies by these METHODS again in this process: they are not right on this machine."""
+    _left_out.update(names)
+
+
+def has_products() -> bool:
+    """Whether the method is left that takes every shape."""
+    return "onednn" not in _left_out
+
+
 def possible(codes: Tensor, width: int) -> list[str]:
     """Names of METHODS for codes (N, K) and a result of `width` columns."""
     names = ["onednn"]
     if width % 16 == 0 and codes.shape[1] % 4 == 0:
         names.append("own")
-    return names
+    return [name for name in names if name not in _left_out]
 
 
 def ternary_product(kind: str, codes: Tensor, ternary: Ternary, method: str | None = None) -> Tensor:
@@ -167,7 +180,7 @@ def _fastest(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> str:
     key = (
         f"{torch.__version__} {isa} {torch.get_num_threads()} threads: {kind} {K}x{out.shape[1]}, {N.bit_length()} bits"
     )
-    if key not in _known():
+    if _known().get(key) not in names:
         seconds = dict.fromkeys(names, float("inf"))
         for name in names:  # compiles, and wakes the threads
             METHODS[name](kind, codes, ternary, out)

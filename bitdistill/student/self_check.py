@@ -1,0 +1,275 @@
+"""Whether the kernels of a device do what the reference does: found out once per machine, before they are used.
+
+Nobody has seen every processor, GPU, driver and version that the kernels will meet. So the first process that wants them on
+a machine compares each with `kernels/reference.py` on a few shapes, in a process of its own, whose death then is an answer
+too. The answers are kept in ``self_check.json`` beside the compiled kernels, by all that they depend on: the processor or
+GPU, its driver, the versions of the libraries, the environment variables that choose instructions, and the sources.
+
+    python -m bitdistill.student.self_check cpu|cuda:N NAME ...      one JSON line when a check begins, one when it ends
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import filelock
+import torch
+from torch.nn import functional as F
+
+from bitdistill.kernels import reference
+
+LIBRARIES = ("torch", "numba", "llvmlite", "triton")
+VARIABLES = (
+    "ONEDNN_MAX_CPU_ISA",
+    "BITDISTILL_CPU_FEATURES",
+    "NUMBA_CPU_NAME",
+    "NUMBA_CPU_FEATURES",
+    "NUMBA_DISABLE_JIT",
+)
+SHAPES = ((5, 48, 32), (70, 576, 192), (3, 575, 33))  # N, I, O
+PATIENCE = 600  # seconds for compilation and all checks
+
+
+def kernels_of(device: torch.device) -> ModuleType:
+    """The module of the kernels for a type of device, checked or not."""
+    if device.type == "cpu":
+        from bitdistill.kernels.cpu import bit_linear
+    else:
+        from bitdistill.kernels.gpu import bit_linear
+    return bit_linear
+
+
+# --- the checks ----------------------------------------------------------------------------------------------------------
+
+
+def _same(name: str, ours: torch.Tensor, expected: torch.Tensor) -> None:
+    if not torch.equal(ours, expected):
+        wrong = (ours != expected).sum().item()
+        raise AssertionError(f"{name}: {wrong:,} of {expected.numel():,} values differ from the reference")
+
+
+def _near(name: str, ours: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+    error = ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
+    if not error <= bound:
+        raise AssertionError(f"{name}: relative error {error:.1e}, at most {bound:.0e} expected")
+
+
+def _tensors(device: torch.device):
+    """x, weight, bias, gain and the gradient of an output, for each of SHAPES."""
+    generator = torch.Generator().manual_seed(0)
+    for N, I, O in SHAPES:
+        shapes = ((N, I), (O, I), (O,), (I,), (N, O))
+        tensors = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+        tensors[0][0] = 0
+        yield [tensor.requires_grad_() for tensor in tensors[:4]] + [tensors[4]]
+
+
+def _quantize_input(kernels, device):
+    for x, *_ in _tensors(device):
+        for ours, expected in zip(kernels.quantize_input(x), reference.quantize_activation(x), strict=True):
+            _same("codes and scales", ours, expected)
+
+
+def _ternarize(kernels, device):
+    for _, weight, *_ in _tensors(device):
+        codes, scale = reference.quantize_weight(weight)
+        ternary = kernels.ternarize([weight])
+        _same("codes", ternary.weight_codes, codes)
+        _same("scale", ternary.weight_scale, scale.view(1))
+
+
+def _against(activation, anchor, y, inputs):
+    codes, scale = reference.quantize_activation(y)
+    _near("values", activation.act_codes * activation.act_scale, codes * scale, 1e-2)  # a code may flip
+    dy = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)
+    ours, theirs = torch.autograd.grad(anchor, inputs, dy), torch.autograd.grad(y, inputs, dy)
+    for a, b in zip(ours, theirs, strict=True):
+        _near("gradient", a, b, 1e-4)
+
+
+def _norm_quantize_input(kernels, device):
+    for x, _, _, gain, _ in _tensors(device):
+        y = reference.rms_norm(x, gain, 1e-6)
+        _against(*kernels.norm_quantize_input(x, gain, 1e-6), y, [x, gain])
+
+
+def _gated_quantize_input(kernels, device):
+    for gate, _, _, gain, _ in _tensors(device):
+        up = gate.detach().flip(0).requires_grad_()
+        for name, act in (("silu", F.silu), ("gelu_pytorch_tanh", lambda x: F.gelu(x, approximate="tanh"))):
+            _against(*kernels.gated_quantize_input(gate, up, None, 0.0, name), act(gate) * up, [gate, up])
+            y = reference.rms_norm(act(gate) * up, gain, 1e-6)
+            _against(*kernels.gated_quantize_input(gate, up, gain, 1e-6, name), y, [gate, up, gain])
+
+
+def _linear(kernels, x, weight, bias, backward):
+    biases = [] if bias is None else [bias]
+    activation, ternary = kernels.quantize_input(x), kernels.ternarize([weight])
+    return kernels.ternary_linear(x, activation, [weight], biases, ternary, torch.float32, backward)
+
+
+def _ternary_linear(kernels, device):
+    for x, weight, *_ in _tensors(device):
+        _same("output", _linear(kernels, x, weight, None, "exact"), reference.bit_linear(x, weight))
+
+
+def _gradients(backward: str, bound: float) -> Callable:
+    def check(kernels, device):
+        for x, weight, bias, _, dy in _tensors(device):
+            inputs = [x, weight, bias]
+            ours = torch.autograd.grad(_linear(kernels, x, weight, bias, backward), inputs, dy)
+            theirs = torch.autograd.grad(reference.bit_linear(x, weight, bias), inputs, dy)
+            for name, a, b in zip(("dX", "dW", "db"), ours, theirs, strict=True):
+                _near(name, a, b, bound)
+
+    return check
+
+
+def _product(method: str) -> Callable:
+    def check(kernels, device):
+        from bitdistill.kernels.cpu import training_products as products
+
+        for x, weight, _, _, dy in _tensors(device):
+            ternary = kernels.ternarize([weight])
+            for kind, value in (("forward", x), ("backward", dy)):
+                codes, weight_codes = reference.quantize_activation(value)[0], ternary.weight_codes.long()
+                expected = codes.long() @ (weight_codes.t() if kind == "forward" else weight_codes)
+                if method in products.possible(codes, expected.shape[1]):
+                    _same(kind, products.ternary_product(kind, codes, ternary, method).long(), expected)
+
+    return check
+
+
+def checks_of(device: torch.device) -> dict[str, Callable]:
+    """What is checked on a device, by name: functions of (kernels, device) that raise AssertionError."""
+    checks = {}
+    if device.type == "cpu":
+        from bitdistill.kernels.cpu.training_products import METHODS
+
+        checks = {f"product {method}": _product(method) for method in METHODS}
+    return checks | {
+        "quantize_input": _quantize_input,
+        "ternarize": _ternarize,
+        "norm_quantize_input": _norm_quantize_input,
+        "gated_quantize_input": _gated_quantize_input,
+        "ternary_linear": _ternary_linear,
+        "gradients exact": _gradients("exact", 1e-4),
+        "gradients fast": _gradients("fast", 5e-2),
+    }
+
+
+# --- in a process of its own ---------------------------------------------------------------------------------------------
+
+
+def _run(device: torch.device, names: list[str]) -> None:
+    """The checks `names`, as lines of JSON; whatever a check raises is its answer."""
+    checks = checks_of(device)
+    for name in names:
+        print(json.dumps({"begins": name}), flush=True)
+        start = time.perf_counter()
+        try:
+            checks[name](kernels_of(device), device)
+            problem = None
+        except BaseException as error:  # whatever a compiler, a driver or a kernel raises: it is the answer
+            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        print(json.dumps({"ends": name, "problem": problem, "seconds": time.perf_counter() - start}), flush=True)
+
+
+def _ask(device: torch.device) -> dict[str, str | None]:
+    """name -> what is wrong with it, or None. A check that ends the process is wrong; those after it get another one."""
+    answers: dict[str, str | None] = {}
+    names = list(checks_of(device))
+    while left := [name for name in names if name not in answers]:
+        command = [sys.executable, "-m", "bitdistill.student.self_check", str(device), *left]
+        end, stdout, stderr = _end_of(command)
+        lines = [json.loads(line) for line in stdout.splitlines() if line.startswith('{"')]
+        begun = [line["begins"] for line in lines if "begins" in line]
+        answers |= {line["ends"]: line["problem"] for line in lines if "ends" in line}
+        crashed = [name for name in begun if name not in answers]
+        if not begun:
+            raise RuntimeError(f"The self-check of {device} did not begin: {stderr.strip()[-500:]}")
+        answers |= dict.fromkeys(crashed, end)
+    return answers
+
+
+def _end_of(command: list[str]) -> tuple[str, str, str]:
+    """How a process ended, its stdout and its stderr."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired as late:
+        return f"was not done after {PATIENCE} seconds", *((text or b"").decode() for text in (late.stdout, late.stderr))
+    return f"ended its process (exit status {done.returncode})", done.stdout, done.stderr
+
+
+# --- kept ----------------------------------------------------------------------------------------------------------------
+
+
+def _file() -> Path:
+    from bitdistill.kernels.cpu.compilation import cache_folder
+
+    return cache_folder().parent / "self_check.json"
+
+
+def machine(device: torch.device) -> str:
+    """Hash of all that the answers depend on."""
+    from bitdistill.kernels.cpu.compilation import CPU_FEATURES, CPU_NAME
+
+    known = [sys.version, platform.platform(), CPU_NAME, sorted(CPU_FEATURES)]
+    for library in LIBRARIES:
+        try:
+            known.append(importlib.metadata.version(library))
+        except importlib.metadata.PackageNotFoundError:
+            known.append(None)
+    known += [os.environ.get(variable) for variable in VARIABLES]
+    if device.type == "cuda":
+        known += [torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), torch.version.cuda]
+        known += [torch._C._cuda_getDriverVersion()]
+    key = hashlib.sha256(repr(known).encode())
+    kernels = Path(reference.__file__).resolve().parent
+    for path in [Path(__file__), *sorted(kernels.rglob("*.py"))]:
+        key.update(path.read_bytes())
+    return f"{device.type} {key.hexdigest()[:20]}"
+
+
+def _read() -> dict[str, dict[str, str | None]]:
+    try:
+        return json.loads(_file().read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def self_check(device: torch.device, say: Callable[[str], None]) -> dict[str, str | None]:
+    """name -> None where a kernel does what the reference does on this machine, else what is wrong with it.
+
+    Args:
+        device: "cpu" or a GPU that has kernels.
+        say: told when the checks have to be run; the first time they also compile, which takes up to a minute.
+
+    Raises:
+        RuntimeError: the process of the checks cannot begin.
+    """
+    key = machine(device)
+    if key in (kept := _read()):
+        return kept[key]
+    with filelock.FileLock(_file().with_suffix(".lock")):  # one of several ranks checks, the others wait
+        if key in (kept := _read()):
+            return kept[key]
+        say(f"Comparing the {device.type} kernels with PyTorch: once per machine and version, they are compiled now.")
+        answers = _ask(device)
+        with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as written:
+            json.dump({**kept, key: answers}, written, indent=1)
+        os.replace(written.name, _file())
+    return answers
+
+
+if __name__ == "__main__":
+    _run(torch.device(sys.argv[1]), sys.argv[2:])
