@@ -492,11 +492,15 @@ def report(run: str) -> None:
 
 
 def env() -> None:
-    """Prints versions of this project, Python, the libraries and the machine, for bug reports."""
+    """Prints versions of this project, Python, the libraries and the machine, and which kernels are right here."""
     from bitdistill.reporting.versions import versions
 
     for name, version in versions().items():
         print(f"{name:<14} {version}")
+    from bitdistill.student.backend import kernel_states
+
+    for name, state in kernel_states().items():
+        print(f"{name:<14} {state}")
 
 
 COMMANDS = {

@@ -258,8 +258,10 @@ class RunConfig:
         resume: continue an interrupted stage from its last checkpoint.
         precision: of the matrix products, master weights stay fp32: fp32; bf16; or auto: bf16 on a GPU, and on a CPU that has
             instructions for it in the full-precision models and the LM heads, fp32 elsewhere.
-        bit_linear_backward: gradients of the ternary layers on a GPU: exact (products in the training precision), or fast
-            (int8 products of stochastically rounded gradients: twice the tensor-core rate, some noise).
+        bit_linear_backward: gradients of the ternary layers: exact (products in the training precision), or fast (int8 products
+            of rounded gradients, at random on a GPU, to the nearest on a CPU: two to four times the rate, some noise).
+        kernels: of the ternary layers: auto, compiled ones where this machine has seen them do what PyTorch does (`bitdistill
+            env` shows it), or reference, plain PyTorch.
         zero: DeepSpeed ZeRO stage of the trained model. auto: 1 where there is something to share; one rank on a CPU trains in
             PyTorch alone, without DeepSpeed.
         offload: where ZeRO keeps optimizer state and, at stage 3, parameters.
@@ -295,6 +297,7 @@ class RunConfig:
     resume: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     bit_linear_backward: Literal["exact", "fast"] = "exact"
+    kernels: Literal["auto", "reference"] = "auto"
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
     offload: Literal["none", "cpu", "nvme"] = "none"
     teacher_offload: Literal["none", "cpu", "nvme"] = "none"

@@ -25,6 +25,7 @@ from bitdistill.kernels.cpu.bf16 import has_bf16_products
 from bitdistill.names import SETTINGS
 from bitdistill.reporting.versions import versions
 from bitdistill.stages import RunDirectory, Stage, file_identity
+from bitdistill.student.backend import choose_kernels
 from bitdistill.student.loading import embedding_rows, load_tokenizer
 from bitdistill.student.quantizers import quantizer_named
 from bitdistill.student.refine import require_quantizers
@@ -61,6 +62,7 @@ class Job:
         self.root = self.directory.root
         self.alone = self._trains_alone()
         launch.initialise(self.device, alone=self.alone)
+        choose_kernels(config.kernels)
         self._refuse_impossible()
         launch.say(self._engine())
         if launch.is_main():

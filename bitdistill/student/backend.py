@@ -73,5 +73,22 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     return kernels
 
 
+def kernel_states() -> dict[str, str]:
+    """Which kernels are right on this machine, in words; checks them where that has not been done.
+
+    Returns: of "cpu kernels", and "cuda kernels" where there is a GPU.
+    """
+    states = {}
+    for device in [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else []):
+        if missing := missing_for(device):
+            states[f"{device.type} kernels"] = f"none for {missing}"
+            continue
+        answers = self_check(device, lambda text: None)
+        wrong = {name: problem for name, problem in answers.items() if problem is not None}
+        right = f"{len(answers) - len(wrong)} of {len(answers)} checks against PyTorch hold"
+        states[f"{device.type} kernels"] = f"{right}; not: {_list(wrong, list(wrong))}" if wrong else right
+    return states
+
+
 def _list(wrong: dict[str, str], names: list[str]) -> str:
     return "; ".join(f"{name} ({wrong[name]})" for name in names)

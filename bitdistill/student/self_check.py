@@ -206,7 +206,9 @@ def _end_of(command: list[str]) -> tuple[str, str, str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired as late:
-        return f"was not done after {PATIENCE} seconds", *((text or b"").decode() for text in (late.stdout, late.stderr))
+        return f"was not done after {PATIENCE} seconds", *(
+            (text or b"").decode() for text in (late.stdout, late.stderr)
+        )
     return f"ended its process (exit status {done.returncode})", done.stdout, done.stderr
 
 

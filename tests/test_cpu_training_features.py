@@ -1,0 +1,83 @@
+"""CPU training on every instruction set that can be forced, of oneDNN and of our own kernels: a process each."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bitdistill.kernels.cpu.compilation import CPU_FEATURES, FEATURE_SETS
+
+X86 = platform.machine() in ("x86_64", "AMD64")
+ONEDNN = ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_AMX"]
+OWN = [name for name, needed in FEATURE_SETS.items() if needed <= CPU_FEATURES]
+
+
+def process(**environment):
+    done = subprocess.run([sys.executable, __file__], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not X86, reason="instruction sets of x86")
+@pytest.mark.parametrize("isa", ONEDNN)
+def test_exact_with_each_instruction_set_of_onednn(isa):
+    """Products with a ternary operand are exact everywhere; +-127 on both sides with VNNI, and where not it is noticed."""
+    dense = process(ONEDNN_MAX_CPU_ISA=isa)[0]
+    if "VNNI" in isa or "AMX" in isa:
+        assert dense == "True" or "avx512vnni" not in CPU_FEATURES
+    elif "avx512vnni" in CPU_FEATURES:  # so that the restriction shows
+        assert dense == "False"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", OWN)
+def test_exact_with_each_instruction_set_of_ours(features):
+    assert process(BITDISTILL_CPU_FEATURES=features)[1] == features
+
+
+def run():
+    """All kernels on small shapes, both products, both backward passes."""
+    from bitdistill.kernels import reference
+    from bitdistill.kernels.cpu import bit_linear, training_products
+    from bitdistill.kernels.cpu.compilation import FEATURES
+    from bitdistill.student import self_check
+
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    for check in self_check.checks_of(cpu).values():
+        check(bit_linear, cpu)
+    for N, I, O in [
+        (1, 16, 16),
+        (9, 64, 32),
+        (37, 576, 192),
+        (130, 1028, 48),
+        (4, 575, 33),
+        (64, 3072, 16),
+        (0, 32, 16),
+    ]:
+        for bias in (0, 9):  # all codes 1: the largest sums
+            ternary = bit_linear.ternarize([torch.randn(O, I, generator=generator) + bias])
+            for kind, K in (("forward", I), ("backward", O)):
+                codes = torch.randint(-127, 128, (N, K), generator=generator, dtype=torch.int8)
+                weight = ternary.weight_codes.long()
+                for value in (codes, codes.clone().fill_(127), codes.clone().fill_(-127)):
+                    expected = value.long() @ (weight.t() if kind == "forward" else weight)
+                    for method in training_products.possible(value, expected.shape[1]):
+                        got = training_products.ternary_product(kind, value, ternary, method)
+                        assert torch.equal(got.long(), expected), (N, I, O, kind, method)
+    x, weight, dy = (torch.randn(shape, generator=generator) for shape in ((200, 96), (64, 96), (200, 64)))
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    activation, ternary = bit_linear.quantize_input(x), bit_linear.ternarize([weight])
+    y = bit_linear.ternary_linear(x, activation, [weight], [], ternary, torch.float32, "fast")
+    expected = reference.bit_linear(x, weight)
+    assert torch.equal(y, expected)
+    for a, b in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.9995
+    print(training_products.dense_products_are_exact(), FEATURES)
+
+
+if __name__ == "__main__":
+    run()
