@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class FakeQuantLinear(nn.Module):
-    """BitLinear by fake quantisation: dequantised codes in a bf16 product, straight through for the gradient."""
+    """BitLinear by fake quantization: dequantized codes in a bf16 product, straight through for the gradient."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

@@ -114,7 +114,7 @@ def packed_decoder(shape: Shape, device: str):
 
 def training(bench: Bench) -> None:
     """A training step of a Qwen3-0.6B-shaped student, 16 x 512 tokens, fp32 masters, autocast to bf16, AdamW: ours in both
-    backward modes, fake quantisation, full precision. All have the same head and loss (kernels/vocabulary.py)."""
+    backward modes, fake quantization, full precision. All have the same head and loss (kernels/vocabulary.py)."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from bitdistill.names import PROJECTIONS, SUBLN_BEFORE

@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write there instead of bench/results/gpu/DATE.json")
     parser.add_argument("--tests", choices=("run", "skip", "only"), default="run")
     parser.add_argument("--minutes", type=float, default=9.0, help="the whole run ends within them")
-    parser.add_argument("--only", nargs="+", metavar="SECTION", help="of: ceilings, linears, quantisers, ...")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="of: ceilings, linears, quantizers, ...")
     parser.add_argument("--dry_run", action="store_true", help="tiny, untimed, interpreted where there is no GPU")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
@@ -289,7 +289,7 @@ def all_sections() -> list[tuple[Callable, float]]:
     return [
         (kernels.ceilings, 10),
         (kernels.linears, 90),
-        (kernels.quantisers, 60),
+        (kernels.quantizers, 60),
         (kernels.vectors, 40),
         (models.decoding, 110),
         (kernels.relations, 30),

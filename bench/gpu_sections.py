@@ -2,7 +2,7 @@
 gpu_models.py. Each builds its inputs, times ours beside its contenders, and hands rows to a Bench.
 
 Sizes: M 16,384 tokens (32 x 512) unless a row says otherwise, shapes of Qwen3 0.6B, 1.7B and 4B, inputs normal and truly
-quantised: zeros would flatter every matrix product by a tenth.
+quantized: zeros would flatter every matrix product by a tenth.
 """
 
 import math
@@ -96,13 +96,13 @@ def ceilings(bench: Bench) -> None:
     bench.row("ceilings", f"bf16 product of {width}^3", product, note=f"{tera:,.0f} TFLOP/s")
 
 
-def quantisers(bench: Bench) -> None:
+def quantizers(bench: Bench) -> None:
     """absmax, RMSNorm + absmax and SwiGLU + SubLN + absmax, and the backward passes of the norms."""
     from bitdistill.kernels.gpu.norm_quantize import rms_norm_quantize, rms_norm_quantize_backward
     from bitdistill.kernels.gpu.quantize import quantize_activation
     from bitdistill.kernels.gpu.swiglu_quantize import swiglu_norm_quantize, swiglu_norm_quantize_backward
 
-    section, M, share = "quantise (M x width, bf16)", bench.tokens, Target("floor", 0.9)
+    section, M, share = "quantize (M x width, bf16)", bench.tokens, Target("floor", 0.9)
     for width in sorted({shape.hidden for shape in bench.shapes.values()}):
         elements, gains = M * width, [torch.ones(width, device=bench.device) for _ in range(3)]
 
@@ -148,7 +148,7 @@ def quantisers(bench: Bench) -> None:
 
 
 def weights(bench: Bench) -> None:
-    """absmean and ternary codes of all linears of a model, as once an optimiser step."""
+    """absmean and ternary codes of all linears of a model, as once an optimizer step."""
     from bitdistill.kernels.gpu.quantize import quantize_weights
 
     for name, shape in bench.shapes.items():
@@ -193,7 +193,7 @@ def products(bench: Bench) -> None:
 
 
 def linears(bench: Bench) -> None:
-    """Forward and every gradient of linear layers, weights quantised beforehand (once a step), beside `nn.Linear` in bf16."""
+    """Forward and every gradient of linear layers, weights quantized beforehand (once a step), beside `nn.Linear` in bf16."""
     from bitdistill.kernels.gpu import bit_linear
 
     cases: list[tuple[str, list[tuple[int, list[int]]], float, float]] = []  # name, [(I, [O, ...])], exact, fast

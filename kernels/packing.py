@@ -1,7 +1,7 @@
 """Ternary codes and quantized tables <-> bytes, numpy only: the layout that files have and that kernels run on as it lies.
 
 **Row-lane blocks.** A block is 16 rows x 4 columns = 64 values, value (r, c) at index 4r + c, so that a 64-byte vector
-holds one row in each of its 32-bit lanes and four neighbouring columns in each lane: what the four-way int8 dot products
+holds one row in each of its 32-bit lanes and four neighboring columns in each lane: what the four-way int8 dot products
 of CPUs take (AVX512 and AVX-VNNI, AVX2, NEON), with no sum across lanes, for one token and for many. Rows are padded to
 16 and columns to 4 with code 0. Blocks are numbered row group by row group, along the columns inside each::
 

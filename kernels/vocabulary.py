@@ -22,7 +22,7 @@ others. The others are one further outcome, for the teacher and the student alik
     KL_K = sum_{i in K} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),   p_rest = 1 - sum_K p,  q_rest = 1 - sum_K q
 
 a lower bound of the KL over all words, and equal to it when one word or none is left over. Without r the teacher's
-probabilities are renormalised over K (p_rest = 0), the student's are not: mass that it gives to other words is punished.
+probabilities are renormalized over K (p_rest = 0), the student's are not: mass that it gives to other words is punished.
 
 Shape suffixes: N rows, H student hidden, V vocabulary, K cached words, C a chunk of rows.
 """
@@ -120,7 +120,7 @@ def linear_distillation_top_k(
         indices_NK: int32 or int64, the words; distinct within a row.
         values_NK: float, the teacher's logits there, up to one constant a row.
         log_rest_N: fp32, ``log sum exp(t_j / temperature)`` over all other words j, with the same constant in t;
-            -inf for none. None renormalises the teacher over its K words (the same as -inf throughout).
+            -inf for none. None renormalizes the teacher over its K words (the same as -inf throughout).
 
     Returns, Raises, Numerics: as linear_distillation.
     """

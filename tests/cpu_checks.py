@@ -13,7 +13,7 @@ import numpy as np
 from numba import int64
 
 from bitdistill.kernels import packing
-from bitdistill.kernels.cpu import activations, compilation, floats, matmul, tables, vector
+from bitdistill.kernels.cpu import activations, compilation, floats, grouped, matmul, tables, vector
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.numerics import EPSILON
 
@@ -177,6 +177,33 @@ def check_extremes(columns, tokens):
             check_product(np.full((17, columns), code, np.int8), np.full((tokens, columns), act, np.int8))
 
 
+def check_grouped(weight_codes, act_codes, columns):
+    """Both packings, all tokens and the first token alone: exact integers of each group, scaled and added up in fp32."""
+    rows, in_features = weight_codes.shape
+    generator = np.random.default_rng(3)
+    scales = (generator.integers(128, 256, (rows, -(-in_features // columns))) * 2.0**-14).astype(np.float16)
+    expected = np.zeros((len(act_codes), rows), np.float32)
+    for group, start in enumerate(range(0, in_features, columns)):
+        part = slice(start, start + columns)
+        integers = act_codes[:, part].astype(np.int64) @ weight_codes[:, part].T.astype(np.int64)
+        expected += integers.astype(np.float32) * scales[:, group].astype(np.float32)
+    stored = packing.pack_scales(scales)
+    for name in packing.PACKINGS:
+        weight = odd(packing.pack(weight_codes, name))
+        for tokens in {1, len(act_codes)}:
+            got = grouped.grouped_product(act_codes[:tokens], weight, name, rows, stored, columns)
+            np.testing.assert_array_equal(got, expected[:tokens], err_msg=f"{name}, {columns}")
+
+
+def check_grouped_extremes(columns):
+    """The largest sums of a group: every step of the 16-bit sums at its bound."""
+    for code in (-1, 1):
+        for act in (-127, 127):
+            check_grouped(
+                np.full((17, 2 * columns + 12), code, np.int8), np.full((5, 2 * columns + 12), act, np.int8), columns
+            )
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +277,12 @@ def run():
     check_products([(1, 1, 1), (33, 37, 5), (17, 1090, 1), (16, 260, 11)])
     check_extremes(1290, 1)
     check_extremes(260, 4)
+    rng = np.random.default_rng(4)
+    for columns in grouped.GROUP_COLUMNS:
+        shape = (18, 2 * columns + 69)
+        acts = rng.integers(-127, 128, (9, shape[1]), dtype=np.int8)
+        check_grouped(rng.integers(-1, 2, shape, dtype=np.int8), acts, columns)
+        check_grouped_extremes(columns)
     for format in tables.MATRIX_FORMATS:
         check_table(format, 33, 64, 2)
         check_table(format, 5, 96, 1)
@@ -263,7 +296,7 @@ def run():
 KERNELS = (
     (matmul._multiply_2bit, 4),
     (matmul._multiply_base3, 4),
-    (matmul._unpack, 5),
+    (matmul.unpack_blocks, 5),
     (matmul._tile_8, 6),
     (matmul._tile_4, 6),
     (tables._multiply_int8, 5),

@@ -81,8 +81,8 @@ def rotate_by_hand(x_BHTD, theta):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def norm_by_hand(x, weight, eps, one_centred):
-    return x * (x.square().mean(-1, keepdim=True) + eps) ** -0.5 * (1 + weight if one_centred else weight)
+def norm_by_hand(x, weight, eps, one_centered):
+    return x * (x.square().mean(-1, keepdim=True) + eps) ** -0.5 * (1 + weight if one_centered else weight)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -126,8 +126,8 @@ def test_qkv_by_hand(family):
     assert list(capture.qkv) == [1, -2, 3]  # as the layers run
     for layer, (q, k, v) in capture.qkv.items():
         block = model.model.layers[layer]
-        one_centred = family == "gemma3"
-        x = norm_by_hand(hidden[layer % 4], block.input_layernorm.weight, 1e-6, one_centred)
+        one_centered = family == "gemma3"
+        x = norm_by_hand(hidden[layer % 4], block.input_layernorm.weight, 1e-6, one_centered)
         theta = 10_000.0
         if family == "gemma3" and model.config.layer_types[layer] == "full_attention":
             theta = 1_000_000.0
@@ -139,7 +139,7 @@ def test_qkv_by_hand(family):
             if name != "v":
                 if family in ("qwen3", "gemma3"):
                     weight = getattr(block.self_attn, f"{name}_norm").weight
-                    made[name] = norm_by_hand(made[name], weight, 1e-6, one_centred)
+                    made[name] = norm_by_hand(made[name], weight, 1e-6, one_centered)
                 made[name] = rotate_by_hand(made[name], theta)
         for got, expected in ((q, made["q"]), (k, made["k"]), (v, made["v"])):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -37,7 +37,7 @@ def logits(model, ids, threads=1, dtype="fp32", **options):
 def test_every_family(name, norms):
     """Tightly against float64, for PyTorch within its own distance from float64.
 
-    Between two arithmetics an activation near a rounding boundary gets the neighbouring code now and then, which moves
+    Between two arithmetics an activation near a rounding boundary gets the neighboring code now and then, which moves
     the logits of that row and of the later ones by some hundredths: then another seed must show the tight bound.
     """
     errors = []

@@ -189,7 +189,7 @@ EDGES = [
 
 
 @pytest.mark.parametrize("x", EDGES, ids=lambda x: f"{tuple(x.shape)}")
-def test_quantised_rows_are_the_reference(device, x):
+def test_quantized_rows_are_the_reference(device, x):
     x = x.to(device)
     columns = -(-x.shape[1] // 64) * 64
     codes, scale = decode_rows.residual_norm_quantize(x, columns)
@@ -224,7 +224,7 @@ def norm64(x, gain, eps):
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * gain.double()
 
 
-def assert_quantised(codes, scale, want):
+def assert_quantized(codes, scale, want):
     """Codes of what is float64's y up to float noise: at most one off, and that seldom."""
     want_codes, want_scale = reference.quantize_activation(want.float())
     torch.testing.assert_close(scale, want_scale[:, 0], rtol=2e-6, atol=0)
@@ -251,7 +251,7 @@ def test_residual_norm_quantize(device, splits, bias, post):
         torch.testing.assert_close(x, want_x, rtol=0, atol=2e-6)
     else:
         assert torch.equal(x, before + y)  # the reference's bits
-    assert_quantised(codes[0], scale[0], norm64(x, gain, 1e-6))
+    assert_quantized(codes[0], scale[0], norm64(x, gain, 1e-6))
 
 
 def test_three_sublns_of_one_norm(device):
@@ -262,7 +262,7 @@ def test_three_sublns_of_one_norm(device):
     assert codes.shape == (3, 4, 128)
     assert torch.equal(x, before)
     for plane in range(3):
-        assert_quantised(codes[plane], scale[plane], norm64(norm64(x, gain, 1e-6), gains[plane], 1e-5))
+        assert_quantized(codes[plane], scale[plane], norm64(norm64(x, gain, 1e-6), gains[plane], 1e-5))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
@@ -280,7 +280,7 @@ def test_gated_quantize(device, activation, planes, subln):
     if subln:
         want = norm64(want, gain[0], 1e-5)
     codes, scale = decode_rows.gated_quantize(product, 128, activation, gain if subln else None, 1e-5)
-    assert_quantised(codes[0], scale[0], want)
+    assert_quantized(codes[0], scale[0], want)
 
 
 def test_activations_at_the_ends(device):
@@ -309,7 +309,7 @@ def test_two_planes_keep_float_accuracy(device, form):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp16", "ternary"])
-def test_embedding_is_the_dequantised_table(device, kind):
+def test_embedding_is_the_dequantized_table(device, kind):
     scale = random_rows(1, 150, device, seed=1)[0].abs()
     ids = torch.tensor([0, 149, 63, 64, 3], dtype=torch.int32, device=device)
     if kind == "fp16":
@@ -429,7 +429,7 @@ def test_attention_of_a_step(device, splits, window, heads, kv_heads, width):
     want = attention64(q, cache, positions, slots, 0.3, window)
     torch.testing.assert_close(merged(parts), want, rtol=0, atol=3e-6)
     codes, scale = decode_attention.merge_quantize(parts, -(-heads * width // 64) * 64)
-    assert_quantised(codes[0].cpu(), scale[0].cpu(), want.flatten(1))
+    assert_quantized(codes[0].cpu(), scale[0].cpu(), want.flatten(1))
 
 
 @pytest.mark.parametrize(("first", "window"), [(0, None), (61, None), (61, 1), (61, 9)])
@@ -466,7 +466,7 @@ def test_merge_with_subln(device):
     parts = decode_attention.attend(q, cache, positions, slots, 0.3, None, one_slot=False, splits=3)
     codes, scale = decode_attention.merge_quantize(parts, 64, gain, 1e-5)
     want = norm64(attention64(q, cache, positions, slots, 0.3, None).flatten(1), gain[0].cpu(), 1e-5)
-    assert_quantised(codes[0].cpu(), scale[0].cpu(), want)
+    assert_quantized(codes[0].cpu(), scale[0].cpu(), want)
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

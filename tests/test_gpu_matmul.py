@@ -211,7 +211,7 @@ def test_any_shape(N, I, sizes, seed):
 # ---------------------------------------------------------------------------------------------------- int8 gradients
 
 
-def test_gradient_codes_are_the_two_neighbours_and_exact_in_the_mean(device):
+def test_gradient_codes_are_the_two_neighbors_and_exact_in_the_mean(device):
     sizes, N = (40, 30), 50
     dy = randn(N, 70, device=device) * torch.logspace(-8, 3, N, device=device)[:, None]
     dy[4], dy[:, 9], dy[5, 5:9] = 0, 0, 0

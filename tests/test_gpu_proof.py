@@ -325,7 +325,7 @@ def test_the_plain_decoder_is_a_qwen3():
         assert decoder.ids.item() == expected[place].argmax()
 
 
-def test_fake_quantisation_is_a_bit_linear():
+def test_fake_quantization_is_a_bit_linear():
     linear = torch.nn.Linear(48, 32, bias=False)
     x = torch.randn(5, 48, requires_grad=True)
     grad = torch.randn(5, 32)
@@ -374,7 +374,7 @@ def test_without_a_gpu_nothing_is_measured_or_written(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_dry_run(tmp_path):
     """The set-up of the quicker sections; `--dry_run` alone runs them all, in two minutes."""
-    sections = ("quantisers", "vocabulary")
+    sections = ("quantizers", "vocabulary")
     result = command("--dry_run", "--only", *sections, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("absmax 256", "SwiGLU + SubLN backward 512", "chunks of 64 MB", "eager"):

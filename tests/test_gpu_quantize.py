@@ -1,4 +1,4 @@
-"""Quantisers on the GPU (interpreted where there is none) against the reference: codes and scales bit for bit."""
+"""Quantizers on the GPU (interpreted where there is none) against the reference: codes and scales bit for bit."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def assert_as_accurate(ours, plain, exact):
 
 def test_activation_by_hand(device):
     ours = quantize.quantize_activation(torch.tensor([[127.0, -63.5, 0.5, 1.5, -2.5, 0.0]], device=device))
-    assert ours.act_codes.tolist() == [[127, -64, 0, 2, -2, 0]]  # ties go to the even neighbour
+    assert ours.act_codes.tolist() == [[127, -64, 0, 2, -2, 0]]  # ties go to the even neighbor
     assert ours.act_scale.tolist() == [[1.0]]
     assert ours.row_sum.tolist() == [[63]]
 
@@ -201,7 +201,7 @@ def test_visits(lag):
 
 
 def test_no_division_is_needed():
-    """``round(W / s)`` is nonzero exactly where |W| > s / 2: at s / 2 and its neighbours, for a million scales."""
+    """``round(W / s)`` is nonzero exactly where |W| > s / 2: at s / 2 and its neighbors, for a million scales."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(10**6, generator=generator).mul(40).sub(16).exp2()
     half = scale / 2
@@ -211,7 +211,7 @@ def test_no_division_is_needed():
 
 
 def test_weights_at_the_boundary(device):
-    """A scale of exactly 1: 0.5 is code 0, its upper neighbour 1."""
+    """A scale of exactly 1: 0.5 is code 0, its upper neighbor 1."""
     up = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0)).item()
     row = torch.tensor([0.5, 1.5, -0.5, -1.5, up, 2 - up, -up, up - 2], device=device)
     (ours,) = quantize.quantize_weights([row[None]])
@@ -269,7 +269,7 @@ def test_rms_norm(shape, count, dtype, device):
     for gain, ours in zip(gains, outputs, strict=True):
         y = (x.float() * rstd * gain).to(
             dtype
-        )  # what the kernel quantised: the same products, rounded in the same places
+        )  # what the kernel quantized: the same products, rounded in the same places
         codes, scale = reference.quantize_activation(y)
         assert torch.equal(ours.act_codes, codes)
         assert torch.equal(ours.act_scale, scale)
@@ -380,7 +380,7 @@ def test_swiglu_bit_for_bit_where_the_gate_is_open_or_shut(dtype, activation, de
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normed", [True, False])
 def test_swiglu(normed, dtype, activation, device):
-    """Codes are the quantised y of float64, but for the error of y, which is at most twice PyTorch's."""
+    """Codes are the quantized y of float64, but for the error of y, which is at most twice PyTorch's."""
     for shape in ((5, 64), (2, 3, 130), (1, 3072), (0, 8), (3, 1)):
         gate, up = (normal(*shape, dtype=dtype, device=device, seed=seed) * 3 for seed in (0, 1))
         gain = 1 + 0.3 * normal(shape[-1], device=device, seed=2) if normed else None

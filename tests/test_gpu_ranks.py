@@ -1,5 +1,5 @@
 """The kernels (interpreted) in our Trainer, on two ranks, under DeepSpeed's ZeRO 2 and 3: the losses of the reference, and
-weights quantised once a step where they stay whole."""
+weights quantized once a step where they stay whole."""
 
 import pytest
 

@@ -59,7 +59,7 @@ def test_outliers_by_hand():
     assert health.outliers(small).tolist()[2] == 0.25
 
 
-def test_probe_sees_what_the_quantiser_gets():
+def test_probe_sees_what_the_quantizer_gets():
     """Behind SubLN and its gain, unpadded tokens alone; output and gradient of the first pass alone."""
     subln = SubLN(2, 0.0)
     with torch.no_grad():

@@ -30,7 +30,7 @@ def on_kernels(monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Calls of the quantisers and products, by name."""
+    """Calls of the quantizers and products, by name."""
     calls = {"quantize_weights": 0, "quantize_activation": 0, "int8_linear": 0}
 
     def count(module, name):
@@ -242,8 +242,8 @@ def rewrite(layer, seed):
     return torch.randn_like(layer.weight)
 
 
-def test_weights_are_quantised_once_while_they_stand_still(device, counted):
-    """Gradient accumulation: micro-steps of one optimiser step, and the recomputation of checkpointed layers."""
+def test_weights_are_quantized_once_while_they_stand_still(device, counted):
+    """Gradient accumulation: micro-steps of one optimizer step, and the recomputation of checkpointed layers."""
     model = nn.Sequential(make_layer(device, 48, 48), make_layer(device, 48, 32, subln=True, seed=1))
     x, codes = torch.randn(5, 48, device=device, requires_grad=True), WeightCodes(model)
     expected = model(x)
@@ -267,7 +267,7 @@ def test_evaluation_block(device, counted):
     model = nn.Sequential(make_layer(device, 48, 48), make_layer(device, 48, 32, seed=1))
     x = torch.randn(5, 48, device=device)
     codes = WeightCodes(model)
-    for _ in range(2):  # without a step, every block quantises anew
+    for _ in range(2):  # without a step, every block quantizes anew
         with torch.no_grad(), codes.hold():
             model(x)
             model(x)
@@ -317,7 +317,7 @@ def test_a_changed_weight_is_noticed_inside_the_block(change, device):
 
 
 def test_data_written_behind_an_optimizer_step_is_noticed(device):
-    """DeepSpeed: the optimiser steps on parameters of its own, then their values are copied into `.data`."""
+    """DeepSpeed: the optimizer steps on parameters of its own, then their values are copied into `.data`."""
     layer = make_layer(device)
     x, codes = torch.randn(4, 48, device=device), WeightCodes(nn.Sequential(layer))
     shard = nn.Parameter(torch.zeros(3, device=device))
@@ -371,7 +371,7 @@ def test_partitioned_weights_are_never_held(device):
         assert empty.held is None
 
 
-def test_other_dtypes_are_quantised_apart(device):
+def test_other_dtypes_are_quantized_apart(device):
     model = nn.Sequential(make_layer(device, 48, 48), make_layer(device, 48, 32, seed=1).bfloat16())
     x = torch.randn(4, 48, device=device)
     with WeightCodes(model).hold():
@@ -438,7 +438,7 @@ def test_another_or_a_changed_input_is_noticed(held, device):
 
 
 def test_a_changed_sibling_is_noticed(device):
-    """q is called, then the optimiser steps, then k is called with the same tensor."""
+    """q is called, then the optimizer steps, then k is called with the same tensor."""
     family, x = siblings_of(device), torch.randn(4, 48, device=device)
     optimizer = torch.optim.SGD(family.parameters(), lr=1.0)
     with WeightCodes(family).hold(step=0):

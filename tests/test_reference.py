@@ -94,7 +94,7 @@ def test_accumulators_are_exact_integers():
 
 
 def fake_quant_linear(x, weight, bias):
-    """An independent straight-through version: quantise, dequantise, F.linear, let autograd do the rest."""
+    """An independent straight-through version: quantize, dequantize, F.linear, let autograd do the rest."""
     act_codes, act_scale = ref.quantize_activation(x)
     weight_codes, weight_scale = ref.quantize_weight(weight)
     x = x + (act_codes * act_scale - x).detach()

@@ -553,7 +553,7 @@ def test_duration(seconds, text):
 
 
 @pytest.mark.parametrize("count", [1, 2, 59, 60, 240, 1001])
-def test_smooth_is_a_centred_mean(count):
+def test_smooth_is_a_centered_mean(count):
     values = np.random.default_rng(count).normal(size=count)
     reach = count // 60
     expected = [values[max(0, i - reach) : i + reach + 1].mean() for i in range(count)]

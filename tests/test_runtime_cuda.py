@@ -59,7 +59,7 @@ def student_logits(model, ids):
 
 
 def assert_same_function(got, want, noise=5e-5):
-    """Float noise at most positions; an ulp in front of a quantiser may flip a code here and there."""
+    """Float noise at most positions; an ulp in front of a quantizer may flip a code here and there."""
     difference = np.abs(got - want).max(axis=1) / want.std()
     assert got.shape == want.shape
     assert got.dtype == np.float32

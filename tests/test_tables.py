@@ -40,7 +40,7 @@ def encode_ternary(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_int4(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``codes = clip(round(table / scale), -8, 7)``, half to even, a scale for 32 neighbouring columns.
+    """``codes = clip(round(table / scale), -8, 7)``, half to even, a scale for 32 neighboring columns.
 
     ``scale = fp16(v / -8)`` with v the entry of largest magnitude: the sign puts it on -8, the one code without a
     counterpart, for 11 % less error than seven codes to each side.
@@ -64,7 +64,7 @@ DECODE = {"int8": decode_rows, "int4": decode_int4, "ternary": decode_rows}
 
 
 def test_hand_examples():
-    # a step of 127 / 127 = 1; 0.5 and 1.5 are ties and go to the even neighbour
+    # a step of 127 / 127 = 1; 0.5 and 1.5 are ties and go to the even neighbor
     codes, scale = quantize_table(torch.tensor([[127.0, -127.0, 0.5, 1.5], [0.0, 0.0, 0.0, 0.0]]), "int8")
     assert codes.tolist() == [[127, -127, 0, 2], [0, 0, 0, 0]]
     assert scale.tolist() == [1.0, 0.0]

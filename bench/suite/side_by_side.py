@@ -48,7 +48,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     """The most bytes that torch's CPU allocator has alive during a call beyond those before it; exact, no sampling."""
     from torch.profiler import ProfilerActivity, profile
 
-    work()  # warm: what stays, gradients and optimiser states, is there now
+    work()  # warm: what stays, gradients and optimizer states, is there now
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     with tempfile.TemporaryDirectory() as folder:

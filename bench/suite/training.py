@@ -1,4 +1,4 @@
-"""One optimiser step of each training stage, at the demo's size, beside the full-precision model in plain PyTorch."""
+"""One optimizer step of each training stage, at the demo's size, beside the full-precision model in plain PyTorch."""
 
 import tempfile
 from pathlib import Path

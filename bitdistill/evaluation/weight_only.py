@@ -225,7 +225,7 @@ def _layer_calls(model: nn.Module, prompts: Sequence[Sequence[int]]):
 
 
 def _batches(rows: list[list[int]]):
-    """Neighbours in a list that is sorted by length, at most BATCH_TOKENS with padding, at least one row each."""
+    """Neighbors in a list that is sorted by length, at most BATCH_TOKENS with padding, at least one row each."""
     batch: list[list[int]] = []
     for row in rows:
         if batch and (len(batch) + 1) * len(row) > BATCH_TOKENS:

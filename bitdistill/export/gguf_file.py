@@ -177,9 +177,7 @@ def _tensors(model, layers, architecture: str, linear_type: str):
         bias = layer.ternary_bias()
         bias = None if bias is None else bias.detach().float().cpu().numpy()
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(LINEARS[projection])
-        if (
-            architecture == "llama" and heads is not None
-        ):  # ggml rotates neighbouring rows of a head, not its two halves
+        if architecture == "llama" and heads is not None:  # ggml rotates neighboring rows of a head, not its two halves
             codes, bias = _permute(codes, heads), bias if bias is None else _permute(bias, heads)
             scale = scale if len(scale) == 1 else _permute(scale, heads)
         kind = _type_of(name, codes.shape[1], codes.shape[1] // scale.shape[1], linear_type)

@@ -2,7 +2,7 @@
 
 Logits alone cannot prove it tightly. A runtime repeats the student's integers exactly, but its fp32 sums (norms, attention,
 LM head) run in another order, and a difference of one ulp in front of a quantizer now and then rounds an activation to
-the neighbouring int8 code, 1/127 of the token's peak; later layers amplify that. The student differs from *itself* as
+the neighboring int8 code, 1/127 of the token's peak; later layers amplify that. The student differs from *itself* as
 much when transformers computes attention eagerly instead of by sdpa, and more than it would by a quantizer that clips at
 126. So the function is proved in parts, each of them tight, and the whole is measured. Two witnesses: the plain forward
 (plain.py), which can leave activations unrounded, and the compiled runtime that users run.
@@ -220,7 +220,7 @@ def _compare_products(packed, model, ids: Sequence[int]) -> float:
 
 @contextmanager
 def _tables_of(packed, model) -> Iterator[None]:
-    """The student with the file's dequantised embedding (and LM head) inside the block."""
+    """The student with the file's dequantized embedding (and LM head) inside the block."""
     import torch
 
     from bitdistill.student.embeddings import FULL_PRECISION, embedding_format
@@ -243,7 +243,7 @@ def _tables_of(packed, model) -> Iterator[None]:
 
 @contextmanager
 def _unrounded(model) -> Iterator[None]:
-    """Inside the block every BitLinear multiplies its activations as they are with the dequantised ternary weight."""
+    """Inside the block every BitLinear multiplies its activations as they are with the dequantized ternary weight."""
     from torch.nn import functional as F
 
     from bitdistill.student.layers import bit_linears

@@ -106,7 +106,7 @@ def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred mean over a window of a thirtieth of the curve; at the ends, over the part of the window that exists."""
+    """Centered mean over a window of a thirtieth of the curve; at the ends, over the part of the window that exists."""
     window = np.ones(min(len(values), 2 * (len(values) // 60) + 1))
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 

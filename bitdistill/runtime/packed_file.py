@@ -142,7 +142,7 @@ class PackedModel:
         return layout.unpack_scales(stored, slice(self.config.linears[name].out_features)).astype(np.float32)
 
     def table(self, name: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """float32 (rows, hidden) of an embedding or LM head, dequantised."""
+        """float32 (rows, hidden) of an embedding or LM head, dequantized."""
         if self.config.embedding == "fp16":
             return self.tensors[f"{name}.weight"][rows].astype(np.float32)
         codes, scale = self.table_codes(name, rows)

@@ -6,7 +6,7 @@ the compiled decoder (kernels/cpu/decoder.py) is tested against, and the first w
 Each projection is ``acc * (act_scale * weight_scale) + bias`` with exact integers ``acc``, or with a scale for each group of
 columns ``sum_g(acc_g * weight_scale_g) * act_scale + bias``, as in kernels/reference.py; all
 else is fp32, as transformers computes it. Whole texts only: no KV cache, and attention scores of every pair of positions.
-With `unrounded` activations nothing is quantised on the way: the same function without the jumps of a rounding.
+With `unrounded` activations nothing is quantized on the way: the same function without the jumps of a rounding.
 
 Several texts go through together, because unpacking a linear costs more than multiplying by it.
 Shape suffixes: N tokens of all texts, T and S positions of one, H heads, K key/value heads, G heads a key/value head,
@@ -21,7 +21,7 @@ import numpy as np
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON, MAX_EXACT_IN_FEATURES
 from bitdistill.runtime.packed_file import PackedModel
 
-TABLE_ROWS = 8192  # of an embedding or LM head are dequantised at once
+TABLE_ROWS = 8192  # of an embedding or LM head are dequantized at once
 
 
 def plain_logits(packed: PackedModel, prompts: Sequence[Sequence[int]], unrounded: bool = False) -> list[np.ndarray]:
@@ -104,7 +104,7 @@ def plain_product(packed: PackedModel, name: str, x_NI: np.ndarray, unrounded: b
 
 
 def table_parts(packed: PackedModel, name: str) -> Iterator[tuple[slice, np.ndarray]]:
-    """An embedding or LM head, dequantised, a part at a time: (rows, float32 (rows, hidden))."""
+    """An embedding or LM head, dequantized, a part at a time: (rows, float32 (rows, hidden))."""
     for start in range(0, packed.config.vocab_size, TABLE_ROWS):
         rows = slice(start, start + TABLE_ROWS)
         yield rows, packed.table(name, rows)
@@ -125,7 +125,7 @@ def quantize_activation(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def attention(q_THD: np.ndarray, k_TKD: np.ndarray, v_TKD: np.ndarray, scale: np.float32, window: int | None):
-    """Causal softmax attention of one text: float32 (T, H, D). Heads of one key/value head are neighbours.
+    """Causal softmax attention of one text: float32 (T, H, D). Heads of one key/value head are neighbors.
 
     Args:
         q_THD: float32, the queries. k_TKD, v_TKD: float32, keys and values, K heads.

@@ -298,7 +298,7 @@ def _weights(tensors: dict[str, Any], architecture: str, config, file: str) -> d
             continue
         values = _values(tensor, file)
         if architecture == "llama" and part in heads:
-            values = _neighbours_apart(values, heads[part])
+            values = _neighbors_apart(values, heads[part])
         if architecture == "gemma3" and part.endswith("norm"):
             values = values - np.float32(1)
         weights[f"{new}.{kind}"] = np.ascontiguousarray(values)
@@ -308,7 +308,7 @@ def _weights(tensors: dict[str, Any], architecture: str, config, file: str) -> d
     return weights
 
 
-def _neighbours_apart(rows: np.ndarray, heads: int) -> np.ndarray:
+def _neighbors_apart(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows of a head from llama.cpp's order (a pair turned by RoPE side by side) to transformers' (half a head apart)."""
     if rows.shape[0] % (2 * heads):
         return rows  # the check of shapes refuses it

@@ -1,24 +1,24 @@
 """What the BitLinears of a model compute once and use more than once, on the kernels: three caches, never stale.
 
-**Ternary codes of the weights**, for as long as the weights stand still: all micro-steps of an optimiser step, the
+**Ternary codes of the weights**, for as long as the weights stand still: all micro-steps of an optimizer step, the
 recomputation of checkpointed layers, a whole evaluation. Whoever knows that they stand still says so:
 
     codes = WeightCodes(model)
-    with codes.hold(step): ...          # every weight is quantised once, all in one launch
+    with codes.hold(step): ...          # every weight is quantized once, all in one launch
 
 A layer uses held codes only inside such a block, and asks at every use whether they are still its weight's:
 
     written in place, load_state_dict          the tensor's version counter has moved
     `.data` replaced, moved, ZeRO-3 released   the storage or shape is another; the old storage is kept alive by the held
                                                codes, so that its address cannot be handed out again meanwhile
-    an optimiser step                          torch calls a hook before every step of every optimiser, which ends the
+    an optimizer step                          torch calls a hook before every step of every optimizer, which ends the
                                                life of all held codes; DeepSpeed's copies into `.data`, which no version
                                                counter sees, follow such a step
-    another `step`                             quantised anew
+    another `step`                             quantized anew
 
-What remains is code that writes into `.data`, without an optimiser, inside the block or between two blocks with the same
-step. The trainer opens the block around its training step, with the number of finished optimiser steps. Parameters that
-ZeRO-3 partitions are never held. Codes that do not fit are not an error: the layer quantises its weight itself.
+What remains is code that writes into `.data`, without an optimizer, inside the block or between two blocks with the same
+step. The trainer opens the block around its training step, with the number of finished optimizer steps. Parameters that
+ZeRO-3 partitions are never held. Codes that do not fit are not an error: the layer quantizes its weight itself.
 Each step has buffers of its own: a graph that is still alive keeps the codes it was made with.
 
 **int8 codes of an input** that several layers read (q, k, v; gate, up). They are kept by the storage of that input, so
@@ -28,7 +28,7 @@ the same version. ZeRO-3 hands each layer an alias of the input of its own: the 
 **The outputs of siblings**: q, k and v in one product, inside a block as above (so never under ZeRO-3). The first sibling
 that is called computes all, and leaves the others' on the input tensor itself, as an attribute: they die with it.
 
-torch.compile sees none of this: a compiled layer quantises for itself, and equal operations are merged by the compiler.
+torch.compile sees none of this: a compiled layer quantizes for itself, and equal operations are merged by the compiler.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ _ATTRIBUTE = "_bitdistill_shares"
 
 
 class _Steps:
-    """Optimiser steps that this process has begun."""
+    """Optimizer steps that this process has begun."""
 
     begun = 0
 
@@ -94,7 +94,7 @@ class WeightCodes:
 
     @contextlib.contextmanager
     def hold(self, step: object = None) -> Iterator[None]:
-        """Inside, the weights do not change, or by an optimiser only; see above.
+        """Inside, the weights do not change, or by an optimizer only; see above.
 
         Args:
             step: blocks with an equal one share their codes; None is equal to nothing.

@@ -1,6 +1,6 @@
 """Annealing into ternary: how far a stage has gone from full precision (0) to quantized (1), as a function of its steps.
 
-    annealing = clip((step / max_steps - start) / (end - start), 0, 1)          step: optimiser steps done before this one
+    annealing = clip((step / max_steps - start) / (end - start), 0, 1)          step: optimizer steps done before this one
 
 What a value between means for a layer is in student/annealed.py. With `start` = `end` it jumps from 0 to 1: full precision for
 that share of the steps, quantized training for the rest. A function of the step alone, so a resumed run goes on exactly.
@@ -19,7 +19,7 @@ def annealing_at(step: int, max_steps: int, start: float, end: float) -> float:
     """The schedule above.
 
     Args:
-        step: optimiser steps done before this one. max_steps: of the stage.
+        step: optimizer steps done before this one. max_steps: of the stage.
         start, end: shares of max_steps, 0 <= start <= end < 1.
 
     Returns: 0 (full precision) to 1 (quantized).
@@ -39,7 +39,7 @@ def set_annealing(model: nn.Module, kind: str, value: float) -> None:
 
 
 class Annealing(TrainerCallback):
-    """Sets the value before each optimiser step, and 1 when training ends.
+    """Sets the value before each optimizer step, and 1 when training ends.
 
     Args:
         kind: "linear" or "softmax". start, end: as in `annealing_at`.

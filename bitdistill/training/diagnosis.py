@@ -254,7 +254,7 @@ def gradient_ratio(line: dict) -> float | None:
 def rise_of_last_third(losses: list[float]) -> float | None:
     """By which share the mean of the last sixth lies above that of the sixth before, where that is more than noise.
 
-    The noise of a line is read off the differences of neighbours, which a slow trend hardly touches.
+    The noise of a line is read off the differences of neighbors, which a slow trend hardly touches.
     """
     if len(losses) < RISING_LINES:
         return None

@@ -131,7 +131,7 @@ class Distillation(Objective):
         self.relation_loss: Callable[..., Tensor] = partial(relation_loss, convention=relation, **options)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides weights and optimiser."""
+        """What a resumed run needs besides weights and optimizer."""
         return self.gamma.state_dict() if isinstance(self.gamma, BalancedGamma) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ class Distillation(Objective):
             self.gamma.load_state_dict(state)
 
     def finish_step(self) -> None:
-        """After the last backward pass of an optimiser step, on every rank: takes in what was watched."""
+        """After the last backward pass of an optimizer step, on every rank: takes in what was watched."""
         if self.relation != "none":
             self.measured.finish_step(launch.all_reduce_sum)
 

@@ -1,9 +1,9 @@
-"""Is the ternary student alive? What each BitLinear did in one optimiser step, measured every so many steps.
+"""Is the ternary student alive? What each BitLinear did in one optimizer step, measured every so many steps.
 
 of the codes    minus, zeros, plus   shares of -1, 0 and +1 (at a Gaussian start about a third each)
                 flips                share of codes that the step changed
                 weight_scale         of several scales the mean; scale_drift: over its value at the start of the stage
-of the input    peak_to_rms          max|x| / RMS(x) of a token, of what the int8 quantiser gets (after SubLN): median over
+of the input    peak_to_rms          max|x| / RMS(x) of a token, of what the int8 quantizer gets (after SubLN): median over
                                      the tokens; peak_to_rms_max: the largest
                 zero_activations     share of int8 codes that are 0
 of the rest     output_rms           of the layer's output, bias included
@@ -107,7 +107,7 @@ class Probe:
 
     Args:
         model: the model inside whatever DeepSpeed wraps around it; called with attention_mask (B, T) by name, or without.
-        gains: SubLN gains by layer name, whole (`snapshot`); they stand still until the optimiser moves.
+        gains: SubLN gains by layer name, whole (`snapshot`); they stand still until the optimizer moves.
     """
 
     def __init__(self, model: nn.Module, gains: dict[str, Tensor]):
@@ -191,7 +191,7 @@ def outliers(x_NI: Tensor) -> Tensor:
     """How much of the int8 range single channels take.
 
     Args:
-        x_NI: what the int8 quantiser gets, N tokens, any float dtype.
+        x_NI: what the int8 quantizer gets, N tokens, any float dtype.
 
     Returns: fp64 (3,): the median over the tokens of ``max|x| / sqrt(mean(x^2))`` (the lower one of an even number), its
         maximum, and the share of int8 codes that are 0. A token of zeros has a ratio of 0.

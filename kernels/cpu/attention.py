@@ -204,7 +204,7 @@ def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
 
 @jit
 def attend(cache, head, position, rows, heads_per_group, window, head_dim, scratch):
-    """Attention of the query heads of one key/value head, for `rows` neighbouring positions of one sequence.
+    """Attention of the query heads of one key/value head, for `rows` neighboring positions of one sequence.
 
     Args:
         cache: record as in `write_position`; the keys and values of all these rows are written already.

@@ -1,13 +1,13 @@
 """One forward step of a decoder in one compiled function that all threads walk through together.
 
-    embedding -> per layer: norm, quantise | q k v | norm, RoPE, cache | attention | quantise | o | residual, norm, quantise
-                            | gate up act | quantise | down | residual -> norm, quantise | head
+    embedding -> per layer: norm, quantize | q k v | norm, RoPE, cache | attention | quantize | o | residual, norm, quantize
+                            | gate up act | quantize | down | residual -> norm, quantize | head
 
 Everything is found by address: models, layers and calls are records (numpy structured arrays), so that there is one
 compilation for every model, packing, family and cache.
 
 How the work is shared. Products by row groups of the weights; all rows of the call meet a row group in one place, so that a
-weight is read once. Attention by (tile of rows, key/value head), whoever comes first. What belongs to a row (norm, quantise,
+weight is read once. Attention by (tile of rows, key/value head), whoever comes first. What belongs to a row (norm, quantize,
 residual) by rows, and a barrier after it. But with one row, where barriers would cost more than the work, each thread keeps
 a residual stream of its own and does all of it: five barriers a layer remain (q k v, attention, o, gate up, down).
 
@@ -52,7 +52,7 @@ PROJECTION = np.dtype(
         ("in_features", _INT),
         ("bias", _INT),
         ("subln", _INT),
-        ("codes", _INT),  # which of the layer's quantised inputs it reads: 0, 1 or 2
+        ("codes", _INT),  # which of the layer's quantized inputs it reads: 0, 1 or 2
         ("own_codes", _INT),  # 1: it is the first to read them, so they are made for it
         ("scales", _INT),  # of rows or groups; 0 where weight_scale is the only one
         ("group_size", _INT),  # columns that share one of these; 0 for a whole row
@@ -154,7 +154,7 @@ def _product(projection, tokens, records, record_bytes, out, out_stride, first, 
 
 @jit
 def _quantize_input(projection, row, row2, record):
-    """The quantised input of a projection from a row that is normalised already, through its SubLN where it has one."""
+    """The quantized input of a projection from a row that is normalized already, through its SubLN where it has one."""
     if projection["own_codes"] == 0:
         return
     width = projection["in_features"]
@@ -233,7 +233,7 @@ def _attend(model, layer, call, layer_index, row, rows, head, qkv, qkv_stride, c
 
 @jit
 def _cut_tiles(call, longest, tiles):
-    """Cuts the rows into tiles of neighbouring positions of one sequence; the first row of each, and the end."""
+    """Cuts the rows into tiles of neighboring positions of one sequence; the first row of each, and the end."""
     rows = call["rows"]
     slots, positions, first = int64s(call["slots"], rows), int64s(call["positions"], rows), int64s(tiles, rows + 1)
     count = 0
@@ -307,7 +307,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
             layer = layers[index]
             q, k, v, o, up_, down = layer["q"], layer["k"], layer["v"], layer["o"], layer["up"], layer["down"]
 
-            # norm, quantise | q k v
+            # norm, quantize | q k v
             for row in range(first_row, last_row):
                 rms_norm(x + 4 * row * wide, layer["input_norm"], model["eps"], hidden, row_buffer)
                 at = records + row * record_bytes
@@ -369,7 +369,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
             barrier(state, threads)
             since = _lap(profile + WAITING, since)
 
-            # quantise | o
+            # quantize | o
             for row in range(first_row, last_row):
                 at = attended + 4 * row * padded(o["in_features"])
                 _quantize_input(o, at, row_buffer2, records + row * record_bytes)
@@ -383,7 +383,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
             barrier(state, threads)
             since = _lap(profile + WAITING, since)
 
-            # residual, norm, quantise | gate up act
+            # residual, norm, quantize | gate up act
             gate_ = layer["gate"]
             for row in range(first_row, last_row):
                 stream, branch = x + 4 * row * wide, out + 4 * row * wide
@@ -410,7 +410,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
             barrier(state, threads)
             since = _lap(profile + WAITING, since)
 
-            # quantise | down
+            # quantize | down
             for row in range(first_row, last_row):
                 _quantize_input(down, gate + 4 * row * middle, row_buffer2, records + row * record_bytes)
             since = _lap(profile + NORMS, since)
@@ -431,7 +431,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
                     branch = row_buffer
                 add_rows(x + 4 * row * wide, branch, hidden)
 
-        # norm, quantise | head, for the rows that are wanted
+        # norm, quantize | head, for the rows that are wanted
         wanted_rows = call["wanted_rows"]
         since = _lap(profile + NORMS, since)
         if wanted_rows > 0:

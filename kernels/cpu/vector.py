@@ -10,7 +10,7 @@ instruction of a processor, chosen by `compilation.FEATURES`; all else is plain 
     SUMS    what `dot` adds to:  16 int32 where the processor adds four products to an int32 (WIDE),
                                  32 int16 elsewhere, which wrap: `widen` them before they can overflow
 
-A lane is 32 bits: four neighbouring columns of one row (packing.py). Where nothing is compiled (NUMBA_DISABLE_JIT=1) each
+A lane is 32 bits: four neighboring columns of one row (packing.py). Where nothing is compiled (NUMBA_DISABLE_JIT=1) each
 operation is its numpy body beside it, for any of the feature sets, so that every processor's algorithm can be checked
 anywhere; there an int16 sum that overflows is an AssertionError.
 """
@@ -294,13 +294,13 @@ def _even_odd(builder, value, signed):
 
 
 def _pairs(builder, a, b, a_signed):
-    """a * b of bytes, products of neighbours added, as words: vpmaddubsw from plain operations."""
+    """a * b of bytes, products of neighbors added, as words: vpmaddubsw from plain operations."""
     (a_even, a_odd), (b_even, b_odd) = _even_odd(builder, a, a_signed), _even_odd(builder, b, True)
     return builder.add(builder.mul(a_even, b_even), builder.mul(a_odd, b_odd))
 
 
 def _widen(builder, words):
-    """Neighbouring int16 added, as int32."""
+    """Neighboring int16 added, as int32."""
     if FEATURES == "avx2":
         ones = _every(ir.VectorType(_I16, 16), 1)
         halves = [_lanes_from(builder, words, start, 16) for start in (0, 16)]

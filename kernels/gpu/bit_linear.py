@@ -8,7 +8,7 @@
 
 int8 codes carry no gradient. The straight-through gradient therefore goes around them: `ternary_linear` gives its input
 gradient to x, the tensor whose codes it multiplied, of which it reads nothing but the shape. Behind a fused norm that
-tensor was never computed, so the fused operators return an *anchor* in its place: shape and dtype of the normalised x,
+tensor was never computed, so the fused operators return an *anchor* in its place: shape and dtype of the normalized x,
 memory for one value. The gradient that arrives there goes on through the norm's backward.
 
 Saved for backward: act_codes, act_scale, weight_codes, weight_scale; for a norm x, or gate and up, and one number a row.
@@ -323,7 +323,7 @@ def ternarize_each(weights: Sequence[Tensor]) -> list[quantize.TernaryWeight]:
 
 
 def stacked(parts: Sequence[quantize.TernaryWeight]) -> Ternary:
-    """Linears of one in_features side by side: a view where `ternarize_each` laid them so (neighbours whose sizes 16
+    """Linears of one in_features side by side: a view where `ternarize_each` laid them so (neighbors whose sizes 16
     divides), else a copy."""
     codes, scales = [part.weight_codes for part in parts], [part.weight_scale for part in parts]
     if not (_adjacent(codes) and _adjacent(scales)):
@@ -335,8 +335,8 @@ def stacked(parts: Sequence[quantize.TernaryWeight]) -> Ternary:
 def _adjacent(tensors: Sequence[Tensor]) -> bool:
     """Whether each begins in the same storage where the one before it ends."""
     one_storage = len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
-    neighbours = itertools.pairwise(tensors)
-    return one_storage and all(a.storage_offset() + a.numel() == b.storage_offset() for a, b in neighbours)
+    neighbors = itertools.pairwise(tensors)
+    return one_storage and all(a.storage_offset() + a.numel() == b.storage_offset() for a, b in neighbors)
 
 
 def ternary_linear(

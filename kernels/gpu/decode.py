@@ -352,14 +352,14 @@ def accumulate(act: Tensor, matrix: PackedMatrix, out: Tensor | None = None, col
     if act.dim() != 2 or act.shape[0] == 0 or act.shape[1] != matrix.act_columns or act.dtype != dtype:
         raise ValueError(
             f"act: expected {dtype} (M >= 1, {matrix.act_columns}); got {act.dtype} {tuple(act.shape)}. "
-            "Quantise the rows for this matrix."
+            "Quantize the rows for this matrix."
         )
     if not act.is_contiguous() or act.device != matrix.data.device:
         raise ValueError(f"act: expected contiguous rows on {matrix.data.device}; got {act.device}. Make a copy there.")
     rows, width = act.shape[0], matrix.data.shape[1]
     if matrix.bits == 4:
         acc = act.new_empty(1, rows, matrix.rows, dtype=torch.float32)
-        grid = (triton.cdiv(rows, DECODE_ROWS), matrix.data.shape[0])  # programs that share weights are neighbours
+        grid = (triton.cdiv(rows, DECODE_ROWS), matrix.data.shape[0])  # programs that share weights are neighbors
         _accumulate_int4_kernel[grid](
             act, matrix.data, matrix.group_scale, acc, rows, matrix.rows, act.shape[1],
             ASM=_asm(), PAIRS=width, BLOCK_M=DECODE_ROWS, BLOCK_N=INT4_ROWS, GROUP=INT4_GROUP, num_warps=4, num_stages=4,

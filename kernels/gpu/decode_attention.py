@@ -139,7 +139,7 @@ def _attend_kernel(
     C,
     scale,
     WINDOW: tl.constexpr,  # last positions that a token sees, itself included; 0: all
-    TOKENS: tl.constexpr,  # of a tile, neighbours in one slot
+    TOKENS: tl.constexpr,  # of a tile, neighbors in one slot
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,

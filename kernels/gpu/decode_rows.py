@@ -10,7 +10,7 @@
 A product arrives as the integers of decode.accumulate, in splits; it is summed and scaled here, where it is read:
 ``y = sum_S(acc) * (act_scale * weight_scale) + bias``. The residual stream is fp32.
 
-Quantisers follow numerics.py to the bit. Multiplications and additions are not fused: scales and biases round as in the
+Quantizers follow numerics.py to the bit. Multiplications and additions are not fused: scales and biases round as in the
 reference, and a fused ``x * (127 / m) + 1.5 * 2**23`` would move codes at ties (the clip in between forbids that, too).
 
 A head with integer weights keeps float accuracy: ``q = round(y * (32512 / m)) = 255 * high + low``, two int8 planes, two
@@ -291,14 +291,14 @@ def row_warps(block: int) -> int:
 
 
 def embed(ids: Tensor, table: PackedMatrix, weight_scale: Tensor | None, embedding_scale: float) -> Tensor:
-    """``table[ids] * embedding_scale``, dequantised.
+    """``table[ids] * embedding_scale``, dequantized.
 
     Args:
         ids: int32 (M,), each below table.rows. table: the embedding (V, I).
         weight_scale: float32 (V,) for 2 and 8 bits, None for 16 and 4 (whose scales are in the table).
         embedding_scale: multiplies the rows.
 
-    Returns: float32 (M, I). Numerics: the bits of the packed file's dequantisation.
+    Returns: float32 (M, I). Numerics: the bits of the packed file's dequantization.
     """
     x = torch.empty(len(ids), table.columns, dtype=torch.float32, device=ids.device)
     scale = table.group_scale if table.bits == 4 else weight_scale

@@ -3,7 +3,7 @@
     dX = (dY * weight_scale) @ weight_codes    summed over O: one scale a token,  row codes (N, O)
     dW = (dY * act_scale).T @ act_codes        summed over N: one scale a column, column codes transposed (O, N)
 
-In each, the scale that varies along the summed dimension is folded into dY before it is quantised, the other one stays
+In each, the scale that varies along the summed dimension is folded into dY before it is quantized, the other one stays
 outside. Both are made from one tile of dY in one kernel, after another has taken the peaks: 2 + 2 bytes read and 1 + 1
 written an element.
 
@@ -116,7 +116,7 @@ def quantize_gradient(
     """int8 codes of dY for both products of the fast backward pass, stochastically rounded.
 
     Args:
-        dy: (N, O) fp32, bf16 or fp16, N and O at least 1, neighbouring columns. act_scale: fp32, N values.
+        dy: (N, O) fp32, bf16 or fp16, N and O at least 1, neighboring columns. act_scale: fp32, N values.
         weight_scale: fp32 (S,), of each segment of columns. sizes: columns of each segment. seed: int32.
 
     Returns: GradientCodes. ``|code * scale - value| < scale``, exact in the mean; zeros stay zero.
@@ -152,7 +152,7 @@ def _scale(peaks: Tensor) -> Tensor:
 
 
 def transpose_codes(codes: Tensor) -> Tensor:
-    """int8 (R, C), neighbouring columns -> (C, R padded with zeros to a multiple of PADDING)."""
+    """int8 (R, C), neighboring columns -> (C, R padded with zeros to a multiple of PADDING)."""
     R, C = codes.shape
     assert codes.stride(1) == 1, codes.stride()
     result = torch.empty((C, triton.cdiv(R, PADDING) * PADDING), dtype=torch.int8, device=codes.device)

@@ -9,7 +9,7 @@ shared memory to the tensor core, and nothing but the result is written to memor
 first operand from registers, so the codes are the first operand of both, and both compute their result transposed.
 (With the codes as second operand the widened tile goes back to shared memory and every product waits for it.)
 
-The *fast* backward pass is `int8_linear` twice more, on quantised gradients (gradient_codes.py): the first operand is
+The *fast* backward pass is `int8_linear` twice more, on quantized gradients (gradient_codes.py): the first operand is
 then a gradient's codes, the second a transposed copy of codes that the forward pass made. Tensor cores take int8 only
 where the summed dimension is the contiguous one in both operands.
 
@@ -300,7 +300,7 @@ def _ends(sizes: Sequence[int]) -> tuple[int, int]:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """(..., C) as (R, C) with neighbouring columns; a copy only where strides leave no other way."""
+    """(..., C) as (R, C) with neighboring columns; a copy only where strides leave no other way."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((x.shape[:-1].numel(), x.shape[-1]))
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

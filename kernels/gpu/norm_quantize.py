@@ -1,12 +1,12 @@
-"""RMSNorm (a model's own before q/k/v and gate/up, or SubLN) that gives int8 codes: ``y_k = x * rstd * gain_k``, quantised.
+"""RMSNorm (a model's own before q/k/v and gate/up, or SubLN) that gives int8 codes: ``y_k = x * rstd * gain_k``, quantized.
 
 ``rstd = 1 / sqrt(mean(x^2) + eps)``. x is read once for all gains, y never leaves the registers, and the backward pass
 recomputes it from x and one fp32 number a row. So n gains cost 2 + n bytes an element instead of 3 n, in bf16.
 
-**What is rounded.** y is rounded to the dtype of x before it is quantised, because ``reference.rms_norm`` returns it in
+**What is rounded.** y is rounded to the dtype of x before it is quantized, because ``reference.rms_norm`` returns it in
 that dtype: fused and unfused layers compute the same function.
 
-**Gradients** are those of y: the quantiser is the identity (straight-through). With ``x^ = x * rstd``,
+**Gradients** are those of y: the quantizer is the identity (straight-through). With ``x^ = x * rstd``,
 ``u = sum_k dy_k * gain_k``: ``dx = rstd * (u - x^ * mean(u * x^))`` and ``dgain_k = sum over rows of dy_k * x^``. A program
 walks a fixed run of rows and keeps its part of dgain in registers; the parts (256 at most) are then added by torch.sum:
 two stages, no atomics, the same bits in every run.
@@ -133,7 +133,7 @@ def _rms_norm_backward(
 
 
 def rms_norm_quantize(x: Tensor, gains: Sequence[Tensor], eps: float) -> tuple[list[Quantized], Tensor]:
-    """``y_k = x / sqrt(mean(x^2) + eps) * gain_k``, each quantised to int8 per token; x is read once.
+    """``y_k = x / sqrt(mean(x^2) + eps) * gain_k``, each quantized to int8 per token; x is read once.
 
     Args:
         x: (..., I) fp32, bf16 or fp16 on the GPU. gains: one to three (I,). eps: added to the mean square.
@@ -164,7 +164,7 @@ def rms_norm_quantize(x: Tensor, gains: Sequence[Tensor], eps: float) -> tuple[l
 def rms_norm_quantize_backward(
     grads: Sequence[Tensor], x: Tensor, gains: Sequence[Tensor], rstd: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of the norms of ``rms_norm_quantize``, straight through the quantisers.
+    """Gradients of the norms of ``rms_norm_quantize``, straight through the quantizers.
 
     Args:
         grads: dy_k (..., I) for each gain, any float dtype. x, gains: as in the forward pass. rstd: what it returned.

@@ -101,7 +101,7 @@ def row_tile(width: int) -> tuple[int, int, int]:
 
 
 def rows_of(name: str, x: Tensor) -> Tensor:
-    """``x`` (..., I) as (N, I) with neighbouring columns; a copy only where its strides leave no other way.
+    """``x`` (..., I) as (N, I) with neighboring columns; a copy only where its strides leave no other way.
 
     Raises:
         ValueError: not a float, no columns, or more than MAX_WIDTH.
@@ -305,7 +305,7 @@ def quantize_weights(weights: Sequence[Tensor], transposed: bool = False) -> lis
     if len(kinds) > 1 or dtype not in TRITON_DTYPES:
         raise ValueError(
             f"weights: expected one dtype of float32, bfloat16 or float16, on one device; got {sorted(map(str, kinds))}."
-            " Quantise each kind by a call of its own."
+            " Quantize each kind by a call of its own."
         )
     shape_table, items, tiles, elements = _plan(
         tuple((weight.shape[0], weight.shape[1]) for weight in weights), dtype.itemsize, device

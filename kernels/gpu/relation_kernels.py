@@ -9,10 +9,10 @@ y is x itself (Q to Q, K to K, V to V: a token's gradient has a part as row and 
 with grouped key heads).
 
 Forward, one pass over tiles of keys. A KL of 1e-6 under a log Z of 8 survives only if no two logarithms are subtracted. So
-a tile is centred on its own mean difference of the logits, ``d_ij = b_ij - a_ij - E_p[b - a]``, and summed from terms
+a tile is centered on its own mean difference of the logits, ``d_ij = b_ij - a_ij - E_p[b - a]``, and summed from terms
 ``p (expm1(d) - d) >= 0``. Tiles are joined by the chain rule, KL(all) = KL between the tiles + sum of share * KL(tile):
 the same sum once more, over two parts. A row ends with its KL, ``log2 Z`` of the teacher, and the shift ``log Z_student -
-log Z_teacher``. The shift is kept in two parts, the centre of the heaviest tile and a small rest: ``b - a - centre`` is exact
+log Z_teacher``. The shift is kept in two parts, the center of the heaviest tile and a small rest: ``b - a - center`` is exact
 where it matters, so that even in a row that is one-hot the gradient ``p expm1(b - a - shift)`` has its digits.
 
 Backward: the logits again, then ``q - p`` from the numbers of the rows. Whoever owns tokens x sums over all others y: as row
@@ -102,10 +102,10 @@ def _row_numbers(numbers, stride, grad_kl, row, tokens, here, T, CLAMPED: tl.con
     grad = tl.load(grad_kl + row * T + tokens, mask=inside, other=0.0)
     numbers += row * T + tokens
     log_z = tl.load(numbers, mask=inside, other=0.0)
-    centre = tl.load(numbers + stride, mask=inside, other=0.0)
+    center = tl.load(numbers + stride, mask=inside, other=0.0)
     rest = tl.load(numbers + 2 * stride, mask=inside, other=0.0)
     seen = tl.load(numbers + 3 * stride, mask=inside, other=0.0) if CLAMPED else 0.0
-    return log_z, centre, rest, seen, tl.where(here, grad, 0.0)
+    return log_z, center, rest, seen, tl.where(here, grad, 0.0)
 
 
 # fmt: off
@@ -170,35 +170,35 @@ def _logits(
 
 
 @triton.jit
-def _summarise(a, d):
+def _summarize(a, d):
     """What a tile's keys amount to, a row: (log2 Z of the teacher, shift in two parts, KL). ``a = -inf``: not a key."""
     top = tl.maximum(tl.max(a, 1), LOWEST)
     p_log2 = a - top[:, None]
     p = tl.exp2(p_log2)
     total = tl.maximum(tl.sum(p, 1), 1.0)  # the largest is 1; without a key top stays at LOWEST
-    centre = tl.sum(p * d, 1) / total
-    d -= centre[:, None]
+    center = tl.sum(p * d, 1) / total
+    d -= center[:, None]
     q_log2 = p_log2 + d * LOG2E
     over = tl.maximum(tl.max(q_log2, 1) - HEADROOM, 0.0)
     kl = _log_growth(tl.sum(_kl_terms(p, q_log2 - over[:, None], d), 1) / total, over)
-    return top + tl.log2(total), centre, tl.sum(p * d, 1) / total + kl, kl  # the mean of d: what centre was rounded by
+    return top + tl.log2(total), center, tl.sum(p * d, 1) / total + kl, kl  # the mean of d: what center was rounded by
 
 
 @triton.jit
-def _join(log_z, centre, rest, kl, log_z_2, centre_2, rest_2, kl_2):
-    """The same of two sets of keys together. The centre of the heavier set is kept: rest stays small and exact."""
+def _join(log_z, center, rest, kl, log_z_2, center_2, rest_2, kl_2):
+    """The same of two sets of keys together. The center of the heavier set is kept: rest stays small and exact."""
     top = tl.maximum(log_z, log_z_2)
     new_log_z = top + tl.log2(tl.exp2(log_z - top) + tl.exp2(log_z_2 - top))
     p_log2, p_2_log2 = log_z - new_log_z, log_z_2 - new_log_z
     p, p_2 = tl.exp2(p_log2), tl.exp2(p_2_log2)
-    apart = (centre_2 - centre) + (rest_2 - rest)
+    apart = (center_2 - center) + (rest_2 - rest)
     d, d_2 = -p_2 * apart, p * apart
     q_log2, q_2_log2 = p_log2 + d * LOG2E, p_2_log2 + d_2 * LOG2E
     over = tl.maximum(tl.maximum(q_log2, q_2_log2) - HEADROOM, 0.0)
     between = _log_growth(_kl_terms(p, q_log2 - over, d) + _kl_terms(p_2, q_2_log2 - over, d_2), over)
     heavier = p_2 > p
     rest = tl.where(heavier, rest_2 - d_2, rest - d) + between
-    return new_log_z, tl.where(heavier, centre_2, centre), rest, p * kl + p_2 * kl_2 + between
+    return new_log_z, tl.where(heavier, center_2, center), rest, p * kl + p_2 * kl_2 + between
 
 
 @triton.jit
@@ -216,9 +216,9 @@ def _clamped(p_log2, d, floor, floor_log2):
 def _change(a, d, numbers, floor, floor_log2, CLAMPED: tl.constexpr, ROW_AXIS: tl.constexpr):
     """``grad_i dKL_i / db_ij``: ``q - p``, and with clamps ``q - p - seen_ij + q sum_j seen_ij``. ROW_AXIS: where rows
     i are in a and d."""
-    log_z, centre, rest, seen, grad_kl = numbers
+    log_z, center, rest, seen, grad_kl = numbers
     p_log2 = a - tl.expand_dims(log_z, 1 - ROW_AXIS)
-    d = (d - tl.expand_dims(centre, 1 - ROW_AXIS)) - tl.expand_dims(rest, 1 - ROW_AXIS)
+    d = (d - tl.expand_dims(center, 1 - ROW_AXIS)) - tl.expand_dims(rest, 1 - ROW_AXIS)
     p, q = tl.exp2(p_log2), tl.exp2(p_log2 + d * LOG2E)
     change = tl.where(tl.abs(d) < NEAR, p * (d + d * _excess(d)), q - p)
     if CLAMPED:
@@ -279,7 +279,7 @@ def relation_forward(
     first, last = _reach(spans, b, start_x, ROWS, KEYS, CAUSAL, False)
 
     log_z = tl.full((ROWS,), LOWEST, tl.float32)
-    centre = tl.zeros((ROWS,), tl.float32)
+    center = tl.zeros((ROWS,), tl.float32)
     rest = tl.zeros((ROWS,), tl.float32)
     kl = tl.zeros((ROWS,), tl.float32)
     for start_y in range(first, last, KEYS):
@@ -290,8 +290,8 @@ def relation_forward(
         unit_y, ratio_y = _norms(norm_t, norm_s, row, keys, T, COSINE)
         a, d = _logits(tile_xt, tile_yt, tile_xs, tile_ys, unit_x, unit_y, ratio_x, ratio_y, scale, ratio, COSINE)
         a = tl.where(_seen(rows, keys, here_y, CAUSAL), a, float("-inf"))
-        log_z_2, centre_2, rest_2, kl_2 = _summarise(a, d)
-        log_z, centre, rest, kl = _join(log_z, centre, rest, kl, log_z_2, centre_2, rest_2, kl_2)
+        log_z_2, center_2, rest_2, kl_2 = _summarize(a, d)
+        log_z, center, rest, kl = _join(log_z, center, rest, kl, log_z_2, center_2, rest_2, kl_2)
 
     log_z = tl.where(here_x, log_z, 0.0)
     numbers += row * T + rows
@@ -306,12 +306,12 @@ def relation_forward(
             unit_y, ratio_y = _norms(norm_t, norm_s, row, keys, T, COSINE)
             a, d = _logits(tile_xt, tile_yt, tile_xs, tile_ys, unit_x, unit_y, ratio_x, ratio_y, scale, ratio, COSINE)
             a = tl.where(_seen(rows, keys, here_y, CAUSAL), a, float("-inf"))
-            corrections, seen_2 = _clamped(a - log_z[:, None], d - (centre + rest)[:, None], floor, floor_log2)
+            corrections, seen_2 = _clamped(a - log_z[:, None], d - (center + rest)[:, None], floor, floor_log2)
             kl += tl.sum(corrections, 1)
             seen += tl.sum(seen_2, 1)
         tl.store(numbers + 3 * stride, tl.where(here_x, seen, 0.0), mask=rows < T)
     tl.store(numbers, log_z, mask=rows < T)
-    tl.store(numbers + stride, tl.where(here_x, centre, 0.0), mask=rows < T)
+    tl.store(numbers + stride, tl.where(here_x, center, 0.0), mask=rows < T)
     tl.store(numbers + 2 * stride, tl.where(here_x, rest, 0.0), mask=rows < T)
     tl.store(kl_out + row * T + rows, tl.where(here_x, kl, 0.0), mask=rows < T)
 

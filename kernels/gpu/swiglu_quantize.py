@@ -1,4 +1,4 @@
-"""SwiGLU (or its tanh-GELU twin) + SubLN that gives int8 codes for down_proj: ``y = h * rstd * gain``, quantised.
+"""SwiGLU (or its tanh-GELU twin) + SubLN that gives int8 codes for down_proj: ``y = h * rstd * gain``, quantized.
 
 ``h = act(gate) * up``, ``rstd = 1 / sqrt(mean(h^2) + eps)``. gate and up are read once, h and y never leave the registers: 5
 bytes an element in bf16. h is not rounded on the way (PyTorch rounds ``act(gate)`` and the product), which is closer to
@@ -7,7 +7,7 @@ float64; y is rounded to the dtype of gate, as ``reference.rms_norm`` does.
 Both activations are ``act(g) = g * sigmoid(v)``: v = g for SiLU, ``v = sqrt(8 / pi) * (g + 0.044715 g^3)`` for the tanh
 form of GELU, which so needs no tanh and loses no digits where it is nearly 0; ``act' = s + act * (1 - s) * v'``.
 
-Gradients are those of y, straight through the quantiser, in two stages for dgain as in norm_quantize.py:
+Gradients are those of y, straight through the quantizer, in two stages for dgain as in norm_quantize.py:
 ``dh = rstd * (dy * gain - h^ * mean(dy * gain * h^))`` with ``h^ = h * rstd``, ``dup = dh * act``, ``dgate = dh * up * act'``.
 
 Shape suffixes: N tokens, I in_features.
@@ -146,7 +146,7 @@ def _swiglu_norm_backward(
 def swiglu_norm_quantize(
     gate: Tensor, up: Tensor, gain: Tensor | None, eps: float, activation: str = "silu"
 ) -> tuple[Quantized, Tensor | None]:
-    """``h = act(gate) * up``, ``y = h / sqrt(mean(h^2) + eps) * gain`` (or h without a gain), quantised to int8.
+    """``h = act(gate) * up``, ``y = h / sqrt(mean(h^2) + eps) * gain`` (or h without a gain), quantized to int8.
 
     Args:
         gate, up: (..., I) fp32, bf16 or fp16 on the GPU; halves of one wider tensor are taken as they are.
@@ -177,7 +177,7 @@ def swiglu_norm_quantize(
 def swiglu_norm_quantize_backward(
     grad: Tensor, gate: Tensor, up: Tensor, gain: Tensor | None, rstd: Tensor | None, activation: str = "silu"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of ``swiglu_norm_quantize``, straight through the quantiser.
+    """Gradients of ``swiglu_norm_quantize``, straight through the quantizer.
 
     Args:
         grad: dy (..., I), any float dtype. gate, up, gain, activation: as in the forward pass. rstd: what it returned.
