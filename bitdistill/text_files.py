@@ -28,11 +28,13 @@ _SAMPLE = 4096
 
 
 def user_path(path: str | Path, field: str) -> Path:
-    """A path as the user means it: ~ is the home directory, also where no shell saw it.
+    """A path as the user means it: ~ at its beginning is the home directory, also where no shell saw it.
 
     Raises:
         UserError: there is no such home directory.
     """
+    if not str(path).startswith("~"):  # Path("./~") would have lost its "./"
+        return Path(path)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

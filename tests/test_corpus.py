@@ -1,5 +1,6 @@
 """The token stream: content against a hand-written packing, shuffling, and resuming at every block."""
 
+import gzip
 import itertools
 import json
 import os
@@ -325,3 +326,111 @@ def test_real_corpora(name):
     resumed = TokenStream(str(path), tokenizer, 256, window=8)
     resumed.load_state(stream.state_for(20))
     assert torch.equal(take(resumed, 10), expected[20:])
+
+
+# --- files as people have them ----------------------------------------------------------------------------------------
+
+
+def same(source, tokenizer, documents, block_size=5) -> bool:
+    return torch.equal(token_blocks(str(source), tokenizer, block_size), packed(tokenizer, documents, block_size))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("Été one.\r\nTwo.\r\n", encoding=encoding, newline="")
+    (tmp_path / "b.jsonl").write_text('{"text": "Été"}\r\n', encoding=encoding, newline="")
+    assert same(tmp_path / "a.txt", byte_tokenizer(), ["Été one.\nTwo.\n"])
+    assert same(tmp_path / "b.jsonl", byte_tokenizer(), ["Été"])
+
+
+def test_compressed_corpora_and_arrays(tmp_path):
+    for name, content in (("a.txt.gz", "One. Two."), ("b.jsonl.gz", '{"text": "One. Two."}\n')):
+        (tmp_path / name).write_bytes(gzip.compress(content.encode()))
+        assert same(tmp_path / name, byte_tokenizer(), ["One. Two."])
+    (tmp_path / "c.json").write_text('[\n {"text": "One."},\n {"text": "2024-05-01"}]')
+    assert same(tmp_path / "c.json", byte_tokenizer(), ["One.", "2024-05-01"])
+
+
+def test_hidden_and_foreign_files_of_a_folder_are_left_out_and_named(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "a", "jsonl", ["aaaaaaaa"])
+    for name in (
+        ".a.jsonl",
+        "._a.jsonl",
+        ".cache/x.txt",
+        ".ipynb_checkpoints/y.txt",
+        "__MACOSX/z.txt",
+        "LICENSE",
+        "n.pdf",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no text of the corpus")
+    stream = TokenStream(str(tmp_path), byte_tokenizer(), 5)
+    assert len(stream.left_out) == 7
+    assert "n.pdf" in stream.left_out
+    assert same(tmp_path, byte_tokenizer(), ["aaaaaaaa"])
+
+
+@pytest.mark.parametrize("name", ["[v2] data", "a*b", "with space", "ünï", "~tilde"])
+def test_any_folder_is_a_folder(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    write(folder / "[1] a", "jsonl", ["aaaa"])
+    for source in (folder, folder / "[1] a.jsonl", folder / "*.jsonl", tmp_path / "**" / "*.jsonl"):
+        assert same(source, byte_tokenizer(), ["aaaa"])
+
+
+def test_a_name_that_exists_is_no_pattern(tmp_path):
+    """`[ab].jsonl` is the file of that name, not a.jsonl."""
+    write(tmp_path / "a", "jsonl", ["wrong"])
+    write(tmp_path / "[ab]", "jsonl", ["right"])
+    assert same(tmp_path / "[ab].jsonl", byte_tokenizer(), ["right"])
+
+
+def test_documents_that_spell_special_tokens_have_their_letters(tmp_path):
+    tokenizer = byte_tokenizer(bos=True)
+    write(tmp_path / "a", "jsonl", ["x</s><s>y", "z"])
+    blocks = token_blocks(str(tmp_path), tokenizer, 2).flatten().tolist()
+    assert (blocks.count(BOS), blocks.count(EOS)) == (2, 2)
+    assert tokenizer.decode(blocks[:11]) == "<s>x</s><s>y</s>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("c.txt", "fine\ncaf\xe9\n".encode("latin-1"), r"c\.txt: expected text in UTF-8; got the byte 0xe9 in line 2"),
+        ("c.jsonl", b'{"text": "fine fine fine fine"}\n{"text": 7}\n', r"expected texts; got 7 in row 2 of .*c\.jsonl"),
+        ("c.jsonl", b'{"text": "fine"}\n{"text": "x\\ud83d"}\n', r"c\.jsonl: text in row 2: .*surrogate \\ud83d"),
+        (
+            "c.jsonl",
+            b'{"text": "fine"}\n{"text": "fi',
+            r"c\.jsonl: expected rows that can be read as json; .* in row 2",
+        ),
+        ("c.txt", b"PK\x03\x04", "a zip archive"),
+    ],
+)
+def test_file_and_row_of_bad_text_are_named(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=match):
+        next(iter(TokenStream(str(tmp_path), byte_tokenizer(), 16)))
+
+
+def test_a_file_without_the_column_is_named(tmp_path):
+    write(tmp_path / "a", "jsonl", ["aaaa"])
+    (tmp_path / "b.jsonl").write_text('{"body": "bbbb"}\n')
+    with pytest.raises(UserError, match="text_column: expected text; got a file with columns body"):
+        next(iter(TokenStream(str(tmp_path), byte_tokenizer(), 16)))
+
+
+def test_a_replaced_file_is_another_corpus(tmp_path):
+    """Of the same name, size and time."""
+    path = tmp_path / "a.jsonl"
+    states = []
+    for text in ("old text and more of it", "new text and more of it"):
+        path.write_text(json.dumps({"text": text}) + "\n")
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        stream = TokenStream(str(path), byte_tokenizer(), 5)
+        next(iter(stream))
+        states.append(stream.state_for(1))
+    with pytest.raises(UserError, match="corpus"):
+        TokenStream(str(path), byte_tokenizer(), 5).load_state(states[0])
