@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from bitdistill.api import prove as prove
     from bitdistill.api import write as write
     from bitdistill.data.corpus import TokenStream as TokenStream
-    from bitdistill.data.tasks import Task as Task
     from bitdistill.data.tasks import encode as encode
     from bitdistill.data.tasks import load_rows as load_rows
     from bitdistill.data.tasks import load_task as load_task
     from bitdistill.errors import UserError as UserError
+    from bitdistill.prompts import Task as Task
     from bitdistill.runtime.cpu import Runtime as Runtime
     from bitdistill.runtime.loading import load as load
     from bitdistill.runtime.sampling import Sampling as Sampling
@@ -46,7 +46,7 @@ _HOMES = {
     "Objective": "training.trainer",
     "Runtime": "runtime.cpu",
     "Sampling": "runtime.sampling",
-    "Task": "data.tasks",
+    "Task": "prompts",
     "TokenStream": "data.corpus",
     "UserError": "errors",
     "encode": "data.tasks",

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from bitdistill.data import demo
 from bitdistill.data.corpus import SEPARATOR, TokenStream
-from bitdistill.data.tasks import encode, label_tokens, load_rows, load_task
+from bitdistill.data.tasks import encode, load_rows, load_task
+from bitdistill.prompts import label_tokens
 from bitdistill.student.refine import refine
 
 

@@ -13,12 +13,13 @@ from tokenizers import Tokenizer
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'bitdistill[eval]'")
 from lm_eval.api.instance import Instance
 
-from bitdistill.data.tasks import Task, encode_prompts, label_tokens, load_rows, load_task, prompt_texts
+from bitdistill.data.tasks import encode_prompts, load_rows, load_task
 from bitdistill.errors import UserError
 from bitdistill.evaluation.harness import PackedLM, harness_model, harness_task, run_harness, stock_task
 from bitdistill.evaluation.score import score_rows
 from bitdistill.evaluation.scoring import classify, torch_logits
 from bitdistill.export.write import write_packed
+from bitdistill.prompts import Task, label_tokens, prompt_texts
 from bitdistill.runtime.cpu import Runtime
 from bitdistill.student.loading import load_language_model, load_tokenizer, packed_tokenizer, tokenizer_settings
 from bitdistill.student.refine import refine

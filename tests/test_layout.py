@@ -46,7 +46,7 @@ GRAPH = {name: imports(path, FILES) for name, path in FILES.items()}
 # Room -> the rooms that its files may import, besides their own. The files on top of bitdistill/ that are no entries
 # (errors, names, stages) are a room each.
 LEAVES = {"errors", "names", "cpus", "folders"}  # import nothing of the project; every room may import them
-GROUND = LEAVES | {"text_files", "text_tokens", "kernels", "distributed"}
+GROUND = LEAVES | {"text_files", "text_tokens", "prompts", "kernels", "distributed"}
 ALLOWED = {
     "kernels": LEAVES,
     "distributed": LEAVES,
@@ -58,6 +58,7 @@ ALLOWED = {
     "surroundings": GROUND,
     "text_files": {"errors"},
     "text_tokens": {"errors"},
+    "prompts": {"errors", "text_tokens"},
     "stages": GROUND,
     "student": GROUND,
     "data": GROUND,

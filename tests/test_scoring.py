@@ -23,6 +23,7 @@ from transformers import (
 from bitdistill.data import tasks
 from bitdistill.errors import UserError
 from bitdistill.evaluation import scoring
+from bitdistill.prompts import Task, label_tokens
 
 DATA = Path(os.environ.get("BITDISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -234,10 +235,10 @@ def test_real_model_and_rows():
     tokenizer = AutoTokenizer.from_pretrained(DATA / "models/base-6m")
     model = AutoModelForCausalLM.from_pretrained(DATA / "models/base-6m")
     settings = {"prompt": "{sentence}\nSentiment:", "truncate_column": "sentence", "label_column": "label"}
-    task = tasks.Task("sentiment", "classification", **settings, labels={0: "negative", 1: "positive"})
+    task = Task("sentiment", "classification", **settings, labels={0: "negative", 1: "positive"})
     rows = tasks.load_rows(task, "validation", file=DATA / "sst2/validation.jsonl", limit=12)
     prompts, _ = tasks.encode_prompts(task, rows, tokenizer, 64)
-    words = tasks.label_tokens(task, tokenizer)
+    words = label_tokens(task, tokenizer)
     assert [len(word) for word in words] == [3, 2]
     likelihoods = scoring.classify(scoring.torch_logits(model, tasks.pad_token(tokenizer)), prompts, words, 5)[1]
     expected = [[by_hand(model, prompt, word) for word in words] for prompt in prompts]

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bitdistill.data import tasks
 from bitdistill.errors import UserError
+from bitdistill.prompts import Task, _render, label_tokens
 
 DATA = Path(os.environ.get("BITDISTILL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 REVIEW = {
@@ -69,7 +70,7 @@ def rows_of(**columns) -> Dataset:
 
 def test_tokens_labels_and_mask_by_hand():
     tokenizer = word_tokenizer(bos=True)
-    task = tasks.Task(**REVIEW)
+    task = Task(**REVIEW)
     encoded, counts = tasks.encode(task, rows_of(sentence=["w1 w2", "w3"], label=[1, 0]), tokenizer, 32)
     w1, w2, w3 = (tokenizer.convert_tokens_to_ids(w) for w in ("w1", "w2", "w3"))
     space, newline, it, was, bad, good = 6, 5, 9, 10, 7, 8
@@ -81,7 +82,7 @@ def test_tokens_labels_and_mask_by_hand():
 
 def test_generation_ends_with_eos_and_has_no_bos_where_the_tokenizer_has_none():
     tokenizer = word_tokenizer()
-    encoded, _ = tasks.encode(tasks.Task(**SUMMARY), rows_of(article=["w1"], highlights=[" w2\n"]), tokenizer, 32)
+    encoded, _ = tasks.encode(Task(**SUMMARY), rows_of(article=["w1"], highlights=[" w2\n"]), tokenizer, 32)
     w1, w2 = tokenizer.convert_tokens_to_ids(["w1", "w2"])
     assert encoded[0]["input_ids"] == [w1, 5, 0, 4, 6, w2, 2]
     assert encoded[0]["labels"] == [-100] * 4 + [6, w2, 2]
@@ -89,7 +90,7 @@ def test_generation_ends_with_eos_and_has_no_bos_where_the_tokenizer_has_none():
 
 def test_truncation_cuts_only_the_column_and_keeps_template_and_answer():
     tokenizer = word_tokenizer(bos=True)
-    task = tasks.Task(**REVIEW)
+    task = Task(**REVIEW)
     text = " ".join(f"w{i}" for i in range(20))
     encoded, counts = tasks.encode(task, rows_of(sentence=[text, "w1"], label=[1, 0]), tokenizer, 12)
     assert counts["truncated"] == 1
@@ -105,23 +106,23 @@ def test_exact_fit_and_one_too_few(length):
     tokenizer = word_tokenizer(bos=True)
     rows = rows_of(sentence=["w1 w2"], label=[0])
     if length == 7:
-        encoded, counts = tasks.encode(tasks.Task(**REVIEW), rows, tokenizer, length)
+        encoded, counts = tasks.encode(Task(**REVIEW), rows, tokenizer, length)
         assert len(encoded[0]["input_ids"]) == 7
         assert counts["truncated"] == 1
     else:
         with pytest.raises(UserError, match=r"row 1.*at least 7"):
-            tasks.encode(tasks.Task(**REVIEW), rows, tokenizer, length)
+            tasks.encode(Task(**REVIEW), rows, tokenizer, length)
 
 
 def test_long_answer_is_an_error_naming_its_row():
     rows = rows_of(article=["w1"] * 3, highlights=["w2", "w2", "w2 " * 30])
     with pytest.raises(UserError, match=r"max_length.*row 3"):
-        tasks.encode(tasks.Task(**SUMMARY), rows, word_tokenizer(), 20)
+        tasks.encode(Task(**SUMMARY), rows, word_tokenizer(), 20)
 
 
 @pytest.mark.parametrize("max_length", [24, 40, 512])
 def test_scoring_and_training_see_the_same_tokens(tokenizer, max_length):
-    task = tasks.Task(**REVIEW)
+    task = Task(**REVIEW)
     sentences = [
         "it 's a charming journey .",
         "naïve 😀🤦🏽‍♀️ emoji " * 10,
@@ -133,7 +134,7 @@ def test_scoring_and_training_see_the_same_tokens(tokenizer, max_length):
     rows = rows_of(sentence=sentences, label=[0, 1, 0, 1, 0, 1])
     encoded, counts = tasks.encode(task, rows, tokenizer, max_length)
     prompts, truncated = tasks.encode_prompts(task, rows, tokenizer, max_length)
-    words = tasks.label_tokens(task, tokenizer)
+    words = label_tokens(task, tokenizer)
     for row, prompt, gold in zip(encoded, prompts, tasks.label_indices(task, rows), strict=True):
         assert row["input_ids"] == prompt + words[gold]
         assert row["labels"] == [-100] * len(prompt) + words[gold]
@@ -145,7 +146,7 @@ def test_scoring_and_training_see_the_same_tokens(tokenizer, max_length):
 
 def test_the_cut_does_not_depend_on_the_label():
     """Answers of different length: a prompt that is cut must be the same for both labels."""
-    task = tasks.Task(**REVIEW | {"labels": {0: "bad", 1: "w1 w2 w3"}})
+    task = Task(**REVIEW | {"labels": {0: "bad", 1: "w1 w2 w3"}})
     text = " ".join(f"w{i}" for i in range(20))
     tokenizer = word_tokenizer()
     encoded, _ = tasks.encode(task, rows_of(sentence=[text, text], label=[0, 1]), tokenizer, 16)
@@ -156,14 +157,14 @@ def test_the_cut_does_not_depend_on_the_label():
 def test_answer_tokens_are_those_of_running_text(tokenizer):
     """Joined text and joined tokens agree: what a sentencepiece tokenizer would break with a second space."""
     prompt, text = "Review: fine\nVerdict:", "Review: fine\nVerdict: good"
-    task = tasks.Task(**REVIEW | {"prompt": "Review: {sentence}\nVerdict:"})
+    task = Task(**REVIEW | {"prompt": "Review: {sentence}\nVerdict:"})
     encoded, _ = tasks.encode(task, rows_of(sentence=["fine"], label=[1]), tokenizer, 64)
     assert encoded[0]["input_ids"] == tokenizer(text)["input_ids"]
     assert encoded[0]["labels"][: len(tokenizer(prompt)["input_ids"])] == [-100] * len(tokenizer(prompt)["input_ids"])
 
 
 def test_generation_answer_of_running_text(tokenizer):
-    task = tasks.Task(**SUMMARY)
+    task = Task(**SUMMARY)
     encoded, _ = tasks.encode(task, rows_of(article=["A b."], highlights=["One.\nTwo ."]), tokenizer, 64)
     joined = tokenizer("A b.\nSummary: One.\nTwo .")["input_ids"]
     assert encoded[0]["input_ids"] == [*joined, tokenizer.eos_token_id]
@@ -171,7 +172,7 @@ def test_generation_answer_of_running_text(tokenizer):
 
 def test_chat_template():
     tokenizer = real_tokenizer("tokenizers/qwen2.5")
-    task = tasks.Task(**REVIEW | {"chat": True})
+    task = Task(**REVIEW | {"chat": True})
     encoded, counts = tasks.encode(task, rows_of(sentence=["fine " * 50], label=[1]), tokenizer, 48)
     text = tokenizer.decode(encoded[0]["input_ids"])
     assert text.endswith("\nIt was<|im_end|>\n<|im_start|>assistant\ngood")
@@ -180,7 +181,7 @@ def test_chat_template():
     assert counts["truncated"] == 1
     plain = word_tokenizer()  # no chat template: the plain prompt
     chat, _ = tasks.encode(task, rows_of(sentence=["w1"], label=[1]), plain, 48)
-    assert chat[0] == tasks.encode(tasks.Task(**REVIEW), rows_of(sentence=["w1"], label=[1]), plain, 48)[0][0]
+    assert chat[0] == tasks.encode(Task(**REVIEW), rows_of(sentence=["w1"], label=[1]), plain, 48)[0][0]
 
 
 def test_collate_pads_on_the_right():
@@ -200,15 +201,13 @@ def test_padding_without_pad_token():
 
 
 def test_show_example_names_every_token():
-    text = tasks.show_example(tasks.Task(**REVIEW), {"sentence": "w1", "label": 1}, word_tokenizer(bos=True), 32)
+    text = tasks.show_example(Task(**REVIEW), {"sentence": "w1", "label": 1}, word_tokenizer(bos=True), 32)
     lines = text.splitlines()
     assert lines[0] == "task review: 8 tokens, 2 of them learned"
     assert len(lines) == 2 + 8
     assert lines[2].split() == ["0", "1", "masked", "'<s>'"]
     assert lines[-1].split() == ["7", "8", "8", "'good'"]
-    assert "was cut" in tasks.show_example(
-        tasks.Task(**REVIEW), {"sentence": "w1 " * 9, "label": 1}, word_tokenizer(), 9
-    )
+    assert "was cut" in tasks.show_example(Task(**REVIEW), {"sentence": "w1 " * 9, "label": 1}, word_tokenizer(), 9)
 
 
 @pytest.mark.parametrize("name", ["sst2", "qnli", "mnli", "cnndm"])
@@ -216,7 +215,7 @@ def test_built_in_tasks(name, tokenizer):
     task = tasks.load_task(name)
     assert task.name == name
     if task.kind == "classification":
-        words = tasks.label_tokens(task, tokenizer)
+        words = label_tokens(task, tokenizer)
         if len(tokenizer) > 4000:
             assert [len(word) for word in words] == [1] * len(words)
     assert task.splits["train"] == "train"
@@ -261,13 +260,13 @@ def test_local_files(tmp_path, kind):
         {"sentence": "n/a", "label": 0},
         {"sentence": "null", "label": 0},
     ]
-    loaded = tasks.load_rows(tasks.Task(**REVIEW), "train", file=str(write(tmp_path, kind, rows)))
+    loaded = tasks.load_rows(Task(**REVIEW), "train", file=str(write(tmp_path, kind, rows)))
     assert loaded.to_list() == rows
 
 
 def test_limit_is_a_seeded_choice_in_file_order(tmp_path):
     path = write(tmp_path, "jsonl", [{"sentence": f"{i:03}", "label": 0} for i in range(100)])
-    task = tasks.Task(**REVIEW)
+    task = Task(**REVIEW)
     first = tasks.load_rows(task, file=path, limit=10, seed=1)["sentence"][:]
     assert first == tasks.load_rows(task, file=path, limit=10, seed=1)["sentence"][:] == sorted(first)
     assert len(set(first)) == 10
@@ -277,7 +276,7 @@ def test_limit_is_a_seeded_choice_in_file_order(tmp_path):
 
 def test_text_labels(tmp_path):
     path = write(tmp_path, "jsonl", [{"sentence": "x", "label": "neg"}, {"sentence": "y", "label": "pos"}])
-    task = tasks.Task(**REVIEW | {"labels": {"pos": "good", "neg": "bad", "positive": " good"}})
+    task = Task(**REVIEW | {"labels": {"pos": "good", "neg": "bad", "positive": " good"}})
     assert task.words == ["good", "bad"]
     assert tasks.label_indices(task, tasks.load_rows(task, file=path)) == [1, 0]
 
@@ -300,11 +299,11 @@ def test_bad_files(tmp_path, content, match):
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=match):
-        tasks.load_rows(tasks.Task(**REVIEW), file=path)
+        tasks.load_rows(Task(**REVIEW), file=path)
 
 
 def test_more_bad_files(tmp_path):
-    task = tasks.Task(**REVIEW)
+    task = Task(**REVIEW)
     (tmp_path / "only_header.csv").write_text("sentence,label\n")
     (tmp_path / "rows.xlsx").write_text("x")
     (tmp_path / "broken.parquet").write_text("x")
@@ -325,9 +324,9 @@ def test_more_bad_files(tmp_path):
 def test_missing_texts_are_named(tmp_path):
     rows = rows_of(article=["w1", None], highlights=["w2", "w3"])
     with pytest.raises(UserError, match=r"article.*row 2"):
-        tasks.encode(tasks.Task(**SUMMARY), rows, word_tokenizer(), 30)
+        tasks.encode(Task(**SUMMARY), rows, word_tokenizer(), 30)
     with pytest.raises(UserError, match=r"highlights.*row 1"):
-        tasks.encode(tasks.Task(**SUMMARY), rows_of(article=["w1"], highlights=[" "]), word_tokenizer(), 30)
+        tasks.encode(Task(**SUMMARY), rows_of(article=["w1"], highlights=[" "]), word_tokenizer(), 30)
 
 
 def test_hub_out_of_reach(tmp_path):
@@ -362,13 +361,13 @@ def test_hub_out_of_reach(tmp_path):
 )
 def test_bad_tasks(change, match):
     with pytest.raises(UserError, match=match):
-        tasks.Task(**REVIEW | change)
+        Task(**REVIEW | change)
 
 
 def test_literal_braces_stay():
-    task = tasks.Task(**REVIEW | {"prompt": "{{w1}} {sentence}"})
+    task = Task(**REVIEW | {"prompt": "{{w1}} {sentence}"})
     assert task.columns == ["sentence"]
-    assert tasks._render(task, [{"sentence": "{w2}"}], word_tokenizer()) == word_tokenizer()(["{w1} {w2}"])["input_ids"]
+    assert _render(task, [{"sentence": "{w2}"}], word_tokenizer()) == word_tokenizer()(["{w1} {w2}"])["input_ids"]
 
 
 def test_task_files(tmp_path):
@@ -392,12 +391,12 @@ def test_task_files(tmp_path):
 
 
 def test_words_that_begin_each_other_are_refused():
-    task = tasks.Task(**REVIEW | {"labels": {0: "w1", 1: "w1 w2"}})
+    task = Task(**REVIEW | {"labels": {0: "w1", 1: "w1 w2"}})
     with pytest.raises(UserError, match="begins another"):
-        tasks.label_tokens(task, word_tokenizer())
-    task = tasks.Task(**REVIEW | {"labels": {0: "unheard", 1: "unseen"}})  # both <unk>
+        label_tokens(task, word_tokenizer())
+    task = Task(**REVIEW | {"labels": {0: "unheard", 1: "unseen"}})  # both <unk>
     with pytest.raises(UserError, match="begins another"):
-        tasks.label_tokens(task, word_tokenizer())
+        label_tokens(task, word_tokenizer())
 
 
 MNLI = [
@@ -480,7 +479,7 @@ def test_any_labels_of_a_users_yaml(tmp_path):
     settings = REVIEW | {"labels": labels, "prompt": "{sentence}\nTrend:"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
     task, tokenizer = tasks.load_task(str(tmp_path / "mine.yaml")), real_tokenizer("models/base-6m")
-    words = tasks.label_tokens(task, tokenizer)
+    words = label_tokens(task, tokenizer)
     assert sorted(map(len, words))[-1] >= 3
     path = write(tmp_path, "jsonl", [{"sentence": f"Sales of {i} boats", "label": l} for i, l in enumerate(labels)])
     rows, model = tasks.load_rows(task, "validation", str(path)), tiny_model(len(tokenizer), 2)

@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from bitdistill.data.rows import Literal, RowFile
-from bitdistill.data.tasks import load_hub, text_tokens
+from bitdistill.data.tasks import load_hub
 from bitdistill.errors import UserError
+from bitdistill.prompts import text_tokens
 from bitdistill.text_files import COMPRESSED, kind_of, read_lines, user_path
 from bitdistill.text_tokens import check_unicode
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from bitdistill.data.corpus import TokenStream
-from bitdistill.data.tasks import Task, encode, encode_prompts, load_rows, load_task, load_validation, show_example
+from bitdistill.data.tasks import encode, encode_prompts, load_rows, load_task, load_validation, show_example
 from bitdistill.distributed import launch
 from bitdistill.errors import UserError
+from bitdistill.prompts import Task
 
 
 @dataclass(frozen=True)

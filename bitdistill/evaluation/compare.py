@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitdistill.data.tasks import Task, encode_prompts
+from bitdistill.data.tasks import encode_prompts
 from bitdistill.evaluation.score import score_splits, scores_json
 from bitdistill.evaluation.weight_only import quantize_model
 from bitdistill.names import DISTILLED, FULL_PRECISION, WEIGHT_ONLY
+from bitdistill.prompts import Task
 from bitdistill.student.loading import load_language_model, load_tokenizer
 from bitdistill.student.refine import load_student
 from bitdistill.student.sharing import WeightCodes

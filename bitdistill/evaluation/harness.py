@@ -31,8 +31,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers.processors import TemplateProcessing
 from tqdm.auto import tqdm
 
-from bitdistill.data.tasks import Task, encode_prompts, label_indices, label_tokens, prompt_texts, text_tokens
+from bitdistill.data.tasks import encode_prompts, label_indices
 from bitdistill.errors import UserError
+from bitdistill.prompts import Task, label_tokens, prompt_texts, text_tokens
 from bitdistill.runtime.cpu import Cache, Runtime, log_softmax
 
 ROWS_AT_A_TIME = 64  # logits of so many positions are looked at together

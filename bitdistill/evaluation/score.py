@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bitdistill.data.tasks import Task, encode_prompts, label_indices, label_tokens, pad_token
+from bitdistill.data.tasks import encode_prompts, label_indices, pad_token
 from bitdistill.distributed import launch
 from bitdistill.evaluation.scoring import (
     accuracy_interval,
@@ -25,6 +25,7 @@ from bitdistill.evaluation.scoring import (
     summarize_losses,
     torch_logits,
 )
+from bitdistill.prompts import Task, label_tokens
 from bitdistill.runtime.cpu import MAX_SLOTS, Runtime, log_softmax
 from bitdistill.student.loading import embedding_rows, end_token_ids
 
