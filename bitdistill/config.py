@@ -427,7 +427,11 @@ def _chosen_recipe(arguments: Sequence[str]) -> str:
         if argument.startswith("--recipe="):
             return argument.partition("=")[2]
     has_model = any(argument == "--model" or argument.startswith("--model=") for argument in arguments)
-    return "standard" if has_model else "demo"
+    if not has_model:
+        return "demo"
+    import torch
+
+    return "standard" if torch.cuda.is_available() else "laptop"
 
 
 def build_parser(recipe: str):

@@ -5,6 +5,7 @@ import math
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 import yaml
 
 from bitdistill.config import RECIPES, RunConfig, parse_config
@@ -14,7 +15,7 @@ from bitdistill.limits import LIMITS, check_limits
 REAL = ["--model", "m", "--task", "sst2", "--corpus", "c.txt"]
 
 
-@pytest.mark.parametrize("recipe", ["demo", "quick", "standard", "paper"])
+@pytest.mark.parametrize("recipe", ["demo", "laptop", "quick", "standard", "paper"])
 def test_shipped_recipes_are_valid(recipe):
     config, text = parse_config(["--recipe", recipe, *(REAL if recipe != "demo" else [])])
     assert isinstance(config, RunConfig)
@@ -34,7 +35,13 @@ def test_paper_recipe_is_the_papers():
 
 def test_defaults_follow_the_model():
     assert parse_config([])[0].recipe == "demo"
-    assert parse_config(REAL)[0].recipe == "standard"
+    assert parse_config(REAL)[0].recipe == ("standard" if torch.cuda.is_available() else "laptop")
+
+
+def test_a_gpu_decides_between_the_two_recipes_for_a_real_model(monkeypatch):
+    for there, recipe in ((True, "standard"), (False, "laptop")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        assert parse_config(REAL)[0].recipe == recipe
 
 
 def test_command_line_beats_file_beats_recipe(tmp_path):
@@ -82,7 +89,7 @@ def test_launcher_argument_is_ignored():
         (["--learning_rat", "1"], "learning_rat"),
         (["--zero", "4"], "zero"),
         (["--distill.gamma_attention", "much"], "gamma_attention"),
-        (["--recipe", "best"], "recipe: expected one of demo, paper, quick, standard; got 'best'"),
+        (["--recipe", "best"], "recipe: expected one of demo, laptop, paper, quick, standard; got 'best'"),
         (["--config", "/no/such/file.yaml"], "file.yaml"),
         (
             ["--distill.learning_rate", "0"],
