@@ -219,7 +219,7 @@ def test_writing_refuses(tmp_path):
 def test_writing_refuses_what_the_runtime_lacks(tmp_path):
     model = student("gemma3")
     model.config.final_logit_softcapping = 30.0
-    refused("final_logit_softcapping", lambda: write_packed(tmp_path / "s", model))
+    refused("config.json: final_logit_softcapping", lambda: write_packed(tmp_path / "s", model))
     config = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "hidden_act": "relu"})
     model = AutoModelForCausalLM.from_config(config)
     refine(model)
