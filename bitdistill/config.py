@@ -19,7 +19,7 @@ from bitdistill.names import STAGES
 from bitdistill.student import quantizers
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGE_CHOICES = Literal[("all", *STAGES)]
+STAGE_CHOICES = Literal[("all", "check", *STAGES)]
 
 
 @dataclass
@@ -240,7 +240,8 @@ class RunConfig:
 
     Args:
         recipe: the preset that was the starting point; demo without --model, standard with one.
-        stage: what to run; a stage that is done and unchanged is skipped.
+        stage: what to run; a stage that is done and unchanged is skipped. check: looks for all that could go wrong in a run
+            of all stages, prints it, and ends.
         output_dir: the run directory.
         model: base model, a local folder or a hub id; without one the embedded demo makes its own.
         student: a finished student of another run's stage 2 (RUN/pretrain), to start stage 3 from; skips stages 1 and 2.
@@ -365,7 +366,7 @@ class RunConfig:
                 do="Give --task.",
             )
         stage_2 = self.student is None and self.pretrain.enabled
-        if not demo and stage_2 and self.corpus is None and self.stage in ("all", "cache", "pretrain"):
+        if not demo and stage_2 and self.corpus is None and self.stage in ("all", "check", "cache", "pretrain"):
             raise UserError(
                 "corpus",
                 expected="text for stage 2",
@@ -402,7 +403,7 @@ class RunConfig:
             )
         refine = self.refine
         quantizer = quantizers.quantizer_named(refine.weight_quantizer, refine.weight_scale, refine.group_size)
-        if self.export.enabled and self.evaluate.enabled and self.stage in ("all", "export"):
+        if self.export.enabled and self.evaluate.enabled and self.stage in ("all", "check", "export"):
             quantizers.refuse_unpackable(quantizer)
         if self.zero == 3:
             quantizers.refuse_partitions(quantizer)
@@ -465,6 +466,18 @@ def _settle_paths(namespace) -> None:
     namespace.extra_validation_files = {split: folders.local_path(file) for split, file in files.items()}
     if namespace.output_dir:
         namespace.output_dir = str(Path(namespace.output_dir).expanduser().absolute())
+
+
+def explicit_settings(arguments: Sequence[str] | None = None) -> set[str]:
+    """Dotted names of the settings that a valid command line gives, in a --config file too: all others are defaults.
+
+    Args:
+        arguments: sys.argv[1:] by default.
+    """
+    arguments = launch.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    arguments = ["--resume=true" if argument == "--resume" else argument for argument in arguments]
+    given = build_parser(_chosen_recipe(arguments)).parse_args(arguments, defaults=False)
+    return {name for name, value in given.items() if value is not None}
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str]:

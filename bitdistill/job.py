@@ -6,14 +6,18 @@ Which stages there are is train.py's table, which is given to `Job`.
 
 import dataclasses
 import gc
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from transformers import Qwen3Config
 
+from bitdistill import preflight
 from bitdistill.config import RunConfig, TrainingConfig
 from bitdistill.data.demo import demo_of_run
 from bitdistill.data.sources import Sources
@@ -26,13 +30,15 @@ from bitdistill.names import SETTINGS
 from bitdistill.reporting.versions import versions
 from bitdistill.stages import RunDirectory, Stage, file_identity
 from bitdistill.student.backend import choose_kernels
+from bitdistill.student.gguf_base import convert_gguf, is_gguf
 from bitdistill.student.loading import embedding_rows, load_tokenizer
 from bitdistill.student.quantizers import quantizer_named
 from bitdistill.student.refine import require_quantizers
-from bitdistill.training.teacher_cache import Layout, check_room
+from bitdistill.training.teacher_cache import Layout
 from bitdistill.training.trainer import capped_steps, release, training_arguments
 
 FULL_PRECISION_STAGES = ("base", "teacher")
+FITTED = ("model", "teacher.model", "tokenizer", "max_length", "pretrain.block_size", "teacher.dtype")  # worth saying
 DOES_NOT_CHANGE_THE_RESULT = ("logging_steps", "save_steps", "health_steps")
 OF_TRIMMING = ("vocabulary", "vocabulary_threshold")  # a stage of their own, not part of stage 1
 OF_STAGE_2_DISTILLATION = ("lambda_logits", "kd_temperature", "kd_top_k")  # read only where lambda_logits is above 0
@@ -49,9 +55,13 @@ class Job:
     Args:
         config: validated settings. text: the same as YAML, for RUN/config.yaml.
         stages: every stage that there is, in the order in which they run.
+        explicit: dotted names of the settings that the user gave; others are defaults, which may be fitted to the model.
+
+    Raises:
+        UserError: what preflight.py finds wrong with the run, all of it at once.
     """
 
-    def __init__(self, config: RunConfig, text: str, stages: dict[str, Stage]):
+    def __init__(self, config: RunConfig, text: str, stages: dict[str, Stage], explicit: Collection[str] = ()):
         self.config = config
         self.embedded = config.model is None
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,14 +75,21 @@ class Job:
         choose_kernels(config.kernels)
         self._refuse_impossible()
         launch.say(self._engine())
+        preflight.check_folder(self.root)
+        self.report = preflight.Report()
+        self.model, self.teacher = (self._as_folder(source) for source in (config.model, config.teacher.model))
+        self.full_tokenizer_folder = self.model
+        self.sources = self._sources()
+        text = self._fit_to_models(text, set(explicit))
+        self.sources = dataclasses.replace(self.sources, max_length=config.max_length)
+        with self.report.part("task"):
+            self.task = self.sources.loaded_task
+        if not hasattr(self, "task"):
+            self.report.require()
+        self._look_ahead()
         if launch.is_main():
-            self.root.mkdir(parents=True, exist_ok=True)
             (self.root / "config.yaml").write_text(text, encoding="utf-8")
             (self.root / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
-        self.sources = self._sources()
-        self.task = self.sources.loaded_task
-        if config.stage == "all":
-            self._look_ahead()
         launch.barrier()
 
     def _trains_alone(self) -> bool:
@@ -120,7 +137,6 @@ class Job:
         config = self.config
         names = ("task", "train_file", "validation_file", "corpus")
         given = {name: getattr(config, name) for name in names}
-        self.full_tokenizer_folder = config.model
         if self.embedded:
             demo = demo_of_run(self.root, config.seed)
             own = dict(zip(names, (demo.task, demo.train, demo.validation, demo.corpus), strict=True))
@@ -136,16 +152,66 @@ class Job:
             seed=config.seed,
         )
 
+    def _as_folder(self, source: str | None) -> str | Path | None:
+        """A model's source as it can be loaded: a GGUF file becomes a folder below RUN/gguf, once."""
+        if not is_gguf(source):
+            return source
+        path = Path(source).expanduser().resolve()
+        folder = self.root / "gguf" / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+        marker, identity = folder.with_name(f"{folder.name}.json"), json.dumps(file_identity(source))
+        if launch.is_main() and not (folder.is_dir() and marker.is_file() and marker.read_text() == identity):
+            marker.unlink(missing_ok=True)
+            launch.say(str(convert_gguf(source, folder)))
+            marker.write_text(identity)
+        launch.barrier()
+        return folder
+
+    def _fit_to_models(self, text: str, explicit: set[str]) -> str:
+        """Reads the models' folders, fits default settings to them, and returns the text with what was changed."""
+        self.models = preflight.read_models(self.model, self.teacher, self.report)
+        known = [found.config for found in self.models.values()] or [
+            config for config in [self.demo_config()] if config
+        ]
+        if known:
+            positions = min(config.max_position_embeddings for config in known)
+            preflight.fit_to_model(self.config, positions, known[-1].model_type, explicit, self.report)
+        settings = yaml.safe_load(text)
+        settings["max_length"] = self.config.max_length
+        settings["pretrain"]["block_size"] = self.config.pretrain.block_size
+        settings["teacher"]["dtype"] = self.config.teacher.dtype
+        return yaml.safe_dump(settings, sort_keys=False)
+
+    def demo_config(self):
+        """The configuration of the embedded demo's base model; None for a run with a model of its own."""
+        return Qwen3Config.from_pretrained(self.full_tokenizer_folder) if self.embedded else None
+
     def _look_ahead(self) -> None:
-        """Opens whatever a later stage will read: a wrong path is said now, and not after hours of training."""
-        self.sources.train_rows()
-        self.sources.validation_rows()
-        self.require_same_student()
-        if "pretrain" in self.directory.stages:
-            self.sources.corpus_stream(load_tokenizer(self.tokenizer_folder), self.config.pretrain.block_size)
-            self.require_steps()
-        if "cache" in self.directory.stages and self.reason_to_run("cache"):
-            check_room(self.root, self.cache_layout(len(load_tokenizer(self.tokenizer_folder))))
+        """Everything that can be known before the first step: said where it is worth it, refused where it is wrong."""
+        report = preflight.check_run(self)
+        if self.config.stage == "check":
+            launch.say(report.table())
+        else:
+            for subject, state, found in report.rows:
+                if subject in FITTED and state == "ok" and found:
+                    launch.say(f"{subject}: {found}")
+        report.require()
+
+    def stages_to_run(self) -> list[str]:
+        """The stages that this run will not skip: those with a reason to run, and those that depend on them."""
+        wanted = self.config.stage
+        found: list[str] = []
+        for stage in self.directory.stages if wanted in ("all", "check") else [wanted]:
+            depends_on = self.directory.inputs(stage) if stage in self.directory.stages else ()
+            if stage in self.directory.stages and (set(depends_on) & set(found) or self.reason_to_run(stage)):
+                found.append(stage)
+        return found
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether stage 1 looks at the corpus."""
+        section = self.config.refine
+        gains = section.gain == "calibrated" and section.norms != "none"
+        return gains or quantizer_named(section.weight_quantizer).calibrated
 
     def require_steps(self) -> None:
         """Raises UserError when nothing says how long stage 2 is."""
@@ -174,7 +240,7 @@ class Job:
     @property
     def full_base_folder(self) -> str | Path:
         """The base model as it came: the demo's own, or --model."""
-        return self.directory.folder("base") if self.embedded else self.config.model
+        return self.directory.folder("base") if self.embedded else self.model
 
     @property
     def student_folder(self) -> str | Path:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill import console
-from bitdistill.config import RunConfig, parse_config
+from bitdistill.config import RunConfig, explicit_settings, parse_config
 from bitdistill.data.demo import demo_model
 from bitdistill.distributed import launch
 from bitdistill.distributed.teacher import load_teacher
@@ -87,7 +87,7 @@ def trim_vocabulary(job: Job) -> None:
 
 def train_teacher(job: Job) -> None:
     """FP16-SFT: the full-precision model fine-tuned on the task, stored in half precision."""
-    source, trims = job.config.teacher.model or job.base_folder, "trim" in job.directory.stages
+    source, trims = job.teacher or job.base_folder, "trim" in job.directory.stages
     tokenizer, model = load_tokenizer(source), load_language_model(source)
     if job.config.teacher.model and trims:
         tokenizer = trim_like(model, tokenizer, job.full_tokenizer_folder, job.directory.folder("trim"))
@@ -348,7 +348,9 @@ def main() -> int:
 
     def body() -> None:
         config, text = parse_config()
-        run(Job(config, text, STAGES))
+        job = Job(config, text, STAGES, explicit_settings())
+        if config.stage != "check":
+            run(job)
         launch.shutdown()
 
     return console.run(body)

@@ -126,6 +126,13 @@ def sizes_and_speeds(
     Returns: {"machine", "rows"}, a row a setting, FP16-SFT first.
     """
     full = full_precision_size(teacher)
+    positions = min(read_packed(path).config.max_position_embeddings for path, _ in packed.values())
+    tokens = min(tokens, positions // 2)
+    if len(prompt) + tokens > positions:
+        say(
+            f"export: the prompt of the timing is cut to {positions - tokens} tokens, for the model has {positions} positions"
+        )
+        prompt = prompt[: positions - tokens]
     if tokens:
         say("export: measures decoding of FP16-SFT by transformers")
         full |= full_precision_speed(teacher, prompt, tokens)

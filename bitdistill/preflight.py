@@ -1,0 +1,444 @@
+"""ENTRY (the part of train.py that looks ahead): what can be known before the first step is checked before the first step.
+
+One function for each thing that can be wrong, on plain arguments; `check_run`, at the end, reads the settings and calls them
+for the stages that are going to run. Every problem is collected and all are said together, so that nobody mends one, waits,
+and meets the next. `--stage check` prints the table and ends. A fault of this kind that shows after a training stage began is
+a bug of this file.
+"""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitdistill.data.tasks import encode, encode_prompts, label_tokens
+from bitdistill.distributed import launch
+from bitdistill.errors import UserError
+from bitdistill.folders import why_not_writable
+from bitdistill.student.loading import check_same_tokenizer, check_same_vocabulary, load_tokenizer, tokens_beyond
+from bitdistill.student.model_folder import read_model
+from bitdistill.student.refine import refine
+from bitdistill.training.capture import AttentionCapture
+from bitdistill.training.losses import relation_loss
+from bitdistill.training.teacher_cache import check_room
+from bitdistill.training.trainer import capped_steps
+
+MASTER, GRADIENT, ADAM = 4, 4, 8  # bytes of a parameter while it is trained: fp32, and AdamW's two moments
+CHECKPOINTS = 3  # two are kept while a third is written
+FINISHED_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+OVERFLOW_FLOAT16 = ("gemma3_text",)  # families whose activations exceed float16's largest number, 65,504
+
+
+class Problems(UserError):
+    """Several mistakes at once, each in the words of its own UserError."""
+
+    def __init__(self, problems: list[UserError]):
+        first = problems[0]
+        super().__init__(first.field, expected=first.expected, got=first.got, do=first.do)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return f"{len(self.problems)} problems: " + " ".join(f"({i}) {one}" for i, one in enumerate(self.problems, 1))
+
+
+@dataclasses.dataclass
+class Report:
+    """What was looked at, and all that is wrong.
+
+    Attributes:
+        rows: (subject, "ok" or "problem", what was found), in the order of the checks.
+        problems: as they would have been raised.
+    """
+
+    rows: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    problems: list[UserError] = dataclasses.field(default_factory=list)
+
+    @contextmanager
+    def part(self, subject: str) -> Iterator[list[str]]:
+        """A check. Gives a list for what is worth saying; a UserError inside ends the check, and is kept."""
+        found: list[str] = []
+        try:
+            yield found
+        except UserError as problem:
+            self.add(subject, [problem])
+        else:
+            self.rows.append((subject, "ok", "; ".join(found)))
+
+    def add(self, subject: str, problems: Iterable[UserError], found: str = "") -> None:
+        """The outcome of a check that finds several problems at once."""
+        problems = [problem for problem in problems if str(problem) not in map(str, self.problems)]
+        self.problems += problems
+        self.rows += [(subject, "problem", str(problem)) for problem in problems] or [(subject, "ok", found)]
+
+    def table(self) -> str:
+        """A line for each row."""
+        width = max((len(subject) for subject, _, _ in self.rows), default=0)
+        return "\n".join(f"{state:<8} {subject:<{width}}  {found}".rstrip() for subject, state, found in self.rows)
+
+    def require(self) -> None:
+        """Raises UserError for one problem, Problems for several."""
+        if len(self.problems) == 1:
+            raise self.problems[0]
+        if self.problems:
+            raise Problems(self.problems)
+
+
+# ------------------------------------------------------------------------------------------------ one thing each
+
+
+def fitted_length(setting: str, value: int, positions: int, explicit: bool) -> int:
+    """A number of tokens that the model has positions for: a default is lowered to the model's limit, a wish is refused."""
+    if value <= positions:
+        return value
+    if explicit:
+        do = f"Give at most {positions}, or leave {setting} out: its default becomes the model's limit."
+        raise UserError(setting, expected=f"at most {positions}, the model's positions", got=str(value), do=do)
+    return positions
+
+
+def fitted_dtype(model_type: str, dtype: str, explicit: bool) -> str:
+    """A teacher's dtype that its activations fit in: a default of float16 becomes bfloat16 for Gemma3, a wish is refused."""
+    if dtype != "float16" or model_type not in OVERFLOW_FLOAT16:
+        return dtype
+    if explicit:
+        expected = f"bfloat16 or float32 for {model_type}, whose activations exceed float16's largest number, 65,504"
+        raise UserError("teacher.dtype", expected=expected, got=dtype, do="Give --teacher.dtype bfloat16.")
+    return "bfloat16"
+
+
+def check_schedule(setting: str, name: str) -> None:
+    """Raises UserError for a learning-rate schedule that transformers lacks, or cannot make from warm-up and steps alone."""
+    from transformers import SchedulerType, get_scheduler
+
+    def usable(kind: str) -> bool:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        try:
+            get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=10)
+        except (ValueError, TypeError):
+            return False
+        return kind not in ("reduce_lr_on_plateau", "greedy")  # which want a metric that training does not have
+
+    if name not in {kind.value for kind in SchedulerType} or not usable(name):
+        known = ", ".join(kind.value for kind in SchedulerType if usable(kind.value))
+        do = "Choose one of these; `cosine` is the recipes'."
+        raise UserError(setting, expected=f"one of {known}", got=repr(name), do=do)
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises UserError for a tracker that transformers does not know, or whose package is not installed."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in names:
+        if name in ("all", "none"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise UserError(
+                "report_to", expected=f"trackers among {known}", got=repr(name), do="Or give --report_to []."
+            )
+        if name not in get_available_reporting_integrations():
+            do = f"Install it (pip install {name.replace('_', '-')}), or leave it out of report_to."
+            raise UserError("report_to", expected="trackers that are installed", got=f"{name}, which is not", do=do)
+
+
+def empty_model(config):
+    """The model that a configuration describes, without numbers: for checks of shapes."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def check_surgery(config, **surgery: Any) -> str:
+    """The surgery, tried on a model without numbers. Returns what it will do; raises what `refine` refuses.
+
+    Args:
+        config: of the base model. surgery: settings of `refine`.
+    """
+    return str(refine(empty_model(config), **surgery))
+
+
+def check_relations(teacher, student, *, layers: list[int], teacher_layers: list[int] | None, **settings: Any) -> None:
+    """Raises UserError for relation layers that the models lack, and for heads that cannot be regrouped.
+
+    Args:
+        teacher, student: configurations. layers, teacher_layers: as in distill.relation_layers.
+        settings: of `losses.relation_loss`: convention, split_heads, temperature, causal.
+    """
+    AttentionCapture(empty_model(student), layers)
+    AttentionCapture(empty_model(teacher), teacher_layers or layers)
+    several = {"num_layers": len(layers)} if settings["convention"] == "pr382" else {}
+    relation_loss(_relation_tensors(teacher), _relation_tensors(student), None, **settings, **several)
+
+
+def _relation_tensors(config) -> tuple[torch.Tensor, ...]:
+    """Q, K and V of two tokens."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return tuple(torch.ones(1, count, 2, width) for count in (heads, groups, groups))
+
+
+def check_teacher(teacher: str | Path, config, student: str | Path, student_config) -> None:
+    """Raises UserError when a teacher's logits cannot be compared with the student's token by token."""
+    check_same_tokenizer(teacher, student)
+    check_same_vocabulary(config, student_config)
+
+
+def bytes_in_memory(parameters: int, teacher_parameters: int, teacher_bytes: int, shares: int) -> int:
+    """Bytes that the weights of stage 3 need on a rank, activations not counted.
+
+    Args:
+        parameters: of the student. teacher_parameters: of the teacher, `teacher_bytes` each.
+        shares: ranks that share the optimizer's state.
+    """
+    return parameters * (MASTER + GRADIENT + ADAM // shares) + teacher_parameters * teacher_bytes
+
+
+def check_memory(needed: int, free: int, where: str) -> str:
+    """Raises UserError when weights, gradients and optimizer alone do not fit; activations come on top of them."""
+    if needed > free:
+        expected = f"{needed / 1e9:.3g} GB {where} for weights, gradients, optimizer and teacher"
+        do = "Take a smaller model, more ranks with --zero 3, or --offload cpu beside a GPU."
+        raise UserError("memory", expected=expected, got=f"{free / 1e9:.3g} GB free", do=do)
+    return f"{needed / 1e9:.3g} GB {where} and the activations, of {free / 1e9:.3g} GB free"
+
+
+def free_memory() -> int:
+    """Bytes that this process can have: of the GPU where there is one, else of the machine and its control group."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    lines = _text(Path("/proc/meminfo")).splitlines()
+    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        most, now = _text(group / limit).strip(), _text(group / used).strip()
+        if most.isdigit() and now.isdigit():
+            found.append(int(most) - int(now))
+    return min(found, default=1 << 62)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def peak_on_disk(stages: list[tuple[int, int, int]]) -> int:
+    """The most that a run adds to its disk.
+
+    Args:
+        stages: (bytes of its checkpoints, bytes of its result, bytes of an earlier result that it replaces), in order.
+    """
+    peak = kept = 0
+    for checkpoints, result, replaced in stages:
+        peak = max(peak, kept + checkpoints + result)
+        kept += result - replaced
+    return peak
+
+
+def check_disk(folder: Path, needed: int) -> str:
+    """Raises UserError when the results and checkpoints of a run do not fit on the disk of its folder."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        expected = f"{needed / 1e9:.3g} GB free for the results and checkpoints of this run"
+        do = "Make room, give --output_dir on another disk, or set save_steps of the stages to 0."
+        raise UserError("output_dir", expected=expected, got=f"{free / 1e9:.3g} GB in {folder}", do=do)
+    return f"{needed / 1e9:.3g} GB of {free / 1e9:.3g} GB free"
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError when nothing can be written to a run's folder."""
+    reason = why_not_writable(folder)
+    if reason is not None:
+        do = "Give --output_dir on a disk that can be written to."
+        raise UserError("output_dir", expected="a folder that can be written to", got=f"{folder}: {reason}", do=do)
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+def fit_to_model(config, positions: int, teacher_type: str, explicit: set[str], report: Report) -> None:
+    """Lowers the default lengths of a run's settings to the model's positions and chooses the teacher's dtype, said.
+
+    Args:
+        config: the run's settings, changed. positions: of the model, or of the shortest of model and teacher.
+        teacher_type: the teacher's model_type. explicit: dotted names of the settings that the user gave.
+    """
+    for section, name in ((config, "max_length"), (config.pretrain, "block_size")):
+        setting = name if section is config else f"pretrain.{name}"
+        with report.part(setting) as found:
+            fits = fitted_length(setting, getattr(section, name), positions, setting in explicit)
+            if fits != getattr(section, name):
+                found.append(f"{fits}, the model's positions, in place of the default {getattr(section, name)}")
+                setattr(section, name, fits)
+    with report.part("teacher.dtype") as found:
+        fits = fitted_dtype(teacher_type, config.teacher.dtype, "teacher.dtype" in explicit)
+        if fits != config.teacher.dtype:
+            found.append(f"{fits} in place of {config.teacher.dtype}, in which {teacher_type} overflows")
+            config.teacher.dtype = fits
+
+
+def read_models(model: str | Path | None, teacher: str | Path | None, report: Report) -> dict[str, Any]:
+    """{"model": ModelFolder, "teacher": ModelFolder}, less what could not be read; the problems go into the report."""
+    found = {}
+    for name, source, setting in (("model", model, "model"), ("teacher", teacher, "teacher.model")):
+        if source is None:
+            continue
+        folder, problems = read_model(source, setting)
+        said = ""
+        if folder is not None:
+            said = f"{folder.config.model_type}, {folder.parameters:,} parameters, {folder.bytes / 1e9:.3g} GB"
+            said = "; ".join([said, *folder.notes])
+            if not problems:
+                found[name] = folder
+        report.add(setting, problems, said)
+    return found
+
+
+def check_run(job) -> Report:
+    """All checks of a run for the stages that it is going to run, into the report that the job began.
+
+    Args:
+        job: job.Job, whose sources, folders and models (job.models) are there.
+    """
+    config, report, stages = job.config, job.report, set(job.stages_to_run())
+    tokenizer, model = None, job.models.get("model")
+    if job.embedded or model is not None:
+        with report.part("tokenizer") as found:
+            tokenizer = load_tokenizer(job.full_tokenizer_folder)
+            found.append(f"{len(tokenizer):,} tokens")
+            if beyond := tokens_beyond(job.full_tokenizer_folder):
+                found.append(f"taken out, for the model has no row for them: {', '.join(beyond[:5])}")
+    student = model.config if model is not None else job.demo_config()
+    teacher = job.models["teacher"].config if "teacher" in job.models else student
+    if student is not None:
+        _check_shapes(job, report, stages, student, teacher)
+    _check_settings(config, report, stages)
+    _check_data(job, report, stages, tokenizer, student)
+    if student is not None:
+        _check_room(job, report, stages, student, teacher)
+    return report
+
+
+def _check_shapes(job, report: Report, stages: set[str], student, teacher) -> None:
+    """Surgery, teacher and relations, tried on models without numbers."""
+    config = job.config
+    if "refine" in stages:
+        section = {
+            name: getattr(config.refine, name) for name in ("norms", "subln_eps", "embedding", "weight_quantizer")
+        }
+        with report.part("refine") as found:
+            found.append(check_surgery(student, **section))
+    if config.student is not None:
+        with report.part("student"):
+            job.require_same_student()
+    if "teacher" in job.models and "teacher" in stages:
+        with report.part("teacher.model"):
+            check_teacher(job.models["teacher"].path, teacher, job.full_tokenizer_folder, student)
+    if "distill" in stages and config.distill.relation != "none":
+        section = config.distill
+        settings = {"convention": section.relation, "split_heads": section.split_heads}
+        settings |= {"temperature": section.relation_temperature, "causal": section.relation_causal}
+        if section.relation not in ("alg1", "attention_maps"):  # which alone have a temperature (Distillation)
+            del settings["temperature"]
+        if section.relation not in ("eq12", "alg1"):
+            del settings["causal"]
+        with report.part("distill.relation_layers") as found:
+            layers = {"layers": section.relation_layers, "teacher_layers": section.teacher_relation_layers}
+            check_relations(teacher, student, **layers, **settings)
+            found.append(f"{section.relation} of {section.relation_layers}, {student.num_hidden_layers} layers")
+
+
+def _check_settings(config, report: Report, stages: set[str]) -> None:
+    """What transformers would look at when a stage begins."""
+    used = {"base": "base", "teacher": "teacher", "pretrain": "pretrain", "distill": "distill", "baseline": "distill"}
+    for section in dict.fromkeys(used[stage] for stage in used if stage in stages):
+        setting = f"{section}.lr_scheduler_type"
+        with report.part(setting) as found:
+            check_schedule(setting, getattr(config, section).lr_scheduler_type)
+            found.append(getattr(config, section).lr_scheduler_type)
+    if stages & used.keys():
+        with report.part("report_to") as found:
+            check_trackers(config.report_to)
+            found.append(", ".join(config.report_to) or "none")
+
+
+def _check_data(job, report: Report, stages: set[str], tokenizer, student) -> None:
+    """Rows of every split as they will be read, and as tokens; the beginning of the corpus."""
+    sources, config = job.sources, job.config
+    splits: dict[str, Callable[[], dict[str, Any]]] = {}
+    if stages & {"teacher", "distill", "baseline"}:
+        splits["training rows"] = lambda: {"train": sources.train_rows()}
+    if stages & {"evaluate", "export"}:
+        splits["validation rows"] = sources.validation_rows
+    for subject, read in splits.items():
+        with report.part(subject) as found:
+            rows = read()
+            found.append(", ".join(f"{len(one):,} {split}" for split, one in rows.items()))
+            if tokenizer is None:
+                continue
+            if job.task.kind == "classification":
+                label_tokens(job.task, tokenizer)
+            for split, one in rows.items():
+                if split == "train":
+                    counts = encode(job.task, one, tokenizer, config.max_length, student and student.vocab_size)[1]
+                    found.append(f"{counts['tokens']:,} tokens, {counts['truncated']:,} cut to {config.max_length}")
+                else:
+                    encode_prompts(job.task, one, tokenizer, config.max_length)
+    calibrated = "refine" in stages and job.calibrates
+    if tokenizer is not None and (stages & {"base", "cache", "pretrain"} or calibrated):
+        with report.part("corpus") as found:
+            next(iter(sources.corpus_stream(tokenizer, config.pretrain.block_size)))
+            found.append(f"{sources.corpus}, blocks of {config.pretrain.block_size}")
+    if "pretrain" in stages:
+        with report.part("pretrain.max_steps") as found:
+            job.require_steps()
+            found.append(f"{capped_steps(config.pretrain.max_steps, config.max_steps)}")
+
+
+def _check_room(job, report: Report, stages: set[str], student, teacher) -> None:
+    """Memory and disk."""
+    config = job.config
+    parameters, of_teacher = (sum(p.numel() for p in empty_model(one).parameters()) for one in (student, teacher))
+    if (
+        stages & {"base", "teacher", "pretrain", "distill", "baseline"}
+        and config.zero != 3
+        and config.offload == "none"
+    ):
+        shares = 1 if job.alone or config.zero == 0 else launch.world_size()
+        needs_teacher = "distill" in stages and config.teacher_offload == "none"
+        in_bytes = job.teacher_dtype.itemsize
+        with report.part("memory") as found:
+            needed = bytes_in_memory(parameters, of_teacher if needs_teacher else 0, in_bytes, shares)
+            found.append(check_memory(needed, free_memory(), "on the GPU" if job.device == "cuda" else "of memory"))
+    numbers = {name: parameters * MASTER for name in ("base", "refine", "pretrain", "distill", "baseline")}
+    numbers |= {"teacher": of_teacher * FINISHED_BYTES[config.teacher.dtype], "export": parameters}
+    planned = []
+    for stage in job.directory.stages:
+        if stage in stages and stage in numbers:
+            section = getattr(config, "distill" if stage == "baseline" else stage)
+            steps = capped_steps(getattr(section, "max_steps", 0), config.max_steps)
+            every = getattr(section, "save_steps", 0)
+            count = 0 if not every else CHECKPOINTS if steps < 0 else min(CHECKPOINTS, math.floor(steps / every))
+            trained = of_teacher if stage == "teacher" else parameters
+            replaced = sum(file.stat().st_size for file in job.directory.folder(stage).rglob("*") if file.is_file())
+            planned.append((count * trained * (MASTER + ADAM), numbers[stage], replaced))
+    with report.part("disk") as found:
+        found.append(check_disk(job.root, peak_on_disk(planned)))
+    if "cache" in stages:
+        with report.part("cache") as found:
+            layout = job.cache_layout(student.vocab_size)
+            check_room(job.root, layout)
+            found.append(str(layout))
