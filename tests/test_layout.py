@@ -6,7 +6,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRIES = {"bitdistill.train", "bitdistill.job", "bitdistill.cli"}  # read the settings; job is a part of train
+ENTRIES = {
+    "bitdistill.train",
+    "bitdistill.job",
+    "bitdistill.preflight",
+    "bitdistill.cli",
+}  # read the settings; job is a part of train
 SETTINGS = {"bitdistill.config", "bitdistill.limits"}
 
 
