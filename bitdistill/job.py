@@ -31,7 +31,7 @@ from bitdistill.reporting.versions import versions
 from bitdistill.stages import RunDirectory, Stage, file_identity
 from bitdistill.student.backend import choose_kernels
 from bitdistill.student.gguf_base import convert_gguf, is_gguf
-from bitdistill.student.loading import embedding_rows, load_tokenizer
+from bitdistill.student.loading import embedding_rows
 from bitdistill.student.quantizers import quantizer_named
 from bitdistill.student.refine import require_quantizers
 from bitdistill.training.teacher_cache import Layout
