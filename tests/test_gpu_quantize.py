@@ -42,7 +42,6 @@ def check_activation(x):
     assert ours.act_codes.dtype == torch.int8
     assert torch.equal(ours.act_codes, codes)
     assert torch.equal(ours.act_scale, scale)
-    assert torch.equal(ours.row_sum, codes.sum(-1, keepdim=True, dtype=torch.int32))
     return ours
 
 
@@ -62,7 +61,6 @@ def test_activation_by_hand(device):
     ours = quantize.quantize_activation(torch.tensor([[127.0, -63.5, 0.5, 1.5, -2.5, 0.0]], device=device))
     assert ours.act_codes.tolist() == [[127, -64, 0, 2, -2, 0]]  # ties go to the even neighbor
     assert ours.act_scale.tolist() == [[1.0]]
-    assert ours.row_sum.tolist() == [[63]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,7 +124,7 @@ def test_activation_moves_three_bytes_an_element(moved_bytes, device):
     with moved_bytes() as moved:
         quantize.quantize_activation(x)
     assert moved.loaded == 2 * x.numel()
-    assert moved.stored == x.numel() + 8 * 12
+    assert moved.stored == x.numel() + 4 * 12
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -273,7 +271,6 @@ def test_rms_norm(shape, count, dtype, device):
         codes, scale = reference.quantize_activation(y)
         assert torch.equal(ours.act_codes, codes)
         assert torch.equal(ours.act_scale, scale)
-        assert torch.equal(ours.row_sum, codes.sum(-1, keepdim=True, dtype=torch.int32))
         if x.numel():
             assert_as_accurate(y, reference.rms_norm(x, gain, EPS), x.double() * exact * gain.double())
 
@@ -337,7 +334,7 @@ def test_rms_norm_reads_x_once(moved_bytes, device):
     with moved_bytes() as moved:
         _, rstd = norm_quantize.rms_norm_quantize(x, gains, EPS)
     assert moved.loaded == 2 * x.numel() + 3 * 3 * 4 * 1024
-    assert moved.stored == 3 * x.numel() + 12 * (4 + 3 * 8)
+    assert moved.stored == 3 * x.numel() + 12 * (4 + 3 * 4)
     with moved_bytes() as moved:  # x, one dy, rstd in; dx and the parts of dgain out; 6 programs of 2 rows
         norm_quantize.rms_norm_quantize_backward([x], x, gains[:1], rstd)
     assert moved.loaded == 4 * x.numel() + 12 * 4 + 6 * 4 * 1024
@@ -372,7 +369,6 @@ def test_swiglu_bit_for_bit_where_the_gate_is_open_or_shut(dtype, activation, de
         codes, scale = reference.quantize_activation(y)
         assert torch.equal(ours.act_codes, codes)
         assert torch.equal(ours.act_scale, scale)
-        assert torch.equal(ours.row_sum, codes.sum(-1, keepdim=True, dtype=torch.int32))
         assert (rstd is None) == (norm is None)
 
 
@@ -385,7 +381,6 @@ def test_swiglu(normed, dtype, activation, device):
         gate, up = (normal(*shape, dtype=dtype, device=device, seed=seed) * 3 for seed in (0, 1))
         gain = 1 + 0.3 * normal(shape[-1], device=device, seed=2) if normed else None
         ours, _ = swiglu_quantize.swiglu_norm_quantize(gate, up, gain, EPS, activation)
-        assert torch.equal(ours.row_sum, ours.act_codes.sum(-1, keepdim=True, dtype=torch.int32))
         if not gate.numel():
             continue
         exact = exact_swiglu(gate.double(), up.double(), None if gain is None else gain.double(), activation)
@@ -457,7 +452,7 @@ def test_swiglu_moves_five_bytes_an_element(moved_bytes, device):
     with moved_bytes() as moved:
         _, rstd = swiglu_quantize.swiglu_norm_quantize(gate, gate.clone(), gain, EPS, "silu")
     assert moved.loaded == 4 * gate.numel() + 4 * 4 * 2048  # 4 programs of 2 rows read the gain
-    assert moved.stored == gate.numel() + 8 * 12
+    assert moved.stored == gate.numel() + 8 * 8
     with moved_bytes() as moved:
         swiglu_quantize.swiglu_norm_quantize_backward(gate, gate, gate, gain, rstd, "silu")
     # The interpreter loads once for the mean and once for the gradients: the compiler makes one load of it.

@@ -50,8 +50,7 @@ class Ternary(NamedTuple):
 
 @torch.library.custom_op("bitdistill::quantize_activation", mutates_args=())
 def _quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
-    codes, scale, _ = quantize.quantize_activation(x)
-    return codes, scale
+    return tuple(quantize.quantize_activation(x))
 
 
 @_quantize_activation.register_fake

@@ -26,6 +26,7 @@ from torch import Tensor
 from bitdistill.kernels.gpu.decode import PROGRAMS
 from bitdistill.kernels.gpu.decode_rows import Product, product_columns, quantize_row, rms_norm_row, row_warps
 from bitdistill.kernels.gpu.launches import Launch
+from bitdistill.kernels.gpu.rounding import round_to_bf16
 
 BLOCK_S = 32  # positions of a block, half as many of wide heads (registers); a split takes whole blocks
 MAX_SPLITS = 32
@@ -41,14 +42,6 @@ class KVCache:
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _round_to_bf16(x):
-    """fp32 with the 16 low bits cleared, half to even: converting it to bfloat16 is exact."""
-    bits = x.to(tl.uint32, bitcast=True)
-    bits = bits + 0x7FFF + ((bits >> 16) & 1)
-    return ((bits >> 16) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -117,7 +110,7 @@ def _rope_and_cache_kernel(
         row = ((tl.load(slots_ptr + m).to(tl.int64) * K + kv) * C + position) * D
         kind: tl.constexpr = keys_ptr.dtype.element_ty
         if kind == tl.bfloat16:
-            low, high = _round_to_bf16(low), _round_to_bf16(high)
+            low, high = round_to_bf16(low), round_to_bf16(high)
         cached = keys_ptr + row
         if is_v:
             cached = values_ptr + row

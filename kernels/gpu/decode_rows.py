@@ -28,6 +28,8 @@ from torch import Tensor
 
 from bitdistill.kernels.gpu.decode import PackedMatrix
 from bitdistill.kernels.gpu.launches import Launch
+from bitdistill.kernels.gpu.quantize import PEAK, codes_of, peak_of
+from bitdistill.kernels.gpu.rounding import round_to_integer
 
 LOGITS_BLOCK = 1024  # words of the vocabulary that one program scales and searches
 # What `final_norm` writes and `logits_argmax` puts together: (factor of the high plane, factor of the low plane).
@@ -76,18 +78,12 @@ def rms_norm_row(x, gain_ptr, i, inside, I, eps):
 
 
 @triton.jit
-def _round(x):
-    """To the nearest integer, half to even, for |x| < 2**22."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
 def quantize_row(y, codes_ptr, act_scale_ptr, i, P):
     """Stores the int8 codes of one row (y is 0 in the padding) and its act_scale."""
-    peak = tl.maximum(tl.max(tl.abs(y), 0), 1e-5)
-    codes = _round(tl.minimum(tl.maximum(y * tl.div_rn(127.0, peak), -128.0), 127.0))
+    peak = peak_of(y, 0)
+    codes = codes_of(y, tl.div_rn(PEAK, peak))
     tl.store(codes_ptr + i, codes.to(tl.int8), mask=i < P)
-    tl.store(act_scale_ptr, tl.div_rn(peak, 127.0))
+    tl.store(act_scale_ptr, tl.div_rn(peak, PEAK))
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -180,10 +176,10 @@ def _residual_norm_kernel(
                 z = rms_norm_row(y, subln_ptr + plane * I, i, inside, I, subln_eps)
             quantize_row(z, codes_ptr + (plane * M + row) * P, act_scale_ptr + plane * M + m, i, P)
     else:
-        peak = tl.maximum(tl.max(tl.abs(y), 0), 1e-5)
+        peak = peak_of(y, 0)
         if FORM == "int8":
-            q = _round(tl.minimum(tl.maximum(y * tl.div_rn(32512.0, peak), -32512.0), 32512.0))
-            high = _round(tl.div_rn(q, 255.0))
+            q = round_to_integer(tl.minimum(tl.maximum(y * tl.div_rn(32512.0, peak), -32512.0), 32512.0))
+            high = round_to_integer(tl.div_rn(q, 255.0))
             low = q - high * 255.0
             tl.store(act_scale_ptr + m, tl.div_rn(peak, 32512.0))
         else:

@@ -30,21 +30,11 @@ import triton.language as tl
 from torch import Tensor
 
 from bitdistill.kernels.gpu.launches import Launch
+from bitdistill.kernels.gpu.rounding import narrow
 
 INTERPRETED = triton.knobs.runtime.interpret
-_INTERPRETED = tl.constexpr(INTERPRETED)
 MAX_SEGMENTS = 3
 MAX_INNER = (2**31 - 1) // (128 * 127)  # terms of a product of two int8 codes that an int32 sum is sure to hold
-
-
-@triton.jit
-def _narrow(x, DTYPE: tl.constexpr):
-    """fp32 to DTYPE, half to even. The interpreter's own cast to bf16 truncates, so there it is done on the bits."""
-    if _INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(DTYPE)
 
 
 @triton.jit
@@ -109,7 +99,7 @@ def _int8_linear(
     if HAS_BIAS:
         y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + n.to(tl.int64)[:, None] * y_stride + o[None, :]
-    tl.store(y_ptrs, _narrow(y, y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (o < O)[None, :])
+    tl.store(y_ptrs, narrow(y, y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (o < O)[None, :])
 
 
 @triton.jit
@@ -163,7 +153,7 @@ def _grad_input(
         acc = acc * scale
         begin = end
     dx_ptrs = dx_ptr + n.to(tl.int64)[:, None] * dx_stride + i[None, :]
-    dx = _narrow(tl.trans(acc), dx_ptr.dtype.element_ty)
+    dx = narrow(tl.trans(acc), dx_ptr.dtype.element_ty)
     tl.store(dx_ptrs, dx, mask=(n < N)[:, None] & (i < I)[None, :])
 
 
@@ -209,7 +199,7 @@ def _grad_weight(
         dy_ptrs += dy_step
         codes_ptrs += codes_step
     dw_ptrs = dw_ptr + o.to(tl.int64)[:, None] * dw_stride + i[None, :]
-    dw = _narrow(tl.trans(acc), dw_ptr.dtype.element_ty)
+    dw = narrow(tl.trans(acc), dw_ptr.dtype.element_ty)
     tl.store(dw_ptrs, dw, mask=(o < O)[:, None] & (i < I)[None, :])
 
 

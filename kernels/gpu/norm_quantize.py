@@ -23,22 +23,10 @@ from torch import Tensor
 
 from bitdistill.kernels.gpu.launches import Launch
 from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, quantize_tile, row_tile, rows_of
+from bitdistill.kernels.gpu.rounding import rounded
 
 MAX_GAINS = 3  # q, k and v with a SubLN each
 PARTS = 256  # runs of rows whose parts of dgain are added at the end; also the programs of a backward pass
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """fp32 values rounded to DTYPE, half to even, and back. (The interpreter's cast to bf16 is not: there, by bits.)"""
-    if _INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        result = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    else:
-        result = x.to(DTYPE).to(tl.float32)
-    return result
 
 
 @triton.jit
@@ -50,7 +38,7 @@ def inverse_rms(x, eps, I: tl.constexpr):
 
 @triton.jit
 def _rms_norm_quantize(
-    x_ptr, gain_ptr, codes_ptr, scale_ptr, sum_ptr, rstd_ptr, N, x_stride, eps,
+    x_ptr, gain_ptr, codes_ptr, scale_ptr, rstd_ptr, N, x_stride, eps,
     I: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -62,11 +50,10 @@ def _rms_norm_quantize(
     for k in tl.static_range(G):
         gain = tl.load(gain_ptr + k * I + columns, mask=columns < I, other=0.0)
         y = rounded(x * rstd[:, None] * gain, x_ptr.dtype.element_ty)
-        codes, scale, total = quantize_tile(y)
+        codes, scale = quantize_tile(y)
         out = rows + k * N.to(tl.int64)
         tl.store(codes_ptr + out[:, None] * I + columns, codes.to(tl.int8), mask=inside)
         tl.store(scale_ptr + out, scale, mask=rows < N)
-        tl.store(sum_ptr + out, total, mask=rows < N)
 
 
 @triton.jit
@@ -144,7 +131,7 @@ def rms_norm_quantize(x: Tensor, gains: Sequence[Tensor], eps: float) -> tuple[l
         ValueError: another dtype or width, or gains that do not fit.
 
     Numerics: y is ``x * rstd * gain_k`` in fp32 rounded to x.dtype, within twice the error of ``reference.rms_norm`` (the
-    order of the sum differs). Codes, scales and sums are bit for bit ``reference.quantize_activation`` of that y.
+    order of the sum differs). Codes and scales are bit for bit ``reference.quantize_activation`` of that y.
     """
     rows = rows_of("x", x)
     gain = stacked_gains(gains, x)
@@ -224,7 +211,7 @@ def production_launches() -> list[Launch]:
     launches = []
     pointers = dict.fromkeys(("x_ptr", "dy0_ptr", "dy1_ptr", "dy2_ptr", "dx_ptr"), "*bf16")
     pointers |= dict.fromkeys(("gain_ptr", "scale_ptr", "rstd_ptr", "part_ptr"), "*fp32")
-    pointers |= {"codes_ptr": "*i8", "sum_ptr": "*i32"}
+    pointers |= {"codes_ptr": "*i8"}
     numbers = dict.fromkeys(("N", "x_stride", "dy0_stride", "dy1_stride", "dy2_stride", "run"), "i32")
     types = {**pointers, **numbers, "eps": "fp32"}
     for I, G in ((1024, 1), (1024, 2), (1024, 3), (2560, 1), (2560, 2), (2560, 3), (4096, 1), (8192, 1), (8192, 2)):

@@ -35,7 +35,7 @@ from bitdistill.kernels.gpu.launches import Launch
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON
 
 MAX_WIDTH = 32_768  # a row in the registers of 16 warps; 28,672 is the widest linear of Llama 70B
-_PEAK = tl.constexpr(float(ACT_MAX))
+PEAK = tl.constexpr(float(ACT_MAX))
 _EPSILON = tl.constexpr(EPSILON)
 
 # 64 rows of 128 columns: whole 128-byte lines of codes, 64-byte pieces of transposed codes, 32 values a thread.
@@ -51,7 +51,6 @@ class Quantized(NamedTuple):
 
     act_codes: Tensor  # int8 (..., I)
     act_scale: Tensor  # fp32 (..., 1)
-    row_sum: Tensor  # int32 (..., 1), the sum of the codes
 
 
 class TernaryWeight(NamedTuple):
@@ -66,30 +65,39 @@ class TernaryWeight(NamedTuple):
 
 
 @triton.jit
-def quantize_tile(x):
-    """``(codes int32, act_scale, row_sum)`` of rows (ROWS, BLOCK) in fp32, zero beyond their width."""
+def peak_of(x, AXIS: tl.constexpr):
+    """``max(max|x|, EPSILON)`` along an axis of fp32; by the bits of |x|, so that a NaN is the largest."""
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    peak = tl.max(magnitude, 1).to(tl.float32, bitcast=True)
-    peak = tl.where(peak < _EPSILON, _EPSILON, peak)
-    most = tl.full(peak.shape, _PEAK, tl.float32)
-    scaled = x * tl.div_rn(most, peak)[:, None]
-    scaled = tl.minimum(tl.maximum(scaled, -128.0), 127.0)
-    codes = (scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    return codes, tl.div_rn(peak, most), tl.sum(codes, 1)
+    peak = tl.max(magnitude, AXIS).to(tl.float32, bitcast=True)
+    return tl.where(peak < _EPSILON, _EPSILON, peak)
+
+
+@triton.jit
+def codes_of(x, factor):
+    """``clip(round(x * factor), -128, 127)``, int32. The clip between keeps product and sum from being fused."""
+    scaled = tl.minimum(tl.maximum(x * factor, -128.0), 127.0)
+    return (scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def quantize_tile(x):
+    """``(codes int32, act_scale)`` of rows (ROWS, BLOCK) in fp32, zero beyond their width."""
+    peak = peak_of(x, 1)
+    most = tl.full(peak.shape, PEAK, tl.float32)
+    return codes_of(x, tl.div_rn(most, peak)[:, None]), tl.div_rn(peak, most)
 
 
 @triton.jit
 def _quantize_activation(
-    x_ptr, codes_ptr, scale_ptr, sum_ptr, N, x_stride, I: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, codes_ptr, scale_ptr, N, x_stride, I: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     inside = (rows[:, None] < N) & (columns < I)
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    codes, scale, total = quantize_tile(x)
+    codes, scale = quantize_tile(x)
     tl.store(codes_ptr + rows[:, None] * I + columns, codes.to(tl.int8), mask=inside)
     tl.store(scale_ptr + rows, scale, mask=rows < N)
-    tl.store(sum_ptr + rows, total, mask=rows < N)
 
 
 def row_tile(width: int) -> tuple[int, int, int]:
@@ -119,22 +127,21 @@ def rows_of(name: str, x: Tensor) -> Tensor:
 
 
 def empty_quantized(shape: Sequence[int], device: torch.device) -> Quantized:
-    """Room for the codes, scales and sums of activations of this shape (..., I)."""
+    """Room for the codes and scales of activations of this shape (..., I)."""
     vector = (*shape[:-1], 1)
     return Quantized(
         torch.empty(tuple(shape), dtype=torch.int8, device=device),
         torch.empty(vector, dtype=torch.float32, device=device),
-        torch.empty(vector, dtype=torch.int32, device=device),
     )
 
 
 def quantize_activation(x: Tensor) -> Quantized:
-    """Per-token absmax int8: ``clip(round(x * (127 / m)), -128, 127)``, ``m = max(max|x|, EPSILON)``, and row sums.
+    """Per-token absmax int8: ``clip(round(x * (127 / m)), -128, 127)``, ``m = max(max|x|, EPSILON)``.
 
     Args:
         x: (..., I) fp32, bf16 or fp16 on the GPU, I <= MAX_WIDTH; any strides (copied where rows are not contiguous).
 
-    Returns: Quantized(act_codes int8 (..., I), act_scale fp32 (..., 1) = m / 127, row_sum int32 (..., 1)).
+    Returns: Quantized(act_codes int8 (..., I), act_scale fp32 (..., 1) = m / 127).
 
     Raises:
         ValueError: another dtype, no columns, or rows too wide.
@@ -343,7 +350,6 @@ def production_launches() -> list[Launch]:
         "x_ptr": "*bf16",
         "codes_ptr": "*i8",
         "scale_ptr": "*fp32",
-        "sum_ptr": "*i32",
         "N": "i32",
         "x_stride": "i32",
     }

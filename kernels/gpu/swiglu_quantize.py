@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bitdistill.kernels.gpu.launches import Launch
-from bitdistill.kernels.gpu.norm_quantize import inverse_rms, rounded, runs, stacked_gains
+from bitdistill.kernels.gpu.norm_quantize import inverse_rms, runs, stacked_gains
 from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, quantize_tile, row_tile, rows_of
+from bitdistill.kernels.gpu.rounding import rounded
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _SQRT_8_PI = tl.constexpr(math.sqrt(8 / math.pi))
@@ -48,7 +49,7 @@ def _gated(gate, GELU: tl.constexpr):
 
 @triton.jit
 def _swiglu_norm_quantize(
-    gate_ptr, up_ptr, gain_ptr, codes_ptr, scale_ptr, sum_ptr, rstd_ptr, N, gate_stride, up_stride, eps,
+    gate_ptr, up_ptr, gain_ptr, codes_ptr, scale_ptr, rstd_ptr, N, gate_stride, up_stride, eps,
     I: tl.constexpr, GELU: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -61,10 +62,9 @@ def _swiglu_norm_quantize(
         rstd = inverse_rms(y, eps, I)
         tl.store(rstd_ptr + rows, rstd, mask=rows < N)
         y = y * rstd[:, None] * tl.load(gain_ptr + columns, mask=columns < I, other=0.0)
-    codes, scale, total = quantize_tile(rounded(y, gate_ptr.dtype.element_ty))
+    codes, scale = quantize_tile(rounded(y, gate_ptr.dtype.element_ty))
     tl.store(codes_ptr + rows[:, None] * I + columns, codes.to(tl.int8), mask=inside)
     tl.store(scale_ptr + rows, scale, mask=rows < N)
-    tl.store(sum_ptr + rows, total, mask=rows < N)
 
 
 @triton.jit
@@ -157,8 +157,8 @@ def swiglu_norm_quantize(
     Raises:
         ValueError: another activation, dtype, width or gain.
 
-    Numerics: fp32 until y, which is rounded to gate.dtype; within twice PyTorch's error against float64. Codes, scales and
-    sums are bit for bit ``reference.quantize_activation`` of that y.
+    Numerics: fp32 until y, which is rounded to gate.dtype; within twice PyTorch's error against float64. Codes and scales
+    are bit for bit ``reference.quantize_activation`` of that y.
     """
     gates, ups = _pair(gate, up, activation)
     N, I = gates.shape
@@ -230,7 +230,7 @@ def production_launches() -> list[Launch]:
     launches = []
     pointers = dict.fromkeys(("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr"), "*bf16")
     pointers |= dict.fromkeys(("gain_ptr", "scale_ptr", "rstd_ptr", "part_ptr"), "*fp32")
-    pointers |= {"codes_ptr": "*i8", "sum_ptr": "*i32"}
+    pointers |= {"codes_ptr": "*i8"}
     numbers = dict.fromkeys(("N", "dy_stride", "gate_stride", "up_stride", "run"), "i32")
     types = {**pointers, **numbers, "eps": "fp32"}
     for I in (3072, 6144, 9728):
