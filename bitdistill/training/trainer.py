@@ -27,6 +27,7 @@ from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete
 from bitdistill.errors import UserError
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.layers import assert_fp32_masters
+from bitdistill.student.norms import fuse_norms, unfuse_norms
 from bitdistill.student.sharing import WeightCodes
 from bitdistill.training.annealing import Annealing
 from bitdistill.training.head import head_products
@@ -167,6 +168,8 @@ class StageTrainer(Trainer):
         assert_fp32_masters(self.model)
         self.objective, self.stage, self.stream, self.annealing = objective, stage, stream, annealing
         self.weight_codes = WeightCodes(self.model)
+        if self.args.device.type == "cpu":
+            fuse_norms(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step: no division by micro-steps
         if hasattr(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = True
@@ -392,6 +395,7 @@ def release(trainer: StageTrainer) -> None:
     if hasattr(engine, "destroy"):
         engine.destroy()
     trainer.weight_codes = None
+    unfuse_norms(trainer.model)
     trainer.model = trainer.model_wrapped = trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state()
