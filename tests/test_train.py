@@ -234,16 +234,22 @@ SHORT = ["--max_steps", "6", "--baseline.enabled", "false", "--export.speed_toke
 
 
 @pytest.mark.parametrize(
-    ("rows", "accumulation", "options"),
-    [(4, 1, ["--zero", "0"]), (2, 2, ["--zero", "2", "--teacher_offload", "cpu"]), (4, 1, ["--zero", "3"])],
+    ("ranks", "rows", "accumulation", "options"),
+    [
+        (2, 4, 1, ["--zero", "0"]),
+        (2, 2, 2, ["--zero", "2", "--teacher_offload", "cpu"]),
+        (2, 4, 1, ["--zero", "3"]),
+        (1, 4, 2, []),  # PyTorch alone, as in one_rank
+        (1, 4, 2, ["--zero", "1"]),  # the same rank under DeepSpeed
+    ],
 )
-def test_two_ranks_equal_one(world, one_rank, tmp_path, rows, accumulation, options):
+def test_two_ranks_equal_one(world, one_rank, tmp_path, ranks, rows, accumulation, options):
     """8 rows a step, over two ranks and micro-steps: every loss of every training stage within float noise."""
     for stage in ("teacher", "pretrain", "distill"):
         options += [f"--{stage}.per_device_train_batch_size={rows}"]
         options += [f"--{stage}.gradient_accumulation_steps={accumulation}"]
     run = tmp_path / "run"
-    job(world, run, *SHORT, *options, ranks=2)
+    job(world, run, *SHORT, *options, ranks=ranks)
     for stage in ("teacher", "pretrain", "distill"):
         a, b = losses(run, stage), losses(one_rank, stage)
         assert sorted(a) == sorted(b) == list(range(1, 7))

@@ -240,7 +240,7 @@ class StageTrainer(Trainer):
             names = sorted(self._sums)
             sums = launch.all_reduce_sum(self._tensor(self._sums[name] for name in names))
             for name, value in zip(names, sums.tolist(), strict=True):
-                logs[f"metrics.jsonl: loss_{name}"] = value / self._steps_summed
+                logs[f"loss_{name}"] = value / self._steps_summed
             logs |= self.objective.logged()
             if self.annealing is not None:
                 logs["annealing"] = self.annealing.value
