@@ -230,7 +230,7 @@ def show_parts(measured: Measured) -> str:
     return table(lines, "<>>>")
 
 
-def draw_losses(measured: Measured, steps: int, plot: Path) -> None:
+def draw_losses(measured: Measured, steps: int, blocks: int, plot: Path) -> None:
     """Cross-entropy over the steps of stage 2 on the same blocks, exact against fast."""
     import matplotlib
 
@@ -239,9 +239,9 @@ def draw_losses(measured: Measured, steps: int, plot: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, style in (("exact", "-"), ("fast", "--")):
-        losses = measured.step(NATIVE, name, steps=steps - 1)["losses"]
+        losses = measured.step(NATIVE, name, steps=steps - 1, blocks=blocks)["losses"]
         axes.plot(range(1, len(losses) + 1), losses, style, label=f"bit_linear_backward {name}", linewidth=1.2)
-    axes.set(xlabel="step of 8 x 128 tokens", ylabel="cross-entropy", title="SmolLM2-135M, stage 2 on a CPU")
+    axes.set(xlabel=f"step of {blocks} x 128 tokens", ylabel="cross-entropy", title="SmolLM2-135M, stage 2 on a CPU")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(plot, dpi=120)
@@ -264,13 +264,14 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, help="text for stage 2; this project's own documentation by default")
     parser.add_argument("--profile", action="store_true", help="also the seconds of each part, before and now")
     parser.add_argument("--losses", type=int, metavar="STEPS", help="draws losses instead, exact against fast")
+    parser.add_argument("--blocks", type=int, default=8, help="of 128 tokens in a step whose losses are drawn")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "cpu_training_losses.png")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measured = Measured(arguments, Path(folder))
         if arguments.losses:
-            draw_losses(measured, arguments.losses, arguments.plot)
+            draw_losses(measured, arguments.losses, arguments.blocks, arguments.plot)
             return 0
         load = os.getloadavg()[0]
         measured.rounds()

@@ -39,7 +39,7 @@ class Spec:
         ternary: the refined model, or the full-precision one as it is.
         backward: of the ternary layers, "exact" or "fast". kernels: "auto" or "reference".
         engine: "torch", or "deepspeed" (ZeRO-1). precision: "fp32" or "bf16" of all products. head: of the LM head's.
-        steps: timed ones, after one that is not. corpus: text for stage 2. profile: seconds of each part as well, by
+        steps: timed ones, after one that is not. blocks: of a step of stage 2. corpus: text for stage 2. profile: seconds of each part as well, by
             the clock "perf_counter" or "process_time".
     """
 
@@ -53,6 +53,7 @@ class Spec:
     precision: str = "fp32"
     head: str | None = None
     steps: int = 3
+    blocks: int = BLOCKS
     corpus: str | None = None
     profile: bool = False
     clock: str = "perf_counter"
@@ -137,7 +138,7 @@ def arguments_of(spec: Spec):
         seed=0,
         report_to=[],
         max_steps=spec.steps + 1,
-        per_device_train_batch_size=BLOCKS if spec.stage == "pretrain" else ROWS,
+        per_device_train_batch_size=spec.blocks if spec.stage == "pretrain" else ROWS,
         learning_rate=3e-4,
         lr_scheduler_type="constant",
         adam_beta2=0.95,
