@@ -39,8 +39,8 @@ class Spec:
         ternary: the refined model, or the full-precision one as it is.
         backward: of the ternary layers, "exact" or "fast". kernels: "auto" or "reference".
         engine: "torch", or "deepspeed" (ZeRO-1). precision: "fp32" or "bf16" of all products. head: of the LM head's.
-        steps: timed ones, after one that is not. blocks: of a step of stage 2. corpus: text for stage 2. profile: seconds of each part as well, by
-            the clock "perf_counter" or "process_time".
+        steps: timed ones, after one that is not. blocks: of a step of stage 2. corpus: text for stage 2.
+        profile: seconds of each part as well, by the clock "perf_counter" or "process_time".
     """
 
     model: str
