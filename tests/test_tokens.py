@@ -273,3 +273,85 @@ def test_json_of_a_renamed_tokenizer_keeps_ids():
     [ids] = tokens.encode(["x</s>"])
     assert 2 not in ids
     assert tokens._tokenizer.decode(ids, skip_special_tokens=False) == "x</s>"
+
+
+# --- export, generation and the harness -------------------------------------------------------------------------------
+
+
+def packed_student(tmp_path, tokenizer, **ends):
+    """A tiny random student with the tokenizer in one file; `ends` are its generation_config's and config's EOS."""
+    from bitdistill.export.write import write_packed
+    from bitdistill.student.loading import tokenizer_settings
+    from tiny_students import student
+
+    model = student("qwen3")
+    model.generation_config.eos_token_id, model.config.eos_token_id = ends.get("generation"), ends.get("config")
+    metadata = {"tokenizer": tokenizer_settings(tokenizer)}
+    text = tokenizer.backend_tokenizer.to_str().encode()
+    write_packed(tmp_path / "s.safetensors", model, tokenizer_json=text, metadata=metadata)
+    return model, tmp_path / "s.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("ends", "stops"),
+    [
+        ({}, [2]),
+        ({"generation": 5, "config": 7}, [5, 7, 2]),
+        ({"generation": [9, 2], "config": 9}, [9, 2]),
+        ({"generation": [5, 128_001], "config": -1}, [5, 2]),
+    ],
+)
+def test_a_packed_file_stops_at_every_end_token_that_the_model_has(tmp_path, ends, stops):
+    from bitdistill.runtime.packed_file import read_packed
+    from bitdistill.student.loading import end_token_ids
+
+    tokenizer = made("word_level")
+    model, path = packed_student(tmp_path, tokenizer, **ends)
+    assert read_packed(path).config.eos_token_ids == stops
+    assert end_token_ids(model, tokenizer.eos_token_id) == stops, "where scoring in torch stops"
+
+
+def test_scoring_in_torch_stops_at_any_end_token(tmp_path):
+    from bitdistill.evaluation.scoring import generate_greedy
+
+    model, _ = packed_student(tmp_path, made("word_level"))
+    [whole] = generate_greedy(model, [[1, 5, 6]], 12, [], 0)
+    place = next(i for i, token in enumerate(whole) if i and token not in whole[:i])
+    assert generate_greedy(model, [[1, 5, 6]], 12, [96, whole[place]], 0) == [whole[:place]]
+    assert generate_greedy(model, [[1, 5, 6]], 12, whole[place], 0) == [whole[:place]]
+
+
+@pytest.mark.parametrize("eos", [False, True])
+def test_a_runtime_reads_the_prompts_of_training(tmp_path, eos):
+    from bitdistill.runtime.cpu import Runtime
+
+    tokenizer = made("word_level", True, eos)
+    runtime = Runtime(packed_student(tmp_path, tokenizer)[1], 1)
+    rows = [{"text": text, "label": 0} for text in ("it was", "a </s> b<s>", "")]
+    prompts, _ = tasks.encode_prompts(tasks.Task(**REVIEW), Dataset.from_list(rows), tokenizer, 60)
+    texts = tasks.prompt_texts(tasks.Task(**REVIEW), rows, tokenizer)
+    assert [runtime.encode(text) for text in texts] == prompts
+    assert runtime.encode("a</s>", special_tokens=True) == [1, tokenizer.convert_tokens_to_ids("a"), 2]
+    list(runtime.generate(texts[1], 2))
+    assert runtime.stats.prompt_tokens == len(prompts[1])
+    with pytest.raises(UserError, match="text in UTF-8"):
+        runtime.encode("caf\udce9")
+
+
+@pytest.mark.slow
+def test_the_harness_asks_with_the_tokens_of_training(tmp_path):
+    """Prompt and answer of every row, also where a row spells control tokens and the tokenizer appends EOS."""
+    harness = pytest.importorskip("bitdistill.evaluation.harness")
+    from bitdistill.runtime.cpu import Runtime
+
+    tokenizer, task = made("word_level", True, True), tasks.Task(**REVIEW)
+    model, path = packed_student(tmp_path, tokenizer)
+    rows = Dataset.from_list([{"text": text, "label": 1} for text in ("it was", "a </s> b<s>")])
+    asked = harness.harness_task(task, rows, tokenizer)
+    asked.build_all_requests(rank=0, world_size=1)
+    prompts, words = tasks.encode_prompts(task, rows, tokenizer, 1000)[0], tasks.label_tokens(task, tokenizer)
+    for subject in (model, Runtime(path, 1)):
+        ours = harness.harness_model(subject, tokenizer, pairs=asked.pairs)
+        got = [ours._encode_pair(*request.args) for request in asked.instances]
+        assert got == [(prompt, word) for prompt in prompts for word in words]
+        assert ours.tok_encode("it was") == packed(tokenizer).encode_prompt("it was"), "and no EOS in others' prompts"
