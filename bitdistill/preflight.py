@@ -276,8 +276,8 @@ def fit_to_model(config, positions: int, teacher_type: str, explicit: set[str], 
         config: the run's settings, changed. positions: of the model, or of the shortest of model and teacher.
         teacher_type: the teacher's model_type. explicit: dotted names of the settings that the user gave.
     """
-    for section, name in ((config, "max_length"), (config.pretrain, "block_size")):
-        setting = name if section is config else f"pretrain.{name}"
+    lengths = ((config, "max_length", "max_length"), (config.pretrain, "block_size", "pretrain.block_size"))
+    for section, name, setting in lengths:
         with report.part(setting) as found:
             fits = fitted_length(setting, getattr(section, name), positions, setting in explicit)
             if fits != getattr(section, name):

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -205,6 +206,11 @@ class Distillation(Objective):
         return self.gamma_used, attention
 
 
+def _collate_numbered(features: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """`collate`, and the number of each row: int64 (B,)."""
+    return collate(features, pad_token_id) | {"row": torch.tensor([feature["row"] for feature in features])}
+
+
 def fine_tune(
     model: nn.Module,
     rows,
@@ -236,8 +242,8 @@ def fine_tune(
         run_dir=run_dir,
         model=model,
         args=arguments,
-        train_dataset=rows,
-        data_collator=partial(collate, pad_token_id=pad_token_id),
+        train_dataset=rows.add_column("row", list(range(len(rows)))),
+        data_collator=partial(_collate_numbered, pad_token_id=pad_token_id),
         callbacks=callbacks,
     )
     facts = trainer.fit(resume)

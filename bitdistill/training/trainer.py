@@ -30,6 +30,7 @@ from bitdistill.student.layers import assert_fp32_masters
 from bitdistill.student.norms import fuse_norms, unfuse_norms
 from bitdistill.student.sharing import WeightCodes
 from bitdistill.training.annealing import Annealing
+from bitdistill.training.finite import DO, FiniteSteps, where_not_finite
 from bitdistill.training.head import head_products
 
 EXTRA_STATE = "bitdistill_state.json"
@@ -174,12 +175,14 @@ class StageTrainer(Trainer):
         if hasattr(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = True
         self._counts = Counts(0, 0, 0, 0)
+        self._rows: list[int] = []
         self._sums: dict[str, float] = {}
         self._steps_summed, self._tokens_summed, self._since = 0, 0, time.perf_counter()
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         if annealing is not None:
             self.add_callback(annealing)
+        self.add_callback(FiniteSteps(stage, self._rows_in_words))  # before _Files, which completes a checkpoint
         self.add_callback(_Files(self, run_dir / "metrics.jsonl"))
         if launch.is_main():
             self.add_callback(_ProgressBar(stage))
@@ -198,6 +201,8 @@ class StageTrainer(Trainer):
         answers = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         positions = sum(batch["labels"].numel() for batch in batches)
+        self._rows_are = "blocks of the corpus" if batches and "block" in batches[0] else "training rows, from 0,"
+        self._rows = [i for batch in batches for i in batch.get("block", batch.get("row", torch.empty(0))).tolist()]
         totals = launch.all_reduce_sum(torch.tensor([answers, tokens, positions], device=self.args.device))
         self._counts = Counts(*totals.tolist(), step=self.state.global_step)
         self._steps_summed += 1
@@ -223,16 +228,37 @@ class StageTrainer(Trainer):
         for name, (weight, loss) in self.objective(model, inputs, self._counts).items():
             value = loss.item()
             if not math.isfinite(value):
-                raise UserError(
-                    f"metrics.jsonl: loss_{name}",
-                    expected="a finite number",
-                    got=f"{value} in stage {self.stage} at step {self.state.global_step + 1}",
-                    do="Lower the learning rate, lengthen the warm-up, or try precision fp32; --resume goes back to the "
-                    "last checkpoint.",
-                )
+                self._refuse_loss(name, value, inputs)
             self._sums[name] = self._sums.get(name, 0.0) + value
             total = total + weight * loss
         return total * launch.world_size()
+
+    def _refuse_loss(self, name: str, value: float, batch: dict[str, Tensor]) -> None:
+        """Says which term of the loss is not finite, which layer it comes from, and in which rows."""
+        found = None
+        if launch.world_size() == 1:  # others would wait for a rank that looks for the layer
+            models = {
+                "student": self.model,
+                "teacher": getattr(getattr(self.objective, "teacher", None), "module", None),
+            }
+            places = {
+                who: where_not_finite(model, batch["input_ids"], batch["attention_mask"])
+                for who, model in models.items()
+                if model is not None
+            }
+            found = next((f"{place} of the {who}" for who, place in places.items() if place), None)
+        raise UserError(
+            f"metrics.jsonl: loss_{name}",
+            expected="a finite number",
+            got=f"{value} in stage {self.stage} at step {self.state.global_step + 1} ({self._rows_in_words()})"
+            + (f", from {found}" if found else ""),
+            do=DO,
+        )
+
+    def _rows_in_words(self) -> str:
+        """The rows of the current optimizer step on this rank, or its blocks of the corpus."""
+        shown = ", ".join(map(str, self._rows[:64])) + (", ..." if len(self._rows) > 64 else "")
+        return f"{self._rows_are} {shown}" if self._rows else "rows without numbers"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._steps_summed:
