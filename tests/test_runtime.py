@@ -575,7 +575,7 @@ def test_refusals(talker, tmp_path):
         "RUN_OR_FILE": lambda: list(bare.generate("text")),
         "max_new_tokens": lambda: list(bare.generate_ids([3], max_new_tokens=0)),
         "slots": lambda: list(bare.generate_batch([[3]], slots=17)),
-        "label": lambda: bare.classify([[3]], [[5], []]),
+        "labels": lambda: bare.classify([[3]], [[5], []]),
         "prompt": lambda: bare.classify([[3] * 64], [[5], [6, 7]]),
     }
     for field, call in cases.items():

@@ -13,11 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from bitdistill.cpus import available_cpus
 from bitdistill.errors import UserError
@@ -27,10 +25,10 @@ from bitdistill.names import KV_CACHES
 from bitdistill.runtime.batching import Request, Stats, run
 from bitdistill.runtime.compiled import decoder_model
 from bitdistill.runtime.packed_file import PackedModel, read_packed
+from bitdistill.runtime.prompts import Prompts, check_new_tokens, stop_strings
 from bitdistill.runtime.sampling import Sampler, Sampling
 from bitdistill.runtime.slots import Slots
 from bitdistill.runtime.text_stream import TextStream
-from bitdistill.text_tokens import TextTokens
 
 MAX_SLOTS = 16
 MIN_CAPACITY = 256  # positions of a KV cache at least; powers of two from there, for huge pages make all of it resident
@@ -64,7 +62,7 @@ class Cache:
         return self.keys_values.nbytes
 
 
-class Runtime:
+class Runtime(Prompts):
     """A student from a packed file.
 
     Args:
@@ -119,26 +117,6 @@ class Runtime:
     def resident_bytes(self) -> int:
         """What the runtime holds in memory beside the file's own pages, the KV cache and the tokenizer: its scratch."""
         return self._decoder.scratch_bytes + self._logits.nbytes
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        """`tokenizers.Tokenizer`, or None when the file has none. Read when it is first asked for."""
-        text = self.model.tokenizer_json()
-        return Tokenizer.from_str(text) if text else None
-
-    @cached_property
-    def text_tokens(self) -> TextTokens:
-        """How texts become tokens, in training as here.
-
-        Raises:
-            UserError: the file has no tokenizer.
-        """
-        template = self.model.metadata.get("tokenizer", {}).get("chat_template")
-        return TextTokens(self._needed_tokenizer(), str(template or ""))
-
-    def encode(self, prompt: str, special_tokens: bool = False) -> list[int]:
-        """The tokens of a prompt: `TextTokens.encode_prompt`."""
-        return self.text_tokens.encode_prompt(prompt, special_tokens)
 
     # --- tokens -> logits ---------------------------------------------------------------------------------------------
 
@@ -203,7 +181,8 @@ class Runtime:
             UserError: an empty prompt or label, an id outside the vocabulary, or a prompt that does not fit with a label.
         """
         labels = [self._checked_ids(label, "labels") for label in labels]
-        prompts = [self._checked_prompt(ids, self.context + 1 - max(map(len, labels), default=1)) for ids in prompts]
+        limit = self.context + 1 - max(map(len, labels), default=1)
+        prompts = [self._checked_ids(ids, limit=limit) for ids in prompts]
         likelihoods = np.zeros((len(prompts), len(labels)))
         if likelihoods.size == 0:
             return likelihoods
@@ -290,7 +269,7 @@ class Runtime:
         """
         tokenizer = self._needed_tokenizer()
         request = self._request(0, self._encoded(prompt), max_new_tokens, sampling or Sampling())
-        stream = TextStream(tokenizer, request.ids, _words(stop))
+        stream = TextStream(tokenizer, request.ids, stop_strings(stop))
         for _, token in self._run([request], 1):
             piece = stream.finish() if token is None else stream.feed(token)
             if stream.stopped:
@@ -324,9 +303,11 @@ class Runtime:
             self._request(index, self._encoded(prompt), max_new_tokens, replace(sampling, seed=sampling.seed + index))
             for index, prompt in enumerate(prompts)
         ]
-        if _words(stop):
+        if stop_strings(stop):
             self._needed_tokenizer()
-        streams = [self.tokenizer and TextStream(self.tokenizer, request.ids, _words(stop)) for request in requests]
+        streams = [
+            self.tokenizer and TextStream(self.tokenizer, request.ids, stop_strings(stop)) for request in requests
+        ]
         texts = ["" for _ in requests]
         for request, token in self._run(requests, slots):
             if stream := streams[request.index]:
@@ -388,41 +369,10 @@ class Runtime:
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def _request(self, index: int, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Request:
-        if max_new_tokens < 1:
-            raise UserError("max_new_tokens", expected="at least 1", got=str(max_new_tokens), do="Give 1 or more.")
-        ids = self._checked_prompt(prompt_ids, self.context)
+        check_new_tokens(max_new_tokens)
+        ids = self._checked_ids(prompt_ids, limit=self.context)
         sampler = Sampler(sampling, ids, self.model.config.vocab_size)
         return Request(index, ids, max_new_tokens, sampler, prompt_tokens=len(ids))
-
-    def _checked_prompt(self, prompt_ids: Sequence[int], limit: int) -> list[int]:
-        ids = self._checked_ids(prompt_ids)
-        if len(ids) > limit:
-            raise UserError("prompt", expected=f"at most {limit} tokens", got=str(len(ids)), do="Shorten the text.")
-        return ids
-
-    def _checked_ids(self, input_ids: Sequence[int], field: str = "prompt") -> list[int]:
-        ids = np.asarray(input_ids, np.int64).reshape(-1)
-        vocabulary = self.model.config.vocab_size
-        if len(ids) == 0:
-            raise UserError(field, expected="at least one token", got="none", do="Give a text.")
-        bad = ids[(ids < 0) | (ids >= vocabulary)]
-        if len(bad):
-            do = "Use this student's tokenizer."
-            raise UserError(field, expected=f"token ids below {vocabulary}", got=str(bad[0]), do=do)
-        return ids.tolist()
-
-    def _encoded(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        return self.encode(prompt) if isinstance(prompt, str) else prompt
-
-    def _needed_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise UserError(
-                "RUN_OR_FILE",
-                expected="a packed file with a tokenizer",
-                got=f"{self.model.path} without one",
-                do="Use generate_ids, or export it again with the tokenizer.",
-            )
-        return self.tokenizer
 
 
 def _say_compiling(_name: str) -> None:
@@ -439,7 +389,3 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Over the last dimension, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def _words(stop: str | Sequence[str]) -> list[str]:
-    return [stop] if isinstance(stop, str) else list(stop)

@@ -17,15 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from bitdistill.errors import UserError
 from bitdistill.kernels import packing as layout
 from bitdistill.runtime.batching import Stats
 from bitdistill.runtime.packed_file import PackedModel, read_packed
+from bitdistill.runtime.prompts import Prompts, check_new_tokens, stop_strings
 from bitdistill.runtime.sampling import Sampler, Sampling
 from bitdistill.runtime.text_stream import TextStream
-from bitdistill.text_tokens import TextTokens
 
 PREFILL_TOKENS = 512
 TABLE_ROWS = 4_096  # rows of an embedding that are unpacked at once while it is loaded
@@ -68,7 +67,7 @@ def usable_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-class CudaRuntime:
+class CudaRuntime(Prompts):
     """A student from a packed file, on a GPU.
 
     Args:
@@ -108,8 +107,6 @@ class CudaRuntime:
             raise UserError("context", expected=f"1 to {longest:,} positions", got=f"{context:,}", do=do)
         self.context = context or longest
         self.file_bytes = self.model.file_bytes
-        text = self.model.tokenizer_json()
-        self.tokenizer = Tokenizer.from_str(text) if text else None
         self._cache_dtype = KV_CACHES[kv_cache]
         self._weights, self.device_bytes = _load(self.model, self.device)
         tied = self._weights.head is self._weights.embedding
@@ -137,7 +134,7 @@ class CudaRuntime:
         Raises:
             UserError: no ids, an id outside the vocabulary, or more positions than the context.
         """
-        ids = self._checked_ids(input_ids)
+        ids = self._checked_ids(input_ids, limit=self.context)
         with self._sequences(1, len(ids)) as sequences:
             if last_only:
                 return self._prompt(sequences, ids, 0).cpu().numpy()
@@ -150,22 +147,6 @@ class CudaRuntime:
         for start, others in before:
             sequences.prompt(others, slot, start, "none")
         return sequences.prompt(piece, slot, first, "last")
-
-    def _checked_ids(self, input_ids: Sequence[int]) -> list[int]:
-        ids = np.asarray(input_ids, np.int64).reshape(-1)
-        vocabulary = self.model.config.vocab_size
-        if len(ids) == 0:
-            raise UserError("prompt", expected="at least one token", got="none", do="Give a text.")
-        if ids.min() < 0 or ids.max() >= vocabulary:
-            bad = ids[(ids < 0) | (ids >= vocabulary)][0]
-            raise UserError(
-                "prompt", expected=f"token ids below {vocabulary}", got=str(bad), do="Use this student's tokenizer."
-            )
-        if len(ids) > self.context:
-            raise UserError(
-                "prompt", expected=f"at most {self.context} tokens", got=str(len(ids)), do="Shorten the text."
-            )
-        return ids.tolist()
 
     @contextmanager
     def _sequences(self, count: int, positions: int):
@@ -201,8 +182,8 @@ class CudaRuntime:
         Raises:
             UserError: a prompt longer than the context, or settings out of range.
         """
-        ids = self._checked_ids(prompt_ids)
-        _check_length(max_new_tokens)
+        ids = self._checked_ids(prompt_ids, limit=self.context)
+        check_new_tokens(max_new_tokens)
         sampling = sampling or Sampling()
         greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
         sampler = None if greedy else Sampler(sampling, ids, self.model.config.vocab_size)
@@ -252,8 +233,8 @@ class CudaRuntime:
 
         Returns: the new ids of each prompt, without an end-of-text token.
         """
-        checked = [self._checked_ids(ids) for ids in prompts]
-        _check_length(max_new_tokens)
+        checked = [self._checked_ids(ids, limit=self.context) for ids in prompts]
+        check_new_tokens(max_new_tokens)
         eos = set(self.model.config.eos_token_ids)
         room = [min(max_new_tokens, self.context - len(ids) + 1) for ids in checked]
         stats = self.stats = Stats(prompt_tokens=sum(map(len, checked)), weight_bytes=self.weight_bytes)
@@ -291,22 +272,6 @@ class CudaRuntime:
         stats.new_tokens = sum(map(len, answers))
         return answers
 
-    def encode(self, prompt: str, special_tokens: bool = False) -> list[int]:
-        """The tokens of a prompt: `TextTokens.encode_prompt`.
-
-        Raises:
-            UserError: the text is no Unicode, or the file has no tokenizer.
-        """
-        if self.tokenizer is None:
-            raise UserError(
-                "RUN_OR_FILE",
-                expected="a packed file with a tokenizer",
-                got=f"{self.model.path} without one",
-                do="Use generate_ids, or export it again with the tokenizer.",
-            )
-        template = self.model.metadata.get("tokenizer", {}).get("chat_template")
-        return TextTokens(self.tokenizer, str(template or "")).encode_prompt(prompt, special_tokens)
-
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -324,8 +289,8 @@ class CudaRuntime:
         Raises:
             UserError: as `generate_ids`, or the file has no tokenizer.
         """
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        stream = TextStream(self.tokenizer, ids, [stop] if isinstance(stop, str) else stop)
+        tokenizer, ids = self._needed_tokenizer(), self._encoded(prompt)
+        stream = TextStream(tokenizer, ids, stop_strings(stop))
         for token in self.generate_ids(ids, max_new_tokens, sampling):
             if piece := stream.feed(token):
                 yield piece
@@ -339,11 +304,6 @@ class CudaRuntime:
 def _pieces(ids: list[int]) -> list[tuple[int, list[int]]]:
     """(first position, ids) of the pieces in which a prompt is taken in."""
     return [(first, ids[first : first + PREFILL_TOKENS]) for first in range(0, len(ids), PREFILL_TOKENS)]
-
-
-def _check_length(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise UserError("max_new_tokens", expected="at least 1", got=str(max_new_tokens), do="Give 1 or more.")
 
 
 # --- file -> device ---------------------------------------------------------------------------------------------------
