@@ -360,9 +360,9 @@ def _exact_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
         dy = dy.float()
     dx = dw = None
     if needs_x:
-        dx = (dy * ternary.of_columns().to(dy.dtype)) @ ternary.weight_codes.to(dy.dtype)
+        dx = dy @ ternary.weight_codes.to(dy.dtype).mul_(ternary.of_columns().view(-1, 1))
     if needs_weight:
-        dw = (dy * act_scale.view(-1, 1).to(dy.dtype)).t() @ codes.to(dy.dtype)
+        dw = dy.t() @ codes.to(dy.dtype).mul_(act_scale.view(-1, 1))
     return dx, dw
 
 
