@@ -150,7 +150,7 @@ def test_the_choice_is_kept_for_this_machine(monkeypatch, tmp_path):
     codes = torch.randint(-127, 128, (9, 64), dtype=torch.int8)
     try:
         first = training_products.ternary_product("forward", codes, ternary)
-        assert {timed.count(name) for name in training_products.METHODS} <= {training_products.TRIALS + 1, training_products.TRIALS + 2}
+        assert all(timed.count(name) > training_products.TRIALS for name in training_products.METHODS)
         for again in range(2):  # known to the process, then read from the file
             timed.clear()
             assert torch.equal(training_products.ternary_product("forward", codes, ternary), first)
