@@ -126,9 +126,8 @@ def _read_prompts(prompts_file: str) -> str:
     try:
         # The bytes of standard input: its own encoding is the console's, which may be ASCII.
         path = user_path(prompts_file, "prompts_file")
-        return decode(
-            sys.stdin.buffer.read() if prompts_file == "-" else path.read_bytes(), f"prompts_file {prompts_file}"
-        )
+        data = sys.stdin.buffer.read() if prompts_file == "-" else path.read_bytes()
+        return decode(data, "prompts_file", prompts_file)
     except OSError as error:
         got = f"{prompts_file} ({error.strerror})"
         raise UserError("prompts_file", expected="a readable text file", got=got, do="Check the path.") from error

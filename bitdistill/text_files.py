@@ -79,13 +79,14 @@ def read_text(path: Path, field: str) -> str:
     return "".join(read_lines(path, field))
 
 
-def decode(data: bytes, field: str) -> str:
-    """The same for bytes from elsewhere, such as standard input."""
+def decode(data: bytes, field: str, name: str) -> str:
+    """The same for bytes from elsewhere, such as standard input; `name` is what the user gave for `field`."""
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         return io.TextIOWrapper(io.BytesIO(data), encoding).read()
     except UnicodeDecodeError as error:
-        raise UserError(field, expected="text in UTF-8", got=str(error), do="Convert it to UTF-8.") from None
+        do = "Convert it to UTF-8, for example with iconv."
+        raise UserError(field, expected="text in UTF-8", got=f"{name} ({error})", do=do) from None
 
 
 def _open(path: Path, field: str) -> BinaryIO:
