@@ -196,7 +196,7 @@ def bytes_in_memory(parameters: int, teacher_parameters: int, teacher_bytes: int
     """Bytes that the weights of stage 3 need on a rank, activations not counted.
 
     Args:
-        parameters: of the student. teacher_parameters: of the teacher, `teacher_bytes` each.
+        parameters: of the student. teacher_parameters: of the teacher. teacher_bytes: of each.
         shares: ranks that share the optimizer's state.
     """
     return parameters * (MASTER + GRADIENT + ADAM // shares) + teacher_parameters * teacher_bytes
@@ -275,6 +275,7 @@ def fit_to_model(config, positions: int, teacher_type: str, explicit: set[str], 
     Args:
         config: the run's settings, changed. positions: of the model, or of the shortest of model and teacher.
         teacher_type: the teacher's model_type. explicit: dotted names of the settings that the user gave.
+        report: takes in what was changed.
     """
     lengths = ((config, "max_length", "max_length"), (config.pretrain, "block_size", "pretrain.block_size"))
     for section, name, setting in lengths:
