@@ -29,12 +29,10 @@ def demo_seconds(folder: Path, max_steps: int, threads: int) -> dict[str, float]
     options = ["--output_dir", str(folder), "--max_steps", str(max_steps), "--report", "false"]
     options += ["--evaluate.enabled", "false", "--export.enabled", "false"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run(
-        [sys.executable, str(ROOT / "bitdistill" / "train.py"), *options],
-        env=environment,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    command = [sys.executable, str(ROOT / "bitdistill" / "train.py"), *options]
+    job = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if job.returncode:
+        raise SystemExit(f"busy: the demo failed:\n{job.stderr[-4000:]}")
     return {stage: json.loads((folder / stage / "done.json").read_text())["seconds"] for stage in STAGES}
 
 
