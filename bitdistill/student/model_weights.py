@@ -111,7 +111,7 @@ def _pairs(parts: list[str]) -> Iterator[tuple[str, str]]:
 
 def with_prefix(tensors: Tensors) -> Tensors:
     """The names as a language model has them. A model that was saved without its head has them without ``model.``."""
-    if any(name.startswith("model.") for name in tensors):
+    if not any(name.startswith(("layers.", "embed_tokens.")) for name in tensors):
         return tensors
     return {name if name == HEAD else f"model.{name}": value for name, value in tensors.items()}
 
@@ -126,8 +126,10 @@ def names_and_shapes(
         tied: the config says that the head is the embedding. setting: what messages call the folder.
     """
     wanted, got = dict(expected), set(tensors)
-    if tied and got & {HEAD, EMBEDDING}:  # one of the two is enough
-        wanted = {name: shape for name, shape in wanted.items() if name not in {HEAD, EMBEDDING} - got}
+    if tied:  # one of the two is enough
+        absent = {HEAD, EMBEDDING} - got
+        repeated = absent if len(absent) == 1 else absent & {HEAD}
+        wanted = {name: shape for name, shape in wanted.items() if name not in repeated}
     missing = sorted(wanted.keys() - got)
     surplus = sorted(name for name in got - wanted.keys() if not name.endswith(".rotary_emb.inv_freq"))
     all_of_them, do = f"the {len(wanted)} tensors of the model", "Take the folder as save_pretrained wrote it."
