@@ -328,8 +328,8 @@ def test_a_runtime_reads_the_prompts_of_training(tmp_path, eos):
     tokenizer = made("word_level", True, eos)
     runtime = Runtime(packed_student(tmp_path, tokenizer)[1], 1)
     rows = [{"text": text, "label": 0} for text in ("it was", "a </s> b<s>", "")]
-    prompts, _ = tasks.encode_prompts(tasks.Task(**REVIEW), Dataset.from_list(rows), tokenizer, 60)
-    texts = tasks.prompt_texts(tasks.Task(**REVIEW), rows, tokenizer)
+    prompts, _ = tasks.encode_prompts(Task(**REVIEW), Dataset.from_list(rows), tokenizer, 60)
+    texts = prompt_texts(Task(**REVIEW), rows, tokenizer)
     assert [runtime.encode(text) for text in texts] == prompts
     assert runtime.encode("a</s>", special_tokens=True) == [1, tokenizer.convert_tokens_to_ids("a"), 2]
     list(runtime.generate(texts[1], 2))
@@ -344,12 +344,12 @@ def test_the_harness_asks_with_the_tokens_of_training(tmp_path):
     harness = pytest.importorskip("bitdistill.evaluation.harness")
     from bitdistill.runtime.cpu import Runtime
 
-    tokenizer, task = made("word_level", True, True), tasks.Task(**REVIEW)
+    tokenizer, task = made("word_level", True, True), Task(**REVIEW)
     model, path = packed_student(tmp_path, tokenizer)
     rows = Dataset.from_list([{"text": text, "label": 1} for text in ("it was", "a </s> b<s>")])
     asked = harness.harness_task(task, rows, tokenizer)
     asked.build_all_requests(rank=0, world_size=1)
-    prompts, words = tasks.encode_prompts(task, rows, tokenizer, 1000)[0], tasks.label_tokens(task, tokenizer)
+    prompts, words = tasks.encode_prompts(task, rows, tokenizer, 1000)[0], label_tokens(task, tokenizer)
     for subject in (model, Runtime(path, 1)):
         ours = harness.harness_model(subject, tokenizer, pairs=asked.pairs)
         got = [ours._encode_pair(*request.args) for request in asked.instances]
