@@ -191,7 +191,7 @@ def test_settings_are_checked():
     assert parse_config([])[0].pretrain.annealing == "none"
     with pytest.raises(UserError, match="annealing_start"):
         parse_config([*arguments, "--pretrain.annealing_end", "0.5"])
-    with pytest.raises(UserError, match="annealing_end < 1"):
+    with pytest.raises(UserError, match="annealing_end: expected a number"):
         parse_config([*arguments, "--pretrain.annealing_end", "1.0"])
     with pytest.raises(UserError, match="annealing"):
         parse_config(["--pretrain.annealing", "square"])
