@@ -502,6 +502,9 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
         raise _refused(" ".join(str(error).split())) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        do = "Write the file again, as text in UTF-8."
+        raise UserError("config", expected="a YAML file of settings", got=str(error), do=do) from error
     namespace.pop("config", None)
     namespace.pop("__default_config__", None)
     _settle_paths(namespace)

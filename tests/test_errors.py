@@ -76,7 +76,7 @@ def options(monkeypatch):
 @pytest.fixture
 def known(monkeypatch):
     keys = {field.name for field in dataclasses.fields(Task)}
-    return settings() | options(monkeypatch) | keys
+    return settings() | options(monkeypatch) | keys | {"config"}  # --config of the main job
 
 
 def texts(node, tree, depth=0):

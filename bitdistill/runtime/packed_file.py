@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from bitdistill.errors import UserError
 from bitdistill.kernels import packing as layout
 from bitdistill.kernels.packing import INT4_GROUP
+from bitdistill.runtime.packed_check import config_problem
 
 FORMAT = "bitdistill-packed"
 VERSION = 3
@@ -68,7 +69,13 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> "Config":
-        fields = json.loads(text)
+        """Raises ValueError for a text that no runtime could work with."""
+        try:
+            fields = json.loads(text)
+        except RecursionError:
+            raise ValueError("a config that is nested too deeply") from None
+        if problem := config_problem(fields):
+            raise ValueError(problem)
         fields["linears"] = {name: Linear(**linear) for name, linear in fields["linears"].items()}
         return cls(**fields)
 
@@ -220,12 +227,20 @@ def read_packed(path: str | Path) -> PackedModel:
     )
     if config_checksum(header) != header.get("config_sha256"):
         raise damaged
-    config = Config.from_json(header["config"])
+    try:
+        config, metadata = Config.from_json(header.get("config", "")), json.loads(header.get("metadata", ""))
+    except (ValueError, TypeError, RecursionError) as error:  # TypeError: fields that a Config does not have
+        raise UserError(
+            "RUN_OR_FILE",
+            expected="a config and metadata that this version writes",
+            got=f"{path} with {error}",
+            do="Export the student again.",
+        ) from error
     tensors = _map(path)
     _check_tensors(path, config.expected_tensors(), tensors)
     if data_checksum(tensors) != header.get("data_sha256"):
         raise damaged
-    return PackedModel(path, config, json.loads(header["metadata"]), tensors, path.stat().st_size)
+    return PackedModel(path, config, metadata, tensors, path.stat().st_size)
 
 
 def _map(path: Path) -> dict[str, np.ndarray]:

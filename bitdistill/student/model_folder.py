@@ -109,7 +109,7 @@ def read_model(name_or_path: str | Path, setting: str = "model") -> tuple[ModelF
         problems = [*layer_count(path, written, tensors, setting), *_special_tokens(path, written, setting)]
         if problems:
             return None, problems
-        config, expected = _architecture(path, written, setting)
+        config, expected = architecture(path, written, setting)
     except UserError as problem:
         return None, [problem]
     tensors = with_prefix(tensors)
@@ -244,7 +244,7 @@ def _kind_problems(path: Path, written: dict[str, Any], setting: str) -> Iterato
             yield UserError(setting, expected=f"a {FAMILIES[kind]}", got=got, do=do)
 
 
-def _architecture(path: Path, written: dict[str, Any], setting: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
+def architecture(path: Path, written: dict[str, Any], setting: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """transformers' configuration, and name -> shape of the model that it describes."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -13,7 +13,7 @@ Source: BitNet Distillation, arXiv 2510.13998, section 3.1.
 """
 
 import copy
-import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ from bitdistill.student.calibration import InputStatistics
 from bitdistill.student.embeddings import FULL_PRECISION, quantize_embeddings
 from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears
 from bitdistill.student.loading import tied_keys
-from bitdistill.student.model_folder import check_family
+from bitdistill.student.model_folder import architecture, check_family
+from bitdistill.student.model_weights import read_json, tensors_of
 from bitdistill.student.quantizers import WeightQuantizer, quantizer_named
 from bitdistill.student.sharing import Siblings
 
@@ -340,24 +341,27 @@ def student_record(folder: str | Path) -> dict:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError("student", expected=f"a folder with {name}", got=str(folder), do="Give a finished stage.")
-    try:
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("bitdistill")
-    except ValueError as error:
-        raise UserError("config.json", expected="JSON", got=str(error), do="Run the stage again.") from error
-    if not written:
+    written = read_json(folder / "config.json", "student").get("bitdistill")
+    if not isinstance(written, dict):
         raise UserError(
             "student",
             expected="a config.json with a `bitdistill` section",
             got=f"{folder}, a foreign checkpoint",
             do="Convert it with --stage refine.",
         )
-    if written["format_version"] not in range(1, FORMAT_VERSION + 1):
+    if written.get("format_version") not in range(1, FORMAT_VERSION + 1):
         raise UserError(
             "student",
             expected=f"format_version {FORMAT_VERSION} or less",
-            got=str(written["format_version"]),
+            got=str(written.get("format_version")),
             do="Update bitdistill.",
         )
+    eps, size = written.get("subln_eps"), written.get("group_size", 128)
+    right = written.get("norms") in SUBLN_BEFORE and isinstance(eps, float | int) and 0 <= eps < 1
+    if not right or not isinstance(size, int | None):
+        got = f"{folder} with norms {written.get('norms')!r:.40}, subln_eps {eps!r:.40}, group_size {size!r:.40}"
+        do = "Run the stage again, or copy the folder again."
+        raise UserError("config.json: bitdistill", expected="what stage 1 writes", got=got, do=do)
     return written
 
 
@@ -386,10 +390,15 @@ def load_student(folder: str | Path) -> PreTrainedModel:
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder, written = Path(folder), student_record(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config, shapes = architecture(folder, read_json(folder / "config.json", "student"), "student")
+    wanted = sum(math.prod(shape) for shape in shapes.values())
+    there = sum(math.prod(shape) for _, shape, _ in tensors_of(folder, "student").values())
+    if wanted > 2 * there + 1_000_000:  # nothing is allocated for a config that has nothing to do with the weights
+        got = f"{folder}: {wanted:,} weights by config.json, {there:,} in model.safetensors"
+        raise UserError("student", expected="weights that fit config.json", got=got, do="Run the stage again.")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     embedding = written.get("embedding", FULL_PRECISION)
     weight_quantizer = written.get("weight_quantizer", "absmean")
