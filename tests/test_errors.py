@@ -41,6 +41,7 @@ FAR = {
     "console.py: field": "an option of the command that is run",
     "tasks.py: option": "--train_file, --validation_file or --extra_validation_files",
     "tasks.py: column": "a column of the rows",
+    "prompts.py: column": "a column of the rows",
     "write.py: name": "a tensor",
     "limits.py: name": "the settings, walked",
     "text_files.py: field": "the setting or option that the file was given as",
