@@ -22,6 +22,7 @@ from typing import Literal
 
 from bitdistill import console, folders, surroundings
 from bitdistill.errors import UserError
+from bitdistill.files import write_whole
 from bitdistill.text_files import decode, user_path
 
 
@@ -232,7 +233,7 @@ def evaluate(
     else:
         result = _task_score(run_or_file, setting, options, max_rows, threads)
     if json_file:
-        Path(json_file).expanduser().write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_whole(Path(json_file).expanduser(), json.dumps(result, indent=1))
 
 
 def _require_at_least(option: str, number: int | None, least: int) -> None:

@@ -42,7 +42,7 @@ class TrainingConfig:
         train_sampling_strategy: random, or group_by_length, which puts rows of similar length into a batch and so saves padding
             (for task rows only).
         logging_steps: steps between lines of metrics.jsonl.
-        save_steps: steps between checkpoints for --resume; 0 writes none.
+        save_steps: steps between checkpoints, from which an interrupted stage goes on; 0 writes none.
         health_steps: steps between lines of health.jsonl; 0 writes none.
     """
 
@@ -256,7 +256,8 @@ class RunConfig:
         corpus_column: its text column, when it is not `text`.
         seed: of everything random.
         max_steps: caps every stage, for smoke runs.
-        resume: continue an interrupted stage from its last checkpoint.
+        resume: accepted and without effect: an interrupted stage always goes on from its last checkpoint.
+        restart: run every wanted stage anew and discard its checkpoints. A finished result stays until the new one is complete.
         precision: of the matrix products, master weights stay fp32: fp32; bf16; or auto: bf16 on a GPU, and on a CPU that has
             instructions for it in the full-precision models and the LM heads, fp32 elsewhere.
         bit_linear_backward: gradients of the ternary layers: exact (products in the training precision), or fast (int8 products
@@ -295,7 +296,8 @@ class RunConfig:
     corpus_column: str | None = None
     seed: int = 0
     max_steps: int | None = None
-    resume: bool = False
+    resume: bool = True
+    restart: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     bit_linear_backward: Literal["exact", "fast"] = "exact"
     kernels: Literal["auto", "reference"] = "auto"
@@ -496,7 +498,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
     arguments = launch.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     for argument in arguments:
         console.require_utf8("command line", argument)
-    arguments = ["--resume=true" if argument == "--resume" else argument for argument in arguments]
+    switches = ("--resume", "--restart")
+    arguments = [f"{argument}=true" if argument in switches else argument for argument in arguments]
     parser = build_parser(_chosen_recipe(arguments))
     try:
         namespace = parser.parse_args(arguments)
@@ -509,6 +512,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
     namespace.pop("__default_config__", None)
     _settle_paths(namespace)
     config = parser.instantiate_classes(namespace)
+    namespace.restart = False  # the file says what the run is; run again, it goes on
     text = parser.dump(namespace, skip_validation=True, skip_none=False)
     run = RunConfig(**{name: config[name] for name in RunConfig.__dataclass_fields__})
     run.validate()

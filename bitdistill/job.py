@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -25,10 +26,12 @@ from bitdistill.data.tasks import pad_token
 from bitdistill.distributed import launch, presets
 from bitdistill.distributed.checkpoint import full_state_dict
 from bitdistill.errors import UserError
+from bitdistill.files import remove_leftovers, write_whole
 from bitdistill.kernels.cpu.bf16 import has_bf16_products
+from bitdistill.lock import lock_folder
 from bitdistill.names import SETTINGS
 from bitdistill.reporting.versions import versions
-from bitdistill.stages import RunDirectory, Stage, file_identity
+from bitdistill.stages import NOT_RUN, RunDirectory, Stage, file_identity
 from bitdistill.student.backend import choose_kernels
 from bitdistill.student.gguf_base import convert_gguf, is_gguf
 from bitdistill.student.loading import embedding_rows
@@ -70,6 +73,8 @@ class Job:
         depends_on = {name: stage.depends_on for name, stage in stages.items()}
         self.directory = RunDirectory(config.output_dir, depends_on, part_of_run)
         self.root = self.directory.root
+        if os.environ.get("RANK", "0") == "0":  # known before the process group is: a refusal comes at once
+            self.lock = lock_folder(self.root)
         self.alone = self._trains_alone()
         launch.initialise(self.device, alone=self.alone)
         choose_kernels(config.kernels)
@@ -88,8 +93,9 @@ class Job:
             self.report.require()
         self._look_ahead()
         if launch.is_main():
-            (self.root / "config.yaml").write_text(text, encoding="utf-8")
-            (self.root / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
+            remove_leftovers(self.root)
+            write_whole(self.root / "config.yaml", text)
+            write_whole(self.root / "versions.json", json.dumps(versions(), indent=1))
         launch.barrier()
 
     def _trains_alone(self) -> bool:
@@ -335,7 +341,18 @@ class Job:
 
     def reason_to_run(self, stage: str) -> str | None:
         """Why a stage must run, or None when its result still stands."""
-        return self.directory.reason_to_run(stage, self.settings(stage))
+        reason = self.directory.reason_to_run(stage, self.settings(stage))
+        return "--restart was given" if self.config.restart and reason != NOT_RUN else reason
+
+    def results_to_replace(self, stages: tuple[str, ...]) -> list[str]:
+        """Those of `stages` that have a result and will run nevertheless, with the reason."""
+        found = {}
+        for stage in stages:
+            if self.directory.done(stage) is not None:
+                after = [name for name in self.directory.inputs(stage) if name in found]
+                reason = self.reason_to_run(stage) or (f"after {after[0]}" if after else None)
+                found |= {stage: f"{stage} ({reason})"} if reason else {}
+        return list(found.values())
 
     def result(self, stage: str, facts: dict[str, Any]):
         """A temporary folder that becomes the stage's result; rank 0 alone may write one."""
@@ -365,23 +382,14 @@ class Job:
         gc.collect()
 
     def prepare_checkpoints(self, stage: str) -> bool:
-        """True when there are checkpoints of these very settings and --resume was given; others are removed, said."""
-        folder = self.directory.checkpoints(stage)
-        path = folder / "settings.json"
+        """True when there is unfinished work of these very settings to go on with; what becomes of other work is said."""
         inputs = {name: self.directory.done(name)["id"] for name in self.directory.inputs(stage)}
         engine = "torch" if self.alone else "deepspeed"  # neither reads the other's checkpoints
-        now = json.loads(json.dumps({"settings": self.settings(stage), "inputs": inputs, "engine": engine}))
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        resume = self.config.resume and known == now
+        belongs_to = {"settings": self.settings(stage), "inputs": inputs, "engine": engine}
         launch.barrier()
-        if not resume and folder.exists():
-            why = "their settings differ from those of this run" if self.config.resume else "no --resume was given"
-            if any(folder.glob("checkpoint-*")) or any(folder.glob("shard-*")):
-                launch.say(f"{stage}: earlier checkpoints are removed, because {why}")
-            if launch.is_main():
-                shutil.rmtree(folder, ignore_errors=True)
         if launch.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(now), encoding="utf-8")
+            said = self.directory.open_checkpoints(stage, belongs_to, self.config.restart)
+            if said:
+                launch.say(f"{stage}: {said}")
         launch.barrier()
-        return resume
+        return self.directory.has_checkpoints(stage)

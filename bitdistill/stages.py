@@ -7,6 +7,7 @@ stages that depend on it, and the reason is said.
 """
 
 import json
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -17,9 +18,12 @@ from typing import Any
 
 from bitdistill.distributed.checkpoint import save_folder_atomically
 from bitdistill.errors import UserError
+from bitdistill.files import write_whole
 
 # Settings of which a finished stage may hold more than is wanted: a cache of more blocks serves a run that needs fewer.
 MORE_IS_ENOUGH = ("cache.blocks",)
+NOT_RUN = "not run yet"
+BELONGS_TO = "settings.json"  # in a folder of checkpoints: the settings and inputs that they belong to
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -96,13 +100,17 @@ class RunDirectory:
     def done(self, stage: str) -> dict[str, Any] | None:
         """done.json of a finished stage, else None."""
         path = self.folder(stage) / "done.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except ValueError as error:
+            do = f"Restore {path}, or move {path.parent} away to run the stage again."
+            raise UserError(str(path), expected="JSON", got=str(error), do=do) from error
 
     def reason_to_run(self, stage: str, settings: dict[str, Any]) -> str | None:
         """Why the stage must run, or None when its result still stands."""
         done = self.done(stage)
         if done is None:
-            return "not run yet"
+            return NOT_RUN
         before, now = done["settings"], json.loads(json.dumps(flatten(settings)))
         changed = [
             name
@@ -131,6 +139,51 @@ class RunDirectory:
                     do=f"Run --stage {name} first, or --stage all.",
                 )
 
+    def open_checkpoints(self, stage: str, belongs_to: dict[str, Any], restart: bool = False) -> str | None:
+        """Makes `checkpoints(stage)` the place for unfinished work of these settings. Nothing is deleted unless asked.
+
+        Unfinished work of other settings is moved to RUN/checkpoints/aside; when it was of these settings and lies there, it
+        is fetched back. One process (rank 0) may call it.
+
+        Args:
+            stage: its name. belongs_to: what the work depends on, as nested settings.
+            restart: discard unfinished work of this stage, also what lies aside.
+
+        Returns: what was done with earlier work, in words; None when there was nothing to do.
+        """
+        folder, aside = self.checkpoints(stage), self.root / "checkpoints" / "aside"
+        now = json.loads(json.dumps(belongs_to))
+        set_aside = sorted(aside.glob(f"{stage}-*"), key=lambda path: path.stat().st_mtime_ns)
+        said = None
+        if restart:
+            discarded = [path for path in (folder, *set_aside) if _has_work(path)]
+            for path in (folder, *set_aside):
+                shutil.rmtree(path, ignore_errors=True)
+            said = f"--restart discards {', '.join(map(str, discarded))}" if discarded else None
+            set_aside = []
+        known = _read_json(folder / BELONGS_TO)
+        if known == now:
+            return said
+        if _has_work(folder):
+            number = 1 + max((int(path.name.rpartition("-")[2]) for path in set_aside), default=0)
+            kept = aside / f"{stage}-{number}"
+            aside.mkdir(parents=True, exist_ok=True)
+            folder.rename(kept)
+            said = f"earlier checkpoints belong to other settings ({_first_change(known, now)}): kept in {kept}"
+        shutil.rmtree(folder, ignore_errors=True)
+        same = [path for path in set_aside if _read_json(path / BELONGS_TO) == now]
+        if same:
+            same[-1].rename(folder)
+            found = f"checkpoints of these settings were found in {same[-1]}"
+            return f"{said}; {found}" if said else found
+        folder.mkdir(parents=True)
+        write_whole(folder / BELONGS_TO, json.dumps(now))
+        return said
+
+    def has_checkpoints(self, stage: str) -> bool:
+        """Whether there is unfinished work of a stage to go on with."""
+        return _has_work(self.checkpoints(stage))
+
     @contextmanager
     def result(self, stage: str, settings: dict[str, Any], facts: dict[str, Any]) -> Iterator[Path]:
         """A temporary folder that becomes the stage's result, whole, when the block ends without an error.
@@ -151,6 +204,24 @@ class RunDirectory:
                 **facts,
             }
             (folder / "done.json").write_text(json.dumps(done, indent=1), encoding="utf-8")
+
+
+def _has_work(folder: Path) -> bool:
+    return any(folder.glob("checkpoint-*")) or any(folder.glob("shard-*"))
+
+
+def _read_json(path: Path) -> Any:
+    """A JSON file's content; None when it is absent or damaged, which is as good as no file here."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _first_change(known: Any, now: dict[str, Any]) -> str:
+    before, after = flatten(known) if isinstance(known, dict) else {}, flatten(now)
+    name = next(name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name))
+    return f"{name.removeprefix('settings.')} was {_short(before.get(name))} and is {_short(after.get(name))}"
 
 
 def _short(value: Any) -> str:

@@ -37,13 +37,14 @@ from torch import Tensor, nn
 from bitdistill import console
 from bitdistill.config import RunConfig, explicit_settings, parse_config
 from bitdistill.data.demo import demo_model
-from bitdistill.distributed import launch
+from bitdistill.distributed import launch, termination
 from bitdistill.distributed.teacher import load_teacher
 from bitdistill.errors import UserError
 from bitdistill.evaluation.compare import compare_settings
 from bitdistill.evaluation.speed import sizes_and_speeds
 from bitdistill.evaluation.weight_only import CALIBRATION_TOKENS
 from bitdistill.export.pack import pack_settings
+from bitdistill.files import disk_errors_said
 from bitdistill.job import OF_TRIMMING, Job, optimization
 from bitdistill.names import DISTILLED, FULL_PRECISION
 from bitdistill.reporting.report import show_report
@@ -330,25 +331,34 @@ def run(job: Job) -> None:
             do="`base` belongs to the demo, `refine` and `pretrain` to a run without --student, and `pretrain` "
             "must be enabled.",
         )
-    for stage in there if wanted == "all" else (wanted,):
-        job.directory.require_inputs(stage)
-        reason = job.reason_to_run(stage)
-        if reason is None:
-            launch.say(f"{stage}: done and unchanged, skipped")
-            continue
-        launch.say(f"{stage}: runs ({reason})")
-        STAGES[stage].do(job)
-        launch.barrier()
-    if launch.is_main() and job.config.report:
-        show_report(job.root)
+    stages = there if wanted == "all" else (wanted,)
+    if replaced := job.results_to_replace(stages):
+        launch.say(
+            f"results that do not hold any more, each kept until its successor is complete: {', '.join(replaced)}"
+        )
+    with disk_errors_said(job.root):
+        for stage in stages:
+            job.directory.require_inputs(stage)
+            reason = job.reason_to_run(stage)
+            if reason is None:
+                launch.say(f"{stage}: done and unchanged, skipped")
+                continue
+            launch.say(f"{stage}: runs ({reason})")
+            STAGES[stage].do(job)
+            launch.barrier()
+            termination.end_if_requested()
+        if launch.is_main() and job.config.report:
+            show_report(job.root)
 
 
 def main() -> int:
-    """Parses and runs. Returns the exit status of `console.run`."""
+    """Parses and runs. Returns the exit status of `console.run`; 143 after SIGTERM, when a checkpoint was saved."""
 
     def body() -> None:
+        termination.listen()
         config, text = parse_config()
-        job = Job(config, text, STAGES, explicit_settings())
+        with disk_errors_said(Path(config.output_dir)):
+            job = Job(config, text, STAGES, explicit_settings())
         if config.stage != "check":
             run(job)
         launch.shutdown()

@@ -5,9 +5,10 @@ A Trainer's `checkpoint-N` is written file by file by all ranks (DeepSpeed's `gl
 the presence of any of them proves nothing. Here a checkpoint is complete when it holds `complete.json`, which rank 0
 writes last, after every rank has arrived and every file is on the disk:
 
-    {"world_size": 2, "files": {"model.safetensors": 4711, ...}}      names and sizes in bytes
+    {"world_size": 2, "files": {"model.safetensors": {"bytes": 4711, "sha256": "9f86..."}, ...}}
 
-Files that vanished or were cut short later (a full disk, an interrupted copy) are noticed by their size.
+Files that vanished, were cut short or changed later (a failing disk, an interrupted copy) are noticed before they are loaded;
+the checkpoint before is used then.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from bitdistill.distributed import launch
 from bitdistill.errors import UserError
+from bitdistill.files import checksum, flush, flush_tree, write_whole
 
 MARKER = "complete.json"
 
@@ -107,7 +109,7 @@ def save_folder_atomically(path: str | Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        _flush(unfinished)
+        flush_tree(unfinished)
         if not path.exists():
             unfinished.rename(path)
         elif _exchange(unfinished, path):
@@ -115,27 +117,10 @@ def save_folder_atomically(path: str | Path) -> Iterator[Path]:
         else:
             path.rename(old)
             unfinished.rename(path)
-        _flush_folder(path.parent)
+        flush(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """fsync of every file and folder below, and of `folder` itself."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            with open(Path(root, name), "rb+") as file:
-                os.fsync(file.fileno())
-        _flush_folder(Path(root))
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -162,24 +147,21 @@ def mark_complete(folder: str | Path) -> None:
     folder = Path(folder)
     launch.barrier()
     if launch.is_main():
-        _flush(folder)
-        files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-        files.pop(MARKER, None)
-        unfinished = folder / f".{MARKER}"
-        unfinished.write_text(
-            json.dumps({"world_size": launch.world_size(), "files": files}, indent=1), encoding="utf-8"
-        )
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        unfinished.rename(folder / MARKER)
-        _flush_folder(folder)
+        flush_tree(folder)
+        there = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
+        files = {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in there
+        }
+        write_whole(folder / MARKER, json.dumps({"world_size": launch.world_size(), "files": files}, indent=1))
     launch.barrier()
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete `checkpoint-N` in `folder`, for `trainer.train(resume_from_checkpoint=...)`.
+    """The newest complete and undamaged `checkpoint-N` in `folder`, for `trainer.train(resume_from_checkpoint=...)`.
 
-    Newer ones that are not complete are skipped, and said on stdout.
+    Every rank calls it. Newer ones that cannot be used are said, and put out of the way: an unfinished one is removed, a
+    damaged one becomes `damaged-checkpoint-N`. Left where they are, they would count as the newest when the Trainer deletes
+    old ones, in the place of one that is good.
 
     Returns: its path, or None when there is none (or no folder).
 
@@ -187,31 +169,51 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         UserError: it was written by another number of ranks, which DeepSpeed cannot load.
     """
     found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    good = None
     for checkpoint in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         problem, marker = _completeness(checkpoint)
-        if problem:
-            print(f"{checkpoint}: skipped, {problem}")
-            continue
-        if marker["world_size"] != launch.world_size():
-            raise UserError(
-                str(checkpoint),
-                expected=f"the {marker['world_size']} rank(s) that wrote it",
-                got=str(launch.world_size()),
-                do=f"Start with deepspeed --num_gpus {marker['world_size']}, or delete it to begin this stage again.",
-            )
-        return checkpoint
-    return None
+        if problem is None:
+            good = checkpoint
+            break
+        launch.say(f"{checkpoint}: skipped, {problem}")
+        launch.barrier()  # every rank has looked at it
+        if launch.is_main():
+            _put_away(checkpoint, damaged=bool(marker))
+    if good is not None and marker["world_size"] != launch.world_size():
+        raise UserError(
+            str(good),
+            expected=f"the {marker['world_size']} rank(s) that wrote it",
+            got=str(launch.world_size()),
+            do=f"Start with deepspeed --num_gpus {marker['world_size']}, or give --restart to begin this stage again.",
+        )
+    return good
+
+
+def _put_away(checkpoint: Path, damaged: bool) -> None:
+    if damaged:
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+    else:
+        shutil.rmtree(checkpoint)
 
 
 def _completeness(checkpoint: Path) -> tuple[str | None, dict]:
-    """(what is wrong or None, the marker)."""
-    if not (checkpoint / MARKER).is_file():
+    """(what is wrong or None, the marker, empty when there is none that can be read)."""
+    try:
+        marker = json.loads((checkpoint / MARKER).read_text())
+        files = {name: (known["bytes"], known["sha256"]) for name, known in marker["files"].items()}
+        int(marker["world_size"])
+    except FileNotFoundError:
         return f"unfinished: it has no {MARKER}", {}
-    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    for name, size in marker["files"].items():
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MARKER} is damaged", {"damaged": True}
+    for name, (size, digest) in files.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing", marker
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}", marker
+        if checksum(file) != digest:
+            return f"{name} is damaged: its checksum is not the one that was written down", marker
     return None, marker

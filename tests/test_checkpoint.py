@@ -158,6 +158,20 @@ def test_unfinished_and_damaged_ones_are_skipped_and_said(tmp_path, capsys):
     assert "checkpoint-20: skipped, unfinished" in said[2]
 
 
+def test_a_changed_byte_is_noticed_and_the_one_before_is_used(tmp_path, capsys):
+    good = make_checkpoint(tmp_path, 10, complete=True)
+    write(make_checkpoint(tmp_path, 20, complete=True), weights="w" * 19 + "v")
+    (make_checkpoint(tmp_path, 30, complete=True) / "complete.json").write_text('{"world_size": 1, "fi')
+    assert latest_checkpoint(tmp_path) == good
+    said = capsys.readouterr().out
+    assert "checkpoint-30: skipped, its complete.json is damaged" in said
+    assert "checkpoint-20: skipped, weights is damaged: its checksum" in said
+    # They no longer count when old checkpoints are deleted; an unfinished one would be of no use to anybody.
+    make_checkpoint(tmp_path, 40, complete=False)
+    assert latest_checkpoint(tmp_path) == good
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "damaged-checkpoint-20", "damaged-checkpoint-30"]
+
+
 def test_another_number_of_ranks_is_refused(tmp_path):
     path = make_checkpoint(tmp_path, 10, complete=True)
     marker = json.loads((path / "complete.json").read_text())

@@ -64,6 +64,19 @@ def test_resolved_file_runs_again_as_it_is(tmp_path):
     assert config.resume
 
 
+def test_a_restart_is_not_written_down(tmp_path):
+    config, text = parse_config(["--restart"])
+    assert config.restart
+    assert yaml.safe_load(text)["restart"] is False
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_resume_of_older_command_lines_and_files_is_accepted(tmp_path, value):
+    (tmp_path / "old.yaml").write_text(f"resume: {value}\n")
+    parse_config(["--config", str(tmp_path / "old.yaml")])
+    parse_config([f"--resume={value}"])
+
+
 def test_a_null_overrides_a_recipes_value(tmp_path):
     _, text = parse_config([*REAL, "--recipe", "paper"])
     settings = yaml.safe_load(text) | {"corpus_column": None}

@@ -49,13 +49,16 @@ GRAPH = {name: imports(path, FILES) for name, path in FILES.items()}
 
 # Room -> the rooms that its files may import, besides their own. The files on top of bitdistill/ that are no entries
 # (errors, names, stages) are a room each.
-LEAVES = {"errors", "names", "cpus", "folders"}  # import nothing of the project; every room may import them
+# Rooms that import nothing of the project; every room may import them.
+LEAVES = {"errors", "names", "cpus", "folders", "files", "lock"}
 GROUND = LEAVES | {"text_files", "text_tokens", "prompts", "kernels", "distributed"}
 ALLOWED = {
     "kernels": LEAVES,
     "distributed": LEAVES,
     "errors": set(),
     "names": set(),
+    "files": {"errors"},
+    "lock": {"errors"},
     "cpus": set(),
     "folders": set(),
     "console": LEAVES,

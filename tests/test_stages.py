@@ -117,3 +117,54 @@ def test_flatten_and_identity(tmp_path):
     file.write_text("22")
     assert file_identity(file) != one
     assert len(file_identity(tmp_path)) == 1
+
+
+def unfinished(directory, stage, settings, name="checkpoint-4"):
+    said = directory.open_checkpoints(stage, settings)
+    (directory.checkpoints(stage) / name).mkdir(exist_ok=True)
+    return said
+
+
+def test_unfinished_work_of_the_same_settings_is_gone_on_with(tmp_path):
+    directory = RunDirectory(tmp_path, DEPENDS_ON, STAGES)
+    assert unfinished(directory, "teacher", {"settings": {"seed": 0}}) is None
+    assert directory.open_checkpoints("teacher", {"settings": {"seed": 0}}) is None
+    assert directory.has_checkpoints("teacher")
+
+
+def test_unfinished_work_of_other_settings_is_kept_aside_and_found_again(tmp_path):
+    directory = RunDirectory(tmp_path, DEPENDS_ON, STAGES)
+    unfinished(directory, "teacher", {"settings": {"seed": 0}}, "checkpoint-8")
+    said = unfinished(directory, "teacher", {"settings": {"seed": 1}}, "checkpoint-2")
+    aside = tmp_path / "checkpoints" / "aside"
+    assert said == f"earlier checkpoints belong to other settings (seed was 0 and is 1): kept in {aside / 'teacher-1'}"
+    assert (aside / "teacher-1" / "checkpoint-8").is_dir()
+    said = directory.open_checkpoints("teacher", {"settings": {"seed": 0}})
+    assert said.endswith(f"checkpoints of these settings were found in {aside / 'teacher-1'}")
+    assert (directory.checkpoints("teacher") / "checkpoint-8").is_dir()
+    assert [path.name for path in aside.glob("*/checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_damaged_record_of_what_checkpoints_belong_to_loses_nothing(tmp_path):
+    directory = RunDirectory(tmp_path, DEPENDS_ON, STAGES)
+    unfinished(directory, "teacher", {"settings": {"seed": 0}})
+    (directory.checkpoints("teacher") / "settings.json").write_text('{"settings": {"se')
+    assert "kept in" in directory.open_checkpoints("teacher", {"settings": {"seed": 0}})
+    assert len(list(tmp_path.glob("checkpoints/aside/teacher-1/checkpoint-4"))) == 1
+
+
+def test_only_restart_discards(tmp_path):
+    directory = RunDirectory(tmp_path, DEPENDS_ON, STAGES)
+    for seed in (0, 1):
+        unfinished(directory, "teacher", {"settings": {"seed": seed}})
+    said = directory.open_checkpoints("teacher", {"settings": {"seed": 1}}, restart=True)
+    assert said.startswith("--restart discards ")
+    assert "aside/teacher-1" in said
+    assert not directory.has_checkpoints("teacher")
+    assert not list(tmp_path.glob("checkpoints/aside/*"))
+
+
+def test_a_damaged_result_is_named(directory):
+    (directory.folder("teacher") / "done.json").write_text("{")
+    with pytest.raises(UserError, match=r"teacher/done.json: expected JSON"):
+        directory.reason_to_run("teacher", {})

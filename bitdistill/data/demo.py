@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bitdistill.data.corpus import SEPARATOR
 from bitdistill.distributed import launch
+from bitdistill.files import write_whole
 
 LABEL_NOISE = 0.05
 TRAIN_SHARE = 0.6
@@ -248,7 +249,7 @@ def demo_of_run(run_dir: Path, seed: int) -> DemoPaths:
             launch.say("demo: makes its own corpus, tokenizer and task")
             shutil.rmtree(folder, ignore_errors=True)
             make_demo(folder, seed)
-            marker.write_text(json.dumps(wanted), encoding="utf-8")
+            write_whole(marker, json.dumps(wanted))
     launch.barrier()
     return _paths(folder)
 

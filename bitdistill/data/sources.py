@@ -18,6 +18,7 @@ from bitdistill.data.corpus import TokenStream
 from bitdistill.data.tasks import encode, encode_prompts, load_rows, load_task, load_validation, show_example
 from bitdistill.distributed import launch
 from bitdistill.errors import UserError
+from bitdistill.files import write_whole
 from bitdistill.prompts import Task
 
 
@@ -71,7 +72,7 @@ class Sources:
             f"{counts['longest_tokens']}; {counts['truncated']:,} prompts cut to {self.max_length} tokens"
         )
         if launch.is_main():
-            example_file.write_text(show_example(task, rows[0], tokenizer, self.max_length) + "\n", encoding="utf-8")
+            write_whole(example_file, show_example(task, rows[0], tokenizer, self.max_length) + "\n")
         return encoded
 
     def training_prompts(self, tokenizer, tokens: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from bitdistill.export.agreement import TOOLS, prove_agreement, tool_version
 from bitdistill.export.gguf_blocks import TYPES
 from bitdistill.export.gguf_file import AUTO, gguf_obstacles, write_gguf
 from bitdistill.export.hugging_face import FORMATS, hugging_face_obstacles, write_hugging_face
+from bitdistill.files import write_whole
 
 PROOF_TEXTS, PROOF_TOKENS = 8, 128
 NORMS = ("none", "two", "all")
@@ -81,7 +82,7 @@ def deliver(
         path.unlink() if path.is_file() else shutil.rmtree(path)
         raise
     proof_path = path.with_name(f"{path.name}.proof.json") if path.is_file() else path / "proof.json"
-    proof_path.write_text(json.dumps(result["proof"], indent=1), encoding="utf-8")
+    write_whole(proof_path, json.dumps(result["proof"], indent=1))
     return result
 
 

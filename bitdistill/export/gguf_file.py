@@ -19,6 +19,7 @@ from torch import nn
 from bitdistill.errors import UserError
 from bitdistill.export.gguf_blocks import TYPES, decode_bytes, encode_codes
 from bitdistill.export.gguf_metadata import tokenizer_metadata
+from bitdistill.files import whole_file
 from bitdistill.student.layers import bit_linears
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
@@ -145,13 +146,9 @@ def write_gguf(
         )
     architecture = "bitnet" if norms == "two" else ARCHITECTURES[model.config.model_type]
     matrices, vectors = _tensors(model, layers, architecture, linear_type)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with whole_file(path) as temporary:
         _write(temporary, model, tokenizer, architecture, matrices, vectors, embedding_type, name or path.stem)
         _compare(temporary, matrices)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     linear_bytes = sum(data.nbytes for data, _, _, _ in matrices.values())
     weights = sum(codes.size for _, _, codes, _ in matrices.values())
     types = [kind for _, kind, _, _ in matrices.values()]

@@ -6,9 +6,6 @@ buffers, so that a reader needs no knowledge of RoPE scaling.
 """
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 from bitdistill.errors import UserError
+from bitdistill.files import whole_file
 from bitdistill.kernels import packing as layout
 from bitdistill.kernels.packing import INT4_GROUP
 from bitdistill.kernels.tables import quantize_table
@@ -125,7 +123,7 @@ def write_tensors(
     header["metadata"] = json.dumps(metadata or {})
     header["config_sha256"] = config_checksum(header)
     header["data_sha256"] = data_checksum(tensors)
-    with _atomic(path) as temporary:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=header)
         _sort_metadata(temporary)
 
@@ -365,22 +363,3 @@ def _sort_metadata(path: Path) -> None:
         assert len(text) == length, "the header must keep its length, because the data follows it"
         file.seek(8)
         file.write(text)
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; renamed onto it, and on disk, when the block ends well, removed otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitdistill.errors import UserError
+from bitdistill.files import write_whole
 from bitdistill.names import DISTILLED, FULL_PRECISION, SETTINGS, STAGES, TERNARY_BASELINE, WEIGHT_ONLY
 
 PROOF = {  # what export/parity.py measured, in words
@@ -513,9 +514,9 @@ def write_report(run_dir: str | Path) -> Path:
         value=_value,
         proof_words=PROOF,
     )
-    (run.path / "table.txt").write_text(table_text(run), encoding="utf-8")
+    write_whole(run.path / "table.txt", table_text(run))
     target = run.path / "report.html"
-    target.write_text(page, encoding="utf-8")
+    write_whole(target, page)
     return target
 
 
@@ -615,6 +616,6 @@ def _figures(run: Run, lines: list[dict]) -> dict[str, str]:
     for name, (plot, *args) in wanted.items():
         folder.mkdir(exist_ok=True)
         svg, png = plots.draw(plot, *args)
-        (folder / f"{name}.png").write_bytes(png)
+        write_whole(folder / f"{name}.png", png)
         drawn[name] = Markup(svg)  # matplotlib has escaped the text in it
     return drawn

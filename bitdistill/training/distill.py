@@ -133,11 +133,11 @@ class Distillation(Objective):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizer."""
-        return self.gamma.state_dict() if isinstance(self.gamma, BalancedGamma) else {}
+        return {} if self.relation == "none" else self.measured.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if isinstance(self.gamma, BalancedGamma):
-            self.gamma.load_state_dict(state)
+        if self.relation != "none":
+            self.measured.load_state_dict(state)
 
     def finish_step(self) -> None:
         """After the last backward pass of an optimizer step, on every rank: takes in what was watched."""

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bitdistill.distributed import launch
+from bitdistill.files import append_line, write_whole
 from bitdistill.kernels.reference import quantize_activation, rms_norm, weight_scale
 from bitdistill.student.layers import BitLinear, GatedMLP, bit_linears
 from bitdistill.training.diagnosis import Diagnosis, Finding
@@ -250,7 +251,7 @@ class HealthLog(TrainerCallback):
         start = Path(args.output_dir) / START_FILE
         if state.global_step == 0:
             start.parent.mkdir(parents=True, exist_ok=True)
-            start.write_text(json.dumps(self.start), encoding="utf-8")
+            write_whole(start, json.dumps(self.start))
         elif start.is_file():
             self.start = json.loads(start.read_text(encoding="utf-8"))
         else:
@@ -307,8 +308,7 @@ class HealthLog(TrainerCallback):
 
     @staticmethod
     def _append(path: Path, line: dict) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(path, json.dumps(line))
 
 
 def _past_half(step: int, state) -> bool:

@@ -521,7 +521,9 @@ class BalancedGamma:
     def state_dict(self) -> dict:
         """What a resumed run needs to go on exactly; rho and decay are settings and come from the config."""
         assert self._squares is None, "finish the step before saving it"
-        return {"mean": self.mean, "updates": self.updates, "skipped": self.skipped}
+        norms = {"task_norm": self.task_norm, "attention_norm": self.attention_norm}
+        return {"mean": self.mean, "updates": self.updates, "skipped": self.skipped, **norms}
 
     def load_state_dict(self, state: dict) -> None:
         self.mean, self.updates, self.skipped = state["mean"], state["updates"], state["skipped"]
+        self.task_norm, self.attention_norm = state["task_norm"], state["attention_norm"]

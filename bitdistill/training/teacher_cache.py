@@ -45,6 +45,7 @@ from tqdm.auto import tqdm
 
 from bitdistill.distributed import launch
 from bitdistill.errors import UserError
+from bitdistill.files import flush
 from bitdistill.kernels.vocabulary import linear_top_k
 from bitdistill.training.head import head_weight, hidden_states, instead_of_logits
 
@@ -202,6 +203,7 @@ def write_shards(
             save_file(
                 arrays, unfinished, metadata={"format": FORMAT, "version": str(VERSION), "first_block": str(first)}
             )
+            flush(unfinished)
             unfinished.replace(path)
 
 

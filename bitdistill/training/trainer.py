@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from bitdistill.distributed import launch
+from bitdistill.distributed import launch, termination
 from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete
 from bitdistill.errors import UserError
+from bitdistill.files import append_line, write_whole
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.layers import assert_fp32_masters
 from bitdistill.student.norms import fuse_norms, unfuse_norms
@@ -35,6 +36,7 @@ from bitdistill.training.head import head_products
 
 EXTRA_STATE = "bitdistill_state.json"
 TIMED_STEPS = 3  # after the first, from which the length of a stage is foretold
+TOTAL = "all"  # the name under which the weighted sum of the loss terms is counted
 
 
 @dataclass
@@ -176,8 +178,10 @@ class StageTrainer(Trainer):
             self.loss_is_scaled_for_ga = True
         self._counts = Counts(0, 0, 0, 0)
         self._rows: list[int] = []
+        # Of each loss term, and of all of them together, since the last line was logged.
         self._sums: dict[str, float] = {}
         self._steps_summed, self._tokens_summed, self._since = 0, 0, time.perf_counter()
+        self.stop_wanted = False  # some rank was asked to end: after this step, on every rank
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         if annealing is not None:
@@ -203,8 +207,9 @@ class StageTrainer(Trainer):
         positions = sum(batch["labels"].numel() for batch in batches)
         self._rows_are = "blocks of the corpus" if batches and "block" in batches[0] else "training rows, from 0,"
         self._rows = [i for batch in batches for i in batch.get("block", batch.get("row", torch.empty(0))).tolist()]
-        totals = launch.all_reduce_sum(torch.tensor([answers, tokens, positions], device=self.args.device))
-        self._counts = Counts(*totals.tolist(), step=self.state.global_step)
+        here = torch.tensor([answers, tokens, positions, termination.requested()], device=self.args.device)
+        *totals, stops = launch.all_reduce_sum(here).tolist()
+        self._counts, self.stop_wanted = Counts(*totals, step=self.state.global_step), stops > 0
         self._steps_summed += 1
         self._tokens_summed += self._counts.tokens
         return batches, self._counts.answer_tokens
@@ -230,6 +235,7 @@ class StageTrainer(Trainer):
             if not math.isfinite(value):
                 self._refuse_loss(name, value, inputs)
             self._sums[name] = self._sums.get(name, 0.0) + value
+            self._sums[TOTAL] = self._sums.get(TOTAL, 0.0) + float(weight) * value
             total = total + weight * loss
         return total * launch.world_size()
 
@@ -263,10 +269,10 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._steps_summed:
             seconds = time.perf_counter() - self._since
-            names = sorted(self._sums)
-            sums = launch.all_reduce_sum(self._tensor(self._sums[name] for name in names))
-            for name, value in zip(names, sums.tolist(), strict=True):
-                logs[f"loss_{name}"] = value / self._steps_summed
+            sums = self._sums_of_all_ranks()
+            # The Trainer's own mean forgets the steps before a checkpoint that a run went on from.
+            logs["loss"] = sums.pop(TOTAL) / self._steps_summed
+            logs |= {f"loss_{name}": value / self._steps_summed for name, value in sums.items()}
             logs |= self.objective.logged()
             if self.annealing is not None:
                 logs["annealing"] = self.annealing.value
@@ -275,27 +281,48 @@ class StageTrainer(Trainer):
             self._since = time.perf_counter()
         super().log(logs, start_time)
 
-    def _tensor(self, values: Iterable[float]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.float64, device=self.args.device)
+    def _sums_of_all_ranks(self) -> dict[str, float]:
+        names = sorted(self._sums)
+        here = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=self.args.device)
+        return dict(zip(names, launch.all_reduce_sum(here).tolist(), strict=True))
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a resumed run needs besides the Trainer's own state, for JSON. Every rank calls it; rank 0's counts."""
+        since = {"sums": self._sums_of_all_ranks(), "steps": self._steps_summed, "tokens": self._tokens_summed}
+        state = {"objective": self.objective.state_dict(), "since_last_line": since}
+        if self.stream is not None:
+            state["stream"] = self.stream.state_for(self.state.global_step * self.step_rows())
+        return state
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        self.objective.load_state_dict(state["objective"])
+        since, share = state["since_last_line"], float(launch.is_main())  # the sum over the ranks is what it was
+        self._sums = {name: share * value for name, value in since["sums"].items()}
+        self._steps_summed, self._tokens_summed = since["steps"], since["tokens"]
+        if self.stream is not None:
+            self.stream.load_state(state["stream"])
+            self.args.ignore_data_skip = True
 
     def fit(self, resume: bool) -> dict[str, Any]:
-        """Trains, from the last complete checkpoint when `resume` is set and there is one.
+        """Trains, from the last complete checkpoint when `resume` is set and there is one. A checkpoint is saved when the
+        run is asked to end (distributed/termination.py).
 
         Returns: facts for done.json: seconds, steps, engine, resumed_from.
         """
         folder = Path(self.args.output_dir)
         checkpoint = latest_checkpoint(folder) if resume else None
         if checkpoint is not None:
-            extra = json.loads((checkpoint / EXTRA_STATE).read_text(encoding="utf-8"))
-            self.objective.load_state_dict(extra["objective"])
-            if self.stream is not None:
-                self.stream.load_state(extra["stream"])
-                self.args.ignore_data_skip = True
+            self._load_extra_state(json.loads((checkpoint / EXTRA_STATE).read_text(encoding="utf-8")))
             launch.say(f"{self.stage}: continues at {checkpoint.name}")
         elif resume:
             launch.say(f"{self.stage}: no complete checkpoint to continue from, starts at step 0")
         started = time.perf_counter()
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with termination.deferred():
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.stop_wanted and self.state.global_step < self.state.max_steps:
+            raise termination.Stopped(
+                f"stopped by SIGTERM; {self.stage}: checkpoint-{self.state.global_step} is saved."
+            )
         return {
             "seconds": round(time.perf_counter() - started, 2),
             "steps": self.state.global_step,
@@ -327,15 +354,18 @@ class _Files(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if launch.is_main() and logs and "loss" in logs:
             line = {"stage": self.trainer.stage, "step": state.global_step, "time": time.time(), **logs}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            if self.trainer.stream is not None:
+                line.pop("epoch", None)  # of a stream the Trainer knows nothing; done.json has corpus_epochs
+            append_line(self.path, json.dumps(line))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.stop_wanted:
+            control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        extra = self.trainer.extra_state()
         if launch.is_main():
-            extra = {"objective": self.trainer.objective.state_dict()}
-            if self.trainer.stream is not None:
-                extra["stream"] = self.trainer.stream.state_for(state.global_step * self.trainer.step_rows())
             (folder / EXTRA_STATE).write_text(json.dumps(extra), encoding="utf-8")
         mark_complete(folder)
 
@@ -352,9 +382,7 @@ def drop_lines(path: Path, stage: str, after_step: int) -> None:
             continue  # the half-written last line of a killed run
         if line["stage"] != stage or line["step"] <= after_step:
             kept.append(text)
-    new = path.with_suffix(".new")
-    new.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
-    new.replace(path)
+    write_whole(path, "".join(f"{text}\n" for text in kept))
 
 
 class _ProgressBar(TrainerCallback):
