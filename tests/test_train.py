@@ -296,7 +296,7 @@ def test_a_mistake_is_one_line(world, tmp_path):
     assert "got 7 in row 1" in output
     assert "Traceback" not in output
     output = job(world, tmp_path / "run1", "--teacher.learning_rate", "1e30", "--teacher.max_grad_norm", "0", code=2)
-    assert "expected a finite number" in output
+    assert "expected finite" in output
     assert "in stage teacher at step" in output
     assert not (tmp_path / "run1" / "teacher").exists()
     output = job(world, tmp_path / "run2", "--zero", "0", "--offload", "cpu", code=2)

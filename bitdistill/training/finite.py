@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from bitdistill.errors import UserError
 
 DO = (
-    "Lower the learning rate, lengthen the warm-up, or try --precision fp32; the same command with --resume goes on from the "
+    "Lower the learning rate, lengthen the warm-up, or try --precision fp32; the same command goes on from the "
     "last checkpoint, which is good."
 )
 
