@@ -165,10 +165,12 @@ class Job:
         path = Path(source).expanduser().resolve()
         folder = self.root / "gguf" / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         marker, identity = folder.with_name(f"{folder.name}.json"), json.dumps(file_identity(source))
-        if launch.is_main() and not (folder.is_dir() and marker.is_file() and marker.read_text() == identity):
+        if launch.is_main() and not (
+            folder.is_dir() and marker.is_file() and marker.read_text(encoding="utf-8") == identity
+        ):
             marker.unlink(missing_ok=True)
             launch.say(str(convert_gguf(source, folder)))
-            marker.write_text(identity)
+            marker.write_text(identity, encoding="utf-8")
         launch.barrier()
         return folder
 

@@ -201,7 +201,7 @@ def _put_away(checkpoint: Path, damaged: bool) -> None:
 def _completeness(checkpoint: Path) -> tuple[str | None, dict]:
     """(what is wrong or None, the marker, empty when there is none that can be read)."""
     try:
-        marker = json.loads((checkpoint / MARKER).read_text())
+        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         files = {name: (known["bytes"], known["sha256"]) for name, known in marker["files"].items()}
         int(marker["world_size"])
     except FileNotFoundError:

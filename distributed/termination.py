@@ -94,7 +94,7 @@ def _launcher() -> tuple[int, int] | None:
 
 def _parent_of(process: int) -> int:
     try:
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
     except OSError:
         return 0
 

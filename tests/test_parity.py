@@ -188,7 +188,7 @@ def test_parity_needs_prompts_and_fp32(qwen3):
     refused("validation_file", lambda: prove_parity(path, model, []))
     refused("validation_file", lambda: prove_parity(path, model, [[3], []]))
     refused("validation_file", lambda: prove_parity(path, model, [[3] * 65]))
-    refused("model", lambda: prove_parity(path, model.bfloat16(), PROMPTS))
+    refused("student", lambda: prove_parity(path, model.bfloat16(), PROMPTS))
 
 
 @pytest.mark.parametrize("name", ["stories260K-hf", "base-6m"])

@@ -244,7 +244,7 @@ def machine(device: torch.device) -> str:
 
 def _read() -> dict[str, dict[str, str | None]]:
     try:
-        return json.loads(_file().read_text())
+        return json.loads(_file().read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 

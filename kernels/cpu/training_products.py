@@ -159,7 +159,7 @@ def _file():
 def _known() -> dict[str, str]:
     """Choices made on this machine before."""
     try:
-        return {key: name for key, name in json.loads(_file().read_text()).items() if name in METHODS}
+        return {key: name for key, name in json.loads(_file().read_text(encoding="utf-8")).items() if name in METHODS}
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
