@@ -454,7 +454,7 @@ def check(model: str, norms: Literal["none", "two", "all"] = "two") -> None:
     from transformers import AutoConfig
 
     from bitdistill.export.deliver import deployability
-    from bitdistill.student.loading import check_family
+    from bitdistill.student.model_folder import check_family
 
     try:
         config = AutoConfig.from_pretrained(str(Path(model).expanduser()))

@@ -118,10 +118,9 @@ def tiny_data():
 
 
 def tiny_arguments(folder: Path, config: dict, **changes):
-    """TrainingArguments for STEPS steps of GLOBAL_BATCH rows, however many ranks share them."""
-    from transformers import TrainingArguments
-
+    """StageArguments for STEPS steps of GLOBAL_BATCH rows, however many ranks share them."""
     from bitdistill.distributed import launch
+    from bitdistill.training.trainer import StageArguments
 
     settings = {
         "output_dir": str(folder),
@@ -135,7 +134,7 @@ def tiny_arguments(folder: Path, config: dict, **changes):
         "report_to": [],
         "disable_tqdm": True,
     }
-    return TrainingArguments(**settings | changes)
+    return StageArguments(**settings | changes)
 
 
 def tiny_trainer(arguments, callbacks=()):

@@ -126,5 +126,5 @@ def test_offline_it_says_what_to_do(tmp_path):
     code = "from bitdistill.evaluation.harness import stock_task; stock_task('arc_easy')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "UserError: lm_eval task arc_easy: expected its data from the hub" in done.stderr
+    assert "UserError: lm_eval: expected the data of arc_easy from the hub" in done.stderr
     assert "--validation_file" in done.stderr.splitlines()[-1]

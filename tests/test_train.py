@@ -230,7 +230,8 @@ def one_rank(world, tmp_path_factory):
     return run
 
 
-SHORT = ["--max_steps", "6", "--baseline.enabled", "false", "--export.speed_tokens", "0"]
+# fp32, because products in bf16, the default where the processor has them, differ by more than float noise with their shapes.
+SHORT = ["--max_steps", "6", "--baseline.enabled", "false", "--export.speed_tokens", "0", "--precision", "fp32"]
 
 
 @pytest.mark.parametrize(
