@@ -103,5 +103,5 @@ def test_commands(run, capsys):
     cli.export(str(run), format="transformers")
     shown = capsys.readouterr().out
     assert "proved by transformers" in shown
-    with pytest.raises(UserError, match="run: expected a run directory with a finished student"):
+    with pytest.raises(UserError, match="RUN: expected a run directory with a finished student"):
         cli.export(str(run / "evaluate"), format="gguf")
