@@ -260,6 +260,8 @@ def test_two_ranks_equal_one(world, one_rank, tmp_path, ranks, rows, accumulatio
                 # step: relations, which see Q, K and V directly, then move by percents, the words' likelihoods hardly.
                 flipped = stage == "distill" and step > 1
                 tolerance = (5e-2 if name == "loss_attention" else 2e-3) if flipped else 1e-5
+                if stage == "pretrain" and step > 1:  # int8 codes of activations flip (measured: 1.1e-5 at step 5)
+                    tolerance = 1e-4
                 if stage == "distill" and step == 1 and name in ("loss", "loss_attention"):
                     # It starts from what stage 2 made of float noise: weights up to 3e-5 apart, equal ternary codes, and
                     # now and then another int8 code of an activation (measured: 1.5e-4).
