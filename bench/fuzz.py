@@ -1,7 +1,7 @@
 """Mutated real files: each reader of the project gets damaged files and must give a right result or one clear line.
 
     python bench/fuzz.py                                1,000 mutations, as in the tests
-    python bench/fuzz.py --mutations 100000             the long run; its table is in docs/log.md
+    python bench/fuzz.py --mutations 100000             the long run: some hours
     python bench/fuzz.py --only "packed file" --case 17 one mutation again, with its error
 
 Mutations are flipped bits, cut, doubled, moved and inserted pieces, absurd numbers and lengths, absurd headers, deep
