@@ -1,6 +1,8 @@
 """Packed products, the joints between them, and attention on a GPU (interpreted without one): integers, codes and scales
 bit for bit, floats against float64."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -165,7 +167,8 @@ def test_read_only_codes(device):
     """What a packed file gives: numpy views that must not be written."""
     codes = random_codes(9, 70, "cpu").numpy()
     codes.flags.writeable = False
-    with pytest.warns(UserWarning, match="not writable"):
+    with warnings.catch_warnings():  # torch says once in a process that the array is not writable
+        warnings.simplefilter("ignore", UserWarning)
         matrix = decode.pack_2bit(torch.from_numpy(codes).to(device))
     np.testing.assert_array_equal(unpacked_2bit(matrix)[:, :70], codes)
 

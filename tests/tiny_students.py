@@ -18,7 +18,16 @@ COMMON = {
 }
 THETA = {"rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-CONFIGS = {
+
+
+class Copies(dict):
+    """A copy for each look: surgery writes into a model's config, and other tests must not see it."""
+
+    def __getitem__(self, name):
+        return copy.deepcopy(super().__getitem__(name))
+
+
+CONFIGS = Copies({
     # widths that neither 4 nor 5 divides, so that packed rows and the last base-3 byte have padding
     "llama": LlamaConfig(
         **COMMON, hidden_size=64, intermediate_size=90, num_attention_heads=4, num_key_value_heads=2,
@@ -47,7 +56,7 @@ CONFIGS = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0},
         },
     ),
-}  # fmt: skip
+})  # fmt: skip
 
 
 def student(name: str, norms: str = "two", seed: int = 0):
