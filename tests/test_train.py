@@ -256,7 +256,8 @@ def test_two_ranks_equal_one(world, one_rank, tmp_path, ranks, rows, accumulatio
         assert sorted(a) == sorted(b) == list(range(1, 7))
         for step in b:
             for name in (name for name in b[step] if name.startswith("loss")):
-                # Float noise is 2e-7. In stage 3 it has flipped single codes of a model that has few, by what stage 2 made of it: relations, which see Q, K and V directly, then move by percents, the words' likelihoods hardly.
+                # Float noise is 2e-7. In stage 3 it has flipped single codes of a model that has few, by what stage 2 made
+                # of it: relations, which see Q, K and V directly, then move by percents, the words' likelihoods hardly.
                 flipped = stage == "distill"
                 tolerance = (5e-2 if name == "loss_attention" else 2e-3) if flipped else 1e-5
                 if stage == "pretrain" and step > 1:  # int8 codes of activations flip (measured: 1.1e-5 at step 5)
