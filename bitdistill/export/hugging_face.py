@@ -86,7 +86,7 @@ def write_hugging_face(folder: str | Path, model: nn.Module, tokenizer, format: 
     folder.mkdir(parents=True, exist_ok=True)
     try:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx" if format == "mlx" else "pt"})
-        _write_config(folder, model, format, dtype, _groups(layers, codes_of, format))
+        _write_config(folder, model, format, dtype, _groups(codes_of))
         tokenizer.save_pretrained(folder)
         held = load_file(folder / "model.safetensors")
         for name, (codes, scale_OG) in codes_of.items():
@@ -202,7 +202,7 @@ _DECODERS = {
 }
 
 
-def _groups(layers, codes_of, format: str) -> dict[str, int]:
+def _groups(codes_of: dict[str, tuple[Tensor, Tensor]]) -> dict[str, int]:
     """Columns of a group of each layer, as stored."""
     return {name: codes.shape[1] // scale.shape[1] for name, (codes, scale) in codes_of.items()}
 
