@@ -46,6 +46,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "bitdistill",
+        "bitdistill.commands",
         "bitdistill.data",
         "bitdistill.evaluation",
         "bitdistill.export",

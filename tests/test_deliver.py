@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_gguf_file import TEXTS, byte_level, student
 
-from bitdistill import cli
+from bitdistill.commands.export import check, export
 from bitdistill.errors import UserError
 from bitdistill.export import agreement, deliver
 from bitdistill.export.agreement import compare_logits, student_logits
@@ -96,12 +96,12 @@ def test_check_says_what_is_possible_before_training():
 
 def test_commands(run, capsys):
     CONFIGS["llama"].save_pretrained(run)
-    cli.check(str(run), norms="two")
+    check(str(run), norms="two")
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())  # the last column is folded
     assert "LM head to the" in shown
     assert "packed" in shown
-    cli.export(str(run), format="transformers")
+    export(str(run), format="transformers")
     shown = capsys.readouterr().out
     assert "proved by transformers" in shown
     with pytest.raises(UserError, match="RUN: expected a run directory with a finished student"):
-        cli.export(str(run / "evaluate"), format="gguf")
+        export(str(run / "evaluate"), format="gguf")

@@ -70,7 +70,8 @@ def options(monkeypatch):
         return add(self, *names, **rest)
 
     monkeypatch.setattr(argparse._ActionsContainer, "add_argument", noting)
-    cli._generate_options(["file", "text"])
+    for parser in cli.PARSERS.values():
+        parser(["file", "text"])
     return found - {"sampling", "h", "help"}
 
 

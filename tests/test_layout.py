@@ -74,6 +74,7 @@ ALLOWED = {
     "export": GROUND | {"student", "runtime"},
     "evaluation": GROUND | {"student", "data", "runtime"},
     "reporting": GROUND,
+    "commands": GROUND | {"console", "student", "data", "runtime", "export", "evaluation", "reporting"},
     "api": GROUND | {"student", "data", "runtime", "training", "export"},
 }
 

@@ -1,0 +1,158 @@
+"""`bitdistill generate`: continues a prompt, or each line of a file, with a packed student."""
+
+import json
+import sys
+
+from bitdistill import console
+from bitdistill.commands.options import Parser
+from bitdistill.errors import UserError
+from bitdistill.text_files import decode, user_path
+
+
+def generate(
+    run_or_file: str,
+    prompt: str | None = None,
+    prompts_file: str | None = None,
+    slots: int = 8,
+    max_new_tokens: int = 64,
+    stop: list[str] | None = None,
+    special_tokens: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    kv_cache: str = "bf16",
+    context: int | None = None,
+    profile: bool = False,
+    **sampling,
+) -> None:
+    """Continues a prompt with a packed student, printing text as it comes; or each line of a file, as JSON lines.
+
+    Args:
+        run_or_file: a run directory, or a packed file.
+        prompt: the text to continue.
+        prompts_file: a prompt a line ("-" reads standard input) in its place: answers in the order of the lines, each
+            {"index", "prompt", "text", "prompt_tokens", "cached_tokens", "new_tokens", "stopped_by"}.
+        slots, max_new_tokens, stop, special_tokens, threads, kv_cache, context, sampling: see `generate_options`.
+        device: "cpu", or a GPU: "cuda", "cuda:1".
+        profile: also print where the time of a decoding step goes.
+
+    Raises:
+        UserError: no such file, no prompt or two, or a setting out of its range.
+    """
+    if (prompt is None) == (prompts_file is None):
+        got = "neither" if prompt is None else "both"
+        raise UserError("prompt", expected="a prompt or --prompts_file", got=got, do="Give one of them.")
+    from bitdistill.runtime.loading import find_packed
+    from bitdistill.runtime.sampling import Sampling
+
+    path, sampling = find_packed(run_or_file), Sampling(**sampling)
+    if device == "cpu":
+        from bitdistill.runtime.cpu import Runtime
+
+        runtime = Runtime(path, threads, kv_cache, context)
+    else:
+        if prompts_file is not None or profile or threads is not None:
+            got = f"{device} with --prompts_file, --profile or --threads"
+            raise UserError("device", expected="cpu for these options", got=got, do="Leave one of them out.")
+        from bitdistill.runtime.cuda import CudaRuntime
+
+        runtime = CudaRuntime(path, device, context, kv_cache)
+    if prompts_file is not None:
+        _generate_lines(runtime, prompts_file, slots, max_new_tokens, stop or (), sampling, special_tokens)
+    else:
+        ids = runtime.encode(prompt, special_tokens)
+        print(prompt, end="", flush=True)
+        for piece in runtime.generate(ids, max_new_tokens, sampling, stop or ()):
+            print(piece, end="", flush=True)
+        print()
+    _print_statistics(runtime)
+    if profile:
+        _print_profile(runtime)
+
+
+def _print_statistics(runtime) -> None:
+    stats = runtime.stats
+    rate = f"{stats.tokens_per_second:.1f} tokens/s" if stats.decoded_tokens else "too short to time"
+    cached = f", {stats.cached_tokens} of them known" if stats.cached_tokens else ""
+    read = f", {stats.read_bytes_per_token / 1e6:.2f} MB read a token" if stats.decode_steps else ""
+    print(
+        f"[{stats.prompt_tokens} prompt tokens{cached}, in {stats.prompt_seconds:.2f} s; {stats.new_tokens} new ones, "
+        f"{rate}{read}; KV cache {stats.kv_cache_bytes / 1e6:.2f} MB beside the file's {runtime.file_bytes / 1e6:.2f}; "
+        f"stopped by {stats.stopped_by}]",
+        file=sys.stderr,
+    )
+
+
+def _print_profile(runtime) -> None:
+    stats = runtime.stats
+    parts = runtime.profile(min(stats.prompt_tokens + stats.new_tokens, runtime.context - 1))
+    total = sum(parts.values())
+    for name, seconds in sorted(parts.items(), key=lambda part: -part[1]):
+        print(f"  {name:<24} {1e6 * seconds:>9.0f} us  {100 * seconds / total:>5.1f} %", file=sys.stderr)
+    print(f"  {'a step':<24} {1e6 * total:>9.0f} us", file=sys.stderr)
+
+
+def _generate_lines(
+    runtime, prompts_file: str, slots: int, max_new_tokens: int, stop, sampling, special_tokens: bool
+) -> None:
+    lines = _read_prompts(prompts_file).split("\n")
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
+    blank = len(lines) - len(prompts) - (lines[-1] == "")  # nothing follows the last line end
+    if not prompts:
+        raise UserError("prompts_file", expected="at least one prompt", got="none", do="Write one prompt per line.")
+    if blank:
+        print(f"[{blank} blank lines left out]", file=sys.stderr)
+    finished, following, escaped = {}, 0, not console.takes_unicode(sys.stdout)
+    ids = [runtime.encode(prompt, special_tokens) for prompt in prompts]
+    for answer in runtime.generate_batch(ids, max_new_tokens, sampling, stop, slots):
+        finished[answer.index] = answer
+        while following in finished:
+            answer = finished.pop(following)
+            line = {"index": answer.index, "prompt": prompts[answer.index], "text": answer.text}
+            line |= {"prompt_tokens": answer.prompt_tokens, "cached_tokens": answer.cached_tokens}
+            line |= {"new_tokens": len(answer.token_ids), "stopped_by": answer.stopped_by}
+            print(json.dumps(line, ensure_ascii=escaped), flush=True)
+            following += 1
+
+
+def _read_prompts(prompts_file: str) -> str:
+    """The text of a file of prompts, or of standard input for "-". Raises UserError when it cannot be read."""
+    try:
+        # The bytes of standard input: its own encoding is the console's, which may be ASCII.
+        path = user_path(prompts_file, "prompts_file")
+        data = sys.stdin.buffer.read() if prompts_file == "-" else path.read_bytes()
+        return decode(data, "prompts_file", prompts_file)
+    except OSError as error:
+        got = f"{prompts_file} ({error.strerror})"
+        raise UserError("prompts_file", expected="a readable text file", got=got, do="Check the path.") from error
+
+
+def generate_options(arguments: list[str]) -> dict:
+    """The options of `generate`. By argparse: the other commands' jsonargparse takes a third of the time to a first token."""
+    parser = Parser(
+        prog="bitdistill generate", description="Continues a prompt with a packed student, printing text as it comes."
+    )
+    parser.add_argument("run_or_file", help="a run directory, or a packed file")
+    parser.add_argument("prompt", nargs="?", help="the text to continue")
+    parser.add_argument("--prompts_file", help="continue each line of a file instead (- is standard input): JSON lines")
+    parser.add_argument("--slots", type=int, default=8, help="so many lines at once, 1 to 16 (default: 8)")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="at most so many tokens (default: 64)")
+    parser.add_argument("--stop", action="append", help="a text that ends the answer; can be given several times")
+    parser.add_argument(
+        "--special_tokens",
+        action="store_true",
+        help="take <|im_start|> and the like in a prompt for the tokens they name",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, above 0 samples")
+    parser.add_argument("--top_k", type=int, help="sample among the k likeliest")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample among the likeliest that make up p together")
+    parser.add_argument(
+        "--min_p", type=float, default=0.0, help="leave out what is less than min_p times the likeliest"
+    )
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes repetitions rarer")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--device", default="cpu", help="cpu (default), or a GPU: cuda, cuda:1")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--kv_cache", default="bf16", help="how keys and values are kept: bf16 (default), fp32 or int8")
+    parser.add_argument("--context", type=int, help="at most so many positions (default: the model's own limit)")
+    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes")
+    return vars(parser.parse_args(arguments))

@@ -1,0 +1,37 @@
+"""What the commands share about their options: a parser whose mistakes are UserErrors, and two checks before any work."""
+
+import argparse
+from pathlib import Path
+
+from bitdistill.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with a mistake as a UserError."""
+
+    def error(self, message):
+        raise UserError("command line", expected=f"options of {self.prog}", got=message, do=f"See {self.prog} --help.")
+
+
+def require_at_least(option: str, number: int | None, least: int) -> None:
+    if number is not None and number < least:
+        raise UserError(option, expected=f"{least} or more", got=str(number), do=f"Give --{option} {least} or more.")
+
+
+def require_writable(option: str, file: str) -> None:
+    """Checks before any work that a result can be written to `file`; one that is there stays as it is until then.
+
+    Raises:
+        UserError: it is a folder, its folder is missing, or the system refuses.
+    """
+    path = Path(file).expanduser()
+    existed, reason = path.exists(), None
+    try:
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        do = "Create its folder first, or name another place."
+        raise UserError(option, expected="a file that can be written", got=f"{file} ({reason})", do=do)
