@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from bitdistill.errors import UserError
-from bitdistill.reporting import plots, report
+from bitdistill.names import SETTINGS
+from bitdistill.reporting import plots
+from bitdistill.reporting.report import write_report
+from bitdistill.reporting.run_files import read_run
+from bitdistill.reporting.summary import summary
+from bitdistill.reporting.table import comparison_table, headline, table_text
+from bitdistill.reporting.texts import MISSING, duration_text, size_text
 
 LAYERS = 6
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -217,7 +223,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     run_dir = synthetic_run(tmp_path_factory.mktemp("run") / "synthetic")
-    return run_dir, Page(report.write_report(run_dir))
+    return run_dir, Page(write_report(run_dir))
 
 
 def test_table_holds_the_numbers_of_the_files(full):
@@ -246,7 +252,7 @@ def test_table_holds_the_numbers_of_the_files(full):
 
 def test_headline_ratios(full):
     run_dir, page = full
-    numbers = report.headline(report.read_run(run_dir))
+    numbers = headline(read_run(run_dir))
     assert numbers["retention"] == pytest.approx(100 * 88.2 / 90.0, rel=1e-12)
     assert numbers["gain"] == pytest.approx(11.7, rel=1e-12)
     assert numbers["linear_ratio"] == 10.0
@@ -291,7 +297,7 @@ def test_stage_table_and_settings(full):
 
 def test_table_text_is_saved_and_printed(full):
     run_dir, _ = full
-    text = report.table_text(run_dir)
+    text = table_text(run_dir)
     assert (run_dir / "table.txt").read_text(encoding="utf-8") == text
     rows = [[cell.strip() for cell in re.split(r"\s{2,}", line.strip())] for line in text.splitlines()]
     for row in (
@@ -305,20 +311,20 @@ def test_table_text_is_saved_and_printed(full):
     ):
         assert row in rows
     assert "872 examples scored; speed on 2 synthetic cores" in text
-    assert [column.header.plain for column in report.comparison_table(run_dir).columns[1:]] == [
-        *report.SETTINGS,
+    assert [column.header.plain for column in comparison_table(run_dir).columns[1:]] == [
+        *SETTINGS,
         "BitDistill",
     ]
 
 
 def test_an_empty_run_is_named_not_run(tmp_path):
-    page = Page(report.write_report(tmp_path))
-    assert [row[:2] for row in page.rows["table"][1:]] == [[setting, "not run"] for setting in report.SETTINGS]
+    page = Page(write_report(tmp_path))
+    assert [row[:2] for row in page.rows["table"][1:]] == [[setting, "not run"] for setting in SETTINGS]
     assert {row[2] for row in page.rows["stage-table"][1:]} == {"not run"}
     assert "BitDistill has not been evaluated yet." in page.texts["summary"]
     assert "svg" not in page.tags
     assert page.texts["all"].count("not run") >= 3 * 3 + 8 + 5 + 4
-    assert "BitDistill" in report.table_text(tmp_path)
+    assert "BitDistill" in table_text(tmp_path)
     assert not (tmp_path / "figures").exists()
 
 
@@ -333,26 +339,26 @@ def test_each_part_may_be_missing_or_cut_off(tmp_path, monkeypatch):
     for part in PARTS:
         whole = (run_dir / part).read_bytes()
         (run_dir / part).unlink()
-        Page(report.write_report(run_dir))
-        assert report.read_run(run_dir).remarks == []
+        Page(write_report(run_dir))
+        assert read_run(run_dir).remarks == []
         (run_dir / part).write_bytes(whole[: len(whole) // 2 - 3])
-        page = Page(report.write_report(run_dir))
+        page = Page(write_report(run_dir))
         if part != "config.yaml":  # shown as text, whatever it holds
             assert part in page.texts["remarks"]
         (run_dir / part).write_bytes(whole)
     (run_dir / "export/proof.json").write_text("[1]")
-    assert report.read_run(run_dir).remarks == ["export/proof.json holds no JSON object and is left out."]
+    assert read_run(run_dir).remarks == ["export/proof.json holds no JSON object and is left out."]
 
 
 def test_one_setting_alone(tmp_path):
     _json(tmp_path / "evaluate/scores.json", {**SCORES, "rows": SCORES["rows"][2:], "paired": []})
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     assert [row[1:3] for row in page.rows["table"][1:]] == [
-        ["not run", report.NONE],
-        ["not run", report.NONE],
-        ["88.2 [86.0, 90.2]", report.NONE],
+        ["not run", MISSING],
+        ["not run", MISSING],
+        ["88.2 [86.0, 90.2]", MISSING],
     ]
-    assert report.headline(report.read_run(tmp_path)) == dict.fromkeys(
+    assert headline(read_run(tmp_path)) == dict.fromkeys(
         ("retention", "gain", "linear_ratio", "model_ratio", "speed_ratio")
     )
 
@@ -361,7 +367,7 @@ def test_generation_scores_bring_further_metrics(tmp_path):
     extra = {"rouge1": {"score": 40.625, "interval": [40.0, 41.25]}, "bleu": 14.5}
     rows = [{"setting": "BitDistill", "score": 37.5, "interval": [37.0, 38.0], "examples": 9, "extra": extra}]
     _json(tmp_path / "evaluate/scores.json", {"task": "t", "metric": "ROUGE-Lsum", "majority": None, "rows": rows})
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     assert page.rows["table"][0][1] == "ROUGE-Lsum [95 %]"
     assert page.rows["extra"] == [["Further metrics", "rouge1", "bleu"],
                                   ["BitDistill", "40.62 [40.00, 41.25]", "14.5"]]  # fmt: skip
@@ -380,7 +386,7 @@ def test_four_bits_and_further_splits(tmp_path):
              "bits_per_weight": 4.125, "model_bits_per_parameter": 5.05}  # fmt: skip
     speeds = [*SPEED["rows"][:3], *({"setting": name, **sizes} for name in ("int4 RTN", "int4 GPTQ"))]
     _json(tmp_path / "export/speed.json", {**SPEED, "rows": speeds})
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     head, *lines = page.rows["table"]
     assert head[1:4] == ["Accuracy [95 %]", "of FP16", "mismatched [95 %]"]
     assert [line[0] for line in lines] == ["FP16-SFT", "int4 RTN", "int4 GPTQ", "BitNet-SFT", "BitDistill"]
@@ -388,11 +394,11 @@ def test_four_bits_and_further_splits(tmp_path):
     assert lines[2][4:6] == ["220 MB (4.0x)", "376 MB (3.2x)"]
     pairs = [[row[0].replace("\N{MINUS SIGN}", "-"), row[1]] for row in page.rows["paired"]]
     assert ["BitDistill - int4 GPTQ, validation_mismatched", "+5.50"] in pairs
-    said = " ".join(report.summary(report.read_run(tmp_path)))
+    said = " ".join(summary(read_run(tmp_path)))
     assert "4 bits (int4 GPTQ, no training) scores 89.5" in said
     assert "its linear layers take 220 MB, 2.5 times as much as the student's" in said
     assert "paired difference -1.3 points" in said
-    text = report.table_text(tmp_path)
+    text = table_text(tmp_path)
     assert max(map(len, text.splitlines())) <= 90
     assert "[88.0, 91.0]" in text
 
@@ -400,18 +406,18 @@ def test_four_bits_and_further_splits(tmp_path):
 def test_zero_scores_divide_nothing(tmp_path):
     rows = [{**row, "score": 0.0, "interval": [0.0, 0.4]} for row in SCORES["rows"]]
     _json(tmp_path / "evaluate/scores.json", {**SCORES, "rows": rows, "paired": [], "majority": None})
-    assert report.headline(report.read_run(tmp_path))["retention"] is None
-    assert report.headline(report.read_run(tmp_path))["gain"] == 0.0
-    assert "0.0 [0.0, 0.4]" in report.table_text(tmp_path)
+    assert headline(read_run(tmp_path))["retention"] is None
+    assert headline(read_run(tmp_path))["gain"] == 0.0
+    assert "0.0 [0.0, 0.4]" in table_text(tmp_path)
 
 
 def test_corrupted_lines_are_counted(tmp_path):
     good = {"stage": "base", "step": 1, "loss": 2.0, "loss_ce": 2.0}
     lines = [json.dumps(good), "", "{cut", "7", '{"step": 3}', json.dumps({**good, "step": 2, "loss": math.nan})]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"stage": "base", "st')
-    run = report.read_run(tmp_path)
+    run = read_run(tmp_path)
     assert [line["step"] for line in run.metrics["base"]] == [1, 2]
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     assert "metrics.jsonl: 4 corrupted lines left out." in page.texts["remarks"]
     assert "base: the loss was not finite at 1 of 2 logged steps." in page.texts["remarks"]
 
@@ -420,7 +426,7 @@ def test_a_resumed_stage_replaces_what_it_gave_up(tmp_path):
     steps = [("base", step, 0) for step in (1, 2, 3, 4, 5)] + [("teacher", 1, 0), ("base", 3, 1), ("base", 4, 1)]
     lines = [json.dumps({"stage": stage, "step": step, "loss": loss}) for stage, step, loss in steps]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    run = report.read_run(tmp_path)
+    run = read_run(tmp_path)
     assert [(line["step"], line["loss"]) for line in run.metrics["base"]] == [(1, 0), (2, 0), (3, 1), (4, 1)]
     assert len(run.metrics["teacher"]) == 1
     assert run.remarks == ["metrics.jsonl: 3 lines replaced by a resumed or repeated stage."]
@@ -429,17 +435,17 @@ def test_a_resumed_stage_replaces_what_it_gave_up(tmp_path):
 def test_odd_values_in_metrics_are_passed_over(tmp_path):
     lines = [{"step": "1", "loss": None}, {"step": 2, "loss": "nan"}, {"step": 3, "loss": 2, "loss_ce": math.inf}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps({"stage": "base", **line}) for line in lines))
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     assert (tmp_path / "figures/losses.png").is_file()
     assert next(row for row in page.rows["stage-table"] if row[0] == "base")[2:] == [
-        "unfinished", "3", report.NONE, report.NONE, "2"]  # fmt: skip
+        "unfinished", "3", MISSING, MISSING, "2"]  # fmt: skip
 
 
 def test_unfinished_stage(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"stage": "pretrain", "step": 1200, "loss": 3.25}))
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     assert next(row for row in page.rows["stage-table"] if row[0] == "pretrain")[2:] == [
-        "unfinished", "1,200", report.NONE, report.NONE, "3.25"]  # fmt: skip
+        "unfinished", "1,200", MISSING, MISSING, "3.25"]  # fmt: skip
 
 
 WARNINGS = [
@@ -456,12 +462,12 @@ def test_verdict_on_the_health(full, tmp_path, monkeypatch):
         "Healthy: no warning in 30 measurements (distill). At the end of the stages, 31% to 36% of a layer's codes are zero."
     )
     assert "warnings" not in page.rows
-    assert "health: no warning" in report.table_text(run_dir)
+    assert "health: no warning" in table_text(run_dir)
 
     monkeypatch.setattr(plots, "draw", lambda plot, *args: ("<svg></svg>", b""))
     sick = synthetic_run(tmp_path / "sick")
     (sick / "warnings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in WARNINGS) + '{"stage": "dis')
-    page = Page(report.write_report(sick))
+    page = Page(write_report(sick))
     assert page.texts["verdict"].startswith(
         "There were 2 warnings during training (pretrain: frozen; distill: thrash)."
     )
@@ -471,7 +477,7 @@ def test_verdict_on_the_health(full, tmp_path, monkeypatch):
     ]
     assert page.rows["warnings"][1][4] == "Raise learning_rate."
     assert "Caution: there were 2 warnings during training; see Health." in page.texts["summary"]
-    assert "health: 2 warnings" in report.table_text(sick)
+    assert "health: 2 warnings" in table_text(sick)
     assert "warnings.jsonl: 1 corrupted line left out." in page.texts["remarks"]
 
 
@@ -479,10 +485,10 @@ def test_health_of_an_older_run_is_drawn_but_not_judged(tmp_path):
     lines = [{"stage": "distill", "step": step, "layers": {name: {"zeros": 0.3, "flips": 0.0, "weight_scale": 1.0}
                                                            for name in NAMES[:8]}} for step in (5, 10)]  # fmt: skip
     (tmp_path / "health.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = Page(report.write_report(tmp_path))
+    page = Page(write_report(tmp_path))
     assert page.texts["verdict"].startswith("Measured 2 times in distill, but by a version")
     assert "Healthy" not in page.texts["all"]
-    assert "health:" not in report.table_text(tmp_path)
+    assert "health:" not in table_text(tmp_path)
     assert (tmp_path / "figures/health-distill.png").is_file()
     assert page.texts["all"].count("not logged") == 5  # shares, drift, peaks, int8 codes, gradient
 
@@ -511,13 +517,13 @@ def test_hostile_strings_stay_text(tmp_path):
     _json(
         run_dir / "warnings.jsonl", {**WARNINGS[0], "stage": HOSTILE, "kind": HOSTILE, "seen": HOSTILE, "do": HOSTILE}
     )
-    page = Page(report.write_report(run_dir))
+    page = Page(write_report(run_dir))
     assert "script" not in page.tags
     assert page.tags.count("pre") == 1
     for place in ("all", "table", "proof", "warnings"):
         assert HOSTILE in page.texts[place]
     assert "does NOT hold the ternary codes" in page.texts["summary"]
-    assert HOSTILE in report.table_text(run_dir)
+    assert HOSTILE in table_text(run_dir)
     assert {path.name for path in tmp_path.iterdir()} == {"<b>run"}
 
 
@@ -525,31 +531,31 @@ def test_caution_when_a_score_is_chance(tmp_path):
     rows = [{**row, "interval": [45.0, 55.0], "score": 50.0} if row["setting"] == "BitNet-SFT" else row
             for row in SCORES["rows"]]  # fmt: skip
     _json(tmp_path / "evaluate/scores.json", {**SCORES, "rows": rows})
-    said = " ".join(report.summary(report.read_run(tmp_path)))
+    said = " ".join(summary(read_run(tmp_path)))
     assert said.count("Caution") == 1
     assert "the interval of BitNet-SFT contains 50.9" in said
 
 
 def test_missing_folder_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="existing folder"):
-        report.write_report(tmp_path / "absent")
+        write_report(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (12_345, "12.3 kB"), (266e6, "266 MB"), (1.192e9, "1.19 GB"),
-     (311_000_000_000, "311 GB"), (None, report.NONE)],
+     (311_000_000_000, "311 GB"), (None, MISSING)],
 )  # fmt: skip
 def test_bytes(count, text):
-    assert report._bytes(count) == text
+    assert size_text(count) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (119.9, "119.9 s"), (600, "10 min"), (7260, "2 h 01 min"), (None, report.NONE)],
+    [(0.04, "0.0 s"), (119.9, "119.9 s"), (600, "10 min"), (7260, "2 h 01 min"), (None, MISSING)],
 )
 def test_duration(seconds, text):
-    assert report._duration(seconds) == text
+    assert duration_text(seconds) == text
 
 
 @pytest.mark.parametrize("count", [1, 2, 59, 60, 240, 1001])
