@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gpu_baselines import PlainDecoder, fake_quant, plain_weights
 from gpu_sections import EPS, Bench, median
-from gpu_timing import Call, Target, summarise
+from gpu_timing import Call, Target, summarize
 from random_models import SHAPES, Shape
 
 
@@ -37,7 +37,7 @@ def decoding(bench: Bench) -> None:
                     int(decoder.ids[0])
                 if turn:  # the first round compiles and captures
                     seconds[which].append((time.perf_counter() - started) / tokens)
-        timings = {which: summarise(values) if values else None for which, values in seconds.items()}
+        timings = {which: summarize(values) if values else None for which, values in seconds.items()}
         if bench.dry:
             print(f"    works: decoding, {name}")
         section, base = "decoding, one sequence (seconds a token)", median(timings["bf16"])

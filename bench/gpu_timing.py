@@ -176,7 +176,7 @@ class CudaTimer:
                 spent, cycles[name] = self._batch(calls, cycles[name])
                 seconds[name].append(spent / len(calls))
                 waits[name] |= cycles[name] == 0
-        return {name: summarise(values, waits[name]) for name, values in seconds.items()}
+        return {name: summarize(values, waits[name]) for name, values in seconds.items()}
 
     def _batch(self, calls: Sequence[Call], cycles: int) -> tuple[float, int]:
         """(seconds of all calls, the sleep that was long enough for the CPU to queue them; 0 if none is)."""
@@ -248,7 +248,7 @@ class DryTimer:
         call()
 
 
-def summarise(seconds: Sequence[float], waits: bool = False) -> Timing:
+def summarize(seconds: Sequence[float], waits: bool = False) -> Timing:
     """The median, the smallest and the largest."""
     return Timing(statistics.median(seconds), min(seconds), max(seconds), waits)
 

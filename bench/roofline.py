@@ -23,7 +23,7 @@ from random_models import SHAPES
 ROOT = Path(__file__).resolve().parents[1]
 H200 = {"bytes": 4.8e12, "bf16": 989e12, "int8": 1979e12}  # a second, dense; NVIDIA's data sheet
 TOKENS = 16_384  # of a training step, gpu_sections.py
-COLOURS = {"bitdistill": "#c0392b", "transformers": "#7f8c8d"}
+COLORS = {"bitdistill": "#c0392b", "transformers": "#7f8c8d"}
 OTHERS = ("#1f6f8b", "#8e6c3a", "#2e7d32")
 
 
@@ -67,9 +67,9 @@ def draw_gpu(report: dict | None, output: str) -> None:
         limits = {"bytes": 1e9 * report["copy_gigabytes_per_second"], "bf16": rate, "int8": 2 * rate}
     figure, axis = plt.subplots(figsize=(9, 5.4), layout="constrained")
     x = np.geomspace(0.3, 20_000, 200)
-    for kind, colour in (("bf16", "#7f8c8d"), ("int8", "#c0392b")):
+    for kind, color in (("bf16", "#7f8c8d"), ("int8", "#c0392b")):
         roof = np.minimum(x * limits["bytes"], limits[kind]) / 1e12
-        axis.plot(x, roof, color=colour, lw=1.4, label=f"{kind}: {limits[kind] / 1e12:,.0f} tera-operations/s")
+        axis.plot(x, roof, color=color, lw=1.4, label=f"{kind}: {limits[kind] / 1e12:,.0f} tera-operations/s")
     marks = [("decode, bf16 weights", 1.0), ("decode, 2-bit weights", 8.0)]
     for name, shape in list(SHAPES.items())[:3]:
         intensity = product_intensity(TOKENS, 2 * shape.intermediate, shape.hidden)
@@ -111,12 +111,12 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
         if key.startswith("decode") and "byte" not in key and "joule" not in key
     ]
     decode = min(set(labels), key=lambda label: int(label.split()[1]))
-    names = sorted({row["name"] for row in result["rows"]} - set(COLOURS))
-    colours = COLOURS | dict(zip(names, OTHERS, strict=False))
+    names = sorted({row["name"] for row in result["rows"]} - set(COLORS))
+    colors = COLORS | dict(zip(names, OTHERS, strict=False))
     above, right_of, left_of = (
         {"xytext": xy, "ha": ha} for xy, ha in (((4, 5), "left"), ((6, -3), "left"), ((-6, -3), "right"))
     )
-    places = dict.fromkeys(colours, right_of) | {"bitdistill": above} | dict.fromkeys(names[::2], left_of)
+    places = dict.fromkeys(colors, right_of) | {"bitdistill": above} | dict.fromkeys(names[::2], left_of)
     points = [row for row in result["rows"] if decode in row]
     reads = np.array([row[f"{decode} bytes"] for row in points]) / 1e6
     line = np.geomspace(reads.min() / 1.5, reads.max() * 1.5, 50)
@@ -128,13 +128,13 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
     for row, read in zip(points, reads, strict=True):
         rate = row[decode]
         spread = [[rate["median"] - rate["min"]], [rate["max"] - rate["median"]]]
-        left.errorbar(read, rate["median"], yerr=spread, fmt="o", color=colours[row["name"]], capsize=2, markersize=5)
+        left.errorbar(read, rate["median"], yerr=spread, fmt="o", color=colors[row["name"]], capsize=2, markersize=5)
         left.annotate(
             row["weights"], (read, rate["median"]), fontsize=7, **places[row["name"]], textcoords="offset points"
         )
-    for name, colour in colours.items():
+    for name, color in colors.items():
         if any(row["name"] == name for row in points):
-            left.plot([], [], "o", color=colour, label=name)
+            left.plot([], [], "o", color=color, label=name)
     left.set(
         xscale="log",
         yscale="log",
@@ -153,7 +153,7 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
     bars = [row for row in result["rows"] if prefill in row]
     rates = [2 * weights * row[prefill]["median"] / 1e9 for row in bars]
     places = range(len(bars))
-    right.barh(places, rates, color=[colours[row["name"]] for row in bars])
+    right.barh(places, rates, color=[colors[row["name"]] for row in bars])
     for place, rate, row in zip(places, rates, bars, strict=True):
         right.annotate(
             f" {rate:,.0f}  ({row[prefill]['median']:,.0f} tokens/s)", (rate, place), va="center", fontsize=7

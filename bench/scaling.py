@@ -131,7 +131,7 @@ def draw(report: dict, path: str) -> None:
             costs["memory"] = [point["bytes"] / 1e6 for point in points]
         units = {"time": ("milliseconds a step", "#1f6f8b"), "memory": ("megabytes resident, peak", "#b5651d")}
         x = sizes / 1e6 if kind == "size" else sizes
-        for row, (what, (unit, colour)) in enumerate(units.items()):
+        for row, (what, (unit, color)) in enumerate(units.items()):
             axis = axes[row, column]
             if what not in costs:
                 axis.set_visible(False)
@@ -139,11 +139,11 @@ def draw(report: dict, path: str) -> None:
             slope = report[kind][f"{what}_exponent"]
             middle = np.exp(np.mean(np.log(costs[what])) - slope * np.mean(np.log(x)))
             axis.plot(x, middle * x**slope, "--", color="#888", lw=1, label=f"fitted, exponent {slope:.2f}")
-            axis.plot(x, costs[what], "o", color=colour, label="measured")
+            axis.plot(x, costs[what], "o", color=color, label="measured")
             if what == "time":
                 ends = [[1e3 * abs(point["seconds"][end] - point["seconds"]["median"]) for point in points]
                         for end in ("min", "max")]  # fmt: skip
-                axis.errorbar(x, costs[what], yerr=ends, fmt="none", ecolor=colour, capsize=3)
+                axis.errorbar(x, costs[what], yerr=ends, fmt="none", ecolor=color, capsize=3)
             axis.set(xscale="log", yscale="log")
             for side in (axis.xaxis, axis.yaxis):
                 side.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -75,7 +75,7 @@ IRRELEVANT = {
 
 
 def load_study(path: Path, data: str | None) -> dict[str, Any]:
-    """A study's YAML with its grid spelt out and $DATA filled in.
+    """A study's YAML with its grid spelled out and $DATA filled in.
 
     Raises:
         ValueError: a key that a study does not have, no cells, a reference that is no cell, or no --data.

@@ -224,16 +224,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
         if result.get("x"):
             figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
             lines = curves(result, rows)
-            for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
+            for (name, points), color in zip(lines.items(), COLORS, strict=False):
                 x = [point[0] for point in points]
                 mean = np.array([point[1]["mean"] for point in points])
                 ends = np.array([point[1]["interval"] for point in points]).T
-                axes.plot(x, mean, "o-", ms=4, lw=1.6, color=colour, label=name)
-                axes.fill_between(x, *ends, color=colour, alpha=0.15, lw=0)
-            for row, colour in zip(
+                axes.plot(x, mean, "o-", ms=4, lw=1.6, color=color, label=name)
+                axes.fill_between(x, *ends, color=color, alpha=0.15, lw=0)
+            for row, color in zip(
                 (one for one in rows if one["cell"] in result.get("references", [])), GREYS, strict=False
             ):
-                axes.axhline(row["mean"], color=colour, lw=1, ls="--", label=row["cell"])
+                axes.axhline(row["mean"], color=color, lw=1, ls="--", label=row["cell"])
             ticks = sorted({point[0] for points in lines.values() for point in points})
             axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
@@ -243,10 +243,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         else:
             figure, axes = plt.subplots(figsize=(7.5, 0.34 * len(rows) + 1), layout="constrained")
             for y, row in enumerate(rows):
-                colour = COLOURS[1] if row["cell"] in result.get("references", []) else COLOURS[0]
-                axes.plot(row["interval"], [y, y], color=colour, lw=5, alpha=0.3, solid_capstyle="round")
-                axes.plot(row["each"], [y] * len(row["each"]), "|", color=colour, ms=9)
-                axes.plot(row["mean"], y, "o", color=colour, ms=5.5)
+                color = COLORS[1] if row["cell"] in result.get("references", []) else COLORS[0]
+                axes.plot(row["interval"], [y, y], color=color, lw=5, alpha=0.3, solid_capstyle="round")
+                axes.plot(row["each"], [y] * len(row["each"]), "|", color=color, ms=9)
+                axes.plot(row["mean"], y, "o", color=color, ms=5.5)
             axes.set_yticks(range(len(rows)), [row["cell"] for row in rows])
             axes.invert_yaxis()
             axes.set(xlabel=f"{label}; dot: mean, band: 95 %, strokes: seeds")
@@ -254,7 +254,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         plt.close(figure)
 
 
-COLOURS = ("#3d88c7", "#dd7b1e", "#12946f", "#b567a8", "#8c6d31", "#c7516a", "#5b6ee1", "#7f7f7f")
+COLORS = ("#3d88c7", "#dd7b1e", "#12946f", "#b567a8", "#8c6d31", "#c7516a", "#5b6ee1", "#7f7f7f")
 GREYS = ("#23272f", "#7a828f", "#aab0ba")
 X_NAMES = {"pretrain.max_steps": "stage-2 tokens"}
 

@@ -172,8 +172,8 @@ def prepared(spec: Spec) -> Callable[[], object]:
     from bitdistill.training.distill import Distillation, fine_tune
     from bitdistill.training.pretrain import pretrain
 
-    alone = {"alone": True} if "alone" in inspect.signature(launch.initialise).parameters else {}
-    launch.initialise("cpu", **(alone if spec.engine == "torch" else {}))
+    alone = {"alone": True} if "alone" in inspect.signature(launch.initialize).parameters else {}
+    launch.initialize("cpu", **(alone if spec.engine == "torch" else {}))
     if hasattr(backend, "choose_kernels"):
         backend.choose_kernels(spec.kernels)
     model, tokenizer = load_language_model(spec.model), load_tokenizer(spec.model)

@@ -76,7 +76,7 @@ class Job:
         if os.environ.get("RANK", "0") == "0":  # known before the process group is: a refusal comes at once
             self.lock = lock_folder(self.root)
         self.alone = self._trains_alone()
-        launch.initialise(self.device, alone=self.alone)
+        launch.initialize(self.device, alone=self.alone)
         choose_kernels(config.kernels)
         self._refuse_impossible()
         launch.say(self._engine())

@@ -13,8 +13,8 @@ DeepSpeed's launcher passes `--local_rank=N` to the script: `without_local_rank(
 catch it to carry on. The launcher looks once a second, ends all other ranks when one has ended with a non-zero code and
 hands that code on. So a check that only rank 0 can make is made on rank 0, and raised there.
 
-**Nothing is compiled.** On CPU DeepSpeed builds a shared-memory extension with c++ and ninja while it initialises
-(36-75 s; a killed build leaves a lock on which the next run hangs). `initialise` marks it as unavailable before; gloo
+**Nothing is compiled.** On CPU DeepSpeed builds a shared-memory extension with c++ and ninja while it initializes
+(36-75 s; a killed build leaves a lock on which the next run hangs). `initialize` marks it as unavailable before; gloo
 alone gives the same numbers.
 """
 
@@ -33,13 +33,13 @@ from torch import distributed as dist
 from bitdistill.cpus import available_cpus
 from bitdistill.errors import UserError
 
-# How long a rank waits for the others: rank 0 may tokenise a corpus in that time. A *failed* rank is noticed by the
+# How long a rank waits for the others: rank 0 may tokenize a corpus in that time. A *failed* rank is noticed by the
 # launcher within a second, this only bounds a silent hang.
 PATIENCE = timedelta(hours=2)
 
 
 def ranks_started() -> int:
-    """The number of ranks that a launcher started, 1 without one; known before `initialise`.
+    """The number of ranks that a launcher started, 1 without one; known before `initialize`.
 
     Raises:
         UserError: WORLD_SIZE is no number.
@@ -47,7 +47,7 @@ def ranks_started() -> int:
     return _number("WORLD_SIZE") if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") else 1
 
 
-def initialise(device: str, alone: bool = False) -> None:
+def initialize(device: str, alone: bool = False) -> None:
     """Makes this process a rank of its group, sized to its share of the machine, and quiet unless it is rank 0.
 
     Call it once, before a Trainer, `TrainingArguments` or a teacher is made. Afterwards: the process group exists,
@@ -62,7 +62,7 @@ def initialise(device: str, alone: bool = False) -> None:
         UserError: device "cuda" without a GPU for this rank; or a launcher's variables that do not fit together.
     """
     assert device in ("cpu", "cuda"), device
-    assert not dist.is_initialized(), "initialise() is called once, before everything else"
+    assert not dist.is_initialized(), "initialize() is called once, before everything else"
     local_rank, local_ranks = _find_place()
     if alone:
         assert (device, ranks_started()) == ("cpu", 1), "only one rank on a CPU can be alone"

@@ -66,7 +66,7 @@ def deepspeed_config(
         device: "cpu" or "cuda", where the student trains.
         nvme_path: folder on a fast disk for offload "nvme".
 
-    Returns: a new dict, JSON-serialisable.
+    Returns: a new dict, JSON-serializable.
 
     Raises:
         UserError: a combination that DeepSpeed does not support or gets wrong: which, and what to do.

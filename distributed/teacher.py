@@ -69,7 +69,7 @@ def load_teacher(
     Args:
         path: a Hugging Face folder or model name.
         dtype: of its parameters: torch.float32, bfloat16 or float16.
-        device: "cpu" or "cuda", where it computes; `launch.initialise(device)` came before.
+        device: "cpu" or "cuda", where it computes; `launch.initialize(device)` came before.
         products: of its matrix products, if not `dtype`: the weights of its linear layers are rounded to it once, what stands
             between the products stays in `dtype`. For a resident teacher.
         offload: "none" (resident), "cpu" or "nvme" (where the parameters wait).

@@ -210,7 +210,7 @@ from pathlib import Path
 import ranks
 from bitdistill.distributed import checkpoint, launch, presets
 
-launch.initialise("cpu")
+launch.initialize("cpu")
 import torch
 from transformers import TrainerCallback
 

@@ -194,7 +194,7 @@ def test_short_corpora_keep_states_of_many_windows(tmp_path):
 
 
 def test_state_is_small_and_replay_is_bounded(tmp_path, monkeypatch):
-    """Resuming late in the corpus tokenises a batch and a window again, not all that went before."""
+    """Resuming late in the corpus tokenizes a batch and a window again, not all that went before."""
     tokenizer = byte_tokenizer()
     monkeypatch.setattr(corpus, "BATCH_DOCUMENTS", 4)
     path = str(write(tmp_path / "c", "jsonl", texts(400)))

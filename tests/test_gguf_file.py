@@ -13,7 +13,7 @@ from bitdistill.export.gguf_blocks import TYPES, decode_bytes, encode_codes
 from bitdistill.export.gguf_file import gguf_obstacles, write_gguf
 from bitdistill.student.layers import bit_linears
 from bitdistill.student.refine import refine
-from tiny_students import CONFIGS, randomise
+from tiny_students import CONFIGS, randomize
 
 gguf = pytest.importorskip("gguf")
 TEXTS = ["the quick brown fox jumps over the lazy dog", "a charming film, 12 of 34 liked it: naïve ☃"]
@@ -38,7 +38,7 @@ def student(name, norms="none", **changes):
     config = type(config)(**fields | {"eos_token_id": 0, "pad_token_id": 0} | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     refine(model, norms=norms)
-    return randomise(model).eval()
+    return randomize(model).eval()
 
 
 def codes_and_scale(rows, columns, groups, seed=0):

@@ -220,7 +220,7 @@ def test_the_timer_measures_the_gpu_and_not_the_launches(monkeypatch):
 
 
 def test_median_and_spread():
-    assert gpu_timing.summarise([3.0, 1.0, 2.0, 9.0]) == Timing(2.5, 1.0, 9.0)
+    assert gpu_timing.summarize([3.0, 1.0, 2.0, 9.0]) == Timing(2.5, 1.0, 9.0)
 
 
 # ---------------------------------------------------------------------------------------------------- tests on the device

@@ -19,7 +19,7 @@ zero, out = int(sys.argv[-2]), Path(sys.argv[-1])
 import torch
 from bitdistill.distributed import launch, presets
 
-launch.initialise("cpu")
+launch.initialize("cpu")
 import ranks
 from bitdistill.student import layers, sharing
 from bitdistill.kernels.gpu import bit_linear, matmul, quantize

@@ -191,7 +191,7 @@ import ranks
 from bitdistill.distributed import checkpoint, launch, presets
 from bitdistill.distributed.teacher import load_teacher
 
-launch.initialise("cpu")
+launch.initialize("cpu")
 import torch
 from test_head import distillation
 from bitdistill.student.embeddings import quantize_embeddings

@@ -328,7 +328,7 @@ from bitdistill.student.layers import bit_linears
 from bitdistill.student.refine import refine
 from transformers import Trainer
 
-launch.initialise("cpu")
+launch.initialize("cpu")
 zero, folder, found = launch.without_local_rank(sys.argv[1:])
 zero, folder, found = int(zero), Path(folder), Path(found)
 model = ranks.tiny_model()

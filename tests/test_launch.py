@@ -16,7 +16,7 @@ import json, os, sys
 from pathlib import Path
 from bitdistill.distributed import launch
 
-launch.initialise("cpu")
+launch.initialize("cpu")
 import torch
 print(f"printed by {launch.rank()}")
 numbers = torch.tensor([launch.rank(), 10], dtype=torch.int64)
@@ -82,7 +82,7 @@ def test_alone_there_is_no_group_and_everything_else_is_the_same(tmp_path):
 import os
 from bitdistill.distributed import launch
 started = launch.ranks_started()
-launch.initialise("cpu", alone=True)
+launch.initialize("cpu", alone=True)
 import json, sys
 from pathlib import Path
 import torch
@@ -114,7 +114,7 @@ def test_cuda_without_gpu_says_what_to_do(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))  # restored afterwards
     with pytest.raises(UserError, match=r"^device: expected a GPU for each of .+; got 0\. .+ CPU\.$"):
-        launch.initialise("cuda")
+        launch.initialize("cuda")
 
 
 def test_nvme_folder_must_exist(tmp_path):
@@ -145,7 +145,7 @@ def test_a_port_in_use_is_named(tmp_path):
         port = str(taken.getsockname()[1])
         environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        script = "from bitdistill.distributed import launch; launch.initialise('cpu')"
+        script = "from bitdistill.distributed import launch; launch.initialize('cpu')"
         result = subprocess.run(
             [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
         )

@@ -167,7 +167,7 @@ def test_pr382_is_alg1_without_a_mask_over_split_heads():
 
 
 def test_alg1_against_torch_kl_div():
-    """The authors' recipe in torch's own words: normalise, matmul, softmax, clamp, kl_div "batchmean"."""
+    """The authors' recipe in torch's own words: normalize, matmul, softmax, clamp, kl_div "batchmean"."""
     teacher, student = qkv(0, D=16), qkv(1, D=16)
     for temperature in (1.0, 0.02):  # at 0.02 most probabilities are below the clamp
         ours, theirs = leaves(student), leaves(student)
@@ -352,7 +352,7 @@ def kl_of_40_digits(teacher, student, floor):
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
 @pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0, 30.0])
 def test_row_kl_from_tiny_to_far_apart(scale, distance, floor):
-    """From cosine relations (KL 5e-9 under log Z = 5) to products of unnormalised keys (one-hot rows, logits of 1e4).
+    """From cosine relations (KL 5e-9 under log Z = 5) to products of unnormalized keys (one-hot rows, logits of 1e4).
 
     The reference has 40 digits: float64 logarithms are too coarse for some of these."""
     torch.manual_seed(0)

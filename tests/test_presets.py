@@ -87,7 +87,7 @@ from pathlib import Path
 import ranks
 from bitdistill.distributed import checkpoint, launch, presets
 
-launch.initialise("cpu")
+launch.initialize("cpu")
 import torch
 found = {}
 for zero, offload, precision in json.loads(sys.argv[1]):

@@ -52,7 +52,7 @@ def student(family, quantizer, norms="two"):
     batches = [{"input_ids": torch.randint(3, 97, (2, 40))} for _ in range(3)]
     inputs = calibrate_inputs(model, batches, norms)
     refine(model, norms, weight_quantizer=quantizer, inputs=inputs)
-    return tiny_students.randomise(model).eval()
+    return tiny_students.randomize(model).eval()
 
 
 # ---------------------------------------------------------------------------------------------------- by hand

@@ -182,8 +182,8 @@ def test_sampling(tmp_path, device):
     first = list(runtime.generate_ids(ids, 3, Sampling(temperature=5.0, seed=1)))
     assert list(runtime.generate_ids(ids, 3, Sampling(temperature=5.0, seed=1))) == first
     assert list(runtime.generate_ids(ids, 3, Sampling(temperature=5.0, seed=2))) != first
-    penalised = list(runtime.generate_ids(ids, 3, Sampling(repetition_penalty=1e9)))
-    assert len({*ids, *penalised}) == len(set(ids)) + 3
+    penalized = list(runtime.generate_ids(ids, 3, Sampling(repetition_penalty=1e9)))
+    assert len({*ids, *penalized}) == len(set(ids)) + 3
 
 
 def test_ends(tmp_path, device):

@@ -83,7 +83,7 @@ def test_torch_and_the_runtime_take_that_count(tmp_path):
         "['500000 100000'] if str(path) == '/sys/fs/cgroup/cpu.max' else []; os.sched_getaffinity = lambda pid: set(range(64));"
         "from bitdistill.distributed import launch; import torch, bitdistill.runtime.cpu as cpu;"
         "os.environ |= {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_WORLD_SIZE': '2'};"
-        "launch.initialise('cpu'); print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'], cpu.available_cpus())"
+        "launch.initialize('cpu'); print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'], cpu.available_cpus())"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import ranks
 from bitdistill.distributed import launch, presets, teacher
 
-launch.initialise("cpu")
+launch.initialize("cpu")
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import deepspeed_config

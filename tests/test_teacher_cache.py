@@ -375,7 +375,7 @@ from pathlib import Path
 import ranks
 from bitdistill.distributed import checkpoint, launch, presets
 
-launch.initialise("cpu")
+launch.initialize("cpu")
 import torch
 from test_corpus import byte_tokenizer
 from bitdistill.data.corpus import TokenStream

@@ -156,7 +156,7 @@ def test_a_saved_student_remembers_its_scales(tmp_path, weight_scale, more):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_students.CONFIGS["llama"], dtype=torch.float32)
     refine(model, weight_scale=weight_scale, group_size=64)
-    tiny_students.randomise(model).eval()
+    tiny_students.randomize(model).eval()
     save_student(tmp_path, model)
     record = json.loads((tmp_path / "config.json").read_text())["bitdistill"]
     assert {key: record[key] for key in ("format_version", "weight_scale", *more)} == {
@@ -234,7 +234,7 @@ def wide_student(weight_scale, group_size=64, weight_quantizer="absmean", family
     config.hidden_size, config.intermediate_size, config.head_dim = 160, 330, 80
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     refine(model, weight_scale=weight_scale, group_size=group_size, weight_quantizer=weight_quantizer)
-    return tiny_students.randomise(model).eval()
+    return tiny_students.randomize(model).eval()
 
 
 @pytest.mark.parametrize("packing_", packing.PACKINGS)

@@ -65,10 +65,10 @@ def student(name: str, norms: str = "two", seed: int = 0):
     config = copy.deepcopy(CONFIGS[name])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     refine(model, norms=norms)
-    return randomise(model).eval()
+    return randomize(model).eval()
 
 
-def randomise(model):
+def randomize(model):
     """Random gains and biases in place of the ones and zeros that a new model has."""
     with torch.no_grad():
         for key, parameter in model.named_parameters():

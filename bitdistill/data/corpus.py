@@ -39,8 +39,8 @@ from bitdistill.text_files import COMPRESSED, kind_of, read_lines, user_path
 from bitdistill.text_tokens import check_unicode
 
 SEPARATOR = "<|endoftext|>"  # a line of a .txt file that ends a document
-PIECE_CHARACTERS = 1 << 15  # a long .txt is tokenised in pieces of about this size
-BATCH_CHARACTERS = 1 << 17  # documents are tokenised together until they have so many characters
+PIECE_CHARACTERS = 1 << 15  # a long .txt is tokenized in pieces of about this size
+BATCH_CHARACTERS = 1 << 17  # documents are tokenized together until they have so many characters
 BATCH_DOCUMENTS = 256
 READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".txt": "txt"}
 IDENTITY_BYTES = 1 << 16  # of the beginning and the end of each file, by which one corpus is told from another

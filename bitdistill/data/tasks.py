@@ -1,6 +1,6 @@
 """Tasks: from a row of data to prompt, answer, tokens, labels and mask.
 
-A task is causal language modelling on a short answer, with the prompt masked; there is no classification head. It is
+A task is causal language modeling on a short answer, with the prompt masked; there is no classification head. It is
 described by a small YAML file (recipes/tasks/*.yaml, or the user's own): a prompt template with {column} placeholders,
 and either label words (classification) or a target column (generation).
 
@@ -10,7 +10,7 @@ Tokens are pinned here, so that training and scoring see the same ones:
 
 * prompt_tokens: BOS where the tokenizer puts one before a text, then the rendered template. With ``chat: true`` and a
   tokenizer that has a chat template, the rendered template is the user's turn, up to where the assistant starts.
-* answer_tokens: the tokens of " answer" as they are after a colon. Prompt and answer are tokenised apart and joined, so
+* answer_tokens: the tokens of " answer" as they are after a colon. Prompt and answer are tokenized apart and joined, so
   no merge crosses the border; the colon keeps sentencepiece tokenizers from adding a second space. In a chat the answer
   opens its turn and has no leading space.
 * Classification: the answer is the label word alone, without EOS. Scoring compares the likelihoods of the words; an EOS

@@ -1,4 +1,4 @@
-"""What the full-precision model itself weighs and scores at 4 bits: the comparison a sceptic asks for.
+"""What the full-precision model itself weighs and scores at 4 bits: the comparison a skeptic asks for.
 
 Weight-only integers, no training: the seven projections of every layer are rounded, activations and all other parameters
 stay as they are. The format is the field's usual one, symmetric groups of 128 along in_features (the last one of a row is

@@ -19,15 +19,15 @@ INK = "#23272f"
 BLUE, ORANGE, GREEN, PURPLE = "#3d88c7", "#dd7b1e", "#12946f", "#b567a8"
 QUIET = "#9aa1ae"
 ON_BARS = "#16181d"  # nearly INK, but not: it stays dark on the dark page
-KIND_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b5483a", "#b79a1f", "#5b6bc0")
-SETTING_COLOURS = {
+KIND_COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#b5483a", "#b79a1f", "#5b6bc0")
+SETTING_COLORS = {
     FULL_PRECISION: BLUE,
     TERNARY_BASELINE: ORANGE,
     DISTILLED: GREEN,
     "int4 RTN": QUIET,
     "int4 GPTQ": PURPLE,
 }
-TERM_COLOURS = {"loss": INK, "loss_ce": BLUE, "loss_logits": ORANGE, "loss_attention": PURPLE}
+TERM_COLORS = {"loss": INK, "loss_ce": BLUE, "loss_logits": ORANGE, "loss_attention": PURPLE}
 TERM_NAMES = {
     "loss": "total",
     "loss_ce": "cross-entropy",
@@ -159,7 +159,7 @@ def overview(lines: list[dict], metric: str, majority: float | None):
     score_axis, size_axis, speed_axis = axes[0]
     has_size = has_speed = False
     for y, line in enumerate(lines):
-        color, score, speed = SETTING_COLOURS.get(line["setting"], INK), line["score"], line["speed"] or {}
+        color, score, speed = SETTING_COLORS.get(line["setting"], INK), line["score"], line["speed"] or {}
         if score:
             low, high = score.get("interval") or (score["score"], score["score"])
             score_axis.plot([low, high], [y, y], color=color, linewidth=2.2, solid_capstyle="butt")
@@ -204,7 +204,7 @@ def losses(metrics: dict[str, list[dict]]):
             del curves["loss_ce"]  # the only term: one curve says it
         for term, (steps, values) in curves.items():
             if len(values):
-                _curve(axis, steps, values, TERM_COLOURS[term], TERM_NAMES[term])
+                _curve(axis, steps, values, TERM_COLORS[term], TERM_NAMES[term])
         _log_if_wide(axis, *(values for _, values in curves.values()))
         axis.set(title=stage, xlabel="step")
         shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -408,7 +408,7 @@ def _shares(axis, line: dict, kinds: list[str]) -> None:
 def _by_kind(axis, lines: list[dict], kinds: list[str], key: str) -> None:
     """One line per projection, the median over its layers; a faint band from their lowest to their highest."""
     drawn = []
-    for kind, color in zip(kinds, itertools.cycle(KIND_COLOURS), strict=False):
+    for kind, color in zip(kinds, itertools.cycle(KIND_COLORS), strict=False):
         rows = [
             (line["step"], *np.percentile(values, (0, 50, 100)))
             for line in lines

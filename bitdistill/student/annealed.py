@@ -28,7 +28,7 @@ def soft_ternary(weight: Tensor, temperature: float) -> Tensor:
     """``s * E[k]``, ``k ~ softmax(-(W / s - k)^2 / T)`` over {-1, 0, 1}: ternary codes before they have decided.
 
     Args:
-        weight: (O, I) float. temperature: T > 0; towards 0 the result becomes ``s * clip(round(W / s), -1, 1)``.
+        weight: (O, I) float. temperature: T > 0; toward 0 the result becomes ``s * clip(round(W / s), -1, 1)``.
 
     Returns: fp32 (O, I), with the true gradient ``d/dW = (2 / T) * Var[k]``, the scale s (absmean) taken as a constant.
 

@@ -1,4 +1,4 @@
-"""Stage 1, modeling refinement: surgery on a Hugging Face model, in place, without forked modelling code.
+"""Stage 1, modeling refinement: surgery on a Hugging Face model, in place, without forked modeling code.
 
     Y = X + SubLN(concat(heads)) W_o          X' = Y + SubLN((Y W_up) * act(Y W_gate)) W_down
 

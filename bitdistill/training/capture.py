@@ -1,4 +1,4 @@
-"""Q, K and V of chosen decoder layers, without touching modelling code.
+"""Q, K and V of chosen decoder layers, without touching modeling code.
 
 transformers lets a model's attention function be chosen by name. Ours, ``bitdistill_capture``, notes q, k and v as they
 arrive (after their norms and RoPE, k and v before the GQA repeat) and calls transformers' own sdpa function; its mask

@@ -2,7 +2,7 @@
 
 The loss needs the head's weight, which under ZeRO-3 is whole only while the head's own forward runs. So for the time of
 one call the head computes something else: ``instead_of_logits`` puts a function in the place of its forward, and what it
-returns arrives as ``model(...).logits``. The modelling code, ties, state-dict keys and DeepSpeed's hooks know
+returns arrives as ``model(...).logits``. The modeling code, ties, state-dict keys and DeepSpeed's hooks know
 nothing of it.
 
     with instead_of_logits(student, lambda hidden, weight: head_cross_entropy(hidden, weight, targets, num_items)):

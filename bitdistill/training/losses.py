@@ -54,7 +54,7 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, num_items: float | Ten
     Args:
         logits_BTV: float, any dtype; of all positions, or of some chosen with ``logits_to_keep``.
         targets_BT: int64, what the same positions are to predict, *already shifted* (``next_tokens``); -100 where
-            nothing is to be learnt. Only the other positions are computed.
+            nothing is to be learned. Only the other positions are computed.
         num_items: targets over all ranks and accumulation steps; None counts those of this call.
 
     Returns: fp32 scalar. Without a target: 0, still connected to the logits (its gradient is zero), so that a rank
@@ -166,9 +166,9 @@ def relation_loss(
 
     Numerics: fp32 whatever the inputs and autocast say; the value and its gradient come from ``row_kl``, or on a GPU from
     kernels/gpu/relation_kl.py, which keeps no T x T matrix (where it cannot serve, that is said once). The clamp of
-    alg1 and pr382 is kept exactly: both probabilities are raised to 1e-8, not renormalised, and a student probability
+    alg1 and pr382 is kept exactly: both probabilities are raised to 1e-8, not renormalized, and a student probability
     below it gets no gradient. At temperature 1 a cosine relation never reaches it (below 1e7 tokens); where it
-    does not bite the value is the plain KL, with the accuracy of the centred form.
+    does not bite the value is the plain KL, with the accuracy of the centered form.
 
     Source: arXiv 2510.13998, equations 10-12 and Algorithm 1; microsoft/BitNet pull request 382; the attention maps
     come from a secondary description of the method.

@@ -1,7 +1,7 @@
 """The transformers.Trainer that every training stage shares: named loss terms, honest averages, one JSON line a step.
 
 A stage brings an `Objective`: named loss terms with weights. Each loss is a *sum over this rank's rows divided by the
-count of the whole optimiser step* (all micro-batches, all ranks), so that one rank with 32 rows, two ranks with 16, and
+count of the whole optimizer step* (all micro-batches, all ranks), so that one rank with 32 rows, two ranks with 16, and
 four micro-batches of 8 give the same number. DeepSpeed averages gradients over ranks, hence the one multiplication by
 world size below.
 """
@@ -54,30 +54,30 @@ class StageArguments(TrainingArguments):
 
 @dataclass(frozen=True)
 class Counts:
-    """What an optimiser step holds over all of its micro-batches and ranks."""
+    """What an optimizer step holds over all of its micro-batches and ranks."""
 
     answer_tokens: int  # labels that are predicted: shifted, not -100
     tokens: int  # unpadded positions
     positions: int  # all positions, padding included
-    step: int  # the optimiser steps done before this one
+    step: int  # the optimizer steps done before this one
 
 
 class Objective:
-    """What a stage minimises: ``sum(weight * loss)`` over named terms."""
+    """What a stage minimizes: ``sum(weight * loss)`` over named terms."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
         """The terms of one micro-batch, by name: (weight, loss). `model` is what DeepSpeed wrapped around the model."""
         raise NotImplementedError
 
     def finish_step(self) -> None:
-        """Called on every rank after the last backward pass of an optimiser step."""
+        """Called on every rank after the last backward pass of an optimizer step."""
 
     def logged(self) -> dict[str, float]:
         """Further numbers for each line of metrics.jsonl."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides weights and optimiser, for JSON."""
+        """What a resumed run needs besides weights and optimizer, for JSON."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ class Objective:
 
 
 def capped_steps(max_steps: int, cap: int | None) -> int:
-    """Optimiser steps of a stage whose own number may be -1 (not given), under a cap that may be None."""
+    """Optimizer steps of a stage whose own number may be -1 (not given), under a cap that may be None."""
     return max_steps if cap is None else min(max_steps, cap) if max_steps > 0 else cap
 
 
@@ -148,7 +148,7 @@ class StageTrainer(Trainer):
     """One training stage.
 
     Args:
-        objective: what the stage minimises.
+        objective: what the stage minimizes.
         stage: its name in metrics.jsonl and on the progress bar.
         run_dir: where metrics.jsonl and tensorboard/ are.
         stream: a corpus.TokenStream when the data is one: it resumes without replay.
@@ -173,7 +173,7 @@ class StageTrainer(Trainer):
         self.weight_codes = WeightCodes(self.model)
         if self.args.device.type == "cpu":
             fuse_norms(self.model)
-        self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step: no division by micro-steps
+        self.model_accepts_loss_kwargs = True  # the loss is normalized over the whole step: no division by micro-steps
         if hasattr(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = True
         self._counts = Counts(0, 0, 0, 0)
@@ -331,7 +331,7 @@ class StageTrainer(Trainer):
         }
 
     def step_rows(self) -> int:
-        """Rows that one optimiser step consumes over all ranks."""
+        """Rows that one optimizer step consumes over all ranks."""
         per_rank = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return per_rank * launch.world_size()
 
