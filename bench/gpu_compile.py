@@ -17,15 +17,15 @@ from pathlib import Path
 
 MODULES = sorted(
     path.stem
-    for path in (Path(__file__).resolve().parents[1] / "kernels" / "gpu").glob("*.py")
-    if path.stem not in ("__init__", "launches")
+    for path in (Path(__file__).resolve().parent / "gpu_launches").glob("*.py")
+    if path.stem not in ("__init__", "launch")
 )
 
 
 def main() -> int:
     """Compiles, prints, and says with its status whether all is well."""
     os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported
-    from bitdistill.kernels.gpu.launches import TARGETS, compile_launch
+    from gpu_launches.launch import TARGETS, compile_launch
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("modules", nargs="*", metavar="NAME", help=f"files of kernels/gpu: {', '.join(MODULES)}")
@@ -39,8 +39,8 @@ def main() -> int:
     started, rows, failed = time.perf_counter(), [], 0
     print(f"{'kernel':<38}{'shape':<44}{'part':<8}{'regs':>5}{'spills':>7}{'shared':>9}  int8 instruction, problems")
     for name in arguments.modules or MODULES:
-        module = importlib.import_module(f"bitdistill.kernels.gpu.{name}")
-        for launch in getattr(module, "production_launches", list)():
+        module = importlib.import_module(f"gpu_launches.{name}")
+        for launch in module.production_launches():
             for target in arguments.targets:
                 if launch.only and target not in launch.only:
                     continue

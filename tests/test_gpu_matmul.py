@@ -11,7 +11,9 @@ pytest.importorskip("triton")
 
 from bitdistill.kernels import reference
 from bitdistill.kernels.gpu import bit_linear, gradient_codes, matmul
-from bitdistill.kernels.gpu.launches import Launch
+from gpu_launches.gradient_codes import production_launches as launches_of_gradients
+from gpu_launches.launch import Launch
+from gpu_launches.matmul import production_launches as launches_of_matmul
 
 SMALL = matmul.Tile(32, 16, 32, 4, 2)  # so that small shapes have several tiles, groups of tiles and inner steps
 
@@ -330,7 +332,7 @@ def test_tiles_fill_the_part():
 
 
 def test_production_launches_name_every_argument():
-    for launch in matmul.production_launches() + gradient_codes.production_launches():
+    for launch in launches_of_matmul() + launches_of_gradients():
         assert isinstance(launch, Launch)
         assert dataclasses.is_dataclass(launch)
         names = set(launch.kernel.arg_names)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -472,8 +473,8 @@ def test_assembly():
         "import json, triton\n"
         "from triton.backends.compiler import GPUTarget\n"
         "from triton.compiler import ASTSource\n"
-        "from bitdistill.kernels.gpu import quantize\n"
-        "for launch in (quantize.production_launches()[0], quantize.production_launches()[-1]):\n"
+        "from gpu_launches.quantize import production_launches\n"
+        "for launch in (production_launches()[0], production_launches()[-1]):\n"
         "    names = launch.kernel.arg_names\n"
         "    types = {name: launch.signature.get(name, 'constexpr') for name in names}\n"
         "    attrs = {(names.index(name),): [['tt.divisibility', 16]] for name in launch.aligned}\n"
@@ -482,6 +483,7 @@ def test_assembly():
         "    print(json.dumps(triton.compile(source, target=GPUTarget('cuda', 90, 32), options=options).asm['ptx']))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1] / "bench")
     command = [sys.executable, "-P", "-c", script]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     activation, weights = map(json.loads, result.stdout.splitlines())

@@ -13,6 +13,7 @@ from bitdistill.kernels.gpu import relation_kl
 from bitdistill.kernels.gpu.relation_kl import relation_kl_rows, unsupported
 from bitdistill.training import losses
 from bitdistill.training.losses import relation_loss
+from gpu_launches.relation_kl import production_launches
 
 torch.set_num_threads(1)
 
@@ -537,7 +538,7 @@ def test_cpu_tensors_take_the_eager_form():
 
 def test_every_part_compiles_what_it_launches():
     """The launches that are compiled ahead of time are made by the code that launches, for every part."""
-    launches = relation_kl.production_launches()
+    launches = production_launches()
     assert {part for launch in launches for part in launch.only} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     for launch in launches:
         assert set(launch.signature) | set(launch.constexprs) == set(launch.kernel.arg_names)

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from bitdistill.kernels import vocabulary, vocabulary_rows
 from bitdistill.kernels.gpu import vocabulary_kl
 from bitdistill.kernels.numerics import IGNORED
+from gpu_launches.vocabulary_kl import production_launches
 
 torch.set_num_threads(1)
 PER_TAU, CE, KL = 0.2, 0.5, 0.7
@@ -199,7 +200,7 @@ def test_the_whole_operator_on_the_kernels(device, monkeypatch):
 
 def test_production_launches_are_what_runs(monkeypatch):
     monkeypatch.undo()
-    launches = vocabulary_kl.production_launches()
+    launches = production_launches()
     assert {(launch.constexprs["BLOCK"], launch.num_warps) for launch in launches} == {(2048, 8), (4096, 16)}
     for launch in launches:
         assert set(launch.kernel.arg_names) == set(launch.signature) | set(launch.constexprs)

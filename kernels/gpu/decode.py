@@ -1,6 +1,6 @@
 """Products with packed weights on a GPU, for the few rows of a decoding step and the many of a prompt.
 
-    acc[m, n] = sum over k of act_codes[m, k] * weight_codes[n, k]        exact, int32
+    acc[n, o] = sum over i of act_codes[n, i] * weight_codes[o, i]        exact, int32
 
 A decoding step reads every weight once, so bytes and integer work a weight are all that counts. A row of ternary codes
 has W bytes; byte j holds the columns j, j + W, j + 2W and j + 3W (the quarters of the row, padded), so that one tile of
@@ -14,11 +14,11 @@ the int8 number 64 * code: seven operations for sixteen weights, signs included,
 sum 64 * acc (within int32 up to 264,000 columns) and a shift by 6 ends it. int4 works alike, with 16 * code; int8 and
 fp16 tables are multiplied as they lie.
 
-Rows of activations are padded to the 16 of the tensor cores inside the kernel. Small matrices are split along K over
+Rows of activations are padded to the 16 of the tensor cores inside the kernel. Small matrices are split along I over
 programs; each writes its own integers, and whoever reads them (decode_rows.py, decode_attention.py) adds the splits up
 while it scales: no atomics, the same bits in any order.
 
-Shape suffixes: M rows (tokens), K in_features, N out_features, S splits, W bytes of a packed row.
+Shape suffixes: N rows (tokens), I in_features, O out_features, S splits, W bytes of a packed row.
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitdistill.kernels.gpu.launches import Launch
-
 ROW_ALIGN = 16  # rows of weights begin at multiples of 16 bytes: one vector load
 INT4_GROUP = 32  # columns that share a scale, as in the packed file
 INT4_ROWS = 64  # rows of an int4 tile: (64, 32) bytes that lie together
 DECODE_ROWS = 16  # up to so many rows take the decoding tiles
-PROGRAMS = 264  # two for each of the 132 multiprocessors of an H200: split K until there are about as many
+PROGRAMS = 264  # two for each of the 132 multiprocessors of an H200: split I until there are about as many
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------
@@ -42,12 +40,12 @@ PROGRAMS = 264  # two for each of the 132 multiprocessors of an H200: split K un
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """An (N, K) matrix on the device.
+    """An (O, I) matrix on the device.
 
     Args:
         bits: 2 (ternary), 4 (int4, a scale for 32 columns), 8 (int8) or 16 (float16).
-        rows, columns: N and K.
-        data: int8 (N, W) for 2 and 8 bits, float16 (N, W) for 16, int8 (tiles of rows, pairs of groups, 64, 32) for 4.
+        rows, columns: O and I.
+        data: int8 (O, W) for 2 and 8 bits, float16 (O, W) for 16, int8 (tiles of rows, pairs of groups, 64, 32) for 4.
         group_scale: float16 (tiles of rows, groups, 64) for 4 bits, otherwise None.
     """
 
@@ -59,7 +57,7 @@ class PackedMatrix:
 
     @property
     def act_columns(self) -> int:
-        """Columns of the activations that this matrix reads: K with its padding."""
+        """Columns of the activations that this matrix reads: I with its padding."""
         if self.bits == 4:
             return 2 * INT4_GROUP * self.data.shape[1]
         return self.data.shape[1] * (4 if self.bits == 2 else 1)
@@ -74,9 +72,9 @@ def pack_2bit(codes: Tensor) -> PackedMatrix:
     """Ternary codes, four a byte along the quarters of the row (layout above).
 
     Args:
-        codes: int8 (N, K) in {-1, 0, 1}, on any device; trusted to be so.
+        codes: int8 (O, I) in {-1, 0, 1}, on any device; trusted to be so.
 
-    Returns: 2 bits a weight where 64 divides K; the last bytes of a row are padding otherwise.
+    Returns: 2 bits a weight where 64 divides I; the last bytes of a row are padding otherwise.
 
     Raises:
         ValueError: another dtype or dimension, or no rows or columns.
@@ -96,7 +94,7 @@ def pack_rows(table: Tensor) -> PackedMatrix:
     """An int8 or float16 table as it is, rows padded to 16 bytes.
 
     Args:
-        table: int8 or float16 (N, K).
+        table: int8 or float16 (O, I).
 
     Raises:
         ValueError: another dtype or dimension, or no rows or columns.
@@ -113,7 +111,7 @@ def pack_int4(codes: Tensor, scale: Tensor) -> PackedMatrix:
     """int4 codes in tiles of 64 rows by 32 bytes; a byte holds column j of group g (low) and of group g + G/2 (high).
 
     Args:
-        codes: int8 (N, K) in -8..7, K a multiple of 32. scale: float16 (N, K / 32).
+        codes: int8 (O, I) in -8..7, I a multiple of 32. scale: float16 (O, I / 32).
 
     Raises:
         ValueError: another dtype or dimension, or shapes that do not fit.
@@ -141,7 +139,7 @@ def _check_codes(codes: Tensor, *dtypes: torch.dtype) -> None:
     if codes.dtype not in dtypes or codes.dim() != 2 or codes.numel() == 0:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
-            f"codes: expected {wanted} (N, K) with at least one element; got {codes.dtype} {tuple(codes.shape)}. "
+            f"codes: expected {wanted} (O, I) with at least one element; got {codes.dtype} {tuple(codes.shape)}. "
             "Pass the codes of one matrix."
         )
 
@@ -203,35 +201,35 @@ def _two_fields(packed, ASM: tl.constexpr):
 
 @triton.jit
 def _accumulate_kernel(
-    act_ptr,  # int8, or float16 for BITS 16: (M, act_stride)
-    weight_ptr,  # (N, W)
-    acc_ptr,  # int32, or float32 for BITS 16: (S, M, acc_stride)
-    M,
+    act_ptr,  # int8, or float16 for BITS 16: (N, act_stride)
+    weight_ptr,  # (O, W)
+    acc_ptr,  # int32, or float32 for BITS 16: (S, N, acc_stride)
     N,
+    O,
     W,
     act_stride,
     acc_stride,
     BITS: tl.constexpr,
     ASM: tl.constexpr,
     STEPS: tl.constexpr,  # tiles of BLOCK_W along the row that one program takes
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """One (BLOCK_M, BLOCK_N) tile of the products over one split of the row."""
+    """One (BLOCK_N, BLOCK_O) tile of the products over one split of the row."""
     split = tl.program_id(2)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     w = split * STEPS * BLOCK_W + tl.arange(0, BLOCK_W)
-    acts = act_ptr + m[:, None].to(tl.int64) * act_stride + w[None, :]
-    weights = weight_ptr + n[:, None].to(tl.int64) * W + w[None, :]
+    acts = act_ptr + n[:, None].to(tl.int64) * act_stride + w[None, :]
+    weights = weight_ptr + o[:, None].to(tl.int64) * W + w[None, :]
     kind: tl.constexpr = tl.float32 if BITS == 16 else tl.int32
-    acc = tl.zeros((BLOCK_M, BLOCK_N), kind)
+    acc = tl.zeros((BLOCK_N, BLOCK_O), kind)
     for step in range(STEPS):
         inside = (w + step * BLOCK_W < W)[None, :]
-        packed = tl.load(weights + step * BLOCK_W, mask=(n < N)[:, None] & inside, other=0)
+        packed = tl.load(weights + step * BLOCK_W, mask=(o < O)[:, None] & inside, other=0)
         act = acts + step * BLOCK_W
-        there = (m < M)[:, None] & inside
+        there = (n < N)[:, None] & inside
         if BITS == 2:
             f0, f1, f2, f3 = _four_fields(packed, ASM)
             acc = tl.dot(tl.load(act, mask=there, other=0), f0.T, acc, out_dtype=kind)
@@ -242,46 +240,46 @@ def _accumulate_kernel(
             acc = tl.dot(tl.load(act, mask=there, other=0), packed.T, acc, out_dtype=kind)
     if BITS == 2:
         acc = acc >> 6
-    out = acc_ptr + (split * M + m[:, None]).to(tl.int64) * acc_stride + n[None, :]
-    tl.store(out, acc, mask=(m < M)[:, None] & (n < N)[None, :])
+    out = acc_ptr + (split * N + n[:, None]).to(tl.int64) * acc_stride + o[None, :]
+    tl.store(out, acc, mask=(n < N)[:, None] & (o < O)[None, :])
 
 
 @triton.jit
 def _accumulate_int4_kernel(
-    act_ptr,  # int8 (M, act_stride)
+    act_ptr,  # int8 (N, act_stride)
     weight_ptr,  # int8 (tiles, PAIRS, 64, 32)
     group_scale_ptr,  # float16 (tiles, 2 * PAIRS, 64)
-    acc_ptr,  # float32 (M, N)
-    M,
+    acc_ptr,  # float32 (N, O)
     N,
+    O,
     act_stride,
     ASM: tl.constexpr,
     PAIRS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # INT4_ROWS
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,  # INT4_ROWS
     GROUP: tl.constexpr,  # INT4_GROUP
 ):
-    """One (BLOCK_M, 64) tile: an exact integer product for each group of columns, scaled and summed in fp32."""
+    """One (BLOCK_N, 64) tile: an exact integer product for each group of columns, scaled and summed in fp32."""
     tile = tl.program_id(1)
-    r, j = tl.arange(0, BLOCK_N), tl.arange(0, GROUP)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    acts = act_ptr + m[:, None].to(tl.int64) * act_stride + j[None, :]
-    weights = weight_ptr + tile.to(tl.int64) * (PAIRS * BLOCK_N * GROUP) + r[:, None] * GROUP + j[None, :]
-    scales = group_scale_ptr + tile.to(tl.int64) * (2 * PAIRS * BLOCK_N) + r
-    there = (m < M)[:, None]
-    zero = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    r, j = tl.arange(0, BLOCK_O), tl.arange(0, GROUP)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acts = act_ptr + n[:, None].to(tl.int64) * act_stride + j[None, :]
+    weights = weight_ptr + tile.to(tl.int64) * (PAIRS * BLOCK_O * GROUP) + r[:, None] * GROUP + j[None, :]
+    scales = group_scale_ptr + tile.to(tl.int64) * (2 * PAIRS * BLOCK_O) + r
+    there = (n < N)[:, None]
+    zero = tl.zeros((BLOCK_N, BLOCK_O), tl.int32)
+    total = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
     for pair in range(PAIRS):
-        low, high = _two_fields(tl.load(weights + pair * (BLOCK_N * GROUP)), ASM)
-        low_scale = tl.load(scales + pair * BLOCK_N).to(tl.float32)
-        high_scale = tl.load(scales + (pair + PAIRS) * BLOCK_N).to(tl.float32)
+        low, high = _two_fields(tl.load(weights + pair * (BLOCK_O * GROUP)), ASM)
+        low_scale = tl.load(scales + pair * BLOCK_O).to(tl.float32)
+        high_scale = tl.load(scales + (pair + PAIRS) * BLOCK_O).to(tl.float32)
         acc = tl.dot(tl.load(acts + pair * GROUP, mask=there, other=0), low.T, zero, out_dtype=tl.int32)
         total += acc.to(tl.float32) * low_scale[None, :]
         acc = tl.dot(tl.load(acts + (pair + PAIRS) * GROUP, mask=there, other=0), high.T, zero, out_dtype=tl.int32)
         total += acc.to(tl.float32) * high_scale[None, :]
-    n = tile * BLOCK_N + r
-    out = acc_ptr + m[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(out, total * 0.0625, mask=there & (n < N)[None, :])
+    o = tile * BLOCK_O + r
+    out = acc_ptr + n[:, None].to(tl.int64) * O + o[None, :]
+    tl.store(out, total * 0.0625, mask=there & (o < O)[None, :])
 
 
 # --- launch -----------------------------------------------------------------------------------------------------------
@@ -289,8 +287,8 @@ def _accumulate_int4_kernel(
 
 @dataclass(frozen=True)
 class _Tile:
-    block_m: int
     block_n: int
+    block_o: int
     block_w: int
     num_warps: int
     num_stages: int
@@ -309,16 +307,16 @@ def _tile(rows: int, out_features: int, width: int, bits: int) -> _Tile:
 
 
 def splits_of(rows: int, out_features: int, width: int, bits: int = 2) -> int:
-    """Parts along K that `accumulate` cuts a product into, so that small matrices occupy the whole device.
+    """Parts along I that `accumulate` cuts a product into, so that small matrices occupy the whole device.
 
     Args:
-        rows: M. out_features: N, of all matrices that share the accumulators. width: W. bits: of the weights.
+        rows: N. out_features: O, of all matrices that share the accumulators. width: W. bits: of the weights.
     """
     tile = _tile(rows, out_features, width, bits)
     steps = triton.cdiv(width, tile.block_w)
     if rows > DECODE_ROWS or bits == 16:
         return 1
-    splits = max(1, min(steps, PROGRAMS // triton.cdiv(out_features, tile.block_n)))
+    splits = max(1, min(steps, PROGRAMS // triton.cdiv(out_features, tile.block_o)))
     return triton.cdiv(steps, triton.cdiv(steps, splits))  # the number that are not empty
 
 
@@ -332,15 +330,15 @@ def _asm() -> bool:
 
 
 def accumulate(act: Tensor, matrix: PackedMatrix, out: Tensor | None = None, column: int = 0) -> Tensor:
-    """``act @ codes.T`` from the packed weights, in splits along K that the reader adds up.
+    """``act @ codes.T`` from the packed weights, in splits along I that the reader adds up.
 
     Args:
-        act: int8 (float16 for a 16-bit matrix) (M, matrix.act_columns), contiguous, zero in the padding.
+        act: int8 (float16 for a 16-bit matrix) (N, matrix.act_columns), contiguous, zero in the padding.
         matrix: the weights, on the same device.
-        out: where several matrices share the accumulators: int32 (S, M, all columns), S from `splits_of`.
+        out: where several matrices share the accumulators: int32 (S, N, all columns), S from `splits_of`.
         column: the first column of `out` that this matrix writes.
 
-    Returns: int32 (S, M, N), summed over S the exact product; for 16 and 4 bits float32 (1, M, N), for 4 bits with the
+    Returns: int32 (S, N, O), summed over S the exact product; for 16 and 4 bits float32 (1, N, O), for 4 bits with the
     group scales applied.
 
     Raises:
@@ -351,7 +349,7 @@ def accumulate(act: Tensor, matrix: PackedMatrix, out: Tensor | None = None, col
     dtype = torch.float16 if matrix.bits == 16 else torch.int8
     if act.dim() != 2 or act.shape[0] == 0 or act.shape[1] != matrix.act_columns or act.dtype != dtype:
         raise ValueError(
-            f"act: expected {dtype} (M >= 1, {matrix.act_columns}); got {act.dtype} {tuple(act.shape)}. "
+            f"act: expected {dtype} (N >= 1, {matrix.act_columns}); got {act.dtype} {tuple(act.shape)}. "
             "Quantize the rows for this matrix."
         )
     if not act.is_contiguous() or act.device != matrix.data.device:
@@ -362,7 +360,7 @@ def accumulate(act: Tensor, matrix: PackedMatrix, out: Tensor | None = None, col
         grid = (triton.cdiv(rows, DECODE_ROWS), matrix.data.shape[0])  # programs that share weights are neighbors
         _accumulate_int4_kernel[grid](
             act, matrix.data, matrix.group_scale, acc, rows, matrix.rows, act.shape[1],
-            ASM=_asm(), PAIRS=width, BLOCK_M=DECODE_ROWS, BLOCK_N=INT4_ROWS, GROUP=INT4_GROUP, num_warps=4, num_stages=4,
+            ASM=_asm(), PAIRS=width, BLOCK_N=DECODE_ROWS, BLOCK_O=INT4_ROWS, GROUP=INT4_GROUP, num_warps=4, num_stages=4,
             enable_fp_fusion=True,
         )  # fmt: skip
         return acc
@@ -373,80 +371,11 @@ def accumulate(act: Tensor, matrix: PackedMatrix, out: Tensor | None = None, col
     splits, _, columns = out.shape
     tile = _tile(rows, columns, width, matrix.bits)
     steps = triton.cdiv(width, tile.block_w)
-    grid = (triton.cdiv(matrix.rows, tile.block_n), triton.cdiv(rows, tile.block_m), splits)
+    grid = (triton.cdiv(matrix.rows, tile.block_o), triton.cdiv(rows, tile.block_n), splits)
     _accumulate_kernel[grid](
         act, matrix.data, out[:, :, column:], rows, matrix.rows, width, act.shape[1], columns,
         BITS=matrix.bits, ASM=_asm(), STEPS=triton.cdiv(steps, splits),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_W=tile.block_w,
+        BLOCK_N=tile.block_n, BLOCK_O=tile.block_o, BLOCK_W=tile.block_w,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
-
-
-def production_launches() -> list[Launch]:
-    """Qwen3 0.6B and 4B, one row and 16 and a prompt, with the assembly of NVIDIA parts and the plain twin of AMD's."""
-    nvidia, amd = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
-    launches = []
-    products = (
-        # M, N, K, bits
-        (1, 4096, 1024, 2),  # 0.6B q, k, v
-        (1, 1024, 3072, 2),  # 0.6B down
-        (1, 19456, 2560, 2),  # 4B gate, up
-        (16, 2560, 9728, 2),  # 4B down
-        (512, 19456, 2560, 2),
-        (2, 151936, 1024, 8),
-        (2, 151936, 2560, 8),
-        (32, 151936, 1024, 8),
-        (2, 151936, 1024, 16),
-    )
-    for rows, out_features, in_features, bits in products:
-        width = in_features // 4 if bits == 2 else in_features
-        tile = _tile(rows, out_features, width, bits)
-        splits = splits_of(rows, out_features, width, bits)
-        steps = triton.cdiv(width, tile.block_w)
-        kinds = ("*fp16", "*fp16", "*fp32") if bits == 16 else ("*i8", "*i8", "*i32")
-        for targets in (nvidia, amd):
-            launches.append(
-                Launch(
-                    _accumulate_kernel,
-                    f"M {rows}, N {out_features}, K {in_features}, {bits} bits",
-                    dict(zip(("act_ptr", "weight_ptr", "acc_ptr"), kinds, strict=True))
-                    | dict.fromkeys(("M", "N", "W", "act_stride", "acc_stride"), "i32"),
-                    {
-                        "BITS": bits,
-                        "ASM": targets is nvidia,
-                        "STEPS": triton.cdiv(steps, splits),
-                        "BLOCK_M": tile.block_m,
-                        "BLOCK_N": tile.block_n,
-                        "BLOCK_W": tile.block_w,
-                    },
-                    num_warps=tile.num_warps,
-                    num_stages=tile.num_stages,
-                    int8_dot=bits != 16,
-                    aligned=("act_ptr", "weight_ptr", "acc_ptr", "N", "W", "act_stride", "acc_stride"),
-                    only=targets,
-                )
-            )
-    for in_features in (1024, 2560):
-        for targets in (nvidia, amd):
-            launches.append(
-                Launch(
-                    _accumulate_int4_kernel,
-                    f"M 2, N 151936, K {in_features}, 4 bits",
-                    {"act_ptr": "*i8", "weight_ptr": "*i8", "group_scale_ptr": "*fp16", "acc_ptr": "*fp32"}
-                    | dict.fromkeys(("M", "N", "act_stride"), "i32"),
-                    {
-                        "ASM": targets is nvidia,
-                        "PAIRS": in_features // (2 * INT4_GROUP),
-                        "BLOCK_M": DECODE_ROWS,
-                        "BLOCK_N": INT4_ROWS,
-                        "GROUP": INT4_GROUP,
-                    },
-                    num_warps=4,
-                    num_stages=4,
-                    int8_dot=True,
-                    aligned=("act_ptr", "weight_ptr", "group_scale_ptr", "acc_ptr", "N", "act_stride"),
-                    only=targets,
-                )
-            )
-    return launches

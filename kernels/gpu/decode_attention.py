@@ -12,7 +12,7 @@ The heads that share a key/value head are the rows of one tile; a prompt puts se
 cache is bfloat16, rounded half to even, with products in tf32, finer than the cache; or float32 with fp32 products, to
 compare with other implementations. Sums are fp32.
 
-Shape suffixes: M tokens, H heads, K key/value heads, G heads a key/value head, D head width, C capacity of a slot,
+Shape suffixes: N tokens, H heads, K key/value heads, G heads a key/value head, D head width, C capacity of a slot,
 S splits, P padded width.
 """
 
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from bitdistill.kernels.gpu.decode import PROGRAMS
 from bitdistill.kernels.gpu.decode_rows import Product, product_columns, quantize_row, rms_norm_row, row_warps
-from bitdistill.kernels.gpu.launches import Launch
 from bitdistill.kernels.gpu.rounding import round_to_bf16
 
 BLOCK_S = 32  # positions of a block, half as many of wide heads (registers); a split takes whole blocks
@@ -46,7 +45,7 @@ class KVCache:
 
 @triton.jit
 def _rope_and_cache_kernel(
-    acc_ptr,  # int32 (S, M, (H + 2 K) * D): q, k, v
+    acc_ptr,  # int32 (S, N, (H + 2 K) * D): q, k, v
     act_scale_ptr,
     weight_scale_ptr,
     bias_ptr,
@@ -56,10 +55,10 @@ def _rope_and_cache_kernel(
     sin_ptr,
     positions_ptr,
     slots_ptr,
-    q_ptr,  # float32 (M, H, D)
+    q_ptr,  # float32 (N, H, D)
     keys_ptr,
     values_ptr,
-    M,
+    N,
     C,
     eps,
     SPLITS: tl.constexpr,
@@ -71,7 +70,7 @@ def _rope_and_cache_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,  # half a head, padded
 ):
-    m, head = tl.program_id(0), tl.program_id(1)
+    n, head = tl.program_id(0), tl.program_id(1)
     is_q, is_v = head < H, head >= H + K
     plane = 0
     if OWN_PLANES:
@@ -80,13 +79,13 @@ def _rope_and_cache_kernel(
     inside = d < D // 2
     columns = (H + 2 * K) * D
     low = product_columns(
-        acc_ptr, act_scale_ptr, weight_scale_ptr, bias_ptr, m, plane, head * D + d, inside, M, columns, SPLITS, BIAS
+        acc_ptr, act_scale_ptr, weight_scale_ptr, bias_ptr, n, plane, head * D + d, inside, N, columns, SPLITS, BIAS
     )  # fmt: skip
     high = product_columns(
-        acc_ptr, act_scale_ptr, weight_scale_ptr, bias_ptr, m, plane, head * D + D // 2 + d, inside, M, columns, SPLITS,
+        acc_ptr, act_scale_ptr, weight_scale_ptr, bias_ptr, n, plane, head * D + D // 2 + d, inside, N, columns, SPLITS,
         BIAS,
     )  # fmt: skip
-    position = tl.load(positions_ptr + m).to(tl.int64)
+    position = tl.load(positions_ptr + n).to(tl.int64)
     if not is_v:
         if NORM:
             mean = (tl.sum(low * low, 0) + tl.sum(high * high, 0)) / D
@@ -102,12 +101,12 @@ def _rope_and_cache_kernel(
         high = high * cos + low * sin
         low = turned
     if is_q:
-        q_row = q_ptr + (m.to(tl.int64) * H + head) * D
+        q_row = q_ptr + (n.to(tl.int64) * H + head) * D
         tl.store(q_row + d, low, mask=inside)
         tl.store(q_row + D // 2 + d, high, mask=inside)
     else:
         kv = tl.where(is_v, head - H - K, head - H)
-        row = ((tl.load(slots_ptr + m).to(tl.int64) * K + kv) * C + position) * D
+        row = ((tl.load(slots_ptr + n).to(tl.int64) * K + kv) * C + position) * D
         kind: tl.constexpr = keys_ptr.dtype.element_ty
         if kind == tl.bfloat16:
             low, high = round_to_bf16(low), round_to_bf16(high)
@@ -120,15 +119,15 @@ def _rope_and_cache_kernel(
 
 @triton.jit
 def _attend_kernel(
-    q_ptr,  # float32 (M, H, D)
+    q_ptr,  # float32 (N, H, D)
     keys_ptr,  # (slots, K, C, D)
     values_ptr,
-    positions_ptr,  # int32 (M,)
+    positions_ptr,  # int32 (N,)
     slots_ptr,
-    mixed_ptr,  # float32 (S, M, H, D): not divided by the sum
-    peak_ptr,  # float32 (S, M, H); -inf: this split saw nothing
+    mixed_ptr,  # float32 (S, N, H, D): not divided by the sum
+    peak_ptr,  # float32 (S, N, H); -inf: this split saw nothing
     sum_ptr,
-    M,
+    N,
     C,
     scale,
     WINDOW: tl.constexpr,  # last positions that a token sees, itself included; 0: all
@@ -144,10 +143,10 @@ def _attend_kernel(
     first_token, kv, split = tl.program_id(0) * TOKENS, tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // K
     r, s, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    m = first_token + r // G
+    n = first_token + r // G
     head = kv * G + r % G
-    is_row = (r < TOKENS * G) & (m < M)
-    position = tl.load(positions_ptr + m, mask=is_row, other=-1)
+    is_row = (r < TOKENS * G) & (n < N)
+    position = tl.load(positions_ptr + n, mask=is_row, other=-1)
     oldest = tl.maximum(position - (WINDOW if WINDOW > 0 else C) + 1, 0)
     begin = tl.min(tl.where(is_row, oldest, 2147483647), 0) // BLOCK_S * BLOCK_S
     end = tl.max(position, 0) + 1
@@ -155,7 +154,7 @@ def _attend_kernel(
     begin += split * share
     end = tl.minimum(begin + share, end)
 
-    row = m.to(tl.int64) * H + head
+    row = n.to(tl.int64) * H + head
     q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=is_row[:, None] & (d < D)[None, :], other=0.0) * scale
     cached = (tl.load(slots_ptr + first_token).to(tl.int64) * K + kv) * C
     peak = tl.full((BLOCK_R,), float("-inf"), tl.float32)
@@ -177,7 +176,7 @@ def _attend_kernel(
         mixed = mixed * decay[:, None] + tl.dot(weights, values, input_precision=PRECISION)
         total = total * decay + tl.sum(weights, 1)
         peak = new_peak
-    slab = split.to(tl.int64) * M * H + row
+    slab = split.to(tl.int64) * N * H + row
     tl.store(peak_ptr + slab, peak, mask=is_row)
     tl.store(sum_ptr + slab, total, mask=is_row)
     if end > begin:
@@ -190,9 +189,9 @@ def _merge_kernel(
     peak_ptr,
     sum_ptr,
     subln_ptr,
-    codes_ptr,  # int8 (1, M, P)
+    codes_ptr,  # int8 (1, N, P)
     act_scale_ptr,
-    M,
+    N,
     P,
     subln_eps,
     SPLITS: tl.constexpr,
@@ -201,18 +200,18 @@ def _merge_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    m = tl.program_id(0)
+    n = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     inside = i < H * D
-    row = m.to(tl.int64) * H
+    row = n.to(tl.int64) * H
     peak = tl.full((BLOCK,), float("-inf"), tl.float32)
     for split in range(SPLITS):
-        slab = split * M.to(tl.int64) * H + row
+        slab = split * N.to(tl.int64) * H + row
         peak = tl.maximum(peak, tl.load(peak_ptr + slab + i // D, mask=inside, other=0.0))
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK,), tl.float32)
     for split in range(SPLITS):
-        slab = split * M.to(tl.int64) * H + row
+        slab = split * N.to(tl.int64) * H + row
         own = tl.load(peak_ptr + slab + i // D, mask=inside, other=float("-inf"))
         seen = inside & (own != float("-inf"))
         weight = tl.where(seen, tl.exp(own - peak), 0.0)
@@ -221,7 +220,7 @@ def _merge_kernel(
     y = tl.where(inside, tl.div_rn(mixed, tl.where(inside, total, 1.0)), 0.0)
     if SUBLN:
         y = rms_norm_row(y, subln_ptr, i, inside, H * D, subln_eps)
-    quantize_row(y, codes_ptr + m.to(tl.int64) * P, act_scale_ptr + m, i, P)
+    quantize_row(y, codes_ptr + n.to(tl.int64) * P, act_scale_ptr + n, i, P)
 
 
 # --- launch -----------------------------------------------------------------------------------------------------------
@@ -237,17 +236,17 @@ def rope_and_cache(
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
 ) -> Tensor:
-    """q, turned; k, turned, and v written to the cache, of M tokens.
+    """q, turned; k, turned, and v written to the cache, of N tokens.
 
     Args:
-        product: (M, (H + 2 K) * D), the columns of q, k, v; three planes of act_scale when each has its own.
+        product: (N, (H + 2 K) * D), the columns of q, k, v; three planes of act_scale when each has its own.
         cache: written at (slot, :, position).
-        positions: int32 (M,), each below C. slots: int32 (M,).
+        positions: int32 (N,), each below C. slots: int32 (N,).
         rope: cos and sin float32 (positions, D / 2).
         heads: H.
         norms: gains float32 (D,) of the norms of q and k, or None. eps: theirs.
 
-    Returns: q float32 (M, H, D).
+    Returns: q float32 (N, H, D).
     """
     kv_heads, capacity, width = cache.keys.shape[1:]
     rows = product.acc.shape[1]
@@ -283,14 +282,14 @@ def attend(
     """``softmax(scale * q k) v`` over the cached positions up to each token's own, not yet divided, in splits.
 
     Args:
-        q: float32 (M, H, D). cache: holds the tokens' own keys and values.
-        positions, slots: int32 (M,).
+        q: float32 (N, H, D). cache: holds the tokens' own keys and values.
+        positions, slots: int32 (N,).
         scale: of q.k.
         window: last positions that a token sees, itself included; None is all.
         one_slot: all tokens are of one slot (a prompt), so that several share a tile.
         splits: S; by default what occupies the device.
 
-    Returns: (mixed float32 (S, M, H, D), peak (S, M, H), sum (S, M, H)) for `merge_quantize`.
+    Returns: (mixed float32 (S, N, H, D), peak (S, N, H), sum (S, N, H)) for `merge_quantize`.
 
     Numerics: masks exact; fp32 sums, products in tf32 over a bfloat16 cache and in fp32 over a float32 one.
     """
@@ -331,7 +330,7 @@ def merge_quantize(
         parts: from `attend`. act_columns: P of the o projection. subln: float32 (1, H * D) or None.
         subln_eps: eps of that norm.
 
-    Returns: (act_codes int8 (1, M, P), act_scale float32 (1, M)).
+    Returns: (act_codes int8 (1, N, P), act_scale float32 (1, N)).
     """
     mixed, peak, total = parts
     splits, rows, heads, width = mixed.shape
@@ -344,53 +343,3 @@ def merge_quantize(
         num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale
-
-
-def production_launches() -> list[Launch]:
-    """Qwen3 0.6B (16 heads) and 4B (32), both with 8 key/value heads of 128, one token and a piece of a prompt; and a
-    Gemma3 head of 256."""
-    launches = []
-    i32 = dict.fromkeys(("M", "C"), "i32")
-    cache = {"keys_ptr": "*bf16", "values_ptr": "*bf16"}
-    product = {"acc_ptr": "*i32", "act_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
-    launches.append(
-        Launch(
-            _rope_and_cache_kernel,
-            "16 + 2 * 8 heads of 128",
-            product
-            | dict.fromkeys(("q_gain_ptr", "k_gain_ptr", "cos_ptr", "sin_ptr"), "*fp32")
-            | {"positions_ptr": "*i32", "slots_ptr": "*i32", "q_ptr": "*fp32", **cache, **i32, "eps": "fp32"},
-            {"SPLITS": 2, "BIAS": False, "OWN_PLANES": False, "NORM": True, "H": 16, "K": 8, "D": 128, "BLOCK": 64},
-            num_warps=1,
-            aligned=("acc_ptr", "weight_scale_ptr", "q_gain_ptr", "k_gain_ptr", "q_ptr", "keys_ptr", "values_ptr"),
-        )
-    )
-    for heads, kv_heads, width, tokens in ((16, 8, 128, 1), (16, 8, 128, 16), (4, 1, 256, 1), (4, 1, 256, 4)):
-        block_r = max(16, tokens * heads // kv_heads)
-        launches.append(
-            Launch(
-                _attend_kernel,
-                f"{heads}/{kv_heads} heads of {width}, {tokens} tokens a tile",
-                {"q_ptr": "*fp32", **cache, "positions_ptr": "*i32", "slots_ptr": "*i32"}
-                | {"mixed_ptr": "*fp32", "peak_ptr": "*fp32", "sum_ptr": "*fp32", **i32, "scale": "fp32"},
-                {"WINDOW": 0, "TOKENS": tokens, "H": heads, "K": kv_heads, "D": width, "PRECISION": "tf32"}
-                | {"BLOCK_R": block_r, "BLOCK_S": _block_s(width), "BLOCK_D": width},
-                num_warps=4,
-                num_stages=3,
-                aligned=("q_ptr", "keys_ptr", "values_ptr", "mixed_ptr", "C"),
-            )
-        )
-    for heads in (16, 32):
-        block = heads * 128
-        launches.append(
-            Launch(
-                _merge_kernel,
-                f"{heads} heads of 128",
-                {"mixed_ptr": "*fp32", "peak_ptr": "*fp32", "sum_ptr": "*fp32", "subln_ptr": "*fp32"}
-                | {"codes_ptr": "*i8", "act_scale_ptr": "*fp32", "M": "i32", "P": "i32", "subln_eps": "fp32"},
-                {"SPLITS": MAX_SPLITS, "SUBLN": True, "H": heads, "D": 128, "BLOCK": block},
-                num_warps=row_warps(block),
-                aligned=("mixed_ptr", "peak_ptr", "sum_ptr", "subln_ptr", "codes_ptr", "P"),
-            )
-        )
-    return launches

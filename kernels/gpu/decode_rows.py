@@ -11,12 +11,12 @@ A product arrives as the integers of decode.accumulate, in splits; it is summed 
 ``y = sum_S(acc) * (act_scale * weight_scale) + bias``. The residual stream is fp32.
 
 Quantizers follow numerics.py to the bit. Multiplications and additions are not fused: scales and biases round as in the
-reference, and a fused ``x * (127 / m) + 1.5 * 2**23`` would move codes at ties (the clip in between forbids that, too).
+reference, and a fused ``x * (127 / peak) + 1.5 * 2**23`` would move codes at ties (the clip in between forbids that, too).
 
-A head with integer weights keeps float accuracy: ``q = round(y * (32512 / m)) = 255 * high + low``, two int8 planes, two
-integer products. For float16 weights the planes are ``high = fp16(y / m)`` and ``low = fp16((y / m - high) * 2048)``.
+A head with integer weights keeps float accuracy: ``q = round(y * (32512 / peak)) = 255 * high + low``, two int8 planes, two
+integer products. For float16 weights the planes are ``high = fp16(y / peak)`` and ``low = fp16((y / peak - high) * 2048)``.
 
-Shape suffixes: M tokens, I width of a row, P width with padding, S splits, N columns of a product, V vocabulary.
+Shape suffixes: N tokens, I width of a row, P width with padding, S splits, O columns of a product, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ import triton.language as tl
 from torch import Tensor
 
 from bitdistill.kernels.gpu.decode import PackedMatrix
-from bitdistill.kernels.gpu.launches import Launch
 from bitdistill.kernels.gpu.quantize import PEAK, codes_of, peak_of
 from bitdistill.kernels.gpu.rounding import round_to_integer
 
@@ -41,8 +40,8 @@ class Product:
     """A product that is not scaled yet: ``y = sum_S(acc) * (act_scale * weight_scale) + bias``.
 
     Args:
-        acc: int32 (S, M, N). act_scale: float32 (planes, M): one, or one for each of the matrices side by side.
-        weight_scale: float32 (N,). bias: float32 (N,) or None.
+        acc: int32 (S, N, O). act_scale: float32 (planes, N): one, or one for each of the matrices side by side.
+        weight_scale: float32 (O,). bias: float32 (O,) or None.
     """
 
     acc: Tensor
@@ -56,17 +55,17 @@ class Product:
 
 @triton.jit
 def product_columns(
-    acc_ptr, act_scale_ptr, weight_scale_ptr, bias_ptr, m, plane, n, inside, M, N, SPLITS: tl.constexpr, BIAS: tl.constexpr
+    acc_ptr, act_scale_ptr, weight_scale_ptr, bias_ptr, n, plane, o, inside, N, O, SPLITS: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
-    """Columns n of row m of a product, scaled: fp32, 0 where not inside."""
-    row = acc_ptr + m.to(tl.int64) * N
-    acc = tl.load(row + n, mask=inside, other=0)
+    """Columns o of row n of a product, scaled: fp32, 0 where not inside."""
+    row = acc_ptr + n.to(tl.int64) * O
+    acc = tl.load(row + o, mask=inside, other=0)
     for split in tl.static_range(1, SPLITS):
-        acc += tl.load(row + tl.cast(split, tl.int64) * M * N + n, mask=inside, other=0)
-    scale = tl.load(act_scale_ptr + plane * M + m) * tl.load(weight_scale_ptr + n, mask=inside, other=0.0)
+        acc += tl.load(row + tl.cast(split, tl.int64) * N * O + o, mask=inside, other=0)
+    scale = tl.load(act_scale_ptr + plane * N + n) * tl.load(weight_scale_ptr + o, mask=inside, other=0.0)
     y = acc.to(tl.float32) * scale
     if BIAS:
-        y += tl.load(bias_ptr + n, mask=inside, other=0.0)
+        y += tl.load(bias_ptr + o, mask=inside, other=0.0)
     return y
 
 
@@ -102,8 +101,8 @@ def _embed_kernel(
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    m = tl.program_id(0)
-    word = tl.load(ids_ptr + m).to(tl.int64)
+    n = tl.program_id(0)
+    word = tl.load(ids_ptr + n).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < I
     if BITS == 4:
@@ -124,12 +123,12 @@ def _embed_kernel(
         x = tl.load(table_ptr + word * W + i, mask=inside, other=0).to(tl.float32) * tl.load(scale_ptr + word)
     else:
         x = tl.load(table_ptr + word * W + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(x_ptr + m.to(tl.int64) * I + i, x * embedding_scale, mask=inside)
+    tl.store(x_ptr + n.to(tl.int64) * I + i, x * embedding_scale, mask=inside)
 
 
 @triton.jit
 def _residual_norm_kernel(
-    x_ptr,  # float32 (M, I), the residual stream: updated where SPLITS > 0
+    x_ptr,  # float32 (N, I), the residual stream: updated where SPLITS > 0
     acc_ptr,
     acc_scale_ptr,
     weight_scale_ptr,
@@ -137,9 +136,9 @@ def _residual_norm_kernel(
     post_gain_ptr,
     gain_ptr,
     subln_ptr,  # float32 (PLANES, I)
-    codes_ptr,  # int8 (PLANES, M, P); FORM "fp16": float16 (2, M, P)
-    act_scale_ptr,  # float32 (PLANES, M)
-    M,
+    codes_ptr,  # int8 (PLANES, N, P); FORM "fp16": float16 (2, N, P)
+    act_scale_ptr,  # float32 (PLANES, N)
+    N,
     I,
     P,
     eps,
@@ -153,14 +152,14 @@ def _residual_norm_kernel(
     FORM: tl.constexpr,  # "codes" | "int8" | "fp16": for a BitLinear, for an integer head, for a float16 head
     BLOCK: tl.constexpr,
 ):
-    m = tl.program_id(0)
+    n = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     inside = i < I
-    row = m.to(tl.int64)
+    row = n.to(tl.int64)
     x = tl.load(x_ptr + row * I + i, mask=inside, other=0.0)
     if SPLITS > 0:
         y = product_columns(
-            acc_ptr, acc_scale_ptr, weight_scale_ptr, bias_ptr, m, 0, i, inside, M, I, SPLITS, BIAS
+            acc_ptr, acc_scale_ptr, weight_scale_ptr, bias_ptr, n, 0, i, inside, N, I, SPLITS, BIAS
         )  # fmt: skip
         if POST:
             y = rms_norm_row(y, post_gain_ptr, i, inside, I, eps)
@@ -174,34 +173,34 @@ def _residual_norm_kernel(
             z = y
             if SUBLN:
                 z = rms_norm_row(y, subln_ptr + plane * I, i, inside, I, subln_eps)
-            quantize_row(z, codes_ptr + (plane * M + row) * P, act_scale_ptr + plane * M + m, i, P)
+            quantize_row(z, codes_ptr + (plane * N + row) * P, act_scale_ptr + plane * N + n, i, P)
     else:
         peak = peak_of(y, 0)
         if FORM == "int8":
             q = round_to_integer(tl.minimum(tl.maximum(y * tl.div_rn(32512.0, peak), -32512.0), 32512.0))
             high = round_to_integer(tl.div_rn(q, 255.0))
             low = q - high * 255.0
-            tl.store(act_scale_ptr + m, tl.div_rn(peak, 32512.0))
+            tl.store(act_scale_ptr + n, tl.div_rn(peak, 32512.0))
         else:
             unit = tl.div_rn(y, peak)
             high = unit.to(tl.float16).to(tl.float32)
             low = (unit - high) * 2048.0
-            tl.store(act_scale_ptr + m, peak)
+            tl.store(act_scale_ptr + n, peak)
         kind: tl.constexpr = codes_ptr.dtype.element_ty
         tl.store(codes_ptr + row * P + i, high.to(kind), mask=i < P)
-        tl.store(codes_ptr + (M + row) * P + i, low.to(kind), mask=i < P)
+        tl.store(codes_ptr + (N + row) * P + i, low.to(kind), mask=i < P)
 
 
 @triton.jit
 def _gated_kernel(
-    acc_ptr,  # int32 (S, M, 2 * I): gate, up
+    acc_ptr,  # int32 (S, N, 2 * I): gate, up
     acc_scale_ptr,
     weight_scale_ptr,
     bias_ptr,
     subln_ptr,
     codes_ptr,
     act_scale_ptr,
-    M,
+    N,
     I,
     P,
     subln_eps,
@@ -212,14 +211,14 @@ def _gated_kernel(
     SUBLN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    m = tl.program_id(0)
+    n = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     inside = i < I
     gate = product_columns(
-        acc_ptr, acc_scale_ptr, weight_scale_ptr, bias_ptr, m, 0, i, inside, M, 2 * I, SPLITS, BIAS
+        acc_ptr, acc_scale_ptr, weight_scale_ptr, bias_ptr, n, 0, i, inside, N, 2 * I, SPLITS, BIAS
     )  # fmt: skip
     up = product_columns(
-        acc_ptr, acc_scale_ptr, weight_scale_ptr, bias_ptr, m, UP_PLANE, I + i, inside, M, 2 * I, SPLITS, BIAS
+        acc_ptr, acc_scale_ptr, weight_scale_ptr, bias_ptr, n, UP_PLANE, I + i, inside, N, 2 * I, SPLITS, BIAS
     )  # fmt: skip
     slope = gate
     if not SILU:  # 0.5 * (1 + tanh(z)) = 1 / (1 + exp(-2 z)), z = sqrt(2 / pi) * (x + 0.044715 x^3)
@@ -227,18 +226,18 @@ def _gated_kernel(
     y = gate / (1.0 + tl.exp(-slope)) * up
     if SUBLN:
         y = rms_norm_row(y, subln_ptr, i, inside, I, subln_eps)
-    quantize_row(y, codes_ptr + m.to(tl.int64) * P, act_scale_ptr + m, i, P)
+    quantize_row(y, codes_ptr + n.to(tl.int64) * P, act_scale_ptr + n, i, P)
 
 
 @triton.jit
 def _logits_kernel(
-    acc_ptr,  # int32 or float32 (S, 2 * M, V): the products of the high plane, then of the low plane
+    acc_ptr,  # int32 or float32 (S, 2 * N, V): the products of the high plane, then of the low plane
     act_scale_ptr,
     weight_scale_ptr,
-    logits_ptr,  # float32 (M, V)
-    best_ptr,  # float32 (M, blocks)
-    word_ptr,  # int32 (M, blocks)
-    M,
+    logits_ptr,  # float32 (N, V)
+    best_ptr,  # float32 (N, blocks)
+    word_ptr,  # int32 (N, blocks)
+    N,
     V,
     high_factor,
     low_factor,
@@ -246,36 +245,36 @@ def _logits_kernel(
     SCALED: tl.constexpr,  # the weights have a scale a row
     BLOCK: tl.constexpr,
 ):
-    block, m = tl.program_id(0), tl.program_id(1)
+    block, n = tl.program_id(0), tl.program_id(1)
     v = block * BLOCK + tl.arange(0, BLOCK)
     inside = v < V
-    high_row = acc_ptr + m.to(tl.int64) * V
-    low_row = acc_ptr + (M + m).to(tl.int64) * V
+    high_row = acc_ptr + n.to(tl.int64) * V
+    low_row = acc_ptr + (N + n).to(tl.int64) * V
     high, low = tl.load(high_row + v, mask=inside, other=0), tl.load(low_row + v, mask=inside, other=0)
     for split in tl.static_range(1, SPLITS):
-        further = tl.cast(split, tl.int64) * 2 * M * V
+        further = tl.cast(split, tl.int64) * 2 * N * V
         high += tl.load(high_row + further + v, mask=inside, other=0)
         low += tl.load(low_row + further + v, mask=inside, other=0)
-    scale = tl.load(act_scale_ptr + m)
+    scale = tl.load(act_scale_ptr + n)
     if SCALED:
         scale = scale * tl.load(weight_scale_ptr + v, mask=inside, other=0.0)
     logits = (high.to(tl.float32) * high_factor + low.to(tl.float32) * low_factor) * scale
-    tl.store(logits_ptr + m.to(tl.int64) * V + v, logits, mask=inside)
+    tl.store(logits_ptr + n.to(tl.int64) * V + v, logits, mask=inside)
     logits = tl.where(inside, logits, float("-inf"))
     best = tl.max(logits, 0)
-    tl.store(best_ptr + m * tl.num_programs(0) + block, best)
-    tl.store(word_ptr + m * tl.num_programs(0) + block, tl.min(tl.where(logits == best, v, V), 0))
+    tl.store(best_ptr + n * tl.num_programs(0) + block, best)
+    tl.store(word_ptr + n * tl.num_programs(0) + block, tl.min(tl.where(logits == best, v, V), 0))
 
 
 @triton.jit
 def _next_token_kernel(best_ptr, word_ptr, ids_ptr, positions_ptr, blocks, last_position, BLOCK: tl.constexpr):
-    m = tl.program_id(0)
+    n = tl.program_id(0)
     b = tl.arange(0, BLOCK)
     inside = b < blocks
-    best = tl.load(best_ptr + m * blocks + b, mask=inside, other=float("-inf"))
-    word = tl.load(word_ptr + m * blocks + b, mask=inside, other=2147483647)
-    tl.store(ids_ptr + m, tl.min(tl.where(best == tl.max(best, 0), word, 2147483647), 0))
-    tl.store(positions_ptr + m, tl.minimum(tl.load(positions_ptr + m) + 1, last_position))
+    best = tl.load(best_ptr + n * blocks + b, mask=inside, other=float("-inf"))
+    word = tl.load(word_ptr + n * blocks + b, mask=inside, other=2147483647)
+    tl.store(ids_ptr + n, tl.min(tl.where(best == tl.max(best, 0), word, 2147483647), 0))
+    tl.store(positions_ptr + n, tl.minimum(tl.load(positions_ptr + n) + 1, last_position))
 
 
 # --- launch -----------------------------------------------------------------------------------------------------------
@@ -290,11 +289,11 @@ def embed(ids: Tensor, table: PackedMatrix, weight_scale: Tensor | None, embeddi
     """``table[ids] * embedding_scale``, dequantized.
 
     Args:
-        ids: int32 (M,), each below table.rows. table: the embedding (V, I).
+        ids: int32 (N,), each below table.rows. table: the embedding (V, I).
         weight_scale: float32 (V,) for 2 and 8 bits, None for 16 and 4 (whose scales are in the table).
         embedding_scale: multiplies the rows.
 
-    Returns: float32 (M, I). Numerics: the bits of the packed file's dequantization.
+    Returns: float32 (N, I). Numerics: the bits of the packed file's dequantization.
     """
     x = torch.empty(len(ids), table.columns, dtype=torch.float32, device=ids.device)
     scale = table.group_scale if table.bits == 4 else weight_scale
@@ -320,17 +319,17 @@ def residual_norm_quantize(
     """``x += [norm](product)`` in place, then int8 codes of ``[SubLN]([norm](x))``.
 
     Args:
-        x: float32 (M, I), contiguous: the residual stream, changed where there is a product.
+        x: float32 (N, I), contiguous: the residual stream, changed where there is a product.
         act_columns: P, of the matrices that will read the codes.
         gain: float32 (I,) of the model's norm, or None for none. eps: of both model norms.
         subln: float32 (planes, I): one set of codes for each, or None. subln_eps: theirs.
-        product: what is added to x first, (M, I), or None.
+        product: what is added to x first, (N, I), or None.
         post_gain: float32 (I,) of a norm behind the product (Gemma), or None.
 
-    Returns: (act_codes int8 (planes, M, P), zero in the padding; act_scale float32 (planes, M)).
+    Returns: (act_codes int8 (planes, N, P), zero in the padding; act_scale float32 (planes, N)).
 
     Raises:
-        ValueError: x is not a contiguous float32 (M >= 1, I), or P is below I.
+        ValueError: x is not a contiguous float32 (N >= 1, I), or P is below I.
 
     Numerics: given the same y, codes and scales are those of reference.quantize_activation; the sum inside a norm has
     its own order.
@@ -345,7 +344,7 @@ def final_norm(
 ) -> tuple[Tensor, Tensor]:
     """As `residual_norm_quantize`, into the two planes that a head of `form` "int8" or "fp16" reads.
 
-    Returns: (planes int8 or float16 (2 * M, P), all high rows first; act_scale float32 (M,)).
+    Returns: (planes int8 or float16 (2 * N, P), all high rows first; act_scale float32 (N,)).
     """
     planes, scale = _residual_norm(x, act_columns, 2, form, gain, eps, None, 0.0, product, post_gain)
     return planes.flatten(0, 1), scale[0]
@@ -354,7 +353,7 @@ def final_norm(
 def _residual_norm(x, act_columns, planes, form, gain, eps, subln, subln_eps, product, post_gain):
     if x.dtype != torch.float32 or x.dim() != 2 or len(x) == 0 or not x.is_contiguous() or x.shape[1] > act_columns:
         raise ValueError(
-            f"x: expected contiguous float32 (M >= 1, I <= {act_columns}); got {x.dtype} {tuple(x.shape)}. "
+            f"x: expected contiguous float32 (N >= 1, I <= {act_columns}); got {x.dtype} {tuple(x.shape)}. "
             "Pass whole rows of the residual stream."
         )
     rows, width = x.shape
@@ -379,13 +378,13 @@ def gated_quantize(
     """int8 codes of ``[SubLN](act(gate) * up)``.
 
     Args:
-        product: (M, 2 * I), the columns of gate, then of up; two planes of act_scale when each has its own.
+        product: (N, 2 * I), the columns of gate, then of up; two planes of act_scale when each has its own.
         act_columns: P of the down projection.
         activation: "silu" or "gelu_pytorch_tanh".
         subln: float32 (1, I) or None.
         subln_eps: eps of that norm.
 
-    Returns: (act_codes int8 (1, M, P), act_scale float32 (1, M)).
+    Returns: (act_codes int8 (1, N, P), act_scale float32 (1, N)).
     """
     rows, width = product.acc.shape[1], product.acc.shape[2] // 2
     codes = torch.empty(1, rows, act_columns, dtype=torch.int8, device=product.acc.device)
@@ -405,11 +404,11 @@ def logits_argmax(acc: Tensor, act_scale: Tensor, weight_scale: Tensor | None, f
     """Logits out of the head's products with both planes, and the largest of each block of the vocabulary.
 
     Args:
-        acc: (S, 2 * M, V) of decode.accumulate. act_scale: float32 (M,), with the planes from `final_norm`.
+        acc: (S, 2 * N, V) of decode.accumulate. act_scale: float32 (N,), with the planes from `final_norm`.
         weight_scale: float32 (V,), or None.
         form: as given to `final_norm`.
 
-    Returns: (logits float32 (M, V), (values float32 (M, blocks), words int32 (M, blocks)) for `next_token`).
+    Returns: (logits float32 (N, V), (values float32 (N, blocks), words int32 (N, blocks)) for `next_token`).
     """
     splits, rows, vocabulary = acc.shape
     rows //= 2
@@ -428,7 +427,7 @@ def next_token(blocks: tuple[Tensor, Tensor], ids: Tensor, positions: Tensor, la
     """The most likely words, the first among equals, into ids; positions grow by one, up to last_position.
 
     Args:
-        blocks: from `logits_argmax`. ids, positions: int32 (M,), changed in place.
+        blocks: from `logits_argmax`. ids, positions: int32 (N,), changed in place.
         last_position: positions stop growing there.
     """
     best, words = blocks
@@ -446,73 +445,3 @@ def _pointers(product: Product | None, none: Tensor) -> tuple[Tensor, ...]:
     if product is None:
         return none, none, none, none
     return product.acc, product.act_scale, product.weight_scale, _or(product.bias, none)
-
-
-def production_launches() -> list[Launch]:
-    """Widths of Qwen3 0.6B and 4B, with every branch that these models take; an int8 and a float16 head."""
-    launches = []
-    product = {"acc_ptr": "*i32", "acc_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
-    sizes = dict.fromkeys(("M", "I", "P"), "i32")
-    for model, hidden, intermediate, splits in (("0.6B", 1024, 3072, 6), ("4B", 2560, 9728, 5)):
-        for form, planes in (("codes", 1), ("int8", 2), ("fp16", 2)):
-            block = triton.next_power_of_2(hidden)
-            launches.append(
-                Launch(
-                    _residual_norm_kernel,
-                    f"Qwen3 {model}, hidden {hidden}, {form}",
-                    {"x_ptr": "*fp32", **product, "post_gain_ptr": "*fp32", "gain_ptr": "*fp32", "subln_ptr": "*fp32"}
-                    | {"codes_ptr": "*fp16" if form == "fp16" else "*i8", "act_scale_ptr": "*fp32", **sizes}
-                    | {"eps": "fp32", "subln_eps": "fp32"},
-                    {"SPLITS": splits, "BIAS": False, "POST": False, "NORM": True, "SUBLN": False, "PLANES": planes}
-                    | {"FORM": form, "BLOCK": block},
-                    num_warps=row_warps(block),
-                    aligned=("x_ptr", "acc_ptr", "weight_scale_ptr", "gain_ptr", "codes_ptr", "I", "P"),
-                )
-            )
-        block = triton.next_power_of_2(intermediate)
-        launches.append(
-            Launch(
-                _gated_kernel,
-                f"Qwen3 {model}, intermediate {intermediate}",
-                product
-                | {"subln_ptr": "*fp32", "codes_ptr": "*i8", "act_scale_ptr": "*fp32", **sizes, "subln_eps": "fp32"},
-                {"SPLITS": 1, "BIAS": False, "UP_PLANE": 0, "SILU": True, "SUBLN": True, "BLOCK": block},
-                num_warps=row_warps(block),
-                aligned=("acc_ptr", "weight_scale_ptr", "subln_ptr", "codes_ptr", "I", "P"),
-            )
-        )
-    for bits, kind in ((8, "*i8"), (16, "*fp16"), (4, "*i8"), (2, "*i8")):
-        launches.append(
-            Launch(
-                _embed_kernel,
-                f"hidden 2560, {bits} bits",
-                {"ids_ptr": "*i32", "table_ptr": kind, "scale_ptr": "*fp16" if bits == 4 else "*fp32"}
-                | {"x_ptr": "*fp32", "I": "i32", "W": "i32", "embedding_scale": "fp32"},
-                {"BITS": bits, "PAIRS": 40 if bits == 4 else 0, "BLOCK": 4096},
-                num_warps=row_warps(4096),
-                aligned=("ids_ptr", "table_ptr", "scale_ptr", "x_ptr", "I", "W"),
-            )
-        )
-    launches.append(
-        Launch(
-            _logits_kernel,
-            "V 151936",
-            {"acc_ptr": "*i32", "act_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "logits_ptr": "*fp32"}
-            | {"best_ptr": "*fp32", "word_ptr": "*i32", "M": "i32", "V": "i32"}
-            | {"high_factor": "fp32", "low_factor": "fp32"},
-            {"SPLITS": 1, "SCALED": True, "BLOCK": LOGITS_BLOCK},
-            aligned=("acc_ptr", "weight_scale_ptr", "logits_ptr", "V"),
-        )
-    )
-    launches.append(
-        Launch(
-            _next_token_kernel,
-            "V 151936",
-            {"best_ptr": "*fp32", "word_ptr": "*i32", "ids_ptr": "*i32", "positions_ptr": "*i32"}
-            | {"blocks": "i32", "last_position": "i32"},
-            {"BLOCK": 256},
-            num_warps=1,
-            aligned=("best_ptr", "word_ptr", "ids_ptr", "positions_ptr"),
-        )
-    )
-    return launches

@@ -10,7 +10,7 @@ step: a replay costs one launch where ten a layer would cost more time than thei
 Projections that read one input are one matrix (q, k, v; gate, up): one launch, one reading of the activations. Where each
 has a SubLN of its own they stay matrices side by side that share their accumulators.
 
-Shape suffixes: M tokens, V vocabulary, I in_features, N out_features of all projections of a group.
+Shape suffixes: N tokens, V vocabulary, I in_features, O out_features of all projections of a group.
 """
 
 import sys
@@ -40,7 +40,7 @@ class Group:
 
     Args:
         matrices: one of all their rows; or one each, in their order, where each has a SubLN.
-        weight_scale: float32 (N,), the scale of a row's projection. bias: float32 (N,) or None.
+        weight_scale: float32 (O,), the scale of a row's projection. bias: float32 (O,) or None.
         subln: float32 (len(matrices), I) or None. subln_eps: theirs.
     """
 
@@ -62,7 +62,7 @@ class Group:
         return sum(part.nbytes for part in (*self.matrices, *tensors))
 
     def product(self, act_codes: Tensor, act_scale: Tensor) -> Product:
-        """The group's products, not scaled yet, of int8 (planes, M, act_columns) and float32 (planes, M)."""
+        """The group's products, not scaled yet, of int8 (planes, N, act_columns) and float32 (planes, N)."""
         if len(self.matrices) == 1:
             acc = accumulate(act_codes[0], self.matrices[0])
         else:
@@ -242,7 +242,7 @@ class Sequences:
     def _forward(
         self, ids: Tensor, positions: Tensor, slots: Tensor, one_slot: bool
     ) -> tuple[Tensor, Product, Tensor | None]:
-        """The layers over M tokens: the residual stream, and the last layer's product with the gain of the norm behind
+        """The layers over N tokens: the residual stream, and the last layer's product with the gain of the norm behind
         it, which are still to be added."""
         model = self.model
         x = embed(ids, model.embedding.matrix, model.embedding.weight_scale, model.embedding_scale)

@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitdistill.kernels.gpu.launches import Launch
 from bitdistill.kernels.gpu.matmul import MAX_SEGMENTS
 
 BLOCK_N, BLOCK_O, WARPS = 128, 64, 8  # 32 values a thread; 128-byte lines both of dY in bf16 and of transposed codes
@@ -161,20 +160,3 @@ def transpose_codes(codes: Tensor) -> Tensor:
         codes, result, R, C, codes.stride(0), result.stride(0), PADDING, 128, num_warps=8, enable_fp_fusion=True
     )
     return result
-
-
-def production_launches() -> list[Launch]:
-    """At the width of Qwen3 1.7B's gate and up, for bench/gpu_compile.py."""
-    scales = {"act_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32"}
-    sizes = dict.fromkeys(("N", "O", "dy_stride", "end_0", "end_1"), "i32")
-    blocks = {"BLOCK_N": BLOCK_N, "BLOCK_O": BLOCK_O}
-    shape = "N 16384, O 12288"
-    peaks = {"dy_ptr": "*bf16"} | scales | {"row_ptr": "*fp32", "column_ptr": "*fp32"} | sizes
-    codes = {"dy_ptr": "*bf16"} | scales | {"row_scale_ptr": "*fp32", "column_scale_ptr": "*fp32"} | sizes
-    codes |= {"row_ptr": "*i8", "column_ptr": "*i8", "column_stride": "i32", "seed": "i32"}
-    transpose = {"x_ptr": "*i8", "y_ptr": "*i8"} | dict.fromkeys(("R", "C", "x_stride", "y_stride"), "i32")
-    return [
-        Launch(_peaks, shape, peaks, blocks, WARPS, aligned=tuple(peaks)),
-        Launch(_codes, shape, codes, blocks, WARPS, aligned=tuple(name for name in codes if name != "seed")),
-        Launch(_transpose, "16384x6144", transpose, {"BLOCK_R": PADDING, "BLOCK_C": 128}, 8, aligned=tuple(transpose)),
-    ]

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitdistill.kernels.gpu.launches import Launch
 from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, quantize_tile, row_tile, rows_of
 from bitdistill.kernels.gpu.rounding import rounded
 
@@ -204,28 +203,3 @@ def stacked_gains(gains: Sequence[Tensor], x: Tensor) -> Tensor:
     if len(gains) == 1:
         return gains[0].detach().float().contiguous().unsqueeze(0)
     return torch.stack([gain.detach().float() for gain in gains])
-
-
-def production_launches() -> list[Launch]:
-    """Inputs of attention and MLP at Qwen3 0.6B and 4B; wider ones with the gains that their models have."""
-    launches = []
-    pointers = dict.fromkeys(("x_ptr", "dy0_ptr", "dy1_ptr", "dy2_ptr", "dx_ptr"), "*bf16")
-    pointers |= dict.fromkeys(("gain_ptr", "scale_ptr", "rstd_ptr", "part_ptr"), "*fp32")
-    pointers |= {"codes_ptr": "*i8"}
-    numbers = dict.fromkeys(("N", "x_stride", "dy0_stride", "dy1_stride", "dy2_stride", "run"), "i32")
-    types = {**pointers, **numbers, "eps": "fp32"}
-    for I, G in ((1024, 1), (1024, 2), (1024, 3), (2560, 1), (2560, 2), (2560, 3), (4096, 1), (8192, 1), (8192, 2)):
-        for kernel, tile in (_rms_norm_quantize, row_tile(I)), (_rms_norm_backward, backward_tile(I)):
-            ROWS, BLOCK, num_warps, *twice = tile
-            names = [name for name in kernel.arg_names if name in types]
-            launches.append(
-                Launch(
-                    kernel=kernel,
-                    shape=f"N 16384, I {I}, G {G}",
-                    signature={name: types[name] for name in names},
-                    constexprs={"I": I, "G": G, "ROWS": ROWS, "BLOCK": BLOCK} | ({"TWICE": twice[0]} if twice else {}),
-                    num_warps=num_warps,
-                    aligned=tuple(name for name in names if name not in ("eps", "run")),
-                )
-            )
-    return launches

@@ -31,7 +31,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitdistill.kernels.gpu.launches import Launch
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON
 
 MAX_WIDTH = 32_768  # a row in the registers of 16 warps; 28,672 is the widest linear of Llama 70B
@@ -341,34 +340,3 @@ def quantize_weights(weights: Sequence[Tensor], transposed: bool = False) -> lis
 
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def production_launches() -> list[Launch]:
-    """Qwen3 0.6B and 4B: inputs of attention and MLP; fp32 masters with and without transposed codes."""
-    launches = []
-    rows = {
-        "x_ptr": "*bf16",
-        "codes_ptr": "*i8",
-        "scale_ptr": "*fp32",
-        "N": "i32",
-        "x_stride": "i32",
-    }
-    for width in (1024, 2560, 9728, 16_384):
-        ROWS, BLOCK, num_warps = row_tile(width)
-        constexprs = {"I": width, "ROWS": ROWS, "BLOCK": BLOCK}
-        shape = f"N 16384, I {width}"
-        launches.append(Launch(_quantize_activation, shape, rows, constexprs, num_warps, aligned=tuple(rows)))
-    weights = dict.fromkeys(("address_ptr", "shape_ptr"), "*i64")
-    weights |= dict.fromkeys(("item_ptr", "counter_ptr"), "*i32") | {"partial_ptr": "*fp64"}
-    weights |= {"codes_ptr": "*i8", "transposed_ptr": "*i8", "scale_ptr": "*fp32"}
-    for transposed in (False, True):
-        constexprs = {
-            "DTYPE": tl.float32,
-            "TRANSPOSED": transposed,
-            "ALIGNED": True,
-            "TILE_O": TILE_O,
-            "TILE_I": TILE_I,
-        }
-        shape = f"fp32, transposed {transposed}"
-        launches.append(Launch(_quantize_weights, shape, weights, constexprs, TILE_WARPS, aligned=tuple(weights)))
-    return launches

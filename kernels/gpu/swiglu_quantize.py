@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitdistill.kernels.gpu.launches import Launch
 from bitdistill.kernels.gpu.norm_quantize import inverse_rms, runs, stacked_gains
 from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, quantize_tile, row_tile, rows_of
 from bitdistill.kernels.gpu.rounding import rounded
@@ -229,30 +228,3 @@ def gated_tile(width: int) -> tuple[int, int, int]:
     """row_tile with twice its warps, up to 16: two rows are loaded, and 32 values of each spill on sm_100."""
     rows, block, num_warps = row_tile(width)
     return rows, block, min(16, 2 * num_warps)
-
-
-def production_launches() -> list[Launch]:
-    """The MLPs of Qwen3 0.6B, 1.7B and 4B."""
-    launches = []
-    pointers = dict.fromkeys(("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr"), "*bf16")
-    pointers |= dict.fromkeys(("gain_ptr", "scale_ptr", "rstd_ptr", "part_ptr"), "*fp32")
-    pointers |= {"codes_ptr": "*i8"}
-    numbers = dict.fromkeys(("N", "dy_stride", "gate_stride", "up_stride", "run"), "i32")
-    types = {**pointers, **numbers, "eps": "fp32"}
-    for I in (3072, 6144, 9728):
-        for gelu in (False, True):
-            for kernel, tile in (_swiglu_norm_quantize, gated_tile(I)), (_swiglu_norm_backward, chunk_tile(I)):
-                ROWS, BLOCK, num_warps, *chunks = tile
-                names = [name for name in kernel.arg_names if name in types]
-                launches.append(
-                    Launch(
-                        kernel=kernel,
-                        shape=f"N 16384, I {I}, {'gelu' if gelu else 'silu'}",
-                        signature={name: types[name] for name in names},
-                        constexprs={"I": I, "GELU": gelu, "NORM": True, "ROWS": ROWS, "BLOCK": BLOCK}
-                        | ({"CHUNKS": chunks[0]} if chunks else {}),
-                        num_warps=num_warps,
-                        aligned=tuple(name for name in names if name not in ("eps", "run")),
-                    )
-                )
-    return launches

@@ -1,8 +1,6 @@
-"""What is compiled ahead of time, for GPUs that this machine does not have: kernels with their production tiles.
+"""One GPU kernel, compiled ahead of time for a GPU that this machine need not have, and what the compiler made of it.
 
-Every kernel file offers `production_launches()`; bench/gpu_compile.py compiles them all and looks at what came out:
-registers, spills, shared memory, and whether int8 products run on tensor cores. Compiling needs no GPU, but a process
-in which Triton does not interpret (TRITON_INTERPRET unset).
+Compiling needs no GPU, but a process in which Triton does not interpret (TRITON_INTERPRET unset).
 """
 
 import os
