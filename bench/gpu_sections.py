@@ -104,29 +104,24 @@ def quantizers(bench: Bench) -> None:
 
     section, M, share = "quantize (M x width, bf16)", bench.tokens, Target("floor", 0.9)
     for width in sorted({shape.hidden for shape in bench.shapes.values()}):
-        elements, gains = M * width, [torch.ones(width, device=bench.device) for _ in range(3)]
+        elements, gain = M * width, torch.ones(width, device=bench.device)
 
         def plain(_, width=width):
             x = bench.normal(M, width)
             return lambda: quantize_activation(x)
 
-        def normed(_, width=width, gains=gains, count=1):
+        def normed(_, width=width, gain=gain):
             x = bench.normal(M, width)
-            return lambda: rms_norm_quantize(x, gains[:count], EPS)
+            return lambda: rms_norm_quantize(x, gain, EPS)
 
-        def backward(_, width=width, gains=gains):
+        def backward(_, width=width, gain=gain):
             x, dy = bench.normal(M, width), bench.normal(M, width)
-            rstd = rms_norm_quantize(x, gains[:1], EPS)[1]
-            return lambda: rms_norm_quantize_backward([dy], x, gains[:1], rstd)
-
-        def three(_, normed=normed):
-            return normed(_, count=3)
+            rstd = rms_norm_quantize(x, gain, EPS)[1]
+            return lambda: rms_norm_quantize_backward(dy, x, gain, rstd)
 
         timings = bench.compare({f"absmax {width}": plain, f"RMSNorm + absmax {width}": normed}, 2 * elements)
         for name, timing in timings.items():
             bench.row(section, name, timing, floor=bench.moved(3 * elements), target=share)
-        (timing,) = bench.compare({f"RMSNorm, three gains {width}": three}, 2 * elements).values()
-        bench.row(section, f"RMSNorm, three gains {width}", timing, floor=bench.moved(5 * elements), target=share)
         (timing,) = bench.compare({f"RMSNorm backward {width}": backward}, 4 * elements).values()
         bench.row(section, f"RMSNorm backward {width}", timing, floor=bench.moved(6 * elements))
     for width in sorted({shape.intermediate for shape in bench.shapes.values()}):

@@ -6,23 +6,23 @@ from gpu_launches.launch import Launch
 
 
 def production_launches() -> list[Launch]:
-    """Inputs of attention and MLP at Qwen3 0.6B and 4B; wider ones with the gains that their models have."""
+    """Inputs of attention and MLP at Qwen3 0.6B and 4B, and wider ones."""
     launches = []
-    pointers = dict.fromkeys(("x_ptr", "dy0_ptr", "dy1_ptr", "dy2_ptr", "dx_ptr"), "*bf16")
+    pointers = dict.fromkeys(("x_ptr", "dy_ptr", "dx_ptr"), "*bf16")
     pointers |= dict.fromkeys(("gain_ptr", "scale_ptr", "rstd_ptr", "part_ptr"), "*fp32")
     pointers |= {"codes_ptr": "*i8"}
-    numbers = dict.fromkeys(("N", "x_stride", "dy0_stride", "dy1_stride", "dy2_stride", "run"), "i32")
+    numbers = dict.fromkeys(("N", "x_stride", "dy_stride", "run"), "i32")
     types = {**pointers, **numbers, "eps": "fp32"}
-    for I, G in ((1024, 1), (1024, 2), (1024, 3), (2560, 1), (2560, 2), (2560, 3), (4096, 1), (8192, 1), (8192, 2)):
+    for I in (1024, 2560, 4096, 8192):
         for kernel, tile in (_rms_norm_quantize, row_tile(I)), (_rms_norm_backward, backward_tile(I)):
             ROWS, BLOCK, num_warps, *twice = tile
             names = [name for name in kernel.arg_names if name in types]
             launches.append(
                 Launch(
                     kernel=kernel,
-                    shape=f"N 16384, I {I}, G {G}",
+                    shape=f"N 16384, I {I}",
                     signature={name: types[name] for name in names},
-                    constexprs={"I": I, "G": G, "ROWS": ROWS, "BLOCK": BLOCK} | ({"TWICE": twice[0]} if twice else {}),
+                    constexprs={"I": I, "ROWS": ROWS, "BLOCK": BLOCK} | ({"TWICE": twice[0]} if twice else {}),
                     num_warps=num_warps,
                     aligned=tuple(name for name in names if name not in ("eps", "run")),
                 )

@@ -14,7 +14,7 @@ from gpu_launches.launch import Launch
 
 
 def production_launches() -> list[Launch]:
-    """Qwen3 0.6B and 4B: inputs of attention and MLP; fp32 masters with and without transposed codes."""
+    """Qwen3 0.6B and 4B: inputs of attention and MLP; fp32 masters."""
     launches = []
     rows = {
         "x_ptr": "*bf16",
@@ -30,15 +30,7 @@ def production_launches() -> list[Launch]:
         launches.append(Launch(_quantize_activation, shape, rows, constexprs, num_warps, aligned=tuple(rows)))
     weights = dict.fromkeys(("address_ptr", "shape_ptr"), "*i64")
     weights |= dict.fromkeys(("item_ptr", "counter_ptr"), "*i32") | {"partial_ptr": "*fp64"}
-    weights |= {"codes_ptr": "*i8", "transposed_ptr": "*i8", "scale_ptr": "*fp32"}
-    for transposed in (False, True):
-        constexprs = {
-            "DTYPE": tl.float32,
-            "TRANSPOSED": transposed,
-            "ALIGNED": True,
-            "TILE_O": TILE_O,
-            "TILE_I": TILE_I,
-        }
-        shape = f"fp32, transposed {transposed}"
-        launches.append(Launch(_quantize_weights, shape, weights, constexprs, TILE_WARPS, aligned=tuple(weights)))
+    weights |= {"codes_ptr": "*i8", "scale_ptr": "*fp32"}
+    constexprs = {"DTYPE": tl.float32, "ALIGNED": True, "TILE_O": TILE_O, "TILE_I": TILE_I}
+    launches.append(Launch(_quantize_weights, "fp32", weights, constexprs, TILE_WARPS, aligned=tuple(weights)))
     return launches

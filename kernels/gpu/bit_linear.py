@@ -73,7 +73,7 @@ def _(weights):
 
 @torch.library.custom_op("bitdistill::rms_norm_quantize", mutates_args=())
 def _rms_norm_quantize(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (quantized,), rstd = norm_quantize.rms_norm_quantize(x, [gain], eps)
+    quantized, rstd = norm_quantize.rms_norm_quantize(x, gain, eps)
     return quantized.act_codes, quantized.act_scale, rstd, _anchor(x)
 
 
@@ -106,7 +106,7 @@ _rms_norm_quantize.register_autograd(_norm_gradients, setup_context=_save_norm)
 
 @torch.library.custom_op("bitdistill::rms_norm_quantize_backward", mutates_args=())
 def _rms_norm_quantize_backward(dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dx, (dgain,) = norm_quantize.rms_norm_quantize_backward([dy], x, [gain], rstd)
+    dx, dgain = norm_quantize.rms_norm_quantize_backward(dy, x, gain, rstd)
     return dx, dgain.to(gain.dtype)
 
 

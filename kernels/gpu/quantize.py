@@ -37,7 +37,7 @@ MAX_WIDTH = 32_768  # a row in the registers of 16 warps; 28,672 is the widest l
 PEAK = tl.constexpr(float(ACT_MAX))
 _EPSILON = tl.constexpr(EPSILON)
 
-# 64 rows of 128 columns: whole 128-byte lines of codes, 64-byte pieces of transposed codes, 32 values a thread.
+# 64 rows of 128 columns: whole 128-byte lines of codes, 32 values a thread.
 TILE_O, TILE_I, TILE_WARPS = 64, 128, 8
 # Tiles between a tensor's last first visit and its first second visit: about as many as an H200 has under way at once
 # (132 processors, 4 tiles each), so that nobody waits; 16 MB of fp32, a third of the L2 cache.
@@ -57,7 +57,6 @@ class TernaryWeight(NamedTuple):
 
     weight_codes: Tensor  # int8 (O, I)
     weight_scale: Tensor  # fp32 ()
-    transposed: Tensor | None  # int8 (I, O), the same codes
 
 
 # ---------------------------------------------------------------------------------------------------- activations
@@ -170,10 +169,8 @@ def _quantize_weights(
     counter_ptr,  # int32 (1 + W,), zeros: places drawn; tiles summed of each tensor
     partial_ptr,  # fp64 (tiles,)
     codes_ptr,
-    transposed_ptr,
     scale_ptr,  # fp32 (W,), zeros: 0 is "not known yet", a scale is at least EPSILON
     DTYPE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE_O: tl.constexpr,
     TILE_I: tl.constexpr,
@@ -221,11 +218,6 @@ def _quantize_weights(
         half = scale * 0.5
         codes = (weight > half).to(tl.int8) - (weight < -half).to(tl.int8)
         tl.store(codes_ptr + first_element + corner + offsets, codes, mask=inside, eviction_policy="evict_first")
-        if TRANSPOSED:
-            ptr = transposed_ptr + first_element + start_I.to(tl.int64) * O + start_O
-            ptr += columns[:, None] * O.to(tl.int32) + rows
-            inside_T = (start_I + columns[:, None] < I) & (start_O + rows < O)
-            tl.store(ptr, tl.trans(codes), mask=inside_T, eviction_policy="evict_first")
 
 
 def visits(tiles: Sequence[int], large: Sequence[bool], lag: int) -> list[tuple[int, int, int, int]]:
@@ -279,13 +271,13 @@ def _plan(shapes: tuple[tuple[int, int], ...], element_size: int, device: torch.
     return torch.tensor(table).to(device), items.to(device), tile, elements
 
 
-def quantize_weights(weights: Sequence[Tensor], transposed: bool = False) -> list[TernaryWeight]:
+def quantize_weights(weights: Sequence[Tensor]) -> list[TernaryWeight]:
     """Ternary codes and scales of all linears of a model in one launch: ``clip(round(W / s), -1, 1)``, ``s = mean|W|``.
 
     Args:
-        weights: (O, I) each, contiguous, all fp32, bf16 or fp16, on one GPU. transposed: also give the codes as (I, O).
+        weights: (O, I) each, contiguous, all fp32, bf16 or fp16, on one GPU.
 
-    Returns: a TernaryWeight for each: weight_codes int8 (O, I), weight_scale fp32 (), transposed int8 (I, O) or None.
+    Returns: a TernaryWeight for each: weight_codes int8 (O, I), weight_scale fp32 ().
     All codes are views of one buffer, all scales of another: they live and die together.
 
     Raises:
@@ -323,18 +315,15 @@ def quantize_weights(weights: Sequence[Tensor], transposed: bool = False) -> lis
     scales = torch.zeros(len(weights), dtype=torch.float32, device=device)
     partial = torch.empty(tiles, dtype=torch.float64, device=device)
     codes = torch.empty(elements, dtype=torch.int8, device=device)
-    codes_T = torch.empty(elements if transposed else 0, dtype=torch.int8, device=device)
     aligned = all(w.shape[0] % 16 == 0 and w.shape[1] % 16 == 0 and w.data_ptr() % 16 == 0 for w in weights)
     _quantize_weights[(len(items),)](
-        addresses, shape_table, items, counters, partial, codes, codes_T, scales,
-        TRITON_DTYPES[dtype], transposed, aligned, TILE_O, TILE_I, num_warps=TILE_WARPS, enable_fp_fusion=True,
+        addresses, shape_table, items, counters, partial, codes, scales,
+        TRITON_DTYPES[dtype], aligned, TILE_O, TILE_I, num_warps=TILE_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     result, start = [], 0
     for index, (O, I) in enumerate(weight.shape for weight in weights):
         part = slice(start, start + O * I)
-        result.append(
-            TernaryWeight(codes[part].view(O, I), scales[index], codes_T[part].view(I, O) if transposed else None)
-        )
+        result.append(TernaryWeight(codes[part].view(O, I), scales[index]))
         start += triton.cdiv(O * I, 16) * 16
     return result
 

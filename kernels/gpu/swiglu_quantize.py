@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitdistill.kernels.gpu.norm_quantize import inverse_rms, runs, stacked_gains
+from bitdistill.kernels.gpu.norm_quantize import gain_of, inverse_rms, runs
 from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, quantize_tile, row_tile, rows_of
 from bitdistill.kernels.gpu.rounding import rounded
 
@@ -163,7 +163,7 @@ def swiglu_norm_quantize(
     N, I = gates.shape
     out = empty_quantized(gate.shape, gate.device)
     rstd = None if gain is None else torch.empty((*gate.shape[:-1], 1), dtype=torch.float32, device=gate.device)
-    norm = out.act_scale if gain is None else stacked_gains([gain], gate)  # a pointer has to be there, read or not
+    norm = out.act_scale if gain is None else gain_of(gain, gate)  # a pointer has to be there, read or not
     if N:
         ROWS, BLOCK, num_warps = gated_tile(I)
         _swiglu_norm_quantize[(triton.cdiv(N, ROWS),)](
@@ -196,7 +196,7 @@ def swiglu_norm_quantize_backward(
     ROWS, BLOCK, num_warps, chunks = chunk_tile(I)
     programs, run = runs(N, ROWS)
     parts = torch.empty((programs, I if gain is not None else 0), dtype=torch.float32, device=gate.device)
-    norm = (parts, parts) if gain is None else (stacked_gains([gain], gate), rstd)
+    norm = (parts, parts) if gain is None else (gain_of(gain, gate), rstd)
     _swiglu_norm_backward[(programs,)](
         dy, gates, ups, *norm, dgate, dup, parts, N, dy.stride(0), gates.stride(0), ups.stride(0), run,
         I, activation != "silu", gain is not None, ROWS, BLOCK, chunks, num_warps=num_warps, enable_fp_fusion=True,
