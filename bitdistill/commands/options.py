@@ -14,6 +14,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def require_at_least(option: str, number: int | None, least: int) -> None:
+    """Raises UserError for an option below its smallest value; None is an option that was not given."""
     if number is not None and number < least:
         raise UserError(option, expected=f"{least} or more", got=str(number), do=f"Give --{option} {least} or more.")
 
