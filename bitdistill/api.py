@@ -2,7 +2,7 @@
 
     model = bitdistill.load_language_model("Qwen/Qwen3-0.6B")        full precision, fp32
     bitdistill.refine(model)                                         stage 1, in place
-    bitdistill.fit(model, bitdistill.TokenStream(...), ...)        stage 2, in place
+    bitdistill.fit(model, bitdistill.TokenStream(...), ...)          stage 2, in place
     bitdistill.fit(model, rows, objective=bitdistill.Distillation(model, teacher), ...)     stage 3, in place
     bitdistill.write("student.safetensors", model, tokenizer)        the packed file
     bitdistill.prove("student.safetensors", model, tokenizer, texts) that it equals the model
@@ -84,19 +84,7 @@ def fit(
     """
     arguments = {"logging_steps": 10} | arguments
     stream = data if isinstance(data, IterableDataset) else None
-    if stream is not None and max_steps < 1:
-        raise UserError(
-            "max_steps", expected="a number of steps, for a token stream has no end", got=str(max_steps), do="Set it."
-        )
-    if stream is None and tokenizer is None:
-        raise UserError("tokenizer", expected="the tokenizer, to pad rows", got="none", do="Pass tokenizer=tokenizer.")
-    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            "tokenizer",
-            expected=f"at most {model.config.vocab_size:,} tokens, the rows of the model's embedding",
-            got=f"{len(tokenizer):,}",
-            do="Use the model's own tokenizer, or call model.resize_token_embeddings before refine.",
-        )
+    _check_data(model, stream, tokenizer, max_steps)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(output_dir) if output_dir is not None else Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,6 +112,23 @@ def fit(
         release(trainer)
     model.eval()
     return facts
+
+
+def _check_data(model: PreTrainedModel, stream: IterableDataset | None, tokenizer: Any, max_steps: int) -> None:
+    """Raises UserError for what `fit` needs to know of a stream or of rows and was not given."""
+    if stream is not None and max_steps < 1:
+        raise UserError(
+            "max_steps", expected="a number of steps, for a token stream has no end", got=str(max_steps), do="Set it."
+        )
+    if stream is None and tokenizer is None:
+        raise UserError("tokenizer", expected="the tokenizer, to pad rows", got="none", do="Pass tokenizer=tokenizer.")
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            "tokenizer",
+            expected=f"at most {model.config.vocab_size:,} tokens, the rows of the model's embedding",
+            got=f"{len(tokenizer):,}",
+            do="Use the model's own tokenizer, or call model.resize_token_embeddings before refine.",
+        )
 
 
 def write(

@@ -24,7 +24,7 @@ from bitdistill.student.loading import check_same_tokenizer, check_same_vocabula
 from bitdistill.student.model_folder import read_model
 from bitdistill.student.refine import refine
 from bitdistill.training.capture import AttentionCapture
-from bitdistill.training.losses import relation_loss
+from bitdistill.training.relations import relation_loss
 from bitdistill.training.teacher_cache import check_room
 from bitdistill.training.trainer import capped_steps
 
@@ -171,7 +171,7 @@ def check_relations(teacher, student, *, layers: list[int], teacher_layers: list
 
     Args:
         teacher, student: configurations. layers, teacher_layers: as in distill.relation_layers.
-        settings: of `losses.relation_loss`: convention, split_heads, temperature, causal.
+        settings: of `relations.relation_loss`: convention, split_heads, temperature, causal.
     """
     AttentionCapture(empty_model(student), layers)
     AttentionCapture(empty_model(teacher), teacher_layers or layers)

@@ -74,20 +74,26 @@ def initialize(device: str, alone: bool = False) -> None:
         return
 
     if device == "cuda":
-        if torch.cuda.device_count() <= local_rank:
-            raise UserError(
-                "device",
-                expected=f"a GPU for each of {local_ranks} local ranks",
-                got=str(torch.cuda.device_count()),
-                do="Start fewer ranks (deepspeed --num_gpus N), or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU.",
-            )
-        torch.cuda.set_device(local_rank)
+        _use_gpu(local_rank, local_ranks)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed takes a GPU that happens to be there
-
     _use_threads(local_ranks)
     _quieten(is_rank_0=os.environ["RANK"] == "0")
+    _join_group(device)
 
+
+def _use_gpu(local_rank: int, local_ranks: int) -> None:
+    if torch.cuda.device_count() <= local_rank:
+        raise UserError(
+            "device",
+            expected=f"a GPU for each of {local_ranks} local ranks",
+            got=str(torch.cuda.device_count()),
+            do="Start fewer ranks (deepspeed --num_gpus N), or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU.",
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _join_group(device: str) -> None:
     import deepspeed
 
     if device == "cpu":

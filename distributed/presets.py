@@ -71,6 +71,38 @@ def deepspeed_config(
     Raises:
         UserError: a combination that DeepSpeed does not support or gets wrong: which, and what to do.
     """
+    _check_combination(zero, offload, precision, device, nvme_path)
+    zero_optimization = {"stage": zero, "contiguous_gradients": True, "reduce_bucket_size": "auto"}
+    if zero == 3:
+        zero_optimization |= {
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            # What is gathered on save is fp32 here: "16bit" is DeepSpeed's name for "in the parameters' dtype".
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    if offload != "none":
+        zero_optimization["offload_optimizer"] = _offload_section(offload, device, nvme_path)
+        if zero == 3:
+            zero_optimization["offload_param"] = _offload_section(offload, device, nvme_path)
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": zero_optimization,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "steps_per_print": 2**31 - 1,
+    }
+    if precision in AUTOCAST:
+        autocast = {"enabled": True, "dtype": AUTOCAST[precision], "lower_precision_safe_modules": []}
+        config["torch_autocast"] = autocast
+    return config
+
+
+def _check_combination(zero: int, offload: str, precision: str, device: str, nvme_path: str | None) -> None:
     if zero not in STAGES:
         raise UserError(
             "zero", expected=f"one of {STAGES}", got=repr(zero), do="Use 2 when unsure, 3 when the model does not fit."
@@ -96,43 +128,6 @@ def deepspeed_config(
         raise UserError(
             "offload", expected=f"'none' or 'cpu' with zero {zero}", got="'nvme'", do="Set zero to 3 for NVMe."
         )
-
-    zero_optimization = {
-        "stage": zero,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": "auto",
-    }
-    if zero == 3:
-        zero_optimization |= {
-            "stage3_prefetch_bucket_size": "auto",
-            "stage3_param_persistence_threshold": "auto",
-            # What is gathered on save is fp32 here: "16bit" is DeepSpeed's name for "in the parameters' dtype".
-            "stage3_gather_16bit_weights_on_model_save": True,
-        }
-    if offload != "none":
-        zero_optimization["offload_optimizer"] = _offload_section(offload, device, nvme_path)
-        if zero == 3:
-            zero_optimization["offload_param"] = _offload_section(offload, device, nvme_path)
-
-    config = {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_optimization": zero_optimization,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": False},
-        "fp16": {"enabled": False},
-        "steps_per_print": 2**31 - 1,
-    }
-    if precision in AUTOCAST:
-        config["torch_autocast"] = {
-            "enabled": True,
-            "dtype": AUTOCAST[precision],
-            "lower_precision_safe_modules": [],
-        }
-    return config
 
 
 def teacher_config(offload: str, *, precision: str, device: str, nvme_path: str | None = None) -> dict:

@@ -24,7 +24,9 @@ from transformers import (
 
 from bitdistill.errors import UserError
 from bitdistill.training.capture import ATTENTION_NAME, AttentionCapture
-from bitdistill.training.losses import BalancedGamma, cross_entropy, next_tokens, relation_loss
+from bitdistill.training.gamma import BalancedGamma
+from bitdistill.training.losses import cross_entropy, next_tokens
+from bitdistill.training.relations import relation_loss
 
 torch.set_num_threads(1)
 
@@ -360,7 +362,9 @@ import torch
 sys.path.insert(0, sys.argv[1])
 from test_capture import PADDINGS, batch, tiny
 from bitdistill.training.capture import AttentionCapture
-from bitdistill.training.losses import BalancedGamma, cross_entropy, next_tokens, relation_loss
+from bitdistill.training.gamma import BalancedGamma
+from bitdistill.training.losses import cross_entropy, next_tokens
+from bitdistill.training.relations import relation_loss
 
 deepspeed.init_distributed("gloo")
 for stage in (0, 2, 3):

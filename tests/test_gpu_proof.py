@@ -19,7 +19,7 @@ import gpu_baselines
 import gpu_proof
 import gpu_timing
 from bitdistill.kernels import reference
-from bitdistill.training import losses
+from bitdistill.training import losses, relations
 from gpu_timing import CudaTimer, Deadline, OutOfTime, Target, Timing, judge
 from random_models import SHAPES
 
@@ -341,7 +341,7 @@ def test_eager_losses_are_those_of_the_project():
     teacher = torch.randn(2, 3, 8, 16)
     student = teacher + 0.3 * torch.randn_like(teacher)
     kl = gpu_baselines.eager_relation_kl(teacher, student)
-    expected = losses.relation_loss([teacher] * 3, [student] * 3, None, convention="eq12", weights=(1.0, 0.0, 0.0))
+    expected = relations.relation_loss([teacher] * 3, [student] * 3, None, convention="eq12", weights=(1.0, 0.0, 0.0))
     torch.testing.assert_close(kl, expected, rtol=1e-4, atol=1e-6)
     x, weight, other = torch.randn(6, 8), torch.randn(20, 8), torch.randn(6, 8)
     targets = torch.randint(0, 20, (6,))

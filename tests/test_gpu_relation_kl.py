@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 from bitdistill.kernels.gpu import relation_kl
 from bitdistill.kernels.gpu.relation_kl import relation_kl_rows, unsupported
-from bitdistill.training import losses
-from bitdistill.training.losses import relation_loss
+from bitdistill.training import relations
+from bitdistill.training.relations import relation_loss
 from gpu_launches.relation_kl import production_launches
 
 torch.set_num_threads(1)
@@ -58,12 +58,12 @@ def exact_rows(teacher, student, valid, *, causal, scales, cosine=False, split_h
 
 
 def eager_rows(teacher, student, valid, *, causal, scales, cosine=False, split_heads=None, floor=0.0):
-    """What losses.py does without the kernel, in fp32, with any two scales."""
+    """What relations.py does without the kernel, in fp32, with any two scales."""
     logits = []
     for (a, b), scale in zip((teacher, student), scales, strict=True):
-        x = losses._relation_logits(a, b, valid, split_heads, cosine, 1.0)
+        x = relations._relation_logits(a, b, valid, split_heads, cosine, 1.0)
         logits.append(x * scale if cosine else x * scale * math.sqrt(a.shape[1] * a.shape[3] // x.shape[1]))
-    return losses.row_kl(logits[0].detach(), logits[1], losses._allowed(valid, causal), floor)
+    return relations.row_kl(logits[0].detach(), logits[1], relations._allowed(valid, causal), floor)
 
 
 def run(rows, teacher, student, valid, weight, dtype=None, **options):
@@ -484,7 +484,7 @@ def test_padding_is_not_even_loaded(moved_bytes, monkeypatch):
 @pytest.fixture
 def fused(monkeypatch):
     """relation_loss as on a GPU."""
-    monkeypatch.setattr(losses, "_fused", lambda *_: True)
+    monkeypatch.setattr(relations, "_fused", lambda *_: True)
 
 
 def qkv(seed, device, heads=2, kv_heads=1, D=8, T=33, dtype=torch.float32):
@@ -509,7 +509,7 @@ def test_the_loss_is_the_eager_loss(device, monkeypatch, convention, options, ma
     teacher, valid = qkv(0, device), None if mask is None else MASKS[mask].to(device)
     results = []
     for is_fused in (False, True):
-        monkeypatch.setattr(losses, "_fused", lambda *_, answer=is_fused: answer)
+        monkeypatch.setattr(relations, "_fused", lambda *_, answer=is_fused: answer)
         student = [x.clone().requires_grad_() for x in qkv(3, device)]
         loss = relation_loss(teacher, student, valid, convention=convention, num_items=50.0, **options)
         results.append((loss, torch.autograd.grad(loss, student, allow_unused=True, materialize_grads=True)))
@@ -519,7 +519,7 @@ def test_the_loss_is_the_eager_loss(device, monkeypatch, convention, options, ma
         assert (grad - expected_grad).norm() <= 1e-5 * expected_grad.norm()
 
 
-@pytest.mark.parametrize("convention", losses.RELATION_CONVENTIONS)
+@pytest.mark.parametrize("convention", relations.RELATION_CONVENTIONS)
 def test_the_loss_without_tokens_and_of_equal_models(device, fused, convention):
     split_heads = None if convention == "attention_maps" else 1
     teacher = qkv(0, device, T=20, dtype=torch.bfloat16)
@@ -533,7 +533,7 @@ def test_the_loss_without_tokens_and_of_equal_models(device, fused, convention):
 
 def test_cpu_tensors_take_the_eager_form():
     x = tensors(0)
-    assert not losses._fused(x, x, None)
+    assert not relations._fused(x, x, None)
 
 
 def test_every_part_compiles_what_it_launches():

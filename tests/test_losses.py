@@ -11,16 +11,10 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from bitdistill.errors import UserError
-from bitdistill.training import losses
-from bitdistill.training.losses import (
-    BalancedGamma,
-    common_split_heads,
-    cross_entropy,
-    logits_distillation,
-    next_tokens,
-    relation_loss,
-    row_kl,
-)
+from bitdistill.training import relations
+from bitdistill.training.gamma import BalancedGamma
+from bitdistill.training.losses import cross_entropy, logits_distillation, next_tokens
+from bitdistill.training.relations import common_split_heads, relation_loss, row_kl
 
 torch.set_num_threads(1)
 
@@ -200,7 +194,7 @@ def test_models_of_different_shape(convention):
     assert_same(loss, relation_by_hand(teacher, theirs, MASK, convention, 12), ours, theirs)
 
 
-@pytest.mark.parametrize("convention", losses.RELATION_CONVENTIONS)
+@pytest.mark.parametrize("convention", relations.RELATION_CONVENTIONS)
 def test_equal_models_are_at_zero_exactly(convention):
     teacher = qkv(0, scale=3.0)
     student = leaves(teacher)
@@ -210,7 +204,7 @@ def test_equal_models_are_at_zero_exactly(convention):
     assert all((g == 0).all() for g in gradients(loss, student))
 
 
-@pytest.mark.parametrize("convention", losses.RELATION_CONVENTIONS)
+@pytest.mark.parametrize("convention", relations.RELATION_CONVENTIONS)
 def test_one_token_and_all_padding(convention):
     split_heads = None if convention == "attention_maps" else 4
     one, teacher = leaves(qkv(1, T=1)), qkv(0, T=1)
@@ -254,7 +248,7 @@ def test_what_padding_holds_does_not_matter(convention):
         assert (a[padded.expand_as(a)] == 0).all()
 
 
-@pytest.mark.parametrize("convention", losses.RELATION_CONVENTIONS)
+@pytest.mark.parametrize("convention", relations.RELATION_CONVENTIONS)
 def test_relation_parts_add_up_to_the_whole(convention):
     """Two ranks with unlike numbers of tokens, each divided by the global count: their sum is the one-rank loss."""
     teacher, student = qkv(0), qkv(1)
@@ -613,5 +607,5 @@ def test_balanced_gamma_settings():
 def test_conventions_differ_in_scale():
     """Why gamma needs a convention: the same tensors, four losses, each far from the next."""
     teacher, student = qkv(0, heads=4, kv_heads=4), qkv(1, heads=4, kv_heads=4)
-    values = sorted(relation_loss(teacher, student, None, convention=c).item() for c in losses.RELATION_CONVENTIONS)
+    values = sorted(relation_loss(teacher, student, None, convention=c).item() for c in relations.RELATION_CONVENTIONS)
     assert all(b > 1.5 * a for a, b in pairwise(values))

@@ -96,7 +96,7 @@ class Relation(_Pair):
     def setup(self):
         torch = gpu()
         with newer_than_some_commits():
-            from bitdistill.training.losses import relation_loss
+            from bitdistill.training.relations import relation_loss
         shape, options = (8, 16, 512, 128), {"device": "cuda", "dtype": torch.bfloat16}
         teacher = [torch.randn(shape, **options) for _ in range(3)]
         student = [(x + 0.1 * torch.randn_like(x)).requires_grad_() for x in teacher]

@@ -32,7 +32,7 @@ class Relation:
         import torch
 
         with newer_than_some_commits():
-            from bitdistill.training.losses import relation_loss
+            from bitdistill.training.relations import relation_loss
         torch.manual_seed(0)
         torch.set_num_threads(1)
         teacher = [torch.randn(1, 8, 256, 64) for _ in range(3)]

@@ -47,28 +47,22 @@ def evaluate(
         raise UserError(
             "perplexity", expected="--perplexity or --lm_eval", got="both", do="Run them one after the other."
         )
-    run = Path(run_or_file).expanduser()
     if json_file:
         require_writable("json_file", json_file)
-    for option, number, least in (
-        ("max_rows", max_rows, 1),
-        ("max_length", max_length, 1),
-        ("block_size", block_size, 2),
-    ):
-        require_at_least(option, number, least)
-    require_at_least("threads", threads, 1)
-    validation_file, perplexity = folders.local_path(validation_file), folders.local_path(perplexity)
-    task = folders.local_path(task) if (task or "").endswith((".yaml", ".yml")) else task
-    extra_validation_files = {s: folders.local_path(file) for s, file in (extra_validation_files or {}).items()}
-    known = own = _run_defaults(run)
-    given = {"task": task, "validation_file": validation_file, "max_length": max_length}
-    if task is not None and task != known.get("task"):  # the run's rows are of its own task
-        known = {"max_length": known.get("max_length")}
-    options = {name: value or known.get(name) for name, value in given.items()}
-    options["extra_validation_files"] = extra_validation_files or known.get("extra_validation_files") or {}
-    options["max_length"] = options["max_length"] or 512
+    least = {
+        "max_rows": (max_rows, 1),
+        "max_length": (max_length, 1),
+        "block_size": (block_size, 2),
+        "threads": (threads, 1),
+    }
+    for option, (number, smallest) in least.items():
+        require_at_least(option, number, smallest)
+    own = _run_defaults(Path(run_or_file).expanduser())
+    validation_file = folders.local_path(validation_file)
+    options = _task_options(own, task, validation_file, extra_validation_files, max_length)
     if perplexity:
-        result = _perplexity(run_or_file, setting, perplexity, block_size, max_rows, threads)
+        text = folders.local_path(perplexity)
+        result = _perplexity(run_or_file, setting, text, block_size, max_rows, threads)
     elif lm_eval:
         files = {own.get("task"): own.get("validation_file")}  # the run's own rows, for its own task
         result = _lm_eval(
@@ -80,6 +74,22 @@ def evaluate(
         result = _task_score(run_or_file, setting, options, max_rows, threads)
     if json_file:
         write_whole(Path(json_file).expanduser(), json.dumps(result, indent=1))
+
+
+def _task_options(
+    known: dict, task: str | None, file: str | None, extra_files: dict[str, str] | None, max_length: int | None
+) -> dict:
+    """Task, rows and length: those that were given, and what the run's own settings say about the others."""
+    task = folders.local_path(task) if (task or "").endswith((".yaml", ".yml")) else task
+    if task is not None and task != known.get("task"):  # the run's rows are of its own task
+        known = {"max_length": known.get("max_length")}
+    extra_files = {split: folders.local_path(path) for split, path in (extra_files or {}).items()}
+    return {
+        "task": task or known.get("task"),
+        "validation_file": file or known.get("validation_file"),
+        "extra_validation_files": extra_files or known.get("extra_validation_files") or {},
+        "max_length": max_length or known.get("max_length") or 512,
+    }
 
 
 def _run_defaults(run: Path) -> dict:

@@ -65,16 +65,7 @@ def prove_parity(path: str | Path, model, prompts: Sequence[Sequence[int]]) -> d
         UserError: no prompts, or one that does not fit, or a student that is not in fp32.
         RuntimeError: the file does not hold this student; a defect, told with its numbers.
     """
-    import torch
-
-    context, lengths = model.config.max_position_embeddings, [len(ids) for ids in prompts]
-    if not lengths or min(lengths) == 0 or max(lengths) > context:
-        expected = f"at least one text to compare on, each of 1 to {context} tokens"
-        raise UserError(
-            "validation_file", expected=expected, got=f"lengths {lengths}", do="Give rows whose prompts fit."
-        )
-    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
-        raise UserError("student", expected="one in float32", got="other dtypes", do="Load it by refine.load_student.")
+    _check_comparable(model, prompts)
     runtime = Runtime(path, kv_cache="fp32")
     _compare_weights(runtime.model, model)
     _compare_tables(runtime.model, model)
@@ -90,20 +81,11 @@ def prove_parity(path: str | Path, model, prompts: Sequence[Sequence[int]]) -> d
             eager = _student_logits(model, prompts)
             model.set_attn_implementation("sdpa")
             sdpa = student if attention == "sdpa" else _student_logits(model, prompts)
-            with _unrounded(model):
-                unrounded = _student_logits(model, prompts)
+            unrounded_difference = _compare_unrounded(runtime.model, model, prompts)
     finally:
         model.set_attn_implementation(attention)
         model.train(training)
 
-    spread = float(np.concatenate(unrounded).std(axis=1).mean())
-    plain = plain_logits(runtime.model, prompts, unrounded=True)
-    difference = max(float(np.abs(got - want).max()) for got, want in zip(plain, unrounded, strict=True))
-    if not difference <= MAX_UNROUNDED * spread:
-        raise RuntimeError(
-            f"{path}: with unrounded activations logits differ by {difference / spread:.2e} standard deviations; "
-            f"allowed {MAX_UNROUNDED:.0e}. The file holds another function than the student."
-        )
     got = np.concatenate([runtime.logits(ids) for ids in prompts])
     student, untouched, eager, sdpa = (np.concatenate(parts) for parts in (student, untouched, eager, sdpa))
     mean_kl, noise_mean_kl = _kl(student, got).mean(), _kl(sdpa, eager).mean()
@@ -117,7 +99,7 @@ def prove_parity(path: str | Path, model, prompts: Sequence[Sequence[int]]) -> d
         "linears": len(runtime.model.config.linears),
         "tokens": len(got),
         "product_max_diff": product_difference,
-        "unrounded_max_diff": difference / spread,
+        "unrounded_max_diff": unrounded_difference,
         "max_abs_diff": float(np.abs(got - student).max()),
         "relative_rms": float(np.sqrt(np.mean((got - student) ** 2)) / student.std()),
         "mean_kl": float(mean_kl),
@@ -129,6 +111,34 @@ def prove_parity(path: str | Path, model, prompts: Sequence[Sequence[int]]) -> d
         "kv_bf16_mean_kl": _kv_cache_kl(path, "bf16", prompts, got),
         "kv_int8_mean_kl": _kv_cache_kl(path, "int8", prompts, got),
     }
+
+
+def _check_comparable(model, prompts: Sequence[Sequence[int]]) -> None:
+    import torch
+
+    context, lengths = model.config.max_position_embeddings, [len(ids) for ids in prompts]
+    if not lengths or min(lengths) == 0 or max(lengths) > context:
+        expected = f"at least one text to compare on, each of 1 to {context} tokens"
+        raise UserError(
+            "validation_file", expected=expected, got=f"lengths {lengths}", do="Give rows whose prompts fit."
+        )
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise UserError("student", expected="one in float32", got="other dtypes", do="Load it by refine.load_student.")
+
+
+def _compare_unrounded(packed, model, prompts: Sequence[Sequence[int]]) -> float:
+    """The largest difference of a logit with unrounded activations, in standard deviations of the student's logits."""
+    with _unrounded(model):
+        student = _student_logits(model, prompts)
+    spread = float(np.concatenate(student).std(axis=1).mean())
+    plain = plain_logits(packed, prompts, unrounded=True)
+    difference = max(float(np.abs(got - want).max()) for got, want in zip(plain, student, strict=True)) / spread
+    if not difference <= MAX_UNROUNDED:
+        raise RuntimeError(
+            f"{packed.path}: with unrounded activations logits differ by {difference:.2e} standard deviations; "
+            f"allowed {MAX_UNROUNDED:.0e}. The file holds another function than the student."
+        )
+    return difference
 
 
 def _compare_weights(packed, model) -> None:

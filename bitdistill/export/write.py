@@ -87,16 +87,17 @@ def write_packed(
         )
     config, tensors = _collect(model, packing, embedding, tokenizer_json, metadata)
     write_tensors(path, config, tensors, metadata)
-    file_bytes = path.stat().st_size
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"packing": packing, "embedding": embedding} | _sizes(config, tensors, path.stat().st_size, parameters)
+
+
+def _sizes(config: Config, tensors: dict[str, np.ndarray], file_bytes: int, parameters: int) -> dict[str, Any]:
     linear_bytes = sum(
         tensors[f"{name}.weight_packed"].nbytes + tensors[f"{name}.weight_scale"].nbytes for name in config.linears
     )
     embedding_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(config.tables()))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     linear_weights = sum(linear.out_features * linear.in_features for linear in config.linears.values())
     return {
-        "packing": packing,
-        "embedding": embedding,
         "linear_weights": linear_weights,
         "linear_bytes": linear_bytes,
         "bits_per_weight": 8 * linear_bytes / linear_weights,

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,17 +107,8 @@ def refine(
     activation = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
     for name in [name for name, module in model.named_modules() if hasattr(module, "down_proj")]:
         model.set_submodule(name, GatedMLP(model.get_submodule(name), activation))
-    model.config.bitdistill = {
-        "format_version": 1 if weight_scale == "tensor" else FORMAT_VERSION,
-        "norms": norms,
-        "subln_eps": eps,
-        "embedding": embedding,
-        "weight_quantizer": weight_quantizer,
-    }
-    if weight_scale != "tensor":
-        model.config.bitdistill["weight_scale"] = weight_scale
-    if weight_scale == "group":
-        model.config.bitdistill["group_size"] = group_size
+    about = {"norms": norms, "subln_eps": eps, "embedding": embedding, "weight_quantizer": weight_quantizer}
+    model.config.bitdistill = _described(about, weight_scale, group_size)
     return Refinement(
         ternary=len(chosen),
         kept=tuple(name for name in linears if name not in chosen),
@@ -126,6 +118,16 @@ def refine(
         parameters=sum(_numel(parameter) for parameter in model.parameters()),
         embedding=embedding,
     )
+
+
+def _described(about: dict[str, Any], weight_scale: str, group_size: int) -> dict[str, Any]:
+    """The entry `bitdistill` of a student's config.json. One scale per tensor is the default and left out, as in version 1."""
+    described = {"format_version": 1 if weight_scale == "tensor" else FORMAT_VERSION, **about}
+    if weight_scale != "tensor":
+        described["weight_scale"] = weight_scale
+    if weight_scale == "group":
+        described["group_size"] = group_size
+    return described
 
 
 def _convert(

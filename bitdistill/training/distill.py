@@ -3,7 +3,7 @@
     L = L_CE + lambda * L_LD + gamma * L_AD
 
 L_CE: cross-entropy on the answer's tokens. L_LD: KL of the teacher's to the student's next-word distribution. L_AD: KL
-between the relations of Q, K and V in a chosen layer (losses.py). The teacher is the full-precision model fine-tuned on
+between the relations of Q, K and V in a chosen layer (relations.py). The teacher is the full-precision model fine-tuned on
 the same task: `fine_tune` below makes it (FP16-SFT), and makes the ternary baseline (BitNet-SFT) by the same loop.
 
 Source: BitNet Distillation, arXiv 2510.13998, section 3.3.
@@ -25,6 +25,7 @@ from bitdistill.distributed.teacher import Teacher
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.loading import check_same_vocabulary
 from bitdistill.training.capture import AttentionCapture
+from bitdistill.training.gamma import BalancedGamma
 from bitdistill.training.head import (
     head_cross_entropy,
     head_distillation,
@@ -33,7 +34,8 @@ from bitdistill.training.head import (
     instead_of_logits,
 )
 from bitdistill.training.health import HealthLog
-from bitdistill.training.losses import BalancedGamma, next_tokens, relation_loss
+from bitdistill.training.losses import next_tokens
+from bitdistill.training.relations import relation_loss
 from bitdistill.training.trainer import Counts, Objective, StageTrainer
 
 

@@ -1,6 +1,6 @@
 """Row KL of two token relations, and its gradient, without a T x T matrix in memory: the ops, launches and tiles.
 
-relation_kernels.py has the mathematics, ``losses.row_kl`` is the reference. Kept for the backward pass: the inputs and three
+relation_kernels.py has the mathematics, ``relations.row_kl`` is the reference. Kept for the backward pass: the inputs and three
 fp32 numbers a row (four where a floor bites, two more for cosines): O(B H T).
 
 Cost, a head of width D and T tokens: forward 2 products (4 T^2 D FLOP) and 2 T^2 exp2; backward of a symmetric relation 3
@@ -67,7 +67,7 @@ def relation_kl_rows(
         scale_teacher, scale_student: factors of the products, positive.
         cosine: of ``x / max(|x|, 1e-12)`` instead of x. Not with b.
         split_heads: heads that H * D of both models are regrouped to; None keeps them. Not with b.
-        floor: lower clamp of both probabilities, as in ``losses.row_kl``; 0 for none.
+        floor: lower clamp of both probabilities, as in ``relations.row_kl``; 0 for none.
 
     Returns: fp32 (B, H or split_heads, T), 0 in rows that are not valid. The gradient flows to the student's sides and
     cannot be differentiated again.
@@ -84,7 +84,7 @@ def relation_kl_rows(
     if reason:
         raise ValueError(
             f"relation_kl_rows: expected bf16 or fp32 heads of at most {MAX_WIDTH} channels on a GPU from sm_80 on; "
-            f"got {reason}. Use losses.row_kl."
+            f"got {reason}. Use relations.row_kl."
         )
     assert (teacher_b is None) == (student_b is None), "the same form of relation in both models"
     assert student_b is None or not (cosine or split_heads), "cosines and regrouped heads are of a tensor with itself"
