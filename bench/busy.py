@@ -25,7 +25,7 @@ NEVER_RESTS = [sys.executable, "-c", "while True: pass"]
 
 
 def demo_seconds(folder: Path, max_steps: int, threads: int) -> dict[str, float]:
-    """Seconds of each training stage of a demo of `max_steps` steps a stage."""
+    """Seconds of each training stage of a demo of `max_steps` steps per stage."""
     options = ["--output_dir", str(folder), "--max_steps", str(max_steps), "--report", "false"]
     options += ["--evaluate.enabled", "false", "--export.enabled", "false"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -68,7 +68,7 @@ def main() -> int:
         )
         rows.append([stage, f"{alone:.1f}", f"{busy:.1f}", f"{busy / alone:.2f}"])
     ratio = busy / alone
-    print(f"{arguments.threads} threads, {arguments.max_steps} steps a stage, load before {load:.1f}")
+    print(f"{arguments.threads} threads, {arguments.max_steps} steps per stage, load before {load:.1f}")
     print(table(rows, "<>>>"))
     print(f"limit {LIMIT}: {'holds' if ratio <= LIMIT else 'does not hold'}")
     if arguments.json:

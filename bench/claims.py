@@ -59,7 +59,7 @@ def size_rows(folder: Path) -> list[dict]:
     linears = [matrix for matrix in shape.linears().values()] * shape.layers
     rows = [
         row(
-            "linears 10x smaller than FP16 (less one scale a matrix)",
+            "linears 10x smaller than FP16 (apart from one scale per matrix)",
             source,
             command,
             9.99,

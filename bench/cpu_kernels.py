@@ -3,7 +3,7 @@
     python bench/cpu_kernels.py [--rows 3072] [--columns 1024] [--threads 1 2] [--rounds 7] [--json FILE]
 
 GEMV "cold" walks 256 MB of different matrices, so that every byte comes from memory; "hot" stays on one. Rates are
-weights a second (a GEMM's are multiply-adds, two operations each), medians with spread over rounds that alternate, beside the
+weights per second (a GEMM's are multiply-adds, two operations each), medians with spread over rounds that alternate, beside the
 read bandwidth measured in each round. Accumulators are checked against numpy before anything is timed.
 """
 
@@ -116,7 +116,7 @@ def main() -> int:
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         bandwidth = Bandwidth(threads)
-        cases = []  # (label, bytes a weight or None, workers, products a timing, tokens)
+        cases = []  # (label, bytes per weight or None, workers, products per timing, tokens)
         for packing in BITS:
             width = BITS[packing] / 8
             copies = max(1, int(COLD_BYTES / (rows * columns * width)))
@@ -156,7 +156,7 @@ def main() -> int:
         print(
             f"{threads} threads: read bandwidth {stream['median']:.1f} GB/s [{stream['min']:.1f}, {stream['max']:.1f}]"
         )
-    print(f"{rows} x {columns}, {FEATURES}; weights a second, of a GEMM multiply-adds a second; median [min, max]")
+    print(f"{rows} x {columns}, {FEATURES}; weights per second, of a GEMM multiply-adds per second; median [min, max]")
     print(table(cells, "<>>>>"))
     if arguments.json:
         write_json(arguments.json, report)

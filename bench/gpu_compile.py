@@ -2,7 +2,7 @@
 
     python bench/gpu_compile.py [NAME ...] [--targets sm_90 gfx942] [--json FILE]
 
-A row a kernel, shape and part: registers a thread, spilled bytes, shared memory of a block, the int8 tensor-core
+A row per kernel, shape and part: registers per thread, spilled bytes, shared memory of a block, the int8 tensor-core
 instruction. Exit status 1 when a kernel spills, needs more shared memory than the part has, or misses the instruction.
 """
 

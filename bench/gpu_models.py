@@ -40,7 +40,7 @@ def decoding(bench: Bench) -> None:
         timings = {which: summarize(values) if values else None for which, values in seconds.items()}
         if bench.dry:
             print(f"    works: decoding, {name}")
-        section, base = "decoding, one sequence (seconds a token)", median(timings["bf16"])
+        section, base = "decoding, one sequence (seconds per token)", median(timings["bf16"])
         asked = Target("speedup", targets.get(name, 0.0), "bf16")
         read = shape.linear_weights() / 4 + shape.vocabulary * shape.hidden
         note = "" if timings["ours"] is None else f"{1 / timings['ours'].median:,.0f} tokens/s"

@@ -1,4 +1,4 @@
-"""The measurements of single kernels for bench/gpu_proof.py, a function a section; those of whole models are in
+"""The measurements of single kernels for bench/gpu_proof.py, a function per section; those of whole models are in
 gpu_models.py. Each builds its inputs, times ours beside its contenders, and hands rows to a Bench.
 
 Sizes: M 16,384 tokens (32 x 512) unless a row says otherwise, shapes of Qwen3 0.6B, 1.7B and 4B, inputs normal and truly
@@ -37,7 +37,7 @@ class Bench:
 
     Args:
         device: "cuda", or "cpu" for a dry run. tokens: M. shapes: by name. quick: fewer shapes and no slow contenders.
-        copy_bandwidth: bytes a second, reads and writes counted. matrix_rate: bf16 operations a second. Both are measured
+        copy_bandwidth: bytes per second, reads and writes counted. matrix_rate: bf16 operations per second. Both are measured
             first; in a dry run they are 1.
     """
 
@@ -188,7 +188,7 @@ def products(bench: Bench) -> None:
 
 
 def linears(bench: Bench) -> None:
-    """Forward and every gradient of linear layers, weights quantized beforehand (once a step), beside `nn.Linear` in bf16."""
+    """Forward and every gradient of linear layers, weights quantized beforehand (once per step), beside `nn.Linear` in bf16."""
     from bitdistill.kernels.gpu import bit_linear
 
     cases: list[tuple[str, list[tuple[int, list[int]]], float, float]] = []  # name, [(I, [O, ...])], exact, fast

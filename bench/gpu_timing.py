@@ -57,7 +57,7 @@ class Row:
     """A line of the table; what does not apply is None.
 
     Args:
-        section, what: where it stands and what was measured. timing: seconds a call. floor: seconds.
+        section, what: where it stands and what was measured. timing: seconds per call. floor: seconds.
         target: what was asked. figure: floor / time, contender / time, bytes or an error, as the target's kind has it; without a
             target floor / time. met: whether it is. note: what else there is to say.
     """
@@ -304,7 +304,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def show(rows: Sequence[Row]) -> str:
-    """One table, a block a section."""
+    """One table, a block per section."""
     heading = ["what", "floor", "target", "median [min, max]", "ratio", "", "note"]
     cells = [heading]
     for index, row in enumerate(rows):

@@ -2,7 +2,7 @@
 
     python bench/history.py [--output bench/results/history.html]
 
-Reads bench/results/asv. A section a machine (machines are not compared), a part an area of the suite. Ratios are drawn on
+Reads bench/results/asv. A section per machine (machines are not compared), a part an area of the suite. Ratios are drawn on
 a logarithmic axis with a line at 1 and stand in a table with the counts: every commit, the latest figure, and its change
 against the commit before. Absolute times, which say more about the machine than about the project, are folded away.
 """

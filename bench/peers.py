@@ -1,4 +1,4 @@
-"""Our CPU runtime beside its peers, in one run on one machine: decode, prefill, memory, bytes a token, energy.
+"""Our CPU runtime beside its peers, in one run on one machine: decode, prefill, memory, bytes per token, energy.
 
     python bench/peers.py [--shapes 0.6B 1.7B 4B] [--rounds 5] [--threads N] [--llama_bench PATH ...] [--json FILE]
     python bench/peers.py --profile           where a step of our runtime spends its time
@@ -364,7 +364,7 @@ def measure(name: str, arguments, folder: Path, bandwidth: Bandwidth) -> dict:
             if "decode" in request:
                 context = request["decode"][0] + arguments.tokens / 2
                 shape = SHAPES[name]
-                cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2 * context  # K and V, 2 bytes a number
+                cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2 * context  # K and V, 2 bytes per number
                 row[f"{label} bytes"] = int(peer.file_bytes + cache)
         rows.append(row)
     return {"shape": name, "threads": arguments.threads, "stream": summary(streams), "rows": rows, "skipped": skipped}

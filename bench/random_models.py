@@ -71,7 +71,7 @@ def random_embedding(shape: Shape) -> np.ndarray:
 
 
 def write_packed_model(path: Path, shape: Shape, packing: str, embedding: str) -> None:
-    """A packed student with two SubLN norms a layer and no tokenizer."""
+    """A packed student with two SubLN norms per layer and no tokenizer."""
     tensors, linears, norms = {}, {}, {"model.norm": shape.hidden}
     for number, (name, (rows, columns)) in enumerate(shape.linears().items()):
         packed = layout.pack(random_codes(rows, columns, number), packing)

@@ -66,7 +66,7 @@ def judge(before: list[float], after: list[float], unit: str = "x") -> dict:
 
 
 def measured(sides: dict[str, Path], rounds: int, only: list[str]) -> dict[str, dict[str, dict]]:
-    """Both sides in turn. Returns: side -> name -> {"values": one a round, "unit"}, of figures that every round has."""
+    """Both sides in turn. Returns: side -> name -> {"values": one per round, "unit"}, of figures that every round has."""
     results: dict[str, list[dict]] = {side: [] for side in sides}
     for turn in range(rounds):
         for side in sides if turn % 2 else reversed(sides):

@@ -5,7 +5,7 @@
 A process first runs a tiny model, so that libraries and compiled code are there, and notes its resident memory. Then it
 opens the model, takes a prompt in and decodes up to --context positions, while its resident memory is sampled from outside
 (anonymous pages and pages of mapped files). What it grew by at most is the figure. It holds the weights, the KV cache
-(its bytes are stated: 2 x layers x kv_heads x head_dim x 2 bytes a position, in both), activations and scratch.
+(its bytes are stated: 2 x layers x kv_heads x head_dim x 2 bytes per position, in both), activations and scratch.
 """
 
 import argparse

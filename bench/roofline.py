@@ -4,10 +4,10 @@
     python bench/roofline.py --gpu [GPU.json] --output docs/roofline_gpu.png
 
 CPU, from bench/peers.py's JSON. Left: tokens/s over the bytes that a token reads; the line is the read bandwidth measured in
-the same run, which no one can pass. Right: multiply-adds of the linears in prefill, twice counted as operations a second;
+the same run, which no one can pass. Right: multiply-adds of the linears in prefill, twice counted as operations per second;
 the line is the best GEMM of bench/cpu_kernels.py's JSON on as many threads.
 
-GPU, from bench/gpu_proof.py's JSON, by default the latest in bench/results/gpu: operations a second over operations a byte,
+GPU, from bench/gpu_proof.py's JSON, by default the latest in bench/results/gpu: operations per second over operations per byte,
 under the copy bandwidth and the bf16 rate that the same run measured (int8 has twice that rate). Without such a file the
 picture holds the data sheet of an H200 and where the products would stand, and says that nothing was measured.
 """
@@ -33,7 +33,7 @@ def product_intensity(tokens: int, rows: int, columns: int) -> float:
 
 
 def gpu_points(report: dict) -> list[tuple[str, float, float]]:
-    """(label, operations a byte, operations a second) of every product that a run measured."""
+    """(label, operations per byte, operations per second) of every product that a run measured."""
     points = []
     for row in report["rows"]:
         seconds = (row["timing"] or {}).get("median")
@@ -81,7 +81,7 @@ def draw_gpu(report: dict | None, output: str) -> None:
         axis.plot(intensity, rate / 1e12, "o", color="#c0392b", markersize=4)
         axis.annotate(label, (intensity, rate / 1e12), fontsize=6, xytext=(5, -3), textcoords="offset points")
     axis.set(
-        xscale="log", yscale="log", ylim=(0.3, 4_000), xlabel="operations a byte", ylabel="tera-operations a second"
+        xscale="log", yscale="log", ylim=(0.3, 4_000), xlabel="operations per byte", ylabel="tera-operations per second"
     )
     memory = f"memory: {limits['bytes'] / 1e12:.1f} TB/s"
     if report:

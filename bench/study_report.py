@@ -31,7 +31,7 @@ BEHIND = {  # the stages that the score of a stage stands on, besides the demo's
 
 
 def scores_of(cell: dict[str, Any]) -> np.ndarray:
-    """One number a row: 1 right, 0 wrong; or the mean loss of a block in nats."""
+    """One number per row: 1 right, 0 wrong; or the mean loss of a block in nats."""
     if cell["metric"] == "perplexity":
         return np.array(cell["losses"])
     return np.unpackbits(np.frombuffer(base64.b64decode(cell["right"]), np.uint8))[: cell["rows"]].astype(float)
@@ -180,7 +180,7 @@ def markdown(result: dict[str, Any]) -> str:
     references = result.get("references", [])
     rows = summaries(result)
     accuracy = not rows or rows[0]["metric"] == "accuracy"
-    unit = "accuracy, %" if accuracy else "loss, nats a token"
+    unit = "accuracy, %" if accuracy else "loss, nats per token"
     digits = 1 if accuracy else 3
     head = ["setting", f"{unit} [95 %]", "each seed", *[f"against {name} [95 %], p" for name in references]]
     head += ["training, s", "stage-2 tokens"]
@@ -205,7 +205,7 @@ def markdown(result: dict[str, Any]) -> str:
     at = result["machine"]
     count = next(iter(result["cells"].values()))["rows"] if result["cells"] else 0
     what = "rows" if accuracy else "blocks"
-    foot = f"{count:,} {what} a seed; {at['processor']}, one thread a run, {at['date'][:10]}; p: Holm-corrected."
+    foot = f"{count:,} {what} per seed; {at['processor']}, one thread per run, {at['date'][:10]}; p: Holm-corrected."
     return "\n".join([f"### {result['name']}", "", str(result.get("about", "")).strip(), "", *lines, "", foot])
 
 
@@ -219,7 +219,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from bitdistill.reporting.plots import STYLE
 
     rows = summaries(result)
-    label = "accuracy, %" if rows[0]["metric"] == "accuracy" else "loss, nats a token"
+    label = "accuracy, %" if rows[0]["metric"] == "accuracy" else "loss, nats per token"
     with plt.rc_context({**STYLE, "figure.facecolor": "white"}):
         if result.get("x"):
             figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")

@@ -135,7 +135,7 @@ class PretrainConfig(TrainingConfig):
             practically distillation alone.
         kd_temperature: its softmax temperature, for teacher and student. The KL is not multiplied by its square.
         kd_top_k: the number of words of each position whose logits are cached; all other words are counted as one. 4
-            bytes a word and token (6 for vocabularies above 65,536 words), and 4 for the rest: at 32, 132 (196) bytes
+            bytes per word and token (6 for vocabularies above 65,536 words), and 4 for the rest: at 32, 132 (196) bytes
             a token.
     """
 

@@ -12,13 +12,13 @@ Ternary matrices store ``u = code + 1`` in {0, 1, 2}; vector v has 64 bytes, eac
     2bit    byte j = u_j of block 4v | block 4v+1 << 2 | block 4v+2 << 4 | block 4v+3 << 6        3 is invalid in a field
     base3   byte j = u_j of block 5v + 3 * block 5v+1 + 9 * ... + 81 * block 5v+4                 0 .. 242
 
-so base3 takes exactly 8/5 = 1.6 bits a weight where 16 divides O and 4 divides I, but for a last vector that is not full
+so base3 takes exactly 8/5 = 1.6 bits per weight where 16 divides O and 4 divides I, but for a last vector that is not full
 (padding is code 0, u = 1). A vector may hold blocks of two row groups. Tables (embedding, LM head) use the same blocks:
 
-    int8    byte j = code_j of block v, -127 .. 127; fp32 scale a row, (V,)
+    int8    byte j = code_j of block v, -127 .. 127; fp32 scale per row, (V,)
     int4    byte j = (code_j + 8) of block 2v | block 2v+1 << 4; fp16 scale for 32 columns of a row, as
             (ceil(V/16), I/32, 16): the scales that a row group needs together lie together; 32 divides I
-    ternary 2bit or base3, with an fp32 scale a row, (V,)
+    ternary 2bit or base3, with an fp32 scale per row, (V,)
 
 A ternary linear has one fp32 scale, or fp16 scales for each row and each of its G groups of columns, (ceil(O/16), G, 16)
 like int4's.
@@ -41,7 +41,7 @@ BLOCK = BLOCK_ROWS * BLOCK_COLUMNS  # bytes of a vector, and values of a block
 TABLE_FORMATS = ("fp16", "int8", "int4", "ternary")  # of an embedding or LM head; fp16 has no codes
 BLOCKS_PER_VECTOR = {"2bit": 4, "base3": 5, "int4": 2, "int8": 1}
 SCALE_BYTES = 4  # one fp32 weight_scale a matrix
-INT4_GROUP = 32  # columns that share one fp16 scale: 4.5 bits a weight
+INT4_GROUP = 32  # columns that share one fp16 scale: 4.5 bits per weight
 BASE3_BYTES = 3**5  # byte values that mean something
 
 

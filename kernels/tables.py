@@ -1,8 +1,8 @@
 """Quantized tables (embedding, LM head) in plain PyTorch: the codes and scales that a packed file stores, and what
 training multiplies with. Scales belong to a row, or to 32 columns of it, so any rows can be quantized alone.
 
-    int8      scale = max|row| / 127               codes = round(row / scale)                fp32 scale a row
-    ternary   scale = max(mean|row|, EPSILON)      codes = clip(round(row / scale), -1, 1)   fp32 scale a row
+    int8      scale = max|row| / 127               codes = round(row / scale)                fp32 scale per row
+    ternary   scale = max(mean|row|, EPSILON)      codes = clip(round(row / scale), -1, 1)   fp32 scale per row
     int4      scale = fp16(v / -8)                 codes = clip(round(x / scale), -8, 7)     fp16 scale for 32 columns
 
 with v the entry of largest magnitude among the 32, the first of equals: its sign puts it on -8, the code without a

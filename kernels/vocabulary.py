@@ -256,7 +256,7 @@ def _check(x, weight, targets, teacher_x, teacher_weight, indices, values, log_r
                 f"{tuple(values.shape)}. Take both from one cache."
             )
         if log_rest.shape != x.shape[:1]:
-            raise ValueError(f"log_rest: expected ({len(x)},); got {tuple(log_rest.shape)}. One number a row.")
+            raise ValueError(f"log_rest: expected ({len(x)},); got {tuple(log_rest.shape)}. One number per row.")
 
 
 def _row_functions(device: torch.device) -> tuple[Callable, Callable]:

@@ -65,7 +65,7 @@ def dense_rows_(
 
 
 def _cross_entropy_rows_(z_NV: Tensor, targets_N: Tensor, ce_weight: float, gradient: bool) -> Tensor:
-    """CE of each row alone: one exponential a logit, five passes over a row."""
+    """CE of each row alone: one exponential per logit, five passes over a row."""
     has_target = targets_N != IGNORED
     at_N1 = torch.where(has_target, targets_N, 0)[:, None]
     z = z_NV.float()

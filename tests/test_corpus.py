@@ -182,7 +182,7 @@ def test_states_lag_behind_a_prefetching_reader(tmp_path, small_batches):
 
 
 def test_short_corpora_keep_states_of_many_windows(tmp_path):
-    """Three blocks an epoch: the windows are short, and a lag of many blocks spans many of them."""
+    """Three blocks per epoch: the windows are short, and a lag of many blocks spans many of them."""
     path = str(write(tmp_path / "c", "jsonl", ["x" * 50]))
     stream = TokenStream(path, byte_tokenizer(), 16, window=64)
     iterator = iter(stream)

@@ -30,7 +30,7 @@ def _convert(source, out):
 
 def test_bounds_of_the_sums():
     """The worst case of each loop in matmul.py and tables.py is inside int16."""
-    worst = 2 * 128  # two columns a lane, |act| <= 128
+    worst = 2 * 128  # two columns per lane, |act| <= 128
     assert 2 * worst * 4 * STEPS_2BIT <= 32768  # fields four times too large, one dot a vector each
     assert 2 * worst * 5 * STEPS_BASE3 <= 32768
     assert 2 * worst * 64 <= 32768  # CHUNK

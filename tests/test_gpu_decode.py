@@ -144,7 +144,7 @@ def test_int4_bytes(device):
     matrix = decode.pack_int4(
         random_codes(128, 128, device, -8, 7), torch.ones(128, 4, dtype=torch.half, device=device)
     )
-    assert matrix.nbytes == 128 * 128 // 2 + 2 * 128 * 4  # 4.5 bits a weight
+    assert matrix.nbytes == 128 * 128 // 2 + 2 * 128 * 4  # 4.5 bits per weight
 
 
 def test_refusals(device):

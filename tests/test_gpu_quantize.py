@@ -311,7 +311,7 @@ def test_rms_norm_refuses(device):
 
 
 def test_rms_norm_reads_x_once(moved_bytes, device):
-    """3 bytes an element, the gain for every program (4 rows), and per row rstd and scale."""
+    """3 bytes per element, the gain for every program (4 rows), and per row rstd and scale."""
     x = normal(12, 1024, dtype=torch.bfloat16, device=device)
     gain = torch.ones(1024, device=device)
     with moved_bytes() as moved:
@@ -471,7 +471,7 @@ def test_assembly():
     activation, weights = map(json.loads, result.stdout.splitlines())
     assert "fma" not in activation
     assert 1 <= activation.count("div.rn.f32") <= 8  # of scales, never of elements
-    assert activation.count("ld.global.v4.b32") == 4  # 32 values a thread, in bf16
+    assert activation.count("ld.global.v4.b32") == 4  # 32 values per thread, in bf16
     assert activation.count("st.global.v4.b32") == 2
     assert not re.search(r"div\S*f32", weights)
     assert len(re.findall(r"ld\.global\.\S*v4\.b32", weights)) == 2 * 8  # a tile, in either of its two visits

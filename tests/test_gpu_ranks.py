@@ -1,5 +1,5 @@
 """The kernels (interpreted) in our Trainer, on two ranks, under DeepSpeed's ZeRO 2 and 3: the losses of the reference, and
-weights quantized once a step where they stay whole."""
+weights quantized once per step where they stay whole."""
 
 import pytest
 
@@ -94,7 +94,7 @@ def test_losses_equal_the_reference(zero, tmp_path):
     assert found["kernels"] == pytest.approx(found["reference"], rel=1e-4)
     steps, micro_steps, decoder_layers = 2, 2, 2
     passes = steps * micro_steps * decoder_layers
-    if zero == 2:  # checkpointed, so all is computed twice; one launch a step for all weights; q/k/v, o, gate/up, down
+    if zero == 2:  # checkpointed: all is computed twice, one launch per step for all weights; q/k/v, o, gate/up, down
         expected = {"quantize_weights": steps, "quantize_activation": 2 * 2 * passes, "int8_linear": 2 * 4 * passes}
     else:  # a weight is there only while its own layer runs; q, k, v and gate, up share their codes still
         expected = {"quantize_weights": 7 * passes, "quantize_activation": 4 * passes, "int8_linear": 7 * passes}

@@ -450,7 +450,7 @@ def test_bytes_moved(moved_bytes, monkeypatch, cosine):
     teacher, student = tensors(0, B, H, T, D), tensors(1, B, H, T, D).requires_grad_()
     valid = torch.ones(B, T, dtype=torch.bool)
     blocks, side = T // ROWS, B * H * T * D * 4
-    mask = B * H * blocks * (ROWS + T)  # a byte a token
+    mask = B * H * blocks * (ROWS + T)  # a byte per token
     spans = B * H * blocks * 8
     with moved_bytes() as moved:
         values = fused_rows((teacher,) * 2, (student,) * 2, valid, causal=False, cosine=cosine, scales=(1.0, 1.0))

@@ -157,7 +157,7 @@ def test_a_target_that_is_no_word_makes_the_loss_nan(device):
 
 
 def test_bytes(device, moved_bytes):
-    """Twice student and teacher in bf16, and the gradient once: 10 bytes a logit, and some 30 a row."""
+    """Twice student and teacher in bf16, and the gradient once: 10 bytes per logit, and some 30 a row."""
     z, t, targets = logits(6, 250, 1.0, device, torch.bfloat16)
     with moved_bytes() as moved:
         vocabulary_kl.dense_rows_(z, t, targets, CE, KL, PER_TAU, True)

@@ -163,7 +163,7 @@ def test_a_gguf_file_is_trained_with_lengths_that_fit_it(files, tmp_path):
     status, said = run(*files, *less)
     assert status == 0, said
     assert "tiny.gguf" in said
-    assert "(32.00 bits a weight)" in said
+    assert "(32.00 bits per weight)" in said
     assert "pretrain.block_size: 128, the model's positions" in said
     assert (tmp_path / "run" / "export" / "student.safetensors").is_file()
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -171,4 +171,4 @@ def test_a_gguf_file_is_trained_with_lengths_that_fit_it(files, tmp_path):
     status, said = run("--config", str(tmp_path / "run" / "config.yaml"))
     assert status == 0, said
     assert "teacher: done and unchanged" in said
-    assert "bits a weight" not in said
+    assert "bits per weight" not in said

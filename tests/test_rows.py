@@ -267,7 +267,7 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path):
         ("a.jsonl", '{"text": "a", "text": "b", "label": 0}\n', r"the key 'text' twice in row 1"),
         ("a.jsonl", '["a", 0]\n', r"\"?a\"? in row 1|a in row 1"),
         ("a.jsonl", '"text"\n', r"text in row 1"),
-        ("a.jsonl", "text,label\n", r"in row 1.*one object a line"),
+        ("a.jsonl", "text,label\n", r"in row 1.*one object per line"),
         ("a.jsonl", '{"text": "a", "label": 0} {"text": "b", "label": 0}\n', r"Extra data.* in row 1"),
         ("a.jsonl", "\0\0\0\0", r"in row 1"),
         ("a.jsonl", '{"text": "a", "label": 0}\n' + "\0" * 40, r"in row 2"),

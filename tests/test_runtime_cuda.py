@@ -158,7 +158,7 @@ def test_batches_are_single_sequences(tmp_path, device):
 
 
 def test_device_bytes(tmp_path, device):
-    """2 bits a weight where 64 divides the width, a scale and perhaps a bias a row; tables and norms as in the file."""
+    """2 bits per weight where 64 divides the width, a scale and perhaps a bias a row; tables and norms as in the file."""
     model = student("qwen3")
     runtime = packed_runtime(tmp_path, model, device, embedding="int8")
     bytes_ = 0

@@ -27,7 +27,7 @@ def encode_int8(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_ternary(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``scale = max(mean|row|, EPSILON)``, ``codes = clip(round(table / scale), -1, 1)``: absmean, a scale a row.
+    """``scale = max(mean|row|, EPSILON)``, ``codes = clip(round(table / scale), -1, 1)``: absmean, a scale per row.
 
     Args:
         table: float32 (V, hidden).

@@ -172,7 +172,7 @@ def test_sizes_are_known_before():
     huge = Layout(10**6, 1024, 32, 1.0, 151_936)
     assert huge.blocks_per_shard * 1024 * 196 <= teacher_cache.SHARD_BYTES
     assert huge.shards * huge.blocks_per_shard >= 10**6
-    assert "132 bytes a token, 0.0676 GB" in str(small)
+    assert "132 bytes per token, 0.0676 GB" in str(small)
     with pytest.raises(UserError, match="kd_top_k: expected 1 to 20"):
         Layout(1, 1, 21, 1.0, 20)
 
@@ -570,7 +570,7 @@ def test_main_job(world, tmp_path):  # noqa: F811
         assert job["code"] == code, job
         assert said in job["said"]
     assert "48 blocks of 16 tokens, the 8 largest of" in found[2]["said"]
-    assert "36 bytes a token" in found[2]["said"]
+    assert "36 bytes per token" in found[2]["said"]
     run = tmp_path / "run" / "job"
     assert json.loads((run / "cache" / "done.json").read_text())["settings"]["cache.blocks"] == 32
     assert not list((run / "checkpoints").glob("cache*"))

@@ -245,7 +245,7 @@ SHORT = ["--max_steps", "6", "--baseline.enabled", "false", "--export.speed_toke
     ],
 )
 def test_two_ranks_equal_one(world, one_rank, tmp_path, ranks, rows, accumulation, options):
-    """8 rows a step, over two ranks and micro-steps: every loss of every training stage within float noise.
+    """8 rows per step, over two ranks and micro-steps: every loss of every training stage within float noise.
 
     Stage 3 is compared a second time from the very teacher and student of the one rank. Where stages follow one another,
     float noise of 5e-8 flips single codes of these tiny models, from the third step of stage 2 on, and what follows

@@ -214,7 +214,7 @@ def test_rtn_needs_no_calibration_and_gptq_does():
 
 
 def test_bytes_by_hand():
-    assert linear_bytes(16, 256) == 16 * 128 + 16 * 2 * 2  # 4.125 bits a weight
+    assert linear_bytes(16, 256) == 16 * 128 + 16 * 2 * 2  # 4.125 bits per weight
     assert linear_bytes(3, 129) == 194 + 3 * 2 * 2  # half a byte is rounded up, the narrow group has its scale
 
 

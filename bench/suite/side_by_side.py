@@ -15,7 +15,7 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int 
 
     Args:
         rounds: each times both, in alternating order.
-        seconds: at least so long a timing, by repeating the call; 0 for long work, once a round and not warmed.
+        seconds: at least so long a timing, by repeating the call; 0 for long work, once per round and not warmed.
 
     With ASV_QUICK_RATIOS set in the environment it is one round of one call each: to see that everything runs (`asv run
     --quick` cannot tell a benchmark that it is in a hurry).

@@ -29,7 +29,7 @@ def generate(
     Args:
         run_or_file: a run directory, or a packed file.
         prompt: the text to continue.
-        prompts_file: a prompt a line ("-" reads standard input) in its place: answers in the order of the lines, each
+        prompts_file: a prompt per line ("-" reads standard input) in its place: answers in the order of the lines, each
             {"index", "prompt", "text", "prompt_tokens", "cached_tokens", "new_tokens", "stopped_by"}.
         slots, max_new_tokens, stop, special_tokens, threads, kv_cache, context, sampling: see `generate_options`.
         device: "cpu", or a GPU: "cuda", "cuda:1".
@@ -73,7 +73,7 @@ def _print_statistics(runtime) -> None:
     stats = runtime.stats
     rate = f"{stats.tokens_per_second:.1f} tokens/s" if stats.decoded_tokens else "too short to time"
     cached = f", {stats.cached_tokens} of them known" if stats.cached_tokens else ""
-    read = f", {stats.read_bytes_per_token / 1e6:.2f} MB read a token" if stats.decode_steps else ""
+    read = f", {stats.read_bytes_per_token / 1e6:.2f} MB read per token" if stats.decode_steps else ""
     print(
         f"[{stats.prompt_tokens} prompt tokens{cached}, in {stats.prompt_seconds:.2f} s; {stats.new_tokens} new ones, "
         f"{rate}{read}; KV cache {stats.kv_cache_bytes / 1e6:.2f} MB beside the file's {runtime.file_bytes / 1e6:.2f}; "

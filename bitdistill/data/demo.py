@@ -169,7 +169,7 @@ def reviews(draw: random.Random, words: tuple[list[str], list[str]], rows: int, 
 
 
 def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `VOCABULARY` tokens. It can write any text; what it has not seen costs a token a byte."""
+    """A byte-level BPE of `VOCABULARY` tokens. It can write any text; what it has not seen costs one token per byte."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -4,7 +4,7 @@ Nothing is inferred and nothing is cached: a library that guesses types makes nu
 2024-05-01, null), and one that caches by name and time gives the rows of the file that was there before.
 
 * .csv, .tsv: every cell is a text. The delimiter of a .csv is the one under which the header has the wanted columns.
-* .jsonl, .ndjson, .json: an object a line, or an array of objects. Numbers are `Literal`, the text that stands there.
+* .jsonl, .ndjson, .json: an object per line, or an array of objects. Numbers are `Literal`, the text that stands there.
 * .parquet: the values of the columns' own types.
 
 All but Parquet may be compressed (see `text_files.py`).
@@ -94,7 +94,7 @@ class RowFile:
             return self._object(decoder.decode(text), Row({}, number, line))
         except (ValueError, RecursionError) as error:
             where = Row({}, number, line).place
-            do = "Write one object a line, or one array of objects."
+            do = "Write one object per line, or one array of objects."
             raise self._bad(f"{_reason(error, text)} in {where}", do) from None
 
     def _json_array(self, decoder: json.JSONDecoder, text: str) -> Iterator[Row]:

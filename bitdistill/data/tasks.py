@@ -364,7 +364,7 @@ def encode(
         with_indices=True,
         remove_columns=rows.column_names,
         features=datasets.Features(features),
-        keep_in_memory=True,  # 8 bytes a token; a cache would not see changes in this file, and ranks would race for it
+        keep_in_memory=True,  # 8 bytes per token; a cache would not see changes in this file, and ranks would race for it
         new_fingerprint=uuid.uuid4().hex,  # saves hashing the tokenizer, seconds for a large one
         desc=f"{task.name}: tokens",
     )

@@ -127,7 +127,7 @@ def text_perplexity(model, blocks: Tensor, name: str) -> dict[str, float]:
 def scores_json(
     task: Task, splits: dict[str, Any], scores: dict[str, dict[str, Score]], notes: list[str]
 ) -> dict[str, Any]:
-    """The content of evaluate/scores.json: a row a setting, and paired differences on the same validation rows.
+    """The content of evaluate/scores.json: a row per setting, and paired differences on the same validation rows.
 
     Args:
         task: what was scored.

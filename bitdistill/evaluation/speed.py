@@ -123,7 +123,7 @@ def sizes_and_speeds(
         prompt: token ids. tokens: decoded per timing; 0 measures no speed.
         weight_only: also the bytes of FP16-SFT with its linears in 4 bits. say: is told what takes long.
 
-    Returns: {"machine", "rows"}, a row a setting, FP16-SFT first.
+    Returns: {"machine", "rows"}, a row per setting, FP16-SFT first.
     """
     full = full_precision_size(teacher)
     positions = min(read_packed(path).config.max_position_embeddings for path, _ in packed.values())

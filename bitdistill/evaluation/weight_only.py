@@ -2,11 +2,11 @@
 
 Weight-only integers, no training: the seven projections of every layer are rounded, activations and all other parameters
 stay as they are. The format is the field's usual one, symmetric groups of 128 along in_features (the last one of a row is
-narrower where 128 does not divide it), one fp16 scale a group, no zero point:
+narrower where 128 does not divide it), one fp16 scale per group, no zero point:
 
     scale = max|w| over the group / 7.5                    rounded to fp16
     codes = clip(round(w / scale), -8, 7)                  4 bits;  w ~ scale * codes
-    bits a weight = 4 + 16 / 128 = 4.125
+    bits per weight = 4 + 16 / 128 = 4.125
 
 * Round to nearest (RTN): each weight by itself.
 * GPTQ: column by column in their order; the error of a column is spread over the columns not yet rounded such that the

@@ -110,7 +110,7 @@ def write_hugging_face(folder: str | Path, model: nn.Module, tokenizer, format: 
 
 
 def _transformers(codes: Tensor, scale_OG: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """uint8 (O, ceil(I / 4)): code + 2 of column 4 b + j in bits 2 j of byte b; fp32 scale a row."""
+    """uint8 (O, ceil(I / 4)): code + 2 of column 4 b + j in bits 2 j of byte b; fp32 scale per row."""
     if scale_OG.shape[1] != 1:
         raise UserError(
             "format",

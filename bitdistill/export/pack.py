@@ -52,7 +52,7 @@ def pack_settings(
             metadata={"setting": setting, "task": task, "tokenizer": tokenizer_settings(load_tokenizer(source))},
         )
         bits = sizes["bits_per_weight"]
-        launch.say(f"export: {path.name}, {sizes['file_bytes']:,} bytes, {bits:.3f} bits a weight")
+        launch.say(f"export: {path.name}, {sizes['file_bytes']:,} bytes, {bits:.3f} bits per weight")
         if setting == DISTILLED:
             proof = prove_parity(path, model, prompts)
             (folder / "proof.json").write_text(json.dumps(proof, indent=1), encoding="utf-8")

@@ -55,7 +55,7 @@ def prove_parity(path: str | Path, model, prompts: Sequence[Sequence[int]]) -> d
 
     Returns:
         linears, tokens: how much was compared. product_max_diff: part 3, over the token's peak. unrounded_max_diff: part
-        4, over the standard deviation of the logits. max_abs_diff, relative_rms, mean_kl (nats a token, KL(student ||
+        4, over the standard deviation of the logits. max_abs_diff, relative_rms, mean_kl (nats per token, KL(student ||
         runtime)), same_top1 (share): part 5.
         noise_mean_kl, noise_same_top1: the student with eager against sdpa attention.
         embedding_mean_kl, embedding_same_top1: the untouched student against the one with the file's embedding.
@@ -92,7 +92,7 @@ def prove_parity(path: str | Path, model, prompts: Sequence[Sequence[int]]) -> d
     allowed = max(MAX_KL, MAX_KL_RATIO * noise_mean_kl)
     if not mean_kl <= allowed:
         raise RuntimeError(
-            f"{path}: mean KL of the runtime from the student is {mean_kl:.2e} nats a token; allowed {allowed:.2e} "
+            f"{path}: mean KL of the runtime from the student is {mean_kl:.2e} nats per token; allowed {allowed:.2e} "
             f"(the student's own noise is {noise_mean_kl:.2e})."
         )
     return {

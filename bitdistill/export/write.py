@@ -48,8 +48,8 @@ def write_packed(
     Args:
         path: the file; its folder must exist. An existing file is replaced once the new one is whole and on disk.
         model: a refined causal language model (torch) with fp32 master weights.
-        packing: "base3" (1.6 bits a weight) or "2bit".
-        embedding: "fp16", "int8" (a scale a row), "int4" (a scale for 32 columns) or "ternary" (a scale a row); an untied
+        packing: "base3" (1.6 bits per weight) or "2bit".
+        embedding: "fp16", "int8" (a scale per row), "int4" (a scale for 32 columns) or "ternary" (a scale per row); an untied
             LM head likewise. None is as trained: the codes that training multiplied with, or fp16. Another one than was
             trained only rounds what was trained in full precision: the proof of parity shows what that costs.
         tokenizer_json: the bytes of tokenizer.json, or None for a file that only takes token ids.

@@ -168,7 +168,7 @@ class PackedModel:
 
 
 def decode_rows(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """``codes * scale`` in float32, a scale a row: the tables of `encode_int8` and `encode_ternary`."""
+    """``codes * scale`` in float32, a scale per row: the tables of `encode_int8` and `encode_ternary`."""
     return codes.astype(np.float32) * scale[:, None]
 
 

@@ -9,7 +9,7 @@ else is fp32, as transformers computes it. Whole texts only: no KV cache, and at
 With `unrounded` activations nothing is quantized on the way: the same function without the jumps of a rounding.
 
 Several texts go through together, because unpacking a linear costs more than multiplying by it.
-Shape suffixes: N tokens of all texts, T and S positions of one, H heads, K key/value heads, G heads a key/value head,
+Shape suffixes: N tokens of all texts, T and S positions of one, H heads, K key/value heads, G heads per key/value head,
 D head width, I in_features, O out_features, V vocabulary.
 """
 

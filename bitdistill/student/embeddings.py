@@ -2,7 +2,7 @@
 
 Both multiply with ``codes * scale`` of an fp32 master (kernels/tables.py), and the gradient reaches the master as if they
 did not: what the packed student reads is what was trained. The lookup quantizes only the rows that it reads, the head its
-whole table, once a forward; activations stay float (the runtime's 16 bits are as good: kernels/cpu/tables.py).
+whole table, once per forward; activations stay float (the runtime's 16 bits are as good: kernels/cpu/tables.py).
 
 Like BitLinear they take over the Parameter objects of the modules that they replace, so that state-dict keys, a tie
 between the two, and ZeRO-3 partitions survive.

@@ -64,7 +64,7 @@ class Conversion:
         notes = "".join(f"; {note}" for note in self.notes)
         return (
             f"{self.file}: {self.name or 'a model without a name'}, {self.architecture}, {self.parameters:,} parameters, "
-            f"dequantized from {types} tensors ({self.bits_per_weight:.2f} bits a weight){notes}"
+            f"dequantized from {types} tensors ({self.bits_per_weight:.2f} bits per weight){notes}"
         )
 
 

@@ -274,7 +274,7 @@ class Tequila(AbsMean):
 def seq_start(weight: Tensor) -> Tensor:
     """Where the learned a begins: the mean over rows of ``max|row|``, fp32 (1,).
 
-    ParetoQ has one a row, at ``max|row|``; the packed file has one scale a tensor.
+    ParetoQ has one per row, at ``max|row|``; the packed file has one scale per tensor.
     """
     return weight.detach().float().abs().amax(1).mean().clamp_min(EPSILON).reshape(1)
 

@@ -205,7 +205,7 @@ def _numel(parameter: Tensor) -> int:
 def calibrate_gains(model: nn.Module, batches: Iterable[dict[str, Tensor]], norms: str = "two") -> dict[str, float]:
     """SubLN gains that start the student near its base: the RMS of what each projection receives.
 
-    ``gain = sqrt(mean(x^2))`` over all unpadded tokens and channels, one number a layer: SubLN divides by the RMS of
+    ``gain = sqrt(mean(x^2))`` over all unpadded tokens and channels, one number per layer: SubLN divides by the RMS of
     each token, the gain puts the average back. (Per-token int8 quantization does not depend on this scale; the size of
     the layer's output does.)
 

@@ -9,7 +9,7 @@ nothing of it.
         ce = engine(**inputs).logits
 
 A teacher hands out its hidden states in the same way (``hidden_states``), and its head's weight separately. A quantized
-head (embeddings.py) hands out its quantized weight, made once a forward, whose gradient reaches the master.
+head (embeddings.py) hands out its quantized weight, made once per forward, whose gradient reaches the master.
 
 Terms equal those of losses.py on whole logits, by the same rule of averaging; kernels/vocabulary.py has the mathematics.
 Only rows that a term counts are computed: for classification the few positions that predict the label word.

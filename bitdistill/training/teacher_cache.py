@@ -20,7 +20,7 @@ the higher the temperature: at tau = 5 nearly all mass is outside the top 32 wor
 Bytes: 4 k + 4 a token for vocabularies up to 65,536 words, else 6 k + 4. With k = 32 that is 132 or 196: a tenth of a
 billion tokens are 13 or 20 GB.
 
-What it saves. A student of P parameters costs 6 P floating-point operations a token (8 with gradient checkpointing), an
+What it saves. A student of P parameters costs 6 P floating-point operations per token (8 with gradient checkpointing), an
 online teacher of its size 2 P more: a third, and its weights and activations on the device, in every run. Writing the cache
 costs these 2 P once. So a single run saves memory only, and each further run on the same blocks (a seed of the student, a
 learning rate, an ablation) a quarter of its compute.
@@ -106,7 +106,7 @@ class Layout:
     def __str__(self) -> str:
         return (
             f"{self.blocks:,} blocks of {self.block_size} tokens, the {self.top_k} largest of {self.vocabulary:,} logits: "
-            f"{self.bytes_per_token} bytes a token, {self.total_bytes / 1e9:.3g} GB"
+            f"{self.bytes_per_token} bytes per token, {self.total_bytes / 1e9:.3g} GB"
         )
 
 

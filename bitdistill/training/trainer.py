@@ -1,4 +1,4 @@
-"""The transformers.Trainer that every training stage shares: named loss terms, honest averages, one JSON line a step.
+"""The transformers.Trainer that every training stage shares: named loss terms, honest averages, one JSON line per step.
 
 A stage brings an `Objective`: named loss terms with weights. Each loss is a *sum over this rank's rows divided by the
 count of the whole optimizer step* (all micro-batches, all ranks), so that one rank with 32 rows, two ranks with 16, and

@@ -9,7 +9,7 @@
 As on a GPU the straight-through gradient goes around the int8 codes: `ternary_linear` gives its input gradient to x, of which
 it reads nothing but the shape; behind a fused norm, to an *anchor* in its place, with memory for one value.
 
-Saved for backward: act_codes, act_scale, weight_codes, weight_scale; for a norm x, or gate and up, and one number a row.
+Saved for backward: act_codes, act_scale, weight_codes, weight_scale; for a norm x, or gate and up, and one number per row.
  backward="exact":  float products of dY with int8 operands turned into floats: dX = dY W~, dW = dY^T x~, in fp32; in bf16
                     where dY is bf16 and the processor multiplies bf16.
  backward="fast":   int8 products of dY rounded to the nearest code (training_quantize.py). Where int8 times int8 is not exact

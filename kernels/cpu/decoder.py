@@ -246,7 +246,7 @@ class Decoder:
         self.close()
 
     def _run(self, rows: np.ndarray, cache: KVCache, wanted: np.ndarray, out: np.ndarray) -> None:
-        """Checked rows, block by block. One token takes this path thousands of times a second: few numpy calls."""
+        """Checked rows, block by block. One token takes this path thousands of times per second: few numpy calls."""
         call, count, address = self._call[0], rows.shape[1], out.__array_interface__["data"][0]
         self._call_words[-len(cache.words) :] = cache.words
         done = 0

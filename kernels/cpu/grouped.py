@@ -285,7 +285,7 @@ def grouped_gemm(
         weight, packing, in_features, records, stride, tokens, acc_stride, first_group, last_group, scratch: as in
             `matmul.gemm`; the records have their group sums (`write_group_sums` with the same `columns`).
         scales: address of fp16 (ceil(O / 16), G, 16). columns: of a group: 64, 128 or 256.
-        acc: address of float32 rows, one a token; groups of rows are written whole.
+        acc: address of float32 rows, one per token; groups of rows are written whole.
 
     Numerics: integers exact, one rounding for each group; the sum begins with the first group. Does not depend on the number
     of tokens, nor on how row groups are shared among threads.

@@ -357,7 +357,7 @@ def gemm(weight, packing, in_features, records, stride, tokens, acc, acc_stride,
         weight: address of the packed bytes of all rows; packing: TWO_BIT or BASE3.
         in_features: I, at least 1.
         records: address of `tokens` records (activations.py), `stride` bytes apart.
-        acc: address of int32 rows, one a token, `acc_stride` numbers apart; row o of the weight is written to number o.
+        acc: address of int32 rows, one per token, `acc_stride` numbers apart; row o of the weight is written to number o.
             Groups are written whole: there must be room for 16 ceil(O / 16).
         scratch: address of SCRATCH_BYTES of the calling thread's own; not touched for one token or two.
         stride: bytes between records. tokens: how many there are. acc_stride: numbers between rows of acc.

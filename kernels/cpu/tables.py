@@ -341,7 +341,7 @@ def multiply_table(
         rows: V.
         scale: float32 (V,); int4: float16 (ceil(V/16), hidden/32, 16) from `packing.pack_scales`; fp16: None.
 
-    Returns: float32 (N, V). Numerics: exact integers of x rounded to 16 bits a token, then fp32.
+    Returns: float32 (N, V). Numerics: exact integers of x rounded to 16 bits per token, then fp32.
 
     Raises:
         ValueError: another dtype or shape, or an unknown format.

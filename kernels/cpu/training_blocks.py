@@ -31,7 +31,7 @@ def lay_out_rows(first, last, codes, columns, blocks):
     """Blocks of the groups first .. last - 1 of a weight, int8 (R, K).
 
     Args:
-        first, last: groups. codes: address of int8 (R, columns), 16 rows a group.
+        first, last: groups. codes: address of int8 (R, columns), 16 rows per group.
         columns: K. blocks: address of 64-byte blocks (R / 16, columns / 4).
     """
     quads = columns // 4

@@ -8,8 +8,8 @@
 **Gradients.** In each product the scale that varies along the summed dimension is folded into dY before it is quantized,
 the other one stays outside:
 
-    dX = (dY * weight_scale) @ weight_codes    summed over O: one scale a token, row codes (N, O)
-    dW = (dY * act_scale).T @ act_codes        summed over N: one scale a column, column codes (N, O)
+    dX = (dY * weight_scale) @ weight_codes    summed over O: one scale per token, row codes (N, O)
+    dW = (dY * act_scale).T @ act_codes        summed over N: one scale per column, column codes (N, O)
 
 Codes are rounded to the nearest.
 

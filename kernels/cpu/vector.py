@@ -338,7 +338,7 @@ def no_sums(builder):
 
 @native(SUMS(SUMS, BYTES, BYTES), _py_dot)
 def dot(builder, sums, unsigned, act):
-    """sums + unsigned * act, four columns a lane: unsigned codes up to 127, int8 activation codes within +-127.
+    """sums + unsigned * act, four columns per lane: unsigned codes up to 127, int8 activation codes within +-127.
 
     Where not WIDE an int16 takes two columns, so that with codes up to u it holds 32767 // (254 u) calls.
     """
@@ -357,13 +357,13 @@ def add_sums(builder, a, b):
 
 @native(INTS(SUMS), lambda sums: sums.reshape(16, -1).sum(axis=1, dtype=np.int32))
 def widen(builder, sums):
-    """The sums of `dot` as int32, one a row."""
+    """The sums of `dot` as int32, one per row."""
     return sums if WIDE else _widen(builder, sums)
 
 
 @native(INTS(INTS, BYTES, BYTES), _py_dot_signed)
 def dot_signed(builder, ints, codes, act):
-    """ints + (codes + SIGNED_OFFSET) * act, four columns a lane: both int8 within +-127."""
+    """ints + (codes + SIGNED_OFFSET) * act, four columns per lane: both int8 within +-127."""
     if NEON:
         return _four_way(builder, ints, codes, act)
     if WIDE:  # takes unsigned codes: with the top bit flipped they are codes + 128

@@ -11,7 +11,7 @@ gradient to x, the tensor whose codes it multiplied, of which it reads nothing b
 tensor was never computed, so the fused operators return an *anchor* in its place: shape and dtype of the normalized x,
 memory for one value. The gradient that arrives there goes on through the norm's backward.
 
-Saved for backward: act_codes, act_scale, weight_codes, weight_scale; for a norm x, or gate and up, and one number a row.
+Saved for backward: act_codes, act_scale, weight_codes, weight_scale; for a norm x, or gate and up, and one number per row.
  backward="exact" or "fast":
 matmul.py.
 

@@ -74,7 +74,7 @@ def pack_2bit(codes: Tensor) -> PackedMatrix:
     Args:
         codes: int8 (O, I) in {-1, 0, 1}, on any device; trusted to be so.
 
-    Returns: 2 bits a weight where 64 divides I; the last bytes of a row are padding otherwise.
+    Returns: 2 bits per weight where 64 divides I; the last bytes of a row are padding otherwise.
 
     Raises:
         ValueError: another dtype or dimension, or no rows or columns.

@@ -12,7 +12,7 @@ The heads that share a key/value head are the rows of one tile; a prompt puts se
 cache is bfloat16, rounded half to even, with products in tf32, finer than the cache; or float32 with fp32 products, to
 compare with other implementations. Sums are fp32.
 
-Shape suffixes: N tokens, H heads, K key/value heads, G heads a key/value head, D head width, C capacity of a slot,
+Shape suffixes: N tokens, H heads, K key/value heads, G heads per key/value head, D head width, C capacity of a slot,
 S splits, P padded width.
 """
 

@@ -1,4 +1,4 @@
-"""What stands between two packed products of a decoder layer, on a GPU: one program a token, one launch a joint.
+"""What stands between two packed products of a decoder layer, on a GPU: one program per token, one launch per joint.
 
     embed                   x = table[id] * embedding_scale
     residual_norm_quantize  x += [norm](product); y = norm(x); act_codes = q([SubLN](y))     for q k v, gate up
@@ -242,7 +242,7 @@ def _logits_kernel(
     high_factor,
     low_factor,
     SPLITS: tl.constexpr,
-    SCALED: tl.constexpr,  # the weights have a scale a row
+    SCALED: tl.constexpr,  # the weights have a scale per row
     BLOCK: tl.constexpr,
 ):
     block, n = tl.program_id(0), tl.program_id(1)
@@ -281,7 +281,7 @@ def _next_token_kernel(best_ptr, word_ptr, ids_ptr, positions_ptr, blocks, last_
 
 
 def row_warps(block: int) -> int:
-    """Warps of a program that holds a row of `block` numbers: 8 numbers a thread, more in wide rows."""
+    """Warps of a program that holds a row of `block` numbers: 8 numbers per thread, more in wide rows."""
     return min(16, max(1, block // 256))
 
 

@@ -2,7 +2,7 @@
 
     x = embed(ids) -> per layer: norm, q k v | RoPE, cache | attention | o | norm, gate up | act | down -> norm -> head
 
-Ten launches a layer, each of decode.py (products), decode_rows.py (what lies between them) and decode_attention.py. The
+Ten launches per layer, each of decode.py (products), decode_rows.py (what lies between them) and decode_attention.py. The
 same ones serve a piece of a prompt (many rows of one slot) and a step (one row of each slot). A step reads its tokens and
 positions from device tensors and leaves the likeliest next ones there, so that one CUDA graph, captured once, is every
 step: a replay costs one launch where ten a layer would cost more time than their work.

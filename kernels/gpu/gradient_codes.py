@@ -1,7 +1,7 @@
 """Gradients to int8, for the fast backward pass of a BitLinear: both of its products become int8_linear's.
 
-    dX = (dY * weight_scale) @ weight_codes    summed over O: one scale a token,  row codes (N, O)
-    dW = (dY * act_scale).T @ act_codes        summed over N: one scale a column, column codes transposed (O, N)
+    dX = (dY * weight_scale) @ weight_codes    summed over O: one scale per token,  row codes (N, O)
+    dW = (dY * act_scale).T @ act_codes        summed over N: one scale per column, column codes transposed (O, N)
 
 In each, the scale that varies along the summed dimension is folded into dY before it is quantized, the other one stays
 outside. Both are made from one tile of dY in one kernel, after another has taken the peaks: 2 + 2 bytes read and 1 + 1
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bitdistill.kernels.gpu.matmul import MAX_SEGMENTS
 
-BLOCK_N, BLOCK_O, WARPS = 128, 64, 8  # 32 values a thread; 128-byte lines both of dY in bf16 and of transposed codes
+BLOCK_N, BLOCK_O, WARPS = 128, 64, 8  # 32 values per thread; 128-byte lines both of dY in bf16 and of transposed codes
 PADDING = 128  # transposed codes are padded with zeros to whole inner steps of int8_linear
 
 

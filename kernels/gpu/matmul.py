@@ -226,7 +226,7 @@ class Tile:
 #   Hopper: two warp groups on 128 x 256, half of a thread's registers for the sums. In the gradients the 128 is the side
 #     of the codes: 128 x 64 codes are widened for 256 columns of products, else widening is the bottleneck.
 #     Triton (3.6 to 3.9) waits for every int8 product before it issues the next one: only fp32 sums are kept in flight. The
-#     wait is shortest against a 128 x 256 x 128 step; two blocks a processor with 128 x 128 would hide it, but read a third
+#     wait is shortest against a 128 x 256 x 128 step; two blocks per processor with 128 x 128 would hide it, but read a third
 #     more from the L2 cache. To be decided on a device.
 #   Blackwell: sums live in tensor memory; 128 x 256 of them do not fit into registers beside scales and biases.
 #   Ampere, Ada, consumer Blackwell: sums and operands share a thread's registers, and a block has 99 KB.

@@ -1,7 +1,7 @@
 """RMSNorm (a model's own before q/k/v and gate/up, or SubLN) that gives int8 codes: ``y = x * rstd * gain``, quantized.
 
 ``rstd = 1 / sqrt(mean(x^2) + eps)``. y never leaves the registers, and the backward pass recomputes it from x and one fp32
-number per row. So norm and quantizer together move 3 bytes an element in bf16, what the quantizer alone moves.
+number per row. So norm and quantizer together move 3 bytes per element in bf16, what the quantizer alone moves.
 
 **What is rounded.** y is rounded to the dtype of x before it is quantized, because ``reference.rms_norm`` returns it in
 that dtype: fused and unfused layers compute the same function.

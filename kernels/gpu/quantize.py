@@ -10,7 +10,7 @@ multiply-add, which would round once where the reference rounds twice.
 has a quotient that rounds to 0.5 (W would have to lie strictly between s / 2 and the float after it). So the code is
 ``(W > s / 2) - (W < -s / 2)``, exactly.
 
-The scale of a tensor is known only after all of it was read, and reading it twice from memory costs 9 bytes a weight
+The scale of a tensor is known only after all of it was read, and reading it twice from memory costs 9 bytes per weight
 instead of 5. One launch therefore walks a list of tiles for all tensors, in which the second visit to a tensor (write
 the codes) follows shortly after the first (sum |W|), while it is still in the L2 cache. Tensors beyond the L2 cache
 are revisited backwards, from what was read last. Programs draw their places in the list from a counter, so whoever
@@ -37,7 +37,7 @@ MAX_WIDTH = 32_768  # a row in the registers of 16 warps; 28,672 is the widest l
 PEAK = tl.constexpr(float(ACT_MAX))
 _EPSILON = tl.constexpr(EPSILON)
 
-# 64 rows of 128 columns: whole 128-byte lines of codes, 32 values a thread.
+# 64 rows of 128 columns: whole 128-byte lines of codes, 32 values per thread.
 TILE_O, TILE_I, TILE_WARPS = 64, 128, 8
 # Tiles between a tensor's last first visit and its first second visit: about as many as an H200 has under way at once
 # (132 processors, 4 tiles each), so that nobody waits; 16 MB of fp32, a third of the L2 cache.
@@ -99,7 +99,7 @@ def _quantize_activation(
 
 
 def row_tile(width: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK, num_warps) for rows of ``width``: 4,096 values or one row a program, 32 values a thread up to 16
+    """(ROWS, BLOCK, num_warps) for rows of ``width``: 4,096 values or one row per program, 32 values per thread up to 16
     warps, i.e. four 16-byte loads of bf16 under way in each thread."""
     block = triton.next_power_of_2(width)
     rows = max(1, 4096 // block)

@@ -1,7 +1,7 @@
 """Row KL of two token relations, and its gradient, without a T x T matrix in memory: the ops, launches and tiles.
 
 relation_kernels.py has the mathematics, ``relations.row_kl`` is the reference. Kept for the backward pass: the inputs and three
-fp32 numbers a row (four where a floor bites, two more for cosines): O(B H T).
+fp32 numbers per row (four where a floor bites, two more for cosines): O(B H T).
 
 Cost, a head of width D and T tokens: forward 2 products (4 T^2 D FLOP) and 2 T^2 exp2; backward of a symmetric relation 3
 products (6 T^2 D FLOP) and 4 T^2 exp2; of Q and K two launches of 3 products and 2 T^2 exp2 each; causal, half of it.

@@ -5,7 +5,7 @@ gradient over the student's logits, so that the two products that follow read it
 a teacher in bf16: 4 bytes read, 4 read again, 2 written, about 2.9 ms for 8,192 x 151,936 at 4.3 TB/s.
 
 The first walk is online, lane by lane: a lane keeps the largest logit that it saw and the sum relative to it, and needs
-one exponential a logit, ``e = exp(-|z - m|)``: either the sum shrinks by e and gains 1, or it gains e. No reduction, hence
+one exponential per logit, ``e = exp(-|z - m|)``: either the sum shrinks by e and gains 1, or it gains e. No reduction, hence
 no barrier, stands in the loop. The temperature costs a second exponential of the same difference.
 
 The KL is summed in the second walk from terms that are never negative, ``q - p - p d`` with ``d = log(q / p)``: near
