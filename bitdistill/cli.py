@@ -1,4 +1,4 @@
-"""ENTRY: `bitdistill COMMAND`: what one does with a finished run or a packed file.
+"""ENTRY: `bitdistill COMMAND`, for what one does with a finished run or a packed file.
 
     bitdistill generate RUN_OR_FILE "prompt"   text from the packed student; on a CPU without torch and transformers
     bitdistill generate RUN_OR_FILE --prompts_file FILE    an answer for each line, as JSON lines

@@ -1,4 +1,5 @@
-"""What an entry does with the terminal: text that every encoding can carry, one line for a user's mistake, closed pipes."""
+"""How an entry uses the terminal: it prints text that every encoding can show, reports a user's mistake in one line, and
+ends quietly when a pipe is closed."""
 
 import errno
 import os

@@ -1,7 +1,8 @@
-"""How many CPUs this process may use: the one count that every number of threads here is taken from.
+"""How many CPUs this process may use. Every number of threads in this project is derived from it.
 
-A machine shows all of its cores to a process that may use only a few: by its affinity (taskset, a batch system), or by a
-quota of its control group (docker --cpus, Kubernetes, systemd's CPUQuota). More threads than that wait for each other.
+A machine shows all of its cores to a process, even if the process may use only a few: because of its affinity (taskset, a
+batch system) or a quota of its control group (docker --cpus, Kubernetes, systemd's CPUQuota). If it starts more threads
+than that, they wait for each other.
 """
 
 import os

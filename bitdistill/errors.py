@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one shape: which field, what was expected, what came, what to do next."""
+"""A user's mistake, always said in the same way: which field, what was expected, what came instead, and what to do."""
 
 
 class UserError(ValueError):

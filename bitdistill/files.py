@@ -1,8 +1,8 @@
-"""Files that are whole or as they were before: one way to write them, one to append to them, and what a full disk says.
+"""Writing files such that each is either complete or as it was before; appending to files; messages when the disk is full.
 
-A file is written under a temporary name beside its own, flushed to the disk (fsync), and renamed; so whoever reads it, also
-after a crash or a power cut, finds the old content or the new one, and never a part. Temporary names begin with a dot and end
-in ".tmp"; what a killed process left under one is removed by `remove_leftovers`.
+A file is written under a temporary name beside its own, flushed to the disk (fsync), and renamed. Whoever reads it, even
+after a crash or a power cut, therefore finds the old content or the new one, never a part. Temporary names begin with a dot
+and end in ".tmp". `remove_leftovers` removes those that a killed process has left.
 """
 
 import contextlib

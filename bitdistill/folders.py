@@ -1,4 +1,5 @@
-"""Folders that may not be there, or not be written to: the home of the user, caches, a folder among the temporary files."""
+"""Folders that may be missing or read-only: the user's home and its caches. Also a private folder among the temporary
+files."""
 
 import glob
 import os

@@ -1,7 +1,7 @@
-"""ENTRY (the part of train.py that all stages share): settings, folders, sources of data, DeepSpeed's configuration, and how
-a stage trains.
+"""ENTRY (the part of train.py that all stages share): settings, folders, sources of data, DeepSpeed's configuration, and
+how a stage trains.
 
-Which stages there are is train.py's table, which is given to `Job`.
+`Job` is given train.py's table of stages.
 """
 
 import dataclasses

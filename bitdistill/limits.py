@@ -1,7 +1,7 @@
-"""What each number and each text of the settings may be: checked before anything is loaded, section by section.
+"""The values that each setting may have. They are checked before anything is loaded.
 
-A limit belongs to a setting's name, whichever section it stands in. tests/test_config.py walks the tree of settings and
-fails for a number without one.
+A limit belongs to the name of a setting, in whichever section it stands. tests/test_config.py walks through the tree of
+settings and fails if a number has no limit.
 """
 
 import dataclasses

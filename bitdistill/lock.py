@@ -1,7 +1,7 @@
-"""One run at a time in a run folder.
+"""Only one run at a time may use a run folder.
 
-The lock is the operating system's, on RUN/.lock, and belongs to the process: it ends with it, however it ends, so a lock can
-never be stale. The file only says who holds it.
+The lock is one of the operating system, on RUN/.lock. It belongs to the process and ends with it in every case, so no stale
+lock can remain. The file itself only says who holds the lock.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Names that several rooms share, each written once. Plain data: importing this file imports nothing else.
+"""Names that several folders use, each defined once. This file is plain data and imports nothing.
 
 A stage is a step of a run with a result on disk. A setting is one of the three ways to train that a run compares. A
 projection is one of the seven linears of a decoder layer.

@@ -1,7 +1,7 @@
 """ENTRY (the part of train.py that does the stages): one function for each stage.
 
-Each hands plain arguments to the rooms that do the work, and lets `Job` write what comes out. train.py's table says which
-function belongs to which stage.
+Each function passes plain arguments to the modules that do the work, and lets `Job` write the result. The table in train.py
+says which function belongs to which stage.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""The results of a run's stages on disk: which are there, whether a stage must run again and why, and how its result becomes
-whole. Which stages there are is the table in train.py.
+"""The results of a run's stages on disk: which of them exist, whether a stage must run again and why, and how a result is
+written such that it is always complete. The table of stages is in train.py.
 
-A stage's folder holds `done.json`: the settings and the inputs that its result depends on, and an `id` drawn when it
-finished. A stage is skipped when both are as they were; so a changed setting reruns the stage, its new id reruns the
-stages that depend on it, and the reason is said.
+The folder of a stage holds `done.json`: the settings and the inputs that its result depends on, and an `id` that is drawn
+when the stage finishes. A stage is skipped when both are unchanged. If a setting changes, its stage runs again. The new id
+then makes the stages that depend on it run again, too. In each case the reason is printed.
 """
 
 import json

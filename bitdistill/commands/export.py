@@ -1,4 +1,4 @@
-"""`bitdistill export` and `bitdistill check`: the student in another tool's format, and which formats are possible."""
+"""`bitdistill export` writes the student in another tool's format; `bitdistill check` says which formats are possible."""
 
 import sys
 from pathlib import Path

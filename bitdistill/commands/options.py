@@ -1,4 +1,4 @@
-"""What the commands share about their options: a parser whose mistakes are UserErrors, and two checks before any work."""
+"""What the commands share: a parser whose errors are UserErrors, and two checks of options before any work is done."""
 
 import argparse
 from pathlib import Path

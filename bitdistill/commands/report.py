@@ -1,4 +1,4 @@
-"""`bitdistill report` and `bitdistill env`: a run as a page and a table; what this machine runs it with."""
+"""`bitdistill report` shows a run as a page and a table; `bitdistill env` shows what would run it on this machine."""
 
 
 def report(run: str) -> None:

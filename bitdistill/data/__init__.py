@@ -1,1 +1,1 @@
-"""What it learns from: tasks, corpora, the embedded demo."""
+"""What a model learns from: tasks, corpora, and the embedded demo."""

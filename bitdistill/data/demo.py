@@ -1,24 +1,24 @@
-"""The embedded default: a small world made on the spot, in which the three settings can be compared in minutes.
+"""The data of the embedded demo: a small world, made on the spot, in which the three settings can be compared in minutes.
 
 Nothing is downloaded. From one seed come a corpus, a tokenizer trained on it, a classification task and the
 configuration of a small Qwen3. The world is built so that the comparison means something:
 
-* **The corpus** tells short stories: somebody goes somewhere, things there are pleasant or not, and what is said and
-  done next follows from it. It never says what a word means and never has the form of the task. A language model that
-  wants to predict what happens next has to find out which of the adjectives are pleasant.
-* **The task** is the verdict of a review, "good" or "bad". Its training rows use only `TRAIN_SHARE` of the adjectives;
-  its validation rows use the others *only*. Who has lost what the corpus taught must guess. There is also something to
-  compose: "not", "and", and "but", after which the second clause decides.
-* **Noise**: a share `LABEL_NOISE` of the reviewers tick the wrong box, in both files. Nobody can score above
-  1 - LABEL_NOISE except by luck, and nobody should score 100 %.
-* **The tokenizer** is small, so that most adjectives are several tokens: what they mean is knowledge of the layers,
-  which become ternary, and less of the embedding, which does not.
-* **The model** is narrow and deep for its size, because the errors of naive ternary weights average out over the width
-  and build up over the depth. A wide and shallow model of this size hardly notices them: the demo would then show
-  nothing of what happens to a real one.
+* **The corpus** tells short stories: somebody goes somewhere, the things there are pleasant or not, and what people say and
+  do next follows from that. It never says what a word means, and it never has the form of the task. A language model that
+  is to predict what happens next has to find out which of the adjectives are pleasant.
+* **The task** is the verdict of a review, "good" or "bad". Its training rows use only `TRAIN_SHARE` of the adjectives; its
+  validation rows use *only* the others. A model that has lost what the corpus taught must therefore guess. There is also
+  something to combine: "not", "and", and "but", after which the second clause decides.
+* **Noise**: a share `LABEL_NOISE` of the reviewers tick the wrong box, in both files. Except by luck, nobody can score
+  above 1 - LABEL_NOISE.
+* **The tokenizer** is small, so that most adjectives consist of several tokens. What they mean is therefore known by the
+  layers, which become ternary, and less by the embedding, which does not.
+* **The model** is narrow and deep for its size, because the errors of ternary weights average out over the width and build
+  up over the depth. In a wide and shallow model of this size they would hardly be noticed, and the demo would show nothing
+  of what happens to a real model.
 
-Files of `make_demo`: corpus.txt (as corpus.py reads it), train.jsonl and validation.jsonl (`text`, `verdict`),
-task.yaml (as tasks.py reads it), and base/ with config.json and the tokenizer, a Hugging Face folder without weights.
+`make_demo` writes corpus.txt (as corpus.py reads it), train.jsonl and validation.jsonl (`text`, `verdict`), task.yaml (as
+tasks.py reads it), and base/, a Hugging Face folder with config.json and the tokenizer but without weights.
 """
 
 import hashlib

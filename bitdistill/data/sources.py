@@ -1,7 +1,7 @@
-"""Everything that a run reads besides models: its task, its rows, its corpus, and the tokens made of them.
+"""Everything that a run reads besides models: its task, its rows, its corpus, and the tokens that are made of them.
 
-The settings name files or hub datasets; the embedded demo names none and brings its own. Each stage asks here for what it
-needs, so that training, calibration and scoring see the same rows.
+The settings name files or hub datasets; the embedded demo brings its own. Every stage asks here for what it needs, so that
+training, calibration and scoring see the same rows.
 """
 
 from collections.abc import Iterator

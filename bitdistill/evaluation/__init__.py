@@ -1,1 +1,1 @@
-"""What a model is worth: scores with intervals, speed, int4 to compare with."""
+"""How good a model is: scores with intervals, speed, and int4 models to compare with."""

@@ -1,5 +1,5 @@
-"""The comparison of a run's settings: each is scored on the same validation rows, and teacher and student show what they
-attend to.
+"""The comparison of a run's settings: each is scored on the same validation rows. Also, for the report, what teacher and
+student attend to.
 """
 
 import json

@@ -1,12 +1,13 @@
-"""Scores by EleutherAI's lm-evaluation-harness (lm_eval): an opinion from outside on a student, its teacher or a baseline.
+"""Scores by EleutherAI's lm-evaluation-harness (lm_eval): an independent measurement of a student, its teacher or a
+baseline.
 
-For a task of ours the same local rows (or those of the hub) are asked twice: with our prompt, in the tokens of training and
-as the harness scores it, which must agree with score.py row by row where no prompt was cut; and with the harness's own
-prompt, where it has a task of that name, which says what a student that was tuned on one wording makes of another. Any
-other name is a task of the harness, with its own data from the hub.
+A task of ours is scored twice on the same rows. First with our prompt, in the tokens of training, as the harness scores it;
+this must agree with score.py row by row where no prompt was cut. Then with the harness's own prompt, if it has a task of
+that name; this says how well a student that was tuned on one wording handles another. Any other name is a task of the
+harness, with its own data from the hub.
 
-A packed file is asked through `PackedLM`, a torch model through the harness's HFLM; both without an EOS that a tokenizer
-appends to its texts: a prompt does not end where its answer begins. Needs the extra `bitdistill[eval]`.
+A packed file is scored through `PackedLM`, a torch model through the harness's HFLM. Both leave out an EOS that a tokenizer
+appends to its texts, because a prompt does not end where its answer begins. Needs the extra `bitdistill[eval]`.
 """
 
 import copy

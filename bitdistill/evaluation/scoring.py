@@ -1,13 +1,14 @@
 """Scores with confidence intervals: accuracy, ROUGE, BLEU, perplexity. One way of scoring for every kind of model.
 
-* Classification: the word with the largest likelihood, ``sum_t log p(word_t | prompt, word_<t)``, wins; ties go to the
-  first. ``classify`` asks for logits through one small function, such as ``torch_logits``; words that differ in their last
-  token only share one forward pass: with single-token words that is one pass for a row. The packed CPU runtime has its
-  own ``classify`` of the same meaning, which computes the common beginnings of prompts once.
-* Generation: greedy, then ROUGE (rouge-score, stemmed, F1) and BLEU (sacrebleu, 13a), in percent. For ROUGE-Lsum a
+* Classification: the label word with the largest likelihood, ``sum_t log p(word_t | prompt, word_<t)``, wins; of equal
+  ones, the first. ``classify`` asks for logits through a small function such as ``torch_logits``. Words that differ only in
+  their last token share a forward pass, so single-token words need one pass per row. The packed CPU runtime has its own
+  ``classify`` with the same meaning, which computes the common beginnings of prompts once.
+* Generation: greedy decoding, then ROUGE (rouge-score, stemmed, F1) and BLEU (sacrebleu, 13a), in percent. For ROUGE-Lsum a
   sentence ends at a line end, or after . ! or ? before white space.
-* Intervals: Wilson for accuracy; percentile bootstrap over examples for everything else, with a fixed seed. Two
-  settings that saw the same rows are compared by ``paired_difference``, much sharper than two separate intervals.
+* Intervals: Wilson for accuracy; percentile bootstrap over examples, with a fixed seed, for everything else. Two settings
+  that were scored on the same rows are compared by ``paired_difference``, which is much sharper than two separate
+  intervals.
 """
 
 import contextlib

@@ -1,5 +1,5 @@
-"""Tokens per second of greedy decoding, one sequence, on this machine's CPU: full precision by transformers, the packed
-student by our own runtime. Medians with spread; compilation and the prompt are excluded.
+"""Tokens per second of greedy decoding on this machine's CPU, for one sequence: full precision by transformers, the packed
+student by our own runtime. Medians with their spread; compilation and the prompt are not counted.
 """
 
 import platform

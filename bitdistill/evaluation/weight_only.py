@@ -1,22 +1,23 @@
-"""What the full-precision model itself weighs and scores at 4 bits: the comparison a skeptic asks for.
+"""What the full-precision model takes and scores when its weights are rounded to 4 bits: what a skeptic would compare with.
 
-Weight-only integers, no training: the seven projections of every layer are rounded, activations and all other parameters
-stay as they are. The format is the field's usual one, symmetric groups of 128 along in_features (the last one of a row is
-narrower where 128 does not divide it), one fp16 scale per group, no zero point:
+Only weights become integers, and nothing is trained: the seven projections of every layer are rounded, activations and all
+other parameters stay as they are. The format is the usual one: symmetric, groups of 128 along in_features (the last one of
+a row is narrower where 128 does not divide it), one fp16 scale per group, no zero point:
 
     scale = max|w| over the group / 7.5                    rounded to fp16
     codes = clip(round(w / scale), -8, 7)                  4 bits;  w ~ scale * codes
     bits per weight = 4 + 16 / 128 = 4.125
 
-* Round to nearest (RTN): each weight by itself.
-* GPTQ: column by column in their order; the error of a column is spread over the columns not yet rounded such that the
-  layer's output ``X W^T`` on calibration inputs changes least (student/gptq.py).
+* Round to nearest (RTN): each weight is rounded by itself.
+* GPTQ: columns are rounded one after the other, in their order. The error of a column is spread over the columns not yet
+  rounded, such that the layer's output ``X W^T`` on calibration inputs changes least (student/gptq.py).
 
-  Layers are treated in order, each on the inputs that the quantized layers before it give (of one layer all seven
-  projections on the same pass), and the scale of a group is set when its first column is reached.
+  Layers are rounded in order, each on the inputs that the rounded layers before it give (the seven projections of a layer
+in
+  the same pass). The scale of a group is set when its first column is reached.
 
-`quantize_model` puts the dequantized weights into the model, so that it is scored as any other; `weight_only_size` counts
-what a file would hold. Our CPU runtime has no kernels for these linears: their speed is not measured.
+`quantize_model` puts the dequantized weights into the model, so that it is scored like any other. `weight_only_size` counts
+what a file would hold. Our CPU runtime has no kernels for such linears, so their speed is not measured.
 
 Source: Frantar et al., GPTQ, arXiv 2210.17323.
 """

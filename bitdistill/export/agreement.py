@@ -1,8 +1,8 @@
-"""The proof of a file for another tool: the tool itself loads it, and its answers are compared with the student's.
+"""The proof of a file for another tool: the tool itself loads the file, and its answers are compared with the student's.
 
-A packed file is proved exactly (parity.py). Other tools round activations in other groups than training did, or not at all,
-so their answers cannot be equal; they must agree to a stated bar. A tool that is not installed leaves a file unproven, and
-that is what it is called.
+A packed file can be proved exactly (parity.py). Other tools round activations in other groups than training did, or not at
+all, so their answers cannot be equal; they must be as close as the bar below says. When a tool is not installed, the file
+is called "unproven".
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""A student in the format of another tool: written, proved by that tool where it is installed, and removed when it fails.
+"""A student in the format of another tool: written, proved by that tool if it is installed, and removed if the proof fails.
 
 bitdistill export RUN --format gguf | transformers | compressed-tensors | mlx
 bitdistill check MODEL            what a student of a base model can become, before anything is trained

@@ -1,7 +1,8 @@
 """Ternary codes as the blocks of llama.cpp's file types, written from the codes themselves.
 
 A type is exact for a ternary weight when its block can hold {-1, 0, 1} times one fp16 scale, and all of these can. The
-tools' own quantizers look at the weights again and are not exact (12 % of the scale off for Q4_0, 33 % for Q2_K).
+quantizers of the tools look at the weights again and are not exact (for Q4_0 the error is 12 % of the scale, for Q2_K 33
+%).
 
     type    bits   block   layout of a block
     Q4_0    4.5     32     fp16 scale; 16 bytes, code + 8: column j in the low, column j + 16 in the high half of byte j

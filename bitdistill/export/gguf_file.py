@@ -1,12 +1,13 @@
-"""A ternary student as one GGUF file for llama.cpp and what is built on it (Ollama, LM Studio, llamafile).
+"""A ternary student as one GGUF file for llama.cpp and the programs that use it (Ollama, LM Studio, llamafile).
 
-Codes are written by us (gguf_blocks.py), so the file holds exactly the weights that training multiplied by, up to the fp16
-rounding of the scales. Students without SubLN keep their own architecture (llama, qwen2, qwen3, gemma3). With two norms only
-llama.cpp's `bitnet` has a place for them: Llama-like students with a tied head, no bias and plain RoPE. What llama.cpp
-would compute differently is refused with the reason; `gguf_obstacles` says so before anything is trained.
+We write the codes ourselves (gguf_blocks.py), so the file holds exactly the weights that training multiplied by, apart from
+the rounding of the scales to fp16. Students without SubLN keep their own architecture (llama, qwen2, qwen3, gemma3).
+Students with two norms have a place only in llama.cpp's `bitnet`: these must be like Llama, with a tied head, no bias and
+plain RoPE. What llama.cpp would compute differently is refused with the reason; `gguf_obstacles` says so before anything is
+trained.
 
-What differs from the student are the activations: llama.cpp rounds them to int8 in blocks of 32 columns (256 for TQ
-types) and not per token. export/agreement.py measures what that does.
+Only activations differ from the student's: llama.cpp rounds them to int8 in blocks of 32 columns (256 for TQ types) and not
+per token. export/agreement.py measures what difference that makes.
 """
 
 import json

@@ -1,12 +1,12 @@
-"""A ternary student as a Hugging Face folder that other tools open without this project. Every code is written by us.
+"""A ternary student as a Hugging Face folder that other tools open without this project. We write every code ourselves.
 
     format               opens in                                            weights            scales
     transformers         transformers alone (quant_method gemma, 2 bits)      code + 2, 4 a byte  tensor, row
     compressed-tensors   transformers with compressed-tensors; vLLM           code + 2, 16 a word tensor, row, group
     mlx                  mlx-lm                                               code + 1, 16 a word tensor, row, group
 
-All three dequantize to exactly codes * scale in the dtype of the scales. None has a place for SubLN, so the student must
-have been trained with refine.norms none; none rounds activations, so predictions move a little (the proof says how far).
+All three dequantize to exactly codes * scale, in the dtype of the scales. None has a place for SubLN, so the student must
+have been trained with refine.norms none. None rounds activations, so predictions change a little (the proof says how much).
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The ternary settings of a run as packed files: written, and the student's proved."""
+"""Writes the ternary settings of a run as packed files, and proves that of the student."""
 
 import json
 from collections.abc import Sequence

@@ -1,31 +1,33 @@
-"""The proof that a packed file holds what was trained, by reading it back and comparing. Raises, or returns numbers.
+"""The proof that a packed file holds what was trained: it is read back and compared. Raises an error, or returns numbers.
 
-Logits alone cannot prove it tightly. A runtime repeats the student's integers exactly, but its fp32 sums (norms, attention,
-LM head) run in another order, and a difference of one ulp in front of a quantizer now and then rounds an activation to
-the neighboring int8 code, 1/127 of the token's peak; later layers amplify that. The student differs from *itself* as
-much when transformers computes attention eagerly instead of by sdpa, and more than it would by a quantizer that clips at
-126. So the function is proved in parts, each of them tight, and the whole is measured. Two witnesses: the plain forward
-(plain.py), which can leave activations unrounded, and the compiled runtime that users run.
+Comparing logits alone cannot prove it tightly. A runtime repeats the student's integers exactly, but adds up its fp32 sums
+(norms, attention, LM head) in another order. Now and then a difference in the last bit before a quantizer rounds an
+activation to the neighboring int8 code, which is 1/127 of the token's peak, and later layers amplify that. The student
+differs as much from *itself* when transformers computes attention eagerly instead of by sdpa, which is more than a
+quantizer that wrongly clips at 126 would change. So the function is proved in parts, each within a tight bound, and the
+whole is only measured. Two implementations are compared with the student: the plain forward (plain.py), which can leave
+activations unrounded, and the compiled runtime that users run.
 
 1. Weights: codes and scales, unpacked from the file, equal `quantize_weight` of the fp32 masters bit for bit.
-2. Embedding and LM head: codes and scales equal `quantize_table` of the fp32 masters bit for bit; fp16 entries the rounded
-   masters. Where the embedding was trained in the file's format this is what training multiplied with.
-3. Every quantized product: fed with the student's own activations behind SubLN, each BitLinear of both witnesses gives
-   the student's output within MAX_PRODUCT of the token's peak (on a CPU bit for bit; one unit of an accumulator is some
-   1e-4). First prompt only.
-4. Everything else, with activations left unrounded on both sides, where nothing jumps: the plain forward's logits equal
-   the student's to float noise, MAX_UNROUNDED of their standard deviation. A wrong eps, gain, bias, RoPE or window fails
-   here.
-5. The whole: mean KL of the compiled runtime's logits, with an fp32 KV cache, from the student's below MAX_KL, or
-   MAX_KL_RATIO times the student's own eager-against-sdpa KL where that is more. Chaos, not precision, sets this bound.
+2. Embedding and LM head: codes and scales equal `quantize_table` of the fp32 masters bit for bit; fp16 entries equal the
+   rounded masters. Where the embedding was trained in the file's format, this is what training multiplied with.
+3. Every quantized product: given the student's own activations after SubLN, each BitLinear of both implementations gives
+   the student's output within MAX_PRODUCT of the token's peak (on a CPU bit for bit; one unit of an accumulator would be
+   about 1e-4). Only for the first prompt.
+4. Everything else, with activations left unrounded on both sides, so that no code can flip: the logits of the plain forward
+   equal the student's to float noise, MAX_UNROUNDED of their standard deviation. A wrong eps, gain, bias, RoPE or window
+   fails here.
+5. The whole: the mean KL of the compiled runtime's logits, with an fp32 KV cache, from the student's is below MAX_KL, or
+   below MAX_KL_RATIO times the KL between the student with eager and with sdpa attention, where that is more. This bound is
+   set by how codes flip, not by precision.
 
-Parts 4 and 5 compare with the student holding the file's embedding; what that format costs (nothing where it was trained
-in it), and a smaller KV cache, is reported beside it.
+Parts 4 and 5 compare with the student holding the file's embedding. What that format costs (nothing if the embedding was
+trained in it), and what a smaller KV cache costs, is reported as well.
 
 Measured (two trained students, three small real models and random 28-layer Llama, Qwen3 and Gemma3, 160-250 tokens): part 3
-exactly 0, part 4 up to 1.2e-5, part 5 mean KL 5e-7 to 9e-4, the student against itself 3e-8 to 9e-4. An int8 embedding
-costs 2e-5 to 1e-2, a bf16 KV cache about as much, an int8 one 1.1 to 1.3 times that: once anything is rounded, flips of
-int8 codes take over.
+exactly 0; part 4 up to 1.2e-5; part 5 a mean KL of 5e-7 to 9e-4, where the student against itself has 3e-8 to 9e-4. An int8
+embedding costs 2e-5 to 1e-2, a bf16 KV cache about as much, an int8 one 1.1 to 1.3 times that: once anything is rounded,
+flipped int8 codes make most of the difference.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,8 @@
-"""Writing the packed student file: a refined torch model to the bytes that runtime/packed_file.py reads.
+"""Writes the packed student file: from a refined torch model to the bytes that runtime/packed_file.py reads.
 
-Tensor names are the student's state-dict names. What stock configs leave implicit is resolved when the file is
-written: gains are multipliers (Gemma's ``1 + w`` is stored as such) and RoPE frequencies are those of the model's own
-buffers, so that a reader needs no knowledge of RoPE scaling.
+Tensors have the names of the student's state dict. What the configs of the models leave implicit is resolved when the file
+is written: gains are multipliers (Gemma's ``1 + w`` is stored as such), and RoPE frequencies are those of the model's own
+buffers, so that a reader needs to know nothing about RoPE scaling.
 """
 
 import json
