@@ -1,9 +1,10 @@
-"""ENTRY (the part of train.py that looks ahead): what can be known before the first step is checked before the first step.
+"""ENTRY (the part of train.py that looks ahead): everything that can be checked before the first training step is checked
+here.
 
-One function for each thing that can be wrong, on plain arguments; `check_run`, at the end, reads the settings and calls them
-for the stages that are going to run. Every problem is collected and all are said together, so that nobody mends one, waits,
-and meets the next. `--stage check` prints the table and ends. A fault of this kind that shows after a training stage began is
-a bug of this file.
+There is one function for each thing that can be wrong, on plain arguments. `check_run`, at the end, reads the settings and
+calls these functions for the stages that are going to run. All problems are collected and reported together, so that nobody
+corrects one, waits, and meets the next. `--stage check` prints the table and stops there. If such a fault appears only
+after training has begun, that is a bug of this file.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A task, and the tokens of its prompts and answers: the same in training, scoring and use. Needs no torch.
+"""A task, and the tokens of its prompts and answers, which are the same in training, scoring and use. Needs no torch.
 
 `data/tasks.py` says how rows become examples, and pins the tokens. A tokenizer here is one of transformers, or whatever has
 its `is_fast`, `backend_tokenizer`, `chat_template` and `apply_chat_template` (`runtime/predict.py`).

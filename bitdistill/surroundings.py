@@ -1,7 +1,7 @@
-"""What every entry sets before it imports anything heavy: threads, folders that libraries write to, and no telemetry.
+"""What every entry sets before it imports large libraries: threads, folders that libraries write to, and no telemetry.
 
-Everything here is said to the libraries by environment variables, which they read while they are imported. What the user
-has set himself stays as it is.
+All of it is passed to the libraries in environment variables, which they read when they are imported. Variables that the
+user has set stay as they are.
 """
 
 import os

@@ -1,7 +1,8 @@
 """Text files as people have them: compressed, with a byte order mark, in another encoding, under any name. Needs no torch.
 
-A file is read right or refused with what it is: UTF-8 with or without byte order mark, UTF-16 and UTF-32 with one, each
-also inside gzip, bzip2, xz or zstandard (told by its first bytes, whatever its name says).
+A file is read correctly, or refused with the name of its encoding. UTF-8 is read with or without a byte order mark, UTF-16
+and UTF-32 with one. Each may also be compressed with gzip, bzip2, xz or zstandard, which is recognized by the first bytes,
+whatever the file's name says.
 """
 
 import bz2

@@ -1,4 +1,4 @@
-"""Text -> token ids, the one way that training, evaluation, the harness and the runtimes share. Needs no torch.
+"""From text to token ids, in the one way that training, evaluation, the harness and the runtimes share. Needs no torch.
 
 * What a tokenizer writes *before* a text (BOS, or nothing) is the prefix of a prompt. What it writes *after* one (EOS,
   with some) is never part of a prompt: the answer would begin after the end.

@@ -1,1 +1,1 @@
-"""DeepSpeed presets, the frozen teacher, checkpoints. Knows nothing of the method. See docs/design.md."""
+"""DeepSpeed presets, the frozen teacher, checkpoints. Nothing here depends on the method. See docs/design.md."""

@@ -1,5 +1,5 @@
-"""What survives a crash: one full state dict from any ZeRO stage, folders that are whole or absent, and the newest
-checkpoint that is complete.
+"""What remains after a crash: one full state dict from any ZeRO stage, folders that are complete or absent, and the newest
+complete checkpoint.
 
 A Trainer's `checkpoint-N` is written file by file by all ranks (DeepSpeed's `global_stepN/` has one part per rank), so
 the presence of any of them proves nothing. Here a checkpoint is complete when it holds `complete.json`, which rank 0
@@ -7,8 +7,8 @@ writes last, after every rank has arrived and every file is on the disk:
 
     {"world_size": 2, "files": {"model.safetensors": {"bytes": 4711, "sha256": "9f86..."}, ...}}
 
-Files that vanished, were cut short or changed later (a failing disk, an interrupted copy) are noticed before they are loaded;
-the checkpoint before is used then.
+Files that are missing, were cut short or changed later (a failing disk, an interrupted copy) are noticed before they are
+loaded. The checkpoint before is used then.
 """
 
 import contextlib

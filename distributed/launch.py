@@ -1,21 +1,22 @@
-"""The process group: one call before anything else, the same under `deepspeed`, `torchrun` and plain `python`.
+"""The process group: one call before anything else, which works in the same way under `deepspeed`, `torchrun` and plain
+`python`.
 
     deepspeed train.py                as many ranks as GPUs; without a GPU one (or one per NUMA node, if numactl exists)
     deepspeed --num_gpus 2 train.py   two ranks; on a machine without GPU two gloo processes
     python train.py                   one rank
 
-One rank on a CPU has nobody to share with: it may do without a process group and without DeepSpeed (`alone`), whose
-bookkeeping costs a small model more than its arithmetic.
+One rank on a CPU has no other rank to share with. It may do without a process group and without DeepSpeed (`alone`), whose
+bookkeeping takes longer than the arithmetic of a small model.
 
-DeepSpeed's launcher passes `--local_rank=N` to the script: `without_local_rank(sys.argv[1:])` takes it away again.
+DeepSpeed's launcher passes `--local_rank=N` to the script; `without_local_rank(sys.argv[1:])` removes it again.
 
-**No rank may hang because another one failed.** A rank that fails must end: let the exception leave the process, never
-catch it to carry on. The launcher looks once a second, ends all other ranks when one has ended with a non-zero code and
-hands that code on. So a check that only rank 0 can make is made on rank 0, and raised there.
+**No rank may hang because another one failed.** A rank that fails must end: let the exception leave the process, and never
+catch it to continue. The launcher looks once per second. When a rank has ended with a non-zero exit code, it ends all
+others and returns that code. So a check that only rank 0 can make is made, and raises its error, on rank 0.
 
-**Nothing is compiled.** On CPU DeepSpeed builds a shared-memory extension with c++ and ninja while it initializes
-(36-75 s; a killed build leaves a lock on which the next run hangs). `initialize` marks it as unavailable before; gloo
-alone gives the same numbers.
+**Nothing is compiled.** On a CPU, DeepSpeed builds a shared-memory extension with c++ and ninja while it initializes. This
+takes 36 to 75 s, and a build that is killed leaves a lock on which the next run hangs. `initialize` marks the extension as
+unavailable before that; gloo alone gives the same numbers.
 """
 
 import logging

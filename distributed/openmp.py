@@ -1,8 +1,9 @@
-"""How threads of OpenMP wait for each other: set before torch is loaded, by every entry.
+"""How threads of OpenMP wait for each other. Every entry sets this before torch is loaded.
 
-At the end of each parallel loop torch's threads wait for the slowest one by spinning, for a fifth of a second and more. On a
-machine that does anything else as well, the thread they wait for is not running, and those that spin are why: one other busy
-process made a training step 25 times slower. After a short spin a waiting thread sleeps now and leaves its core to the others.
+At the end of each parallel loop, torch's threads wait for the slowest one by spinning, for a fifth of a second and longer.
+When the machine is busy, the thread that they wait for may have no core to run on, precisely because the others spin: one
+other busy process made a training step 25 times slower. With these settings a waiting thread sleeps after a short spin and
+leaves its core to the others.
 """
 
 import os

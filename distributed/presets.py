@@ -1,6 +1,6 @@
-"""DeepSpeed configurations as plain dicts: ZeRO stage x offload x precision for a student, one for a frozen teacher.
+"""DeepSpeed configurations as plain dicts: ZeRO stage x offload x precision for a student, and one for a frozen teacher.
 
-Pure: no torch, no deepspeed, nothing is read from disk. What a preset fixes, and why:
+Imports neither torch nor deepspeed, and reads nothing from disk. What a preset fixes, and why:
 
 * **The parameters are fp32 in every combination**, because the ternary codes are taken from the fp32 master weights.
   bf16 and fp16 are `torch_autocast` (matmuls in half precision), never DeepSpeed's `bf16`/`fp16` modes, which make the

@@ -1,14 +1,14 @@
-"""A frozen full-precision teacher that stands beside a student of any ZeRO stage.
+"""A frozen full-precision teacher that works beside a student of any ZeRO stage.
 
 Two ways to hold it, one way to call it:
 
 * resident: the plain Hugging Face model, whole, on the device of each rank;
-* offloaded: a DeepSpeed ZeRO-3 engine without optimizer. Each rank keeps 1/N of the parameters on CPU or NVMe, a layer
-  is gathered on the device while it computes. Its logits equal the resident ones bit for bit.
+* offloaded: a DeepSpeed ZeRO-3 engine without optimizer. Each rank keeps 1/N of the parameters on CPU or NVMe, and a layer
+  is gathered on the device while it computes. Its logits equal those of the resident model bit for bit.
 
-Hugging Face decides *while loading* whether parameters are partitioned, by a process-wide configuration that the
-student's TrainingArguments also set. It is swapped for the teacher's and put back afterwards: else a resident teacher
-beside a stage-3 student would be partitioned without an engine, or the student take the teacher's configuration.
+Hugging Face decides *while loading* whether parameters are partitioned, by a process-wide configuration that the student's
+TrainingArguments also set. It is replaced by the teacher's and restored afterwards. Otherwise a resident teacher beside a
+stage-3 student would be partitioned without an engine, or the student would take over the teacher's configuration.
 """
 
 import contextlib

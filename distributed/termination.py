@@ -1,4 +1,4 @@
-"""SIGTERM, which a cluster sends before it takes a machine away: what was trained is saved, and the process ends in time.
+"""SIGTERM, which a cluster sends before it takes a machine away: trained work is saved, and the process ends in time.
 
 While a stage trains, the signal is only noted: the trainer finishes its step, saves a checkpoint and ends the run. Anywhere
 else the run ends at once, for only a stage that can be repeated in minutes is lost. Either way the exit status is

@@ -1,9 +1,9 @@
-"""The figures of the report: plain arrays in, a matplotlib figure out. Nothing here reads a file.
+"""The figures of the report, drawn from plain arrays with matplotlib. Nothing here reads a file.
 
 One drawing serves the light page, the dark page and the PNG file. All text and axes are drawn in INK on a transparent
-ground; in the SVG, INK becomes `currentColor`, so that the page's own text color applies. Data colors are chosen to
-be told apart by color-blind readers (after Okabe and Ito) and to stand on white and on near-black alike. Text stays
-text in the SVG (small, searchable), and `$` in a token is never taken for mathematics.
+background; in the SVG, INK becomes `currentColor`, so that the page's own text color applies. The colors of data can be
+told apart by color-blind readers (after Okabe and Ito) and are visible both on white and on near-black. Text stays text in
+the SVG (small, searchable), and a `$` in a token is never taken for mathematics.
 """
 
 import io

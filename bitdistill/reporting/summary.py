@@ -1,4 +1,4 @@
-"""The report in sentences: what came out, and how the ternary layers fared while they trained."""
+"""The report in sentences: the result, and how the ternary layers did while they were trained."""
 
 import math
 

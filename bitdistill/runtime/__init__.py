@@ -1,1 +1,1 @@
-"""Inference from a packed file. Nothing here but cuda.py needs torch."""
+"""Inference from a packed file. Only cuda.py needs torch."""

@@ -1,7 +1,7 @@
 """Continuous batching: many sequences, one step of the decoder at a time.
 
-A step is the last token of every sequence that is being continued, then pieces of prompts, up to ROWS_PER_STEP rows. A
-sequence that ends gives its slot to the next in the queue. One sequence alone goes through the same loop.
+A step computes the last token of every sequence that is being continued, and then pieces of prompts, up to ROWS_PER_STEP
+rows. When a sequence ends, the next one in the queue takes its slot. A single sequence goes through the same loop.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""A packed file as the compiled decoder's model: its arrays as they lie in the memory map, nothing copied or unpacked."""
+"""A packed file as the compiled decoder's model: the arrays are used from the memory map; nothing is copied or unpacked."""
 
 import numpy as np
 

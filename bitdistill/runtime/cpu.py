@@ -2,10 +2,11 @@
 
     text -> ids -> slots of the KV cache, steps of many rows -> `Decoder` -> logits -> `Sampler` -> ids -> text
 
-The mathematics are kernels/cpu/decoder.py's, how requests share its steps is batching.py's, and slots.py knows what the
-KV cache holds already. Logits do not depend on what else is in a step, so an answer is the same alone and in company.
+The mathematics is in kernels/cpu/decoder.py; batching.py shares the decoder's steps among requests; slots.py knows what the
+KV cache already holds. Logits do not depend on what else is in a step, so an answer is the same whether it is computed
+alone or together with others.
 
-The file is used from its memory map as it lies; nothing is unpacked or copied (`resident_bytes` counts what is).
+The file is used from its memory map; nothing is unpacked or copied (`resident_bytes` counts what is held besides it).
 """
 
 import contextlib

@@ -1,12 +1,12 @@
-"""GPU inference from a packed student file: the function of runtime.py, on kernels/gpu/decoder.py.
+"""GPU inference from a packed student file: the same function as cpu.py, on kernels/gpu/decoder.py.
 
-Weights stay packed: ternary codes are brought into the GPU's 2-bit layout projection by projection, and nothing is ever
-unpacked as a whole. Prompts go through in pieces of PREFILL_TOKENS with the kernels of the steps; steps replay a CUDA
-graph, and with greedy decoding the next token is chosen inside it, so that while the caller handles one token the GPU
-works on the next.
+Weights stay packed: ternary codes are converted to the GPU's 2-bit layout one projection at a time, and the whole model is
+never unpacked. A prompt is processed in pieces of PREFILL_TOKENS, with the same kernels as a step. A step replays a CUDA
+graph. With greedy decoding the graph also chooses the next token, so that the GPU works on it while the caller handles the
+last one.
 
-The KV cache is bfloat16 by default; "fp32" compares. Everything else is as exact as on a CPU: integers bit for bit, fp32
-around them.
+The KV cache is bfloat16 by default; "fp32" is there for comparisons. Everything else is as exact as on a CPU: integers bit
+for bit, and fp32 around them.
 """
 
 import importlib.util

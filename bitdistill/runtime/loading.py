@@ -1,4 +1,4 @@
-"""Opening a finished student: from its packed file, or from the run directory that holds one."""
+"""Opens a finished student: from its packed file, or from the run directory that holds one."""
 
 from pathlib import Path
 

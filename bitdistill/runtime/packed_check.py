@@ -1,6 +1,7 @@
-"""What a packed file's config must be for a runtime to work with it: types, ranges, and that its parts fit together.
+"""Checks the config of a packed file before a runtime uses it: types, ranges, and whether its parts fit together.
 
-The checksums tell what was damaged; this tells what was written by something else, or edited and sealed again.
+The checksums detect what was damaged. These checks detect what was written by something else, or edited and given new
+checksums.
 """
 
 import math

@@ -1,16 +1,18 @@
-"""The plain forward of a packed file: numpy, one line of mathematics a line of code, no speed. The specification that
-the compiled decoder (kernels/cpu/decoder.py) is tested against, and the first witness of export/parity.py.
+"""The plain forward pass of a packed file: numpy, one line of code for each line of mathematics, not made for speed. It is
+the specification that the compiled decoder (kernels/cpu/decoder.py) is tested against, and one of the two implementations
+that export/parity.py compares with the student.
 
     ids -> embedding -> per layer: norm, q k v, RoPE, attention, o; norm, gate up, act, down -> norm -> head
 
-Each projection is ``acc * (act_scale * weight_scale) + bias`` with exact integers ``acc``, or with a scale for each group of
-columns ``sum_g(acc_g * weight_scale_g) * act_scale + bias``, as in kernels/reference.py; all
-else is fp32, as transformers computes it. Whole texts only: no KV cache, and attention scores of every pair of positions.
-With `unrounded` activations nothing is quantized on the way: the same function without the jumps of a rounding.
+Each projection is ``acc * (act_scale * weight_scale) + bias`` with exact integers ``acc``, or, with a scale for each group
+of columns, ``sum_g(acc_g * weight_scale_g) * act_scale + bias``, as in kernels/reference.py. Everything else is fp32, as
+transformers computes it. It takes whole texts only: it has no KV cache and computes attention scores for every pair of
+positions. With `unrounded` activations nothing is quantized on the way: this is the same function without the jumps that
+rounding makes.
 
-Several texts go through together, because unpacking a linear costs more than multiplying by it.
-Shape suffixes: N tokens of all texts, T and S positions of one, H heads, K key/value heads, G heads per key/value head,
-D head width, I in_features, O out_features, V vocabulary.
+Several texts are processed together, because unpacking a linear costs more than multiplying by it.
+Shape suffixes: N tokens of all texts, T and S positions of one, H heads, K key/value heads, G heads per key/value head, D
+head width, I in_features, O out_features, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence

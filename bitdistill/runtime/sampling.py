@@ -1,6 +1,7 @@
-"""Logits -> the next token. Greedy, or drawn from what a few settings leave of the distribution; numpy only.
+"""From logits to the next token: the largest, or drawn from the part of the distribution that a few settings leave. numpy
+only.
 
-The settings bear transformers' names, mean what its LogitsProcessors of that name do, and are applied in the order in
+The settings have transformers' names, mean what its LogitsProcessors of these names do, and are applied in the order in
 which its `generate` applies them:
 
     1. repetition_penalty   tokens of the prompt and of the answer so far: l / r where l >= 0, l * r where l < 0
@@ -10,8 +11,8 @@ which its `generate` applies them:
     5. min_p                keep tokens of at least min_p times the likeliest one's probability
     6. draw                 from the softmax of what is left
 
-A setting that could not have an effect (top_k without a temperature) is refused. Numerics: fp32 as transformers, with
-sums in fp64; ties that top_p would cut go to the lower ids, where transformers leaves that to its sort.
+A setting that could not have an effect (top_k without a temperature) is refused. Numerics: fp32 as in transformers, with
+sums in fp64. Of equal logits at the border of top_p the lower ids stay; in transformers that depends on its sort.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""Which sequence lies in which slot of the KV cache, and what of it the next prompt can use again.
+"""Which sequence is in which slot of the KV cache, and which part of it the next prompt can use again.
 
-A slot keeps the keys and values of its sequence after that has ended, until the slot is needed: a prompt that begins like
-any sequence in the cache, running or not, starts behind the part they share. That is the prompt cache: no memory of its
-own, nothing to tune, and reused keys are copies, bit for bit.
+A slot keeps the keys and values of its sequence after that has ended, until the slot is needed again. A prompt that begins
+like any sequence in the cache, running or not, starts after the part that they share. This is the whole prompt cache: it
+needs no memory of its own and no tuning, and reused keys are copies, bit for bit.
 """
 
 from collections.abc import Sequence

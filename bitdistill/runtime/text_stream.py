@@ -1,15 +1,16 @@
-"""Token ids -> pieces of text, as they come: no torn characters, no part of a stop string, never an exception.
+"""From token ids to pieces of text, as they come: no incomplete characters, no part of a stop string, never an exception.
 
-A piece ends with a whole character: bytes of a character that is not complete yet are held back, and so is text that may
-turn out to be the beginning of a stop string. `finish` gives what was held back at the end. Bytes that do not make a
-character read as U+FFFD, each ill-formed sequence as one, as soon as that is certain; what came before them stays.
+A piece ends with a complete character. The bytes of a character that is not complete yet are held back, and so is text that
+may turn out to be the beginning of a stop string; `finish` returns what is still held back at the end. Bytes that do not
+make a character are shown as U+FFFD, one for each ill-formed sequence, as soon as that is certain; what came before them
+stays.
 
 How a token becomes text:
 
-* a token of a byte-level tokenizer, or a byte token ``<0xE2>`` of one with byte fallback, is bytes, which a UTF-8
-  decoder takes one after the other;
-* any other token is text, as it reads after another token: sentencepiece tokenizers write a token differently at the
-  beginning of a text.
+* a token of a byte-level tokenizer, or a byte token ``<0xE2>`` of one with byte fallback, is bytes, which go to a UTF-8
+  decoder one after the other;
+* any other token is the text that it has after another token, because sentencepiece tokenizers write a token differently at
+  the beginning of a text.
 """
 
 import codecs

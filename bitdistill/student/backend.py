@@ -1,7 +1,7 @@
-"""Which implementation of a BitLinear runs on a device: Triton kernels, compiled CPU kernels, or the PyTorch reference.
+"""Chooses the implementation of a BitLinear on a device: Triton kernels, compiled CPU kernels, or the PyTorch reference.
 
-Kernels are used where this machine has seen them do what the reference does (self_check.py). `choose_kernels("reference")`
-leaves them alone.
+Kernels are used only if a check on this machine found that they compute what the reference computes (self_check.py). After
+`choose_kernels("reference")` they are not used at all.
 """
 
 import functools

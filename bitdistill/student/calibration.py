@@ -1,4 +1,4 @@
-"""Sums over the inputs of a layer, which the weight quantizers that look at their inputs need, and what those minimize."""
+"""Sums over the inputs of a layer, for the weight quantizers that depend on these inputs, and the error that they minimize."""
 
 from dataclasses import dataclass
 

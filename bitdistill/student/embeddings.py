@@ -1,11 +1,12 @@
 """Embedding and LM head that are quantized while they are trained, in the format in which the packed file stores them.
 
-Both multiply with ``codes * scale`` of an fp32 master (kernels/tables.py), and the gradient reaches the master as if they
-did not: what the packed student reads is what was trained. The lookup quantizes only the rows that it reads, the head its
-whole table, once per forward; activations stay float (the runtime's 16 bits are as good: kernels/cpu/tables.py).
+Both multiply with ``codes * scale`` of an fp32 master (kernels/tables.py), and the gradient reaches the master as if
+nothing had been quantized. So the packed student reads exactly what was trained. The lookup quantizes only the rows that it
+reads; the head quantizes its whole table, once per forward pass. Activations stay float (the runtime's 16 bits are as good:
+kernels/cpu/tables.py).
 
-Like BitLinear they take over the Parameter objects of the modules that they replace, so that state-dict keys, a tie
-between the two, and ZeRO-3 partitions survive.
+Like BitLinear, they take over the Parameter objects of the modules that they replace, so that state-dict keys, a tie
+between the two, and ZeRO-3 partitions stay as they were.
 """
 
 import torch

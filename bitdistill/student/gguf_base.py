@@ -1,12 +1,12 @@
-"""A GGUF file as a base model: dequantized once into a Hugging Face folder, which everything else then reads.
+"""A GGUF file as a base model: it is dequantized once into a Hugging Face folder, which everything else then reads.
 
-All is mapped here and nothing is guessed: each metadata key of the architecture is either used or known not to matter, and
-each tensor of the file is a tensor of the model and the reverse; otherwise the file is refused. (transformers' own
-`gguf_file=` is exact for Llama and Qwen2, fails where Qwen3's heads * head_dim is not the hidden size, and reads Gemma3 with
-an error of 5 %.) What the file's conversion did to the weights is undone: llama.cpp stores the rows of Llama's q and k in
-another order, and Gemma's norms plus one.
+Everything is mapped explicitly and nothing is guessed. Each metadata key of the architecture is either used or known not to
+matter; each tensor of the file is a tensor of the model, and the reverse; otherwise the file is refused. (The `gguf_file=`
+of transformers is exact for Llama and Qwen2, fails where Qwen3's heads * head_dim is not the hidden size, and reads Gemma3
+with an error of 5 %.) What the conversion to GGUF did to the weights is undone: llama.cpp stores the rows of Llama's q and
+k in another order, and one plus the weights of Gemma's norms.
 
-A quantized file stays what it is: its weights are the rounded ones. `Conversion` says to how many bits.
+The weights of a quantized file stay the rounded ones. `Conversion` says to how many bits they were rounded.
 """
 
 import json

@@ -1,8 +1,8 @@
 """The tokenizer that a GGUF file describes, as a transformers tokenizer.
 
-GGUF stores tokens, merges (or scores) and special ids, and only the *name* of the rule that splits a text before merging
-(`tokenizer.ggml.pre`). What each name means is written here for the families that can be a base. A name that is not here is
-refused: a text split by another rule becomes other tokens than the model was trained on, and nothing fails.
+GGUF stores tokens, merges (or scores) and special ids, but of the rule that splits a text before merging it stores only the
+*name* (`tokenizer.ggml.pre`). What each name means is written here, for the families that can be a base. Another name is
+refused: if a text is split by another rule, it becomes other tokens than the model was trained on, and nothing would fail.
 
 Source of the rules: llama.cpp, src/llama-vocab.cpp, and the tokenizer.json of the models themselves.
 """

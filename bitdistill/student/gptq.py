@@ -1,10 +1,11 @@
-"""GPTQ: a weight is rounded column by column, and the columns to come make up for what each rounding costs.
+"""GPTQ: a weight is rounded column by column, and the columns not yet rounded compensate for the error of each rounding.
 
     error = (w_j - scale * codes_j) / U_jj               w_k -= error * U_jk   for all k > j
 
-with H = X^T X over calibration inputs X, damped by a share of its mean diagonal, and U the upper Cholesky factor of H^-1
-(U^T U = H^-1): the layer's output ``X W^T`` then changes least. `compensated_codes` is the sweep for any codes and scales;
-`gptq_codes` the ternary quantizer; evaluation/weight_only.py has it for integers of 2 to 8 bits in groups.
+with H = X^T X over calibration inputs X, plus a share of its mean diagonal (damping), and U the upper Cholesky factor of
+H^-1 (U^T U = H^-1). The layer's output ``X W^T`` then changes least. `compensated_codes` walks through the columns for any
+codes and scales; `gptq_codes` is the ternary quantizer; evaluation/weight_only.py uses it for integers of 2 to 8 bits in
+groups.
 
 Source: Frantar et al., arXiv 2210.17323, section 3 and algorithm 1.
 """

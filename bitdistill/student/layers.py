@@ -1,9 +1,9 @@
 """BitLinear, SubLN and GatedMLP: the modules that stage 1 puts into a model. The mathematics is in kernels/.
 
-One `if` chooses the backend: the kernels of a GPU or of a CPU (backend.py), else the PyTorch reference. On the kernels what
-stands before the quantizer, SubLN and the gate of an MLP, is one operation with it, and what can be shared is (sharing.py).
-A layer that is being annealed, or has another weight quantizer than absmean, runs in PyTorch on every device
-(quantizers.py).
+One `if` chooses the backend: the kernels of a GPU or of a CPU (backend.py), or else the PyTorch reference. On the kernels,
+the operation before the quantizer (SubLN, or the gate of an MLP) is fused with it, and what several layers need is computed
+once (sharing.py). A layer that is being annealed, or has another weight quantizer than absmean, runs in PyTorch on every
+device (quantizers.py).
 """
 
 import functools

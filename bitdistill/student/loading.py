@@ -1,4 +1,4 @@
-"""Loading full-precision language models and tokenizers, from a local folder or the hub, with errors a user can act on."""
+"""Loads full-precision language models and tokenizers from a local folder or the hub. Its errors say what to do."""
 
 import json
 from pathlib import Path

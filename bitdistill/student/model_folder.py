@@ -1,9 +1,11 @@
-"""What lies in a model folder, from config.json and the headers of its weights: everything that can be said before loading.
+"""What is in a model folder, according to config.json and the headers of its weights: everything that can be found before
+loading.
 
-A model comes in right or is refused. Right means: full precision, one of the families, every tensor of the architecture
-there under its name with its shape and none left over, the head as the file has it, special tokens inside the embedding, and
-nothing in the config that the runtimes would get wrong. transformers itself goes on with random weights where a name is
-missing, and runs code of the repository or unpickles where it is let; here neither happens.
+A model is either loaded as it is meant to be, or refused. As it is meant to be means: in full precision; of one of the
+supported families; with every tensor of the architecture under its name and in its shape, and no tensor left over; with the
+head that the file has; with special tokens inside the embedding; and with nothing in the config that the runtimes would get
+wrong. transformers itself continues with random weights where a name is missing, and runs code of the repository or
+unpickles files if it is allowed to; here neither happens.
 """
 
 import json

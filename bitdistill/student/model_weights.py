@@ -1,6 +1,7 @@
-"""The weights of a model folder, from their headers: all there, whole, under the names and shapes of the architecture.
+"""Checks the weights of a model folder by their headers: whether all are there, whole, and under the names and in the
+shapes of the architecture.
 
-Nothing here reads a number, but where two tables could both be the LM head.
+The weights themselves are not read, except where either of two tables could be the LM head.
 """
 
 import json

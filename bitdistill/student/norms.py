@@ -1,4 +1,4 @@
-"""The RMSNorms of a Hugging Face model by the compiled kernel, while it trains on a CPU."""
+"""Lets the RMSNorms of a Hugging Face model use the compiled kernel while the model trains on a CPU."""
 
 import functools
 

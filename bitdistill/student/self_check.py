@@ -1,9 +1,10 @@
-"""Whether the kernels of a device do what the reference does: found out once per machine, before they are used.
+"""Whether the kernels of a device compute what the reference computes: checked once per machine, before they are used.
 
-Nobody has seen every processor, GPU, driver and version that the kernels will meet. So the first process that wants them on
-a machine compares each with `kernels/reference.py` on a few shapes, in a process of its own, whose death then is an answer
-too. The answers are kept in ``self_check.json`` beside the compiled kernels, by all that they depend on: the processor or
-GPU, its driver, the versions of the libraries, the environment variables that choose instructions, and the sources.
+Nobody has tested every processor, GPU, driver and version on which the kernels will run. The first process that wants them
+on a machine therefore compares each kernel with `kernels/reference.py` on a few shapes. It does so in a process of its own;
+if that process dies, the kernel counts as wrong. The answers are kept in ``self_check.json`` beside the compiled kernels,
+under all that they depend on: the processor or GPU, its driver, the versions of the libraries, the environment variables
+that choose instructions, and the sources.
 
     python -m bitdistill.student.self_check cpu|cuda:N NAME ...      one JSON line when a check begins, one when it ends
 """

@@ -1,12 +1,13 @@
-"""What the BitLinears of a model compute once and use more than once, on the kernels: three caches, never stale.
+"""What the BitLinears of a model compute once and use several times, on the kernels: three caches, which are never stale.
 
-**Ternary codes of the weights**, for as long as the weights stand still: all micro-steps of an optimizer step, the
-recomputation of checkpointed layers, a whole evaluation. Whoever knows that they stand still says so:
+**Ternary codes of the weights** are kept as long as the weights do not change: for all micro-steps of an optimizer step,
+for the recomputation of checkpointed layers, and for a whole evaluation. The caller who knows that they do not change says
+so:
 
     codes = WeightCodes(model)
     with codes.hold(step): ...          # every weight is quantized once, all in one launch
 
-A layer uses held codes only inside such a block, and asks at every use whether they are still its weight's:
+A layer uses held codes only inside such a block. At every use it checks whether they still belong to its weight:
 
     written in place, load_state_dict          the tensor's version counter has moved
     `.data` replaced, moved, ZeRO-3 released   the storage or shape is another; the old storage is kept alive by the held
@@ -16,17 +17,19 @@ A layer uses held codes only inside such a block, and asks at every use whether 
                                                counter sees, follow such a step
     another `step`                             quantized anew
 
-What remains is code that writes into `.data`, without an optimizer, inside the block or between two blocks with the same
-step. The trainer opens the block around its training step, with the number of finished optimizer steps. Parameters that
-ZeRO-3 partitions are never held. Codes that do not fit are not an error: the layer quantizes its weight itself.
-Each step has buffers of its own: a graph that is still alive keeps the codes it was made with.
+What this cannot notice is code that writes into `.data` without an optimizer, inside the block or between two blocks with
+the same step. The trainer opens the block around its training step, with the number of finished optimizer steps. Parameters
+that ZeRO-3 partitions are never held. Codes that do not belong to the weight are not an error: the layer quantizes its
+weight itself. Each step has buffers of its own, so a graph that is still alive keeps the codes it was made with.
 
-**int8 codes of an input** that several layers read (q, k, v; gate, up). They are kept by the storage of that input, so
-that they cannot outlive it, and let go when the last sibling has taken them; they fit the same view of the same storage at
-the same version. ZeRO-3 hands each layer an alias of the input of its own: the storage is what they have in common.
+**int8 codes of an input** that several layers read (q, k, v; gate, up). They are stored with the storage of that input, so
+that they cannot outlive it, and are released when the last sibling has taken them. They are valid for the same view of the
+same storage at the same version. Under ZeRO-3 each layer receives an alias of the input; the storage is what the aliases
+have in common.
 
-**The outputs of siblings**: q, k and v in one product, inside a block as above (so never under ZeRO-3). The first sibling
-that is called computes all, and leaves the others' on the input tensor itself, as an attribute: they die with it.
+**The outputs of siblings**: q, k and v come from one product, inside a block as above (so never under ZeRO-3). The first
+sibling that is called computes all of them, and stores the others' as an attribute of the input tensor, with which they are
+freed.
 
 torch.compile sees none of this: a compiled layer quantizes for itself, and equal operations are merged by the compiler.
 """

@@ -1,4 +1,5 @@
-"""A smaller vocabulary for a student and its teacher: the tokens that the texts at hand use, and what their merges need.
+"""A smaller vocabulary for a student and its teacher: the tokens that the given texts use, and those that their merges
+need.
 
 The embedding of a small model is a large part of it: a fifth of SmolLM2-135M, a quarter of Qwen3-0.6B. Most of its
 rows are never read by one task. Trimming keeps
@@ -8,10 +9,10 @@ rows are never read by one task. Trimming keeps
     tokens counted more than a threshold in the corpus and the task's rows
     their ancestors                     the two parts of every merge that makes a kept token, down to single characters
 
-and rewrites tokenizer, embedding and LM head to match. What the kept tokens can encode is encoded as before:
-byte-pair encoding applies the merge of lowest rank first; every merge of the full encoding makes a part of one of its final
-tokens and is therefore kept, so the lowest of all merges is also the lowest of the kept ones, step by step. Kept rows
-keep their bits, so logits of kept tokens are those of the full model.
+and rewrites tokenizer, embedding and LM head accordingly. A text whose tokens are all kept is encoded as before. Byte-pair
+encoding applies the merge of lowest rank first. Every merge of the full encoding makes a part of one of its final tokens
+and is therefore kept, so the lowest of all merges is also the lowest of the kept ones, step by step. Kept rows keep their
+bits, so the logits of kept tokens are those of the full model.
 """
 
 import json

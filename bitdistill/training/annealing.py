@@ -2,8 +2,9 @@
 
     annealing = clip((step / max_steps - start) / (end - start), 0, 1)          step: optimizer steps done before this one
 
-What a value between means for a layer is in student/annealed.py. With `start` = `end` it jumps from 0 to 1: full precision for
-that share of the steps, quantized training for the rest. A function of the step alone, so a resumed run goes on exactly.
+student/annealed.py says what a value in between means for a layer. If `start` equals `end`, the value jumps from 0 to 1:
+full precision for that share of the steps, quantized training for the rest. It depends on the step alone, so a resumed run
+continues exactly.
 
 Source: Hugging Face, "Fine-tuning LLMs to 1.58bit" (linear); ParetoQ, arXiv 2502.02631 (the jump, at 0.9); Hestia, arXiv
 2601.20745 (softmax).

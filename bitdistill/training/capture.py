@@ -1,18 +1,18 @@
 """Q, K and V of chosen decoder layers, without touching modeling code.
 
-transformers lets a model's attention function be chosen by name. Ours, ``bitdistill_capture``, notes q, k and v as they
-arrive (after their norms and RoPE, k and v before the GQA repeat) and calls transformers' own sdpa function; its mask
-function *is* the sdpa one. Without the latter transformers passes no mask at all under an unknown name: padding and
-Gemma's sliding window would be dropped silently.
+transformers lets a model's attention function be chosen by name. Ours, ``bitdistill_capture``, records q, k and v as they
+arrive (after their norms and RoPE, k and v before they are repeated for GQA) and then calls the sdpa function of
+transformers. Its mask function *is* the sdpa one: without it, transformers would pass no mask at all to an attention
+function with an unknown name, and padding and Gemma's sliding window would be ignored silently.
 
     capture = AttentionCapture(student, [-8], require_grad=True)
     with capture:
         logits = student(...).logits
     q_BHTD, k_BGTD, v_BGTD = capture.qkv[-8]
 
-Something is noted only inside the ``with`` block *and* while the decoder's own forward runs. So a backward pass that
-recomputes checkpointed layers inside the block writes nothing, a teacher and a student can be captured in one step, and
-outside the block the model is an ordinary sdpa model that knows nothing of its capture.
+Tensors are recorded only inside the ``with`` block *and* while the decoder's own forward pass runs. So a backward pass that
+recomputes checkpointed layers inside the block records nothing, a teacher and a student can be captured in one step, and
+outside the block the model is an ordinary sdpa model.
 """
 
 from collections.abc import Sequence

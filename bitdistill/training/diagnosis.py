@@ -1,4 +1,5 @@
-"""Warning signs of a ternary student that trains badly: what they are, their thresholds and why, and what to try.
+"""Warning signs of a ternary student that does not train well: what they are, their thresholds and the reasons for them,
+and what to try.
 
 This file knows neither models nor files. health.py hands it the lines of health.jsonl and metrics.jsonl as they are
 written, and it answers with findings. After a resume the lines that were kept are handed to it again, which brings it
@@ -14,8 +15,8 @@ back to where it was. Each kind of finding is reported once per stage, at the fi
     drowned       the gradient of one loss term is a hundred times as large as that of the others
     rising        cross-entropy rises over the last third of what was logged
 
-In sound runs (the demo and a model of 6 M parameters on two tasks) zeros lie between 0.28 and 0.35, flips
-reach 1 % of a layer's codes a step, scales move by up to 30 %, and at most 20 % of a layer's int8 input codes are zero.
+In healthy runs (the demo and a model of 6 M parameters on two tasks), the share of zeros lies between 0.28 and 0.35, up to
+1 % of a layer's codes flip per step, scales move by up to 30 %, and at most 20 % of a layer's int8 input codes are zero.
 """
 
 import math

@@ -2,9 +2,10 @@
 
     L = L_CE + lambda * L_LD + gamma * L_AD
 
-L_CE: cross-entropy on the answer's tokens. L_LD: KL of the teacher's to the student's next-word distribution. L_AD: KL
-between the relations of Q, K and V in a chosen layer (relations.py). The teacher is the full-precision model fine-tuned on
-the same task: `fine_tune` below makes it (FP16-SFT), and makes the ternary baseline (BitNet-SFT) by the same loop.
+L_CE is the cross-entropy on the answer's tokens. L_LD is the KL of the student's next-word distribution from the teacher's.
+L_AD is the KL between the relations of Q, K and V in a chosen layer (relations.py). The teacher is the full-precision model
+fine-tuned on the same task. `fine_tune` below makes it (FP16-SFT), and it makes the ternary baseline (BitNet-SFT) with the
+same loop.
 
 Source: BitNet Distillation, arXiv 2510.13998, section 3.3.
 """

@@ -1,7 +1,7 @@
-"""NaN and infinity are stopped before the optimizer's step, with the layer and the rows where they came from.
+"""Stops NaN and infinity before the optimizer's step, and names the layer and the rows where they came from.
 
-A loss is looked at before its backward pass (trainer.py), gradients before the step, weights before a checkpoint counts as
-complete: so the last complete checkpoint is always a good one.
+A loss is checked before its backward pass (trainer.py), gradients before the step, and weights before a checkpoint counts
+as complete. So the last complete checkpoint is always a good one.
 """
 
 from collections.abc import Callable

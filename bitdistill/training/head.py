@@ -1,18 +1,20 @@
-"""The LM head inside the loss: hidden states and the head's weight go in, loss terms come out, logits never exist whole.
+"""The LM head inside the loss: hidden states and the head's weight go in, loss terms come out, and all logits never exist
+at once.
 
-The loss needs the head's weight, which under ZeRO-3 is whole only while the head's own forward runs. So for the time of
-one call the head computes something else: ``instead_of_logits`` puts a function in the place of its forward, and what it
-returns arrives as ``model(...).logits``. The modeling code, ties, state-dict keys and DeepSpeed's hooks know
-nothing of it.
+The loss needs the head's weight, and under ZeRO-3 that is whole only while the head's own forward pass runs. So during one
+call the head computes something else: ``instead_of_logits`` replaces its forward function, and the result of the
+replacement arrives as ``model(...).logits``. The modeling code, ties, state-dict keys and DeepSpeed's hooks are not
+affected.
 
     with instead_of_logits(student, lambda hidden, weight: head_cross_entropy(hidden, weight, targets, num_items)):
         ce = engine(**inputs).logits
 
-A teacher hands out its hidden states in the same way (``hidden_states``), and its head's weight separately. A quantized
-head (embeddings.py) hands out its quantized weight, made once per forward, whose gradient reaches the master.
+A teacher returns its hidden states in the same way (``hidden_states``), and its head's weight separately. A quantized head
+(embeddings.py) provides its quantized weight, which is made once per forward pass and whose gradient reaches the master.
 
-Terms equal those of losses.py on whole logits, by the same rule of averaging; kernels/vocabulary.py has the mathematics.
-Only rows that a term counts are computed: for classification the few positions that predict the label word.
+The terms equal those of losses.py on whole logits, with the same rule of averaging; the mathematics is in
+kernels/vocabulary.py. Only rows that a term counts are computed: for classification, the few positions that predict the
+label word.
 
 Shape suffixes: B sequences, P positions, H student hidden, G teacher hidden, V vocabulary, N rows that count.
 """

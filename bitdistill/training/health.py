@@ -1,4 +1,4 @@
-"""Is the ternary student alive? What each BitLinear did in one optimizer step, measured every so many steps.
+"""Is the ternary student healthy? What each BitLinear did in one optimizer step, measured every `health_steps` steps.
 
 of the codes    minus, zeros, plus   shares of -1, 0 and +1 (at a Gaussian start about a third each)
                 flips                share of codes that the step changed
@@ -9,16 +9,17 @@ of the input    peak_to_rms          max|x| / RMS(x) of a token, of what the int
 of the rest     output_rms           of the layer's output, bias included
                 grad_norm            L2 norm of the gradient that reaches the fp32 master
 
-A measurement is part of an ordinary step: codes before and after it, and hooks during it, on rank 0's first micro-batch
-alone (of its unpadded tokens at most SAMPLED_TOKENS, evenly spaced), so that neither accumulation nor recomputed layers cost
-or count twice. grad_norm is that micro-batch's share: it compares layers, and its zero is a zero; it is not the norm of
-the step. Nothing that is hooked computes anything else than it would without: the input of down_proj, which a GPU never
-makes on its own (layers.Gated), is computed a second time from the outputs of gate_proj and up_proj.
+A measurement is part of an ordinary step. It takes the codes before and after the step, and what hooks see during it on
+rank 0's first micro-batch (at most SAMPLED_TOKENS of its unpadded tokens, evenly spaced), so that accumulation and
+recomputed layers neither cost nor count twice. grad_norm is that of this micro-batch, not of the whole step: it serves to
+compare layers, and where it is zero the gradient is zero. Hooks change nothing that the model computes: the input of
+down_proj, which does not exist by itself on a GPU (layers.Gated), is computed a second time from the outputs of gate_proj
+and up_proj.
 
 Cost: on a CPU a fifth of a step with a micro-batch of 1,024 tokens (hooks 0.13, codes before and after 0.07), so 0.4 % of
 the time at the usual 50 steps; rank 0 keeps the int8 codes of the model in its main memory for one step.
 
-What the numbers say is judged by diagnosis.py, said aloud, and kept in RUN/warnings.jsonl.
+diagnosis.py judges these numbers; its warnings are printed and kept in RUN/warnings.jsonl.
 """
 
 import json

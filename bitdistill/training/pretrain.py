@@ -2,9 +2,9 @@
 
     L = L_CE + lambda * KL(teacher || student)
 
-The paper has no distillation in this stage, and lambda is 0 by default. The teacher is the full-precision base model, run
-beforehand: its logits come from a file (teacher_cache.py). The same loop, without them, trains the embedded demo's own
-base model from scratch.
+The paper has no distillation in this stage, and lambda is 0 by default. The teacher is the full-precision base model. It is
+run beforehand, and its logits come from a file (teacher_cache.py). The same loop without them also trains the embedded
+demo's own base model from scratch.
 
 Source: BitNet Distillation, arXiv 2510.13998, section 3.2.
 """

@@ -1,7 +1,7 @@
-"""The teacher of stage 2, run once: its top-k logits for every block that stage 2 will see, on disk.
+"""The teacher of stage 2, run once: its k largest logits for every block that stage 2 will see, on disk.
 
-Stage 2's token stream is known beforehand: block i depends on corpus, block size and seed alone (corpus.TokenStream). So
-the full-precision base model runs over blocks 0 .. N-1 once, and training reads what it said:
+The token stream of stage 2 is known beforehand: block i depends only on corpus, block size and seed (corpus.TokenStream).
+So the full-precision base model runs over blocks 0 to N-1 once, and training reads the logits that it gave:
 
     cache.json                         versioned header: what is held, and the size of every shard
     shard-00000.safetensors            indices (n, T, k) uint16 or uint32, the words, the most likely first
@@ -9,23 +9,25 @@ the full-precision base model runs over blocks 0 .. N-1 once, and training reads
                                        log_rest (n, T) fp32, log of the sum over all other words (kernels/vocabulary.py)
                                        token_hash (n,) uint64, of each block's tokens
 
-Which block a rank, a micro-step or a resumed run trains on is not worked out again: each block carries its number, and a
-hash of the tokens at hand is compared with that of the tokens that the teacher saw.
+It is not worked out a second time which block a rank, a micro-step or a resumed run trains on. Instead, each block carries
+its number, and a hash of its tokens is compared with that of the tokens that the teacher saw.
 
-Rounding. A logit d below the largest is moved by at most 2^-11 d, so least where the probability is, and log_rest is set
-afterwards, such that the mass outside the top k is exact. The KL of the rounded teacher to the exact one is then at most
-2^-23 E[d^2] / tau^2, E under the teacher: 1e-6 nats for a d of 3. What k leaves undistinguished costs far more, and the more
-the higher the temperature: at tau = 5 nearly all mass is outside the top 32 words, so tau is 1 by default, unlike in stage 3.
+Rounding. A logit that lies d below the largest is moved by at most 2^-11 d, so least where the probability is high.
+log_rest is computed afterwards, such that the probability outside the k words is exact. The KL of the rounded teacher from
+the exact one is then at most 2^-23 E[d^2] / tau^2, with E under the teacher: 1e-6 nats for a d of 3. Much more is lost
+because the words outside the k are not told apart, and the loss grows with the temperature: at tau = 5 nearly all
+probability is outside the 32 largest words. Here tau is therefore 1 by default, unlike in stage 3.
 
-Bytes: 4 k + 4 a token for vocabularies up to 65,536 words, else 6 k + 4. With k = 32 that is 132 or 196: a tenth of a
-billion tokens are 13 or 20 GB.
+Bytes per token: 4 k + 4 for vocabularies up to 65,536 words, else 6 k + 4. With k = 32 that is 132 or 196, so a tenth of a
+billion tokens take 13 or 20 GB.
 
-What it saves. A student of P parameters costs 6 P floating-point operations per token (8 with gradient checkpointing), an
-online teacher of its size 2 P more: a third, and its weights and activations on the device, in every run. Writing the cache
-costs these 2 P once. So a single run saves memory only, and each further run on the same blocks (a seed of the student, a
-learning rate, an ablation) a quarter of its compute.
+What it saves. Training a student of P parameters costs 6 P floating-point operations per token (8 P with gradient
+checkpointing). A teacher of its size that runs along would cost 2 P more in every run: a third, and its weights and
+activations on the device. Writing the cache costs these 2 P once. So a single run saves only memory, and each further run
+on the same blocks (another seed of the student, another learning rate, an ablation) saves a quarter of its compute.
 
-Written in shards, whole or absent: rank r of R writes shards r, r + R, ...; a restart goes on with those that are missing.
+The cache is written in shards, each of which is complete or absent. Rank r of R writes shards r, r + R, ...; after a
+restart, the missing ones are written.
 
 Shape suffixes: B blocks, T positions, K cached words, N rows (B * T), V vocabulary.
 """

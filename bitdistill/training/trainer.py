@@ -1,9 +1,10 @@
-"""The transformers.Trainer that every training stage shares: named loss terms, honest averages, one JSON line per step.
+"""The transformers.Trainer that every training stage uses: named loss terms, averages that do not depend on how a batch is
+divided, one JSON line per step.
 
-A stage brings an `Objective`: named loss terms with weights. Each loss is a *sum over this rank's rows divided by the
-count of the whole optimizer step* (all micro-batches, all ranks), so that one rank with 32 rows, two ranks with 16, and
-four micro-batches of 8 give the same number. DeepSpeed averages gradients over ranks, hence the one multiplication by
-world size below.
+A stage has an `Objective`: named loss terms with weights. Each loss is a *sum over this rank's rows divided by the count of
+the whole optimizer step* (all micro-batches, all ranks), so that one rank with 32 rows, two ranks with 16, and four
+micro-batches of 8 give the same number. DeepSpeed averages gradients over ranks; the multiplication by world size below
+undoes that.
 """
 
 import contextlib
