@@ -25,10 +25,12 @@ from transformers import PreTrainedModel
 from bitdistill.data.tasks import collate, pad_token
 from bitdistill.distributed.teacher import Teacher
 from bitdistill.errors import UserError
+from bitdistill.export.pack import student_header
 from bitdistill.export.parity import prove_parity
 from bitdistill.export.write import write_packed
+from bitdistill.prompts import Task
+from bitdistill.runtime.header import Header
 from bitdistill.student.embeddings import FULL_PRECISION, embedding_format
-from bitdistill.student.loading import tokenizer_settings
 from bitdistill.training.distill import Answers
 from bitdistill.training.pretrain import NextToken
 from bitdistill.training.trainer import Objective, StageTrainer, collate_blocks, release, training_arguments
@@ -138,6 +140,8 @@ def write(
     *,
     packing: str = "base3",
     embedding: str | None = None,
+    task: Task | None = None,
+    max_length: int | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a refined model to one packed file, which `bitdistill.load` opens without torch.
@@ -149,7 +153,9 @@ def write(
         packing: "base3" (1.6 bits per weight) or "2bit".
         embedding: "fp16", "int8", "int4" or "ternary". By default the format in which it was trained, and int8 if that
             is full precision.
-        metadata: JSON values to keep in the file's header.
+        task: what the model was trained for; with it and a tokenizer the file can `predict`.
+        max_length: tokens of prompt and answer in training; longer prompts are cut where the file predicts.
+        metadata: further JSON values to keep in the file's header.
 
     Returns: sizes in bytes and bits per weight (see export.write.write_packed).
 
@@ -157,7 +163,7 @@ def write(
         UserError: the model is not refined, not fp32 or not finite, or has a property that the runtime lacks.
     """
     trained = embedding_format(model)
-    about = {} if tokenizer is None else {"tokenizer": tokenizer_settings(tokenizer)}
+    about = student_header(Header(task=task, max_length=max_length), model, tokenizer).to_json()
     return write_packed(
         path,
         model,

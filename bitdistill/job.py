@@ -31,6 +31,7 @@ from bitdistill.kernels.cpu.bf16 import has_bf16_products
 from bitdistill.lock import lock_folder
 from bitdistill.names import SETTINGS
 from bitdistill.reporting.versions import versions
+from bitdistill.runtime.header import Header
 from bitdistill.stages import NOT_RUN, RunDirectory, Stage, file_identity
 from bitdistill.student.backend import choose_kernels
 from bitdistill.student.gguf_base import convert_gguf, is_gguf
@@ -293,6 +294,19 @@ class Job:
         vocabulary = embedding_rows(model)  # one of the rows is shown in RUN/example.txt
         rows = self.sources.training_tokens(tokenizer, vocabulary, self.root / "example.txt")
         return {"rows": rows, "pad_token_id": pad_token(tokenizer, vocabulary)}
+
+    def header(self) -> Header:
+        """What the packed files of this run say of it, besides what their own students know."""
+        config = self.config
+        base = "demo" if self.embedded else str(config.model)
+        if Path(base).expanduser().exists():  # a folder's place on this machine is nobody else's business
+            base = Path(base).expanduser().resolve().name
+        scored = json.loads((self.directory.folder("evaluate") / "scores.json").read_text(encoding="utf-8"))
+        scores = {"metric": scored["metric"]}
+        for row in scored["rows"]:
+            if row["setting"] in SETTINGS:
+                scores[row["setting"]] = {key: row[key] for key in ("score", "interval", "examples")}
+        return Header(task=self.task, max_length=config.max_length, base=base, scores=scores)
 
     def settings(self, stage: str) -> dict[str, Any]:
         """Everything that the result of a stage depends on, besides the results of the stages it depends on."""

@@ -1,16 +1,17 @@
 """A task, and the tokens of its prompts and answers, which are the same in training, scoring and use. Needs no torch.
 
 `data/tasks.py` says how rows become examples, and pins the tokens. A tokenizer here is one of transformers, or whatever has
-its `is_fast`, `backend_tokenizer`, `chat_template` and `apply_chat_template` (`runtime/predict.py`).
+its `is_fast`, `backend_tokenizer`, `chat_template` and `apply_chat_template` (`runtime/chat_template.py`).
 """
 
 import dataclasses
 import string
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from bitdistill.errors import UserError
-from bitdistill.text_tokens import TextTokens
+from bitdistill.text_tokens import TextTokens, check_unicode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,30 @@ class Task:
         texts = len({str(value) for value in self.labels}) == len(self.labels)
         yield "labels", "values that differ as texts", texts, "Write a value as a number or in quotes, not as both."
         yield "labels", "at least two different words", len(self.words) > 1, "Add the missing label."
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values that `from_json` makes the task of again. Labels are pairs, because keys of JSON are texts."""
+        return dataclasses.asdict(self) | {"labels": [list(pair) for pair in self.labels.items()]}
+
+    @classmethod
+    def from_json(cls, values: Any) -> "Task":
+        """The task of `to_json`'s values, which may have been edited since.
+
+        Args:
+            values: a JSON value.
+
+        Raises:
+            UserError: they describe no task.
+        """
+        do = "Export the student again."
+        try:
+            task = cls(**values | {"labels": dict(values["labels"])})
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError("task", expected="the fields of a task", got=str(error), do=do) from None
+        texts = (task.name, task.label_column or "", task.target_column or "")
+        if not all(isinstance(text, str) for text in texts) or type(task.chat) is not bool:
+            raise UserError("task", expected="texts as names, and a yes or no for chat", got=repr(texts), do=do)
+        return task
 
     @property
     def columns(self) -> list[str]:
@@ -169,12 +194,44 @@ def answer_tokens(task: Task, tokenizer, texts: list[str]) -> list[list[int]]:
     return [a[len(colon) :] if a[: len(colon)] == colon else b for a, b in zip(after, alone, strict=True)]
 
 
-def row_text(task: Task, batch, column: str, place: int, number: int) -> str:
+class Unfit(Exception):
+    """A value that a task cannot use: the parts of a UserError, but for the file and column where it stands."""
+
+    def __init__(self, expected: str, got: str, do: str):
+        self.expected, self.got, self.do = expected, got, do
+
+
+def text_of(value: Any, where: str, blank: bool = True) -> str:
+    """A value of a row as the text that it is.
+
+    Args:
+        value: a text, a number, true or false.
+        where: the row, for messages. blank: it may be empty.
+
+    Raises:
+        Unfit: it is none of these, empty though it may not be, or no Unicode.
+    """
+    if isinstance(value, bool):
+        value = str(value).lower()
+    if value is None or not isinstance(value, str | int | float) or value != value:
+        got = f"{value!r}"
+        raise Unfit("a text", f"{got if len(got) < 60 else got[:57] + '...'} in {where}", "Fill or drop the row.")
+    text = str(value)
+    if not blank and not text.strip():
+        raise Unfit("a text", f"{text!r} in {where}", "Fill or drop the row.")
+    try:
+        check_unicode(text, "text")
+    except UserError as error:
+        raise Unfit(error.expected, f"{error.got} in {where}", error.do) from None
+    return text
+
+
+def row_text(task: Task, batch, column: str, place: int, where: str) -> str:
     """The text of a column in one row.
 
     Args:
         task: tells the target's column, which may not be blank.
-        batch: columns of values. place: of the row among them. number: of the row in the data, from 0, for messages.
+        batch: columns of values. place: of the row among them. where: the row in the data, for messages.
         column: its name.
 
     Raises:
@@ -182,19 +239,19 @@ def row_text(task: Task, batch, column: str, place: int, number: int) -> str:
     """
     value = batch[column][place]
     if value is None or (column == task.target_column and not str(value).strip()):
-        raise UserError(column, expected="a text", got=f"{value!r} in row {number + 1}", do="Fill or drop the row.")
+        raise UserError(column, expected="a text", got=f"{value!r} in {where}", do="Fill or drop the row.")
     return str(value)
 
 
 def fit_prompts(
-    task: Task, batch, numbers, tokenizer, room: list[int], max_length: int
+    task: Task, batch, places: Sequence[str], tokenizer, room: list[int], max_length: int
 ) -> tuple[list[list[int]], list[bool]]:
-    """Prompt tokens of a batch of columns, each no longer than its ``room``; and which were cut."""
-    rows = [{c: row_text(task, batch, c, i, n) for c in task.columns} for i, n in enumerate(numbers)]
+    """Prompt tokens of a batch of columns, each no longer than its ``room``; and which were cut. ``places``: for messages."""
+    rows = [{c: row_text(task, batch, c, i, where) for c in task.columns} for i, where in enumerate(places)]
     prompts = _render(task, rows, tokenizer)
     cut = [len(ids) > fits for ids, fits in zip(prompts, room, strict=True)]
     for i in (i for i, is_cut in enumerate(cut) if is_cut):
-        prompts[i] = _cut(task, rows[i], tokenizer, prompts[i], room[i], f"row {numbers[i] + 1}", max_length)
+        prompts[i] = _cut(task, rows[i], tokenizer, prompts[i], room[i], places[i], max_length)
     return prompts, cut
 
 

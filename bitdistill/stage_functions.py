@@ -239,7 +239,7 @@ def export_settings(job: Job) -> None:
     facts: dict[str, Any] = {}
     with job.result("export", facts) as folder:
         formats = {"packing": section.packing, "embedding": section.embedding}
-        packed = pack_settings(folder, models, prompts, task=job.task.name, **formats)
+        packed = pack_settings(folder, models, prompts, about=job.header(), **formats)
         weight_only = job.config.evaluate.weight_only
         speeds = sizes_and_speeds(
             teacher, packed, prompts[0], section.speed_tokens, weight_only=weight_only, say=launch.say

@@ -105,7 +105,7 @@ def test_a_model_is_converted_and_generates(base, tmp_path):
     objective = bitdistill.Distillation(model, bitdistill.freeze(teacher), relation="eq12")
     facts = bitdistill.fit(model, encoded, objective, tokenizer=tokenizer, max_steps=3, output_dir=tmp_path / "stage3")
 
-    sizes = bitdistill.write(tmp_path / "student.safetensors", model, tokenizer, metadata={"task": task.name})
+    sizes = bitdistill.write(tmp_path / "student.safetensors", model, tokenizer, task=task, max_length=40)
     proof = bitdistill.prove(tmp_path / "student.safetensors", model, tokenizer, ["film 3:", "a film"])
     runtime = bitdistill.load(tmp_path / "student.safetensors", threads=1)
     text = "".join(runtime.generate("film 3:", 6, bitdistill.Sampling(temperature=1.0, seed=1)))
@@ -121,7 +121,7 @@ def test_a_model_is_converted_and_generates(base, tmp_path):
     assert proof["linears"] == 21
     assert sizes["file_bytes"] == (tmp_path / "student.safetensors").stat().st_size
     assert sizes["embedding"] == "int8"
-    assert runtime.model.metadata["task"] == "verdict"
+    assert (runtime.task, runtime.header.max_length) == (task, 40)
     assert text
 
 

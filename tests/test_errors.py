@@ -25,6 +25,8 @@ TREES = {
 }
 WORDS = ("command line", "COMMAND", "RUN", "RUN_OR_FILE")  # of the commands' help
 PARTS = (
+    "rows",
+    "rows: columns",
     "tokenizer",
     "memory",
     "disk",
@@ -42,6 +44,7 @@ FAR = {
     "tasks.py: option": "--train_file, --validation_file or --extra_validation_files",
     "tasks.py: column": "a column of the rows",
     "prompts.py: column": "a column of the rows",
+    "predict.py: f'{source}: {column}'": "a column of the rows",
     "write.py: name": "a tensor",
     "limits.py: name": "the settings, walked",
     "text_files.py: field": "the setting or option that the file was given as",

@@ -418,7 +418,8 @@ def test_classify_is_the_likelihood_of_the_labels(qwen3, labels):
     qwen3.forget()
     got = qwen3.classify(prompts, labels)
     computed = qwen3.stats.prompt_tokens - qwen3.stats.cached_tokens
-    assert computed <= 25 + 3 + sum(1 + seed for seed in range(5)) + 1
+    # The five that begin with few_shot may each compute its last token, while its double computes it once more.
+    assert computed <= 25 + 3 + sum(1 + seed for seed in range(5)) + 1 + 5
     for row, ids in zip(got, prompts, strict=True):
         for value, label in zip(row, labels, strict=True):
             cache = qwen3.new_cache(64)

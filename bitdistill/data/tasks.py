@@ -44,9 +44,8 @@ from torch import Tensor
 from bitdistill.data.rows import READERS, Literal, Row, RowFile
 from bitdistill.errors import UserError
 from bitdistill.kernels.numerics import IGNORED
-from bitdistill.prompts import Task, answer_tokens, fit_prompts, label_tokens, row_text
+from bitdistill.prompts import Task, Unfit, answer_tokens, fit_prompts, label_tokens, row_text, text_of
 from bitdistill.text_files import COMPRESSED, kind_of, read_text, user_path
-from bitdistill.text_tokens import check_unicode
 
 BUILT_IN = Path(__file__).parent.parent / "recipes" / "tasks"
 MAX_PROBLEMS = 10  # of one file's rows that are named; the rest are of the same kind
@@ -274,17 +273,10 @@ def _values(task: Task, row: Row, source: str, problems: list[UserError]) -> dic
             if column == task.label_column:
                 values[column] = _label(task, value, row.place)
             else:
-                values[column] = _text_of(value, row.place, blank=column != task.target_column)
-        except _Unfit as unfit:
+                values[column] = text_of(value, row.place, blank=column != task.target_column)
+        except Unfit as unfit:
             problems.append(UserError(f"{source}: {column}", expected=unfit.expected, got=unfit.got, do=unfit.do))
     return values
-
-
-class _Unfit(Exception):
-    """A value that the task cannot use: the parts of a UserError, but for where it stands."""
-
-    def __init__(self, expected: str, got: str, do: str):
-        self.expected, self.got, self.do = expected, got, do
 
 
 def _label(task: Task, value: Any, place: str) -> int | str:
@@ -297,25 +289,8 @@ def _label(task: Task, value: Any, place: str) -> int | str:
         found = [label for label in task.labels if label == value and isinstance(label, str) == isinstance(value, str)]
     if not found:
         do = "Mend the row, or add the value to the task's labels."
-        raise _Unfit(f"one of {list(task.labels)}", f"{value!r} in {place}", do)
+        raise Unfit(f"one of {list(task.labels)}", f"{value!r} in {place}", do)
     return found[0] if all(type(label) is int for label in task.labels) else str(found[0])
-
-
-def _text_of(value: Any, place: str, blank: bool) -> str:
-    """A value as the text it is. blank: it may be empty."""
-    if isinstance(value, bool):
-        value = str(value).lower()
-    if value is None or not isinstance(value, str | int | float) or value != value:
-        got = f"{value!r}"
-        raise _Unfit("a text", f"{got if len(got) < 60 else got[:57] + '...'} in {place}", "Fill or drop the row.")
-    text = str(value)
-    if not blank and not text.strip():
-        raise _Unfit("a text", f"{text!r} in {place}", "Fill or drop the row.")
-    try:
-        check_unicode(text, "text")
-    except UserError as error:
-        raise _Unfit(error.expected, f"{error.got} in {place}", error.do) from None
-    return text
 
 
 def label_indices(task: Task, rows: Dataset) -> list[int]:
@@ -393,7 +368,8 @@ def encode_prompts(task: Task, rows: Dataset, tokenizer, max_length: int) -> tup
     reserved = max(map(len, label_tokens(task, tokenizer))) if classify else task.max_new_tokens
     batch = {column: rows[column][:] for column in task.columns}
     room = [max_length - reserved] * len(rows)
-    prompts, cut = fit_prompts(task, batch, range(len(rows)), tokenizer, room, max_length)
+    places = [f"row {number}" for number in range(1, len(rows) + 1)]
+    prompts, cut = fit_prompts(task, batch, places, tokenizer, room, max_length)
     return prompts, sum(cut)
 
 
@@ -436,14 +412,15 @@ def show_example(task: Task, row: dict, tokenizer, max_length: int) -> str:
 
 def _encode_batch(task: Task, batch: dict[str, list], numbers: Sequence[int], tokenizer, max_length: int) -> dict:
     """Columns of rows -> columns of encoded rows; ``numbers`` are their places in the data, from 0, for messages."""
+    places = [f"row {number + 1}" for number in numbers]
     if task.kind == "classification":
         words, gold = label_tokens(task, tokenizer), label_indices(task, batch)
         answers, reserved = [words[g] for g in gold], [max(map(len, words))] * len(gold)
     else:
-        targets = [row_text(task, batch, task.target_column, i, n) for i, n in enumerate(numbers)]
+        targets = [row_text(task, batch, task.target_column, i, where) for i, where in enumerate(places)]
         answers = [[*ids, _eos(tokenizer)] for ids in answer_tokens(task, tokenizer, targets)]
         reserved = [len(ids) for ids in answers]
-    prompts, cut = fit_prompts(task, batch, numbers, tokenizer, [max_length - r for r in reserved], max_length)
+    prompts, cut = fit_prompts(task, batch, places, tokenizer, [max_length - r for r in reserved], max_length)
     return {
         "input_ids": [p + a for p, a in zip(prompts, answers, strict=True)],
         "labels": [[IGNORED] * len(p) + a for p, a in zip(prompts, answers, strict=True)],

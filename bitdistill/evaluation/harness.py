@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 from bitdistill.data.tasks import encode_prompts, label_indices
 from bitdistill.errors import UserError
 from bitdistill.prompts import Task, label_tokens, prompt_texts, text_tokens
-from bitdistill.runtime.cpu import Cache, Runtime, log_softmax
+from bitdistill.runtime.cpu import Cache, Runtime
+from bitdistill.runtime.sampling import log_softmax
 
 ROWS_AT_A_TIME = 64  # logits of so many positions are looked at together
 

@@ -26,7 +26,8 @@ from bitdistill.evaluation.scoring import (
     torch_logits,
 )
 from bitdistill.prompts import Task, label_tokens
-from bitdistill.runtime.cpu import MAX_SLOTS, Runtime, log_softmax
+from bitdistill.runtime.cpu import MAX_SLOTS, Runtime
+from bitdistill.runtime.sampling import log_softmax
 from bitdistill.student.loading import embedding_rows, end_token_ids
 
 LOGIT_ROWS = 64  # a packed student's logits of a text are made for so many positions at a time

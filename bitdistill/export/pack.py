@@ -1,5 +1,6 @@
 """Writes the ternary settings of a run as packed files, and proves that of the student."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from bitdistill.distributed import launch
 from bitdistill.export.parity import prove_parity
 from bitdistill.export.write import write_packed
 from bitdistill.names import DISTILLED
+from bitdistill.runtime.header import SAMPLING, Header
+from bitdistill.runtime.packed_file import sealed_as
 from bitdistill.student.embeddings import FULL_PRECISION, embedding_format
 from bitdistill.student.loading import load_tokenizer, tokenizer_settings
 from bitdistill.student.refine import load_student
@@ -21,7 +24,7 @@ def pack_settings(
     models: dict[str, Path],
     prompts: Sequence[Sequence[int]],
     *,
-    task: str,
+    about: Header,
     packing: str,
     embedding: str | None,
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
@@ -30,7 +33,7 @@ def pack_settings(
     Args:
         folder: for the files. models: setting -> the folder of its trained ternary model.
         prompts: token lists on which the packed student must reproduce the trained one.
-        task: the task's name, for the file's header. packing: "base3" or "2bit".
+        about: what the files say of their students: task, base, length, scores. packing: "base3" or "2bit".
         embedding: stored format of embedding and LM head; None: as they were trained, int8 if in full precision.
 
     Returns: setting -> (its packed file, its sizes as `write_packed` gives them).
@@ -49,12 +52,12 @@ def pack_settings(
             packing=packing,
             embedding=embedding or ("int8" if trained == FULL_PRECISION else trained),
             tokenizer_json=(source / "tokenizer.json").read_bytes(),
-            metadata={"setting": setting, "task": task, "tokenizer": tokenizer_settings(load_tokenizer(source))},
+            metadata=student_header(about, model, load_tokenizer(source), setting=setting).to_json(),
         )
         bits = sizes["bits_per_weight"]
         launch.say(f"export: {path.name}, {sizes['file_bytes']:,} bytes, {bits:.3f} bits per weight")
         if setting == DISTILLED:
-            proof = prove_parity(path, model, prompts)
+            proof = prove_parity(path, model, prompts) | {"data_sha256": sealed_as(path)}
             (folder / "proof.json").write_text(json.dumps(proof, indent=1), encoding="utf-8")
             launch.say(
                 f"export: proved on {proof['tokens']} tokens: codes of {proof['linears']} linears equal, mean KL "
@@ -62,3 +65,27 @@ def pack_settings(
             )
         packed[setting] = path, sizes
     return packed
+
+
+def student_header(about: Header, model, tokenizer, **more: Any) -> Header:
+    """What a file says of a student: what is known of the run, with the tokenizer's and the base's own settings.
+
+    Args:
+        about: task, base, length and scores.
+        model: the student (torch), whose generation_config is its base's. tokenizer: of transformers, or None.
+        more: further facts.
+    """
+    if tokenizer is not None:
+        more["tokenizer"] = tokenizer_settings(tokenizer)
+    return dataclasses.replace(about, generation=_recommended(model.generation_config), **more)
+
+
+def _recommended(config) -> dict[str, float]:
+    """The sampling settings of a generation_config that is meant for sampling; none for greedy decoding."""
+    if config is None or not config.do_sample:
+        return {}
+    found = {name: getattr(config, name, None) for name in SAMPLING}
+    found = {name: value for name, value in found.items() if type(value) in (int, float)}
+    if found.get("top_k") == 0:  # transformers' way to say: all of them
+        del found["top_k"]
+    return {"temperature": 1.0} | found

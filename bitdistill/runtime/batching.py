@@ -2,20 +2,30 @@
 
 A step computes the last token of every sequence that is being continued, and then pieces of prompts, up to ROWS_PER_STEP
 rows. When a sequence ends, the next one in the queue takes its slot. A single sequence goes through the same loop.
+
+A prompt whose next token is only looked at (`labels.py`) is a request like any other: its `Chooser` chooses nothing.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from bitdistill.runtime.sampling import Sampler
 from bitdistill.runtime.slots import Slots, common_prefix
 
 ROWS_PER_STEP = 256  # a prompt's piece: large enough for full speed, small enough that others need not wait long
 WORTH_WAITING = 16  # shared tokens for which a prompt waits until another, being computed now, can lend them
+
+
+class Chooser(Protocol):
+    """What a request does with logits, such as `sampling.Sampler`."""
+
+    def choose(self, logits: np.ndarray) -> int | None:
+        """The next token after float32 (V,), which the next step overwrites; None ends the request as "scored"."""
+        ...
 
 
 @dataclass(eq=False)
@@ -25,7 +35,7 @@ class Request:
     index: int
     ids: list[int]
     max_new_tokens: int
-    sampler: Sampler
+    sampler: Chooser
     prompt_tokens: int = 0
     cached_tokens: int = 0
     slot: int = -1
@@ -66,56 +76,82 @@ class Stats:
         return (self.weight_bytes * self.decode_steps + self.kv_read_bytes) / max(self.decoded_tokens, 1)
 
 
-def run(
-    forward: Callable,
-    slots: Slots,
-    requests: Sequence[Request],
-    together: int,
-    context: int,
-    eos_token_ids: Sequence[int],
-    stats: Stats,
-) -> Iterator[tuple[Request, int | None]]:
-    """Every new token as (request, token), and (request, None) when a request has ended; its `stopped_by` says why.
-
-    Whoever iterates ends a request early by setting its `stopped_by`, and all of them by closing the iterator; their slots
-    are free then.
+class Batch:
+    """The requests that share the decoder's steps.
 
     Args:
         forward: ``(ids, slots, positions, cache, wanted) -> float32 (len(wanted), V)``, as `Decoder.forward`.
         slots: with room for all that run at once.
-        requests: in the order in which they begin. together: so many at once.
+        together: so many at once.
         context: positions that a sequence may have.
         eos_token_ids: tokens that end a sequence and are not part of it.
         stats: counts what is done.
+
+    Attributes:
+        waiting: requests in the order in which they begin; the caller adds to it whenever it wants.
+        active: those that have a slot.
     """
-    waiting, active = deque(requests), []
-    try:
-        while waiting or active:
-            started = time.perf_counter()
-            _admit(waiting, active, slots, together, stats)
-            prompt_rows, ready = _step(forward, active, slots)
-            chosen = [(request, request.sampler.choose(logits)) for request, logits in ready]
-            _count(stats, slots, prompt_rows, ready, time.perf_counter() - started)
-            for request, token in chosen:
-                if token in eos_token_ids:
-                    request.stopped_by = "eos"
-                else:
-                    request.ids.append(token)
-                    stats.new_tokens += 1
-                    yield request, token
-                    if not request.stopped_by and request.new_tokens == request.max_new_tokens:
-                        request.stopped_by = "length"
-                    if not request.stopped_by and len(request.ids) > context:
-                        request.stopped_by = "context"
-                if request.stopped_by:
-                    active.remove(request)
-                    slots.give_back(request.slot)
-                    stats.stopped_by = request.stopped_by
-                    yield request, None
-    finally:
-        for request in active:
-            slots.give_back(request.slot)
-            stats.stopped_by = "cancelled"
+
+    def __init__(
+        self,
+        forward: Callable,
+        slots: Slots,
+        together: int,
+        context: int,
+        eos_token_ids: Sequence[int],
+        stats: Stats,
+    ):
+        self.waiting: deque[Request] = deque()
+        self.active: list[Request] = []
+        self.stats = stats
+        self._forward, self._slots, self._together = forward, slots, together
+        self._context, self._eos = context, frozenset(eos_token_ids)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.waiting or self.active)
+
+    def step(self) -> Iterator[tuple[Request, int | None]]:
+        """One step of the decoder: every new token as (request, token), and (request, None) when a request has ended; its
+        `stopped_by` says why. Whoever iterates ends a request early by setting its `stopped_by`."""
+        for request in [request for request in self.active if request.stopped_by]:
+            yield self._leave(request)
+        started = time.perf_counter()
+        _admit(self.waiting, self.active, self._slots, self._together, self.stats)
+        if not self.active:
+            return
+        prompt_rows, ready = _step(self._forward, self.active, self._slots)
+        chosen = [(request, request.sampler.choose(logits)) for request, logits in ready]
+        _count(self.stats, self._slots, prompt_rows, ready, time.perf_counter() - started)
+        for request, token in chosen:
+            if token is None:
+                request.stopped_by = "scored"
+            elif token in self._eos:
+                request.stopped_by = "eos"
+            else:
+                request.ids.append(token)
+                self.stats.new_tokens += 1
+                yield request, token
+                if not request.stopped_by and request.new_tokens == request.max_new_tokens:
+                    request.stopped_by = "length"
+                if not request.stopped_by and len(request.ids) > self._context:
+                    request.stopped_by = "context"
+            if request.stopped_by:
+                yield self._leave(request)
+
+    def _leave(self, request: Request) -> tuple[Request, None]:
+        self.active.remove(request)
+        self._slots.give_back(request.slot)
+        self.stats.stopped_by = request.stopped_by
+        return request, None
+
+    def close(self) -> None:
+        """Gives up what has not ended; its slots are free then."""
+        for request in self.active:
+            self._slots.give_back(request.slot)
+            self.stats.stopped_by = "cancelled"
+        self.active.clear()
+        self.waiting.clear()
 
 
 def _admit(waiting: deque[Request], active: list[Request], slots: Slots, together: int, stats: Stats) -> None:

@@ -10,9 +10,10 @@ The file is used from its memory map; nothing is unpacked or copied (`resident_b
 """
 
 import contextlib
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from bitdistill.errors import UserError
 from bitdistill.kernels.cpu.compilation import watch_compilation
 from bitdistill.kernels.cpu.decoder import Decoder, KVCache
 from bitdistill.names import KV_CACHES
-from bitdistill.runtime.batching import Request, Stats, run
+from bitdistill.runtime.batching import ROWS_PER_STEP, Batch, Request, Stats
 from bitdistill.runtime.compiled import decoder_model
+from bitdistill.runtime.labels import label_requests, label_tree
 from bitdistill.runtime.packed_file import PackedModel, read_packed
+from bitdistill.runtime.predict import Prediction, Row, checked_rows, needed_task, predict_texts
 from bitdistill.runtime.prompts import Prompts, check_new_tokens, stop_strings
 from bitdistill.runtime.sampling import Sampler, Sampling
 from bitdistill.runtime.slots import Slots
@@ -169,8 +172,8 @@ class Runtime(Prompts):
     ) -> np.ndarray:
         """How likely each label is after each prompt: ``sum_t log p(label_t | prompt, label_<t)``.
 
-        One pass for a prompt, plus its labels' tokens but the last where they have several. Prompts are taken in the
-        order of their ids, so that each computes only what it does not share with the one before.
+        Prompts share the decoder's steps, in the order of their ids, so that each computes only what it does not share with
+        those before it.
 
         Args:
             prompts: N token lists. labels: L token lists.
@@ -187,29 +190,30 @@ class Runtime(Prompts):
         likelihoods = np.zeros((len(prompts), len(labels)))
         if likelihoods.size == 0:
             return likelihoods
+        tree, started = label_tree(labels), time.perf_counter()
         longest = max(map(len, prompts)) + max(map(len, labels)) - 1
-        slots = self._slots_for(1, longest)
-        stats = self.stats = Stats(weight_bytes=self.weight_bytes)
-        openings = sorted({tuple(label[:-1]) for label in labels if len(label) > 1})
-        started = time.perf_counter()
-        for index in progress(sorted(range(len(prompts)), key=lambda i: prompts[i])):
-            ids = prompts[index]
-            slot = slots.take(ids)
-            try:
-                known = len(slots.ids[slot])
-                first = self._feed(slots, slot, ids[known:], last_only=True)
-                slots.ids[slot] = list(ids)
-                after = {(): log_softmax(first)}
-                for opening in openings:  # each from the end of the prompt again: the one before is overwritten
-                    rows = self._feed(slots, slot, opening, last_only=False)
-                    after[opening] = np.concatenate([after[()], log_softmax(rows)])
-            finally:
-                slots.give_back(slot)
-            for column, label in enumerate(labels):
-                likelihoods[index, column] = after[tuple(label[:-1])][np.arange(len(label)), label].sum()
-            stats.prompt_tokens += len(ids)
-            stats.cached_tokens += known
-        stats.prompt_seconds = time.perf_counter() - started
+        # As many prompts as fill a step, and slots for the openings that continue them.
+        together = min(1 + ROWS_PER_STEP * len(prompts) // sum(map(len, prompts)), len(prompts))
+        slots = self._slots_for(min(MAX_SLOTS, together * len(tree)), longest)
+        together = max(min(together, MAX_SLOTS) // len(tree), 1)
+        self.stats = Stats(prompt_tokens=sum(map(len, prompts)), weight_bytes=self.weight_bytes)
+        batch = Batch(self._forward, slots, together, self.context, (), Stats())
+        order = iter(progress(sorted(range(len(prompts)), key=lambda i: prompts[i])))
+        others: dict[int, list[Request]] = {}  # of prompts that are being computed: the openings that continue them
+        try:
+            while True:
+                for index in itertools.islice(order, max(together - len(batch.waiting), 0)):
+                    first, *others[index] = label_requests(index, prompts[index], tree, likelihoods[index])
+                    batch.waiting.append(first)
+                if not batch:
+                    break
+                for request, _ in batch.step():
+                    if request.index in others:
+                        self.stats.cached_tokens += request.cached_tokens
+                        batch.waiting.extendleft(reversed(others.pop(request.index)))
+        finally:
+            batch.close()
+        self.stats.prompt_seconds = time.perf_counter() - started
         return likelihoods
 
     def _forward(self, ids, slots, positions, cache: KVCache, wanted: list[int] | None, fresh: bool = False):
@@ -225,11 +229,30 @@ class Runtime(Prompts):
         self._compiled = True
         return logits
 
-    def _feed(self, slots: Slots, slot: int, ids: Sequence[int], last_only: bool) -> np.ndarray:
-        """Logits of ids that follow what is in a slot; `slots.ids` is left to the caller."""
-        first, rows = len(slots.ids[slot]), len(ids)
-        wanted = [rows - 1] if last_only else None
-        return self._forward(ids, [slot] * rows, range(first, first + rows), slots.cache, wanted)
+    # --- the task -----------------------------------------------------------------------------------------------------
+
+    def predict(
+        self, rows: Row | Iterable[Row], max_new_tokens: int | None = None, progress: Callable = iter
+    ) -> list[Prediction]:
+        """What the student says to rows of its task: a label with its probability, or a text.
+
+        Prompts, cuts and labels are those of the run's own evaluation.
+
+        Args:
+            rows: texts, for a task of one column, or values by column (further columns are left aside); one or many.
+            max_new_tokens: of a task that generates: the longest answer; the task's by default.
+            progress: wraps an iteration that takes a step for each row, such as tqdm.
+
+        Returns: one `Prediction` for each row, in their order.
+
+        Raises:
+            UserError: the file does not know its task or has no tokenizer, a column is missing or no text, or a template
+                is too long without its text.
+        """
+        if max_new_tokens is not None:
+            check_new_tokens(max_new_tokens)
+        texts, places = checked_rows(needed_task(self), rows)
+        return predict_texts(self, texts, places, max_new_tokens=max_new_tokens, progress=progress)
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -326,7 +349,8 @@ class Runtime(Prompts):
                 )
 
     def _run(self, requests: Sequence[Request], together: int) -> Iterator[tuple[Request, int | None]]:
-        """`batching.run` in slots that fit."""
+        """Steps of a `Batch`, in slots that fit, until all requests have ended; those that have not when the caller closes
+        the iterator are cancelled."""
         self.stats = Stats(weight_bytes=self.weight_bytes)
         if not requests:
             return
@@ -334,10 +358,14 @@ class Runtime(Prompts):
         positions = max(len(request.ids) + request.max_new_tokens - 1 for request in requests)
         slots = self._slots_for(min(together, len(requests)), min(positions, self.context))
         eos = self.model.config.eos_token_ids
+        batch = Batch(self._forward, slots, together, self.context, eos, self.stats)
+        batch.waiting.extend(requests)
         try:
-            yield from run(self._forward, slots, requests, together, self.context, eos, self.stats)
+            while batch:
+                yield from batch.step()
         finally:
-            self.stats.resident_bytes = self.resident_bytes
+            batch.close()
+            batch.stats.resident_bytes = self.resident_bytes
 
     def _slots_for(self, count: int, positions: int) -> Slots:
         """Slots with room for `count` more sequences of `positions`: those at hand, or a larger cache that remembers what
@@ -384,9 +412,3 @@ def _say_compiling(_name: str) -> None:
 
 
 _say_compiling.said = False
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last dimension, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

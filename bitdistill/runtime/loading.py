@@ -39,7 +39,7 @@ def load(
         kv_cache: how keys and values are stored: "bf16", "fp32" or "int8".
         context: the most positions that a prompt and its answer may have; the model's own limit by default.
 
-    Returns: the Runtime: `generate`, `generate_batch`, `logits`, `classify`.
+    Returns: the Runtime: `predict`, `generate`, `generate_batch`, `logits`, `classify`.
 
     Raises:
         UserError: there is no such file, it is damaged or foreign, or a setting is out of its range.

@@ -229,6 +229,8 @@ def read_packed(path: str | Path) -> PackedModel:
         raise damaged
     try:
         config, metadata = Config.from_json(header.get("config", "")), json.loads(header.get("metadata", ""))
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("tokenizer", {}), dict):
+            raise ValueError("metadata that is no object")
     except (ValueError, TypeError, RecursionError) as error:  # TypeError: fields that a Config does not have
         raise UserError(
             "RUN_OR_FILE",
@@ -277,6 +279,15 @@ def _check_tensors(path: Path, expected: dict, tensors: dict[str, np.ndarray]) -
                 got=f"{path} with {len(names)} {problem}: {shown}",
                 do="Export the student again.",
             )
+
+
+def sealed_as(path: str | Path) -> str | None:
+    """The checksum over the tensors that a packed file was written with: the same for equal weights. None for another file."""
+    try:
+        with safe_open(Path(path), framework="np") as file:
+            return (file.metadata() or {}).get("data_sha256")
+    except SafetensorError:
+        return None
 
 
 def config_checksum(header: dict[str, str]) -> str:

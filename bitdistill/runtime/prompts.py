@@ -6,7 +6,11 @@ from functools import cached_property
 import numpy as np
 from tokenizers import Tokenizer
 
+from bitdistill import prompts
 from bitdistill.errors import UserError
+from bitdistill.prompts import Task
+from bitdistill.runtime.chat_template import PackedTokenizer
+from bitdistill.runtime.header import Header, read_header
 from bitdistill.runtime.packed_file import PackedModel
 from bitdistill.text_tokens import TextTokens
 
@@ -28,14 +32,36 @@ class Prompts:
         return Tokenizer.from_str(text) if text else None
 
     @cached_property
+    def header(self) -> Header:
+        """What the file says of its student: task, base, sampling settings.
+
+        Raises:
+            UserError: values that this version does not write.
+        """
+        return read_header(self.model.metadata)
+
+    @property
+    def task(self) -> Task | None:
+        """What the student was trained for; None in files of earlier versions, and where nobody said so."""
+        return self.header.task
+
+    @cached_property
+    def packed_tokenizer(self) -> PackedTokenizer:
+        """The tokenizer with its chat template.
+
+        Raises:
+            UserError: the file has no tokenizer.
+        """
+        return PackedTokenizer(self._needed_tokenizer(), self.header.tokenizer)
+
+    @property
     def text_tokens(self) -> TextTokens:
         """How texts become tokens, in training as here.
 
         Raises:
             UserError: the file has no tokenizer.
         """
-        template = self.model.metadata.get("tokenizer", {}).get("chat_template")
-        return TextTokens(self._needed_tokenizer(), str(template or ""))
+        return prompts.text_tokens(self.packed_tokenizer)
 
     def encode(self, prompt: str, special_tokens: bool = False) -> list[int]:
         """The tokens of a prompt: `TextTokens.encode_prompt`.
