@@ -38,7 +38,7 @@ class Spec:
         stage: "pretrain", or "distill" with both terms of distillation and the model itself as its teacher.
         ternary: the refined model, or the full-precision one as it is.
         backward: of the ternary layers, "exact" or "fast". kernels: "auto" or "reference".
-        engine: "torch", or "deepspeed" (ZeRO-1). precision: "fp32" or "bf16" of all products. head: of the LM head's.
+        engine: "torch", or "deepspeed" with a ZeRO stage, on as many ranks as this is started on. precision: "fp32" or "bf16" of all products. head: of the LM head's.
         steps: timed ones, after one that is not. blocks: of a step of stage 2. corpus: text for stage 2.
         profile: seconds of each part as well, by the clock "perf_counter" or "process_time".
     """
@@ -50,6 +50,7 @@ class Spec:
     backward: str = "fast"
     kernels: str = "auto"
     engine: str = "torch"
+    zero: int = 1
     precision: str = "fp32"
     head: str | None = None
     steps: int = 3
@@ -128,7 +129,7 @@ def arguments_of(spec: Spec):
     names = {"bf16": "bfloat16", "fp32": None, None: None}
     numerics: dict[str, Any] = {"deepspeed": None}
     if spec.engine == "deepspeed":
-        numerics["deepspeed"] = presets.deepspeed_config(1, precision=spec.precision, device="cpu")
+        numerics["deepspeed"] = presets.deepspeed_config(spec.zero, precision=spec.precision, device="cpu")
     elif names[spec.precision] is not None:
         numerics["autocast_dtype"] = names[spec.precision]
     if names[spec.head] is not None:
@@ -239,4 +240,6 @@ def run(spec: Spec) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(Spec(**json.loads(sys.argv[1])))))
+    found = run(Spec(**json.loads(sys.argv[1])))
+    if launch.is_main():
+        print(json.dumps(found))

@@ -123,6 +123,24 @@ def read_model(name_or_path: str | Path, setting: str = "model") -> tuple[ModelF
     return found, problems
 
 
+def read_config(name_or_path: str | Path, setting: str = "model") -> Any:
+    """The configuration of a model of which nothing but config.json needs to be there.
+
+    Args:
+        name_or_path: a local folder or a hub id. setting: what messages call it.
+
+    Returns: transformers' configuration.
+
+    Raises:
+        UserError: no config.json, one that describes no model, or a model that cannot be converted.
+    """
+    path = local_folder(name_or_path, setting, ("config.json",))
+    written = _config_of(path, setting)
+    for problem in _kind_problems(path, written, setting):
+        raise problem
+    return architecture(path, written, setting)[0]
+
+
 def check_family(config) -> None:
     """Raises UserError when the model type is not one that stage 1 knows how to convert."""
     if config.model_type not in FAMILIES:

@@ -1,0 +1,124 @@
+"""`bitdistill plan`: what training a model takes, before anything starts."""
+
+from bitdistill.errors import UserError
+from bitdistill.planning import DEVICES, GIB, Device, Plan, Work, command_line, devices_of, plans, shape_of
+
+SHOWN = 12  # lines of the table: the cheapest, then what does not fit
+
+
+def plan(
+    model: str,
+    gpus: str = "1xH100",
+    tokens: float = 1e9,
+    stage: str = "pretrain",
+    teacher: str | None = None,
+    block_size: int = 1024,
+    per_device_batch_size: int = 8,
+    tokens_per_step: int | None = None,
+    tokens_per_second: float | None = None,
+    memory_gb: float | None = None,
+    host_memory_gb: float = 128.0,
+    flop_per_second: float | None = None,
+    link_gb_per_second: float | None = None,
+    price_per_hour: float | None = None,
+) -> None:
+    """Prints memory, time, network, disk and cost of a stage for every ZeRO stage and offload, and the command of the cheapest that fits.
+
+    Nothing is loaded: the model's config.json is enough. Rates, links and prices of a device are assumptions, printed with the table;
+    each has an option.
+
+    Args:
+        model: a folder with config.json, or a hub id.
+        gpus: how many of which: 8xH200, 1xH100, 2xA100, 4xB200, 1xRTX4090, 2xCPU.
+        tokens: of the whole stage.
+        stage: pretrain (stage 2), or distill (stage 3, with a teacher in memory).
+        teacher: of stage 3, a folder or hub id; the model itself by default.
+        block_size: tokens per sequence.
+        per_device_batch_size: sequences of a micro-step on each rank.
+        tokens_per_step: of all ranks in an optimizer step; one micro-step of each rank by default.
+        tokens_per_second: measured, of one rank; replaces flop_per_second.
+        memory_gb: of one device.
+        host_memory_gb: main memory for each rank, for what is offloaded.
+        flop_per_second: sustained, of one device.
+        link_gb_per_second: that one rank sends.
+        price_per_hour: of one device, in dollars.
+
+    Raises:
+        UserError: an unknown device or stage, a number that is not above zero, or a model without a readable config.
+    """
+    from bitdistill.student.model_folder import read_config
+
+    if stage not in ("pretrain", "distill"):
+        do = "Choose the stage that you plan; the other stages need less."
+        raise UserError("stage", expected="pretrain or distill", got=repr(stage), do=do)
+    count, name = devices_of(gpus)
+    given = {
+        "memory_bytes": _scaled("memory_gb", memory_gb, 1e9),
+        "flop_per_second": _scaled("flop_per_second", flop_per_second, 1),
+        "link_bytes_per_second": _scaled("link_gb_per_second", link_gb_per_second, 1e9),
+        "price_per_hour": price_per_hour,
+    }
+    known = DEVICES[name]
+    device = Device(
+        known.kind, **{field: getattr(known, field) if value is None else value for field, value in given.items()}
+    )
+    per_micro_step = block_size * per_device_batch_size
+    work = Work(
+        shape_of(read_config(model)),
+        total_tokens=tokens,
+        tokens_per_micro_step=per_micro_step,
+        tokens_per_step=tokens_per_step or per_micro_step * count,
+        teacher=shape_of(read_config(teacher or model, "teacher")) if stage == "distill" else None,
+    )
+    rate = {"tokens_per_second": tokens_per_second, "host_bytes_per_rank": host_memory_gb * 1e9}
+    _show(plans(work, device, count, **rate), work, device, f"{count} x {name}", model)
+
+
+def _scaled(option: str, value: float | None, unit: float) -> float | None:
+    if value is not None and not value > 0:
+        raise UserError(option, expected="a number above zero", got=f"{value:g}", do="Give a positive number.")
+    return None if value is None else value * unit
+
+
+def _show(found: list[Plan], work: Work, device: Device, devices: str, model: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{model}: {work.total_tokens:.3g} tokens on {devices}", title_justify="left")
+    parts = list(dict.fromkeys(part for plan in found for part in plan.parts))
+    for heading in ("ZeRO", "offload", "checkp.", *parts, "GiB per rank", "host GiB", "s/step", "days", "$", "fits"):
+        table.add_column(heading, justify="left" if heading in ("ZeRO", "offload") else "right")
+    for plan in found[:SHOWN]:
+        setting = plan.setting
+        offloads = [
+            name for name, is_set in (("optimizer", setting.offload), ("teacher", setting.teacher_offload)) if is_set
+        ]
+        sizes = [f"{plan.parts[part] / GIB:.1f}" if part in plan.parts else "" for part in parts]
+        totals = [
+            f"{plan.device_bytes / GIB:.1f}",
+            f"{plan.host_bytes / GIB:.1f}",
+            f"{plan.step_seconds:.2f}",
+            f"{plan.days:.2f}",
+        ]
+        cost = f"{plan.cost:,.0f}" if device.price_per_hour else ""
+        row = [str(setting.zero), ", ".join(offloads), "yes" if setting.checkpointing else "", *sizes, *totals]
+        table.add_row(*row, cost, "yes" if plan.fits else "no")
+    console = Console(width=max(120, Console().width))
+    console.print(table)
+    best = found[0]
+    console.print(
+        f"Assumed: {device.memory_bytes / 1e9:.0f} GB and {device.flop_per_second / 1e12:.3g} TFLOP/s per device, "
+        f"{device.link_bytes_per_second / 1e9:.0f} GB/s between them, ${device.price_per_hour:g} per device and hour. "
+        f"A rank sends {best.network_bytes / 1e9:.2f} GB per step; the stage needs {best.disk_bytes / 1e9:.1f} GB of disk."
+    )
+    if len(found) > SHOWN:
+        console.print(f"{len(found) - SHOWN} more settings are not shown; they are slower or do not fit.")
+    if best.fits:
+        console.print("The fastest that fits, with the least machinery:")
+        print(command_line(best, model, device.kind))
+    else:
+        short = min(plan.device_bytes for plan in found) / GIB
+        console.print(
+            f"Nothing fits: the smallest needs {short:.1f} GiB per rank. Use more or larger devices, a smaller "
+            f"--per_device_batch_size or --block_size."
+        )
