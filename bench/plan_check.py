@@ -1,11 +1,11 @@
-"""The planner against measured peaks: resident memory of training steps on this machine's CPU beside what `bitdistill plan` counts.
+"""The planner against measured peaks: resident memory of training steps on this CPU beside what `bitdistill plan` counts.
 
     python bench/real_model.py DIR
     python bench/plan_check.py --model DIR [--json FILE]
 
-Steps are the main job's own (bench/training_step.py), in a process each: stage 2 of the model with two sizes of micro-step, stage 3
-with a teacher, full-precision training, stage 2 of a Qwen3-shaped model with random weights, and that on
-two ranks at every ZeRO stage. Exit status 1 when the plan is more than 15 % off anywhere.
+Steps are the main job's own (bench/training_step.py), in a process each: stage 2 of the model with two sizes of micro-step,
+stage 3 with a teacher, full-precision training, stage 2 of a Qwen3-shaped model with random weights, and that on two ranks at
+every ZeRO stage. The exit status is 1 when the plan is more than 15 % off anywhere.
 """
 
 from bitdistill.distributed import openmp

@@ -38,7 +38,8 @@ class Spec:
         stage: "pretrain", or "distill" with both terms of distillation and the model itself as its teacher.
         ternary: the refined model, or the full-precision one as it is.
         backward: of the ternary layers, "exact" or "fast". kernels: "auto" or "reference".
-        engine: "torch", or "deepspeed" with a ZeRO stage, on as many ranks as this is started on. precision: "fp32" or "bf16" of all products. head: of the LM head's.
+        engine: "torch", or "deepspeed" at a ZeRO stage, on the ranks that this is started on.
+        zero: the ZeRO stage. precision: "fp32" or "bf16" of all products. head: of the LM head's.
         steps: timed ones, after one that is not. blocks: of a step of stage 2. corpus: text for stage 2.
         profile: seconds of each part as well, by the clock "perf_counter" or "process_time".
     """

@@ -7,6 +7,7 @@
     bitdistill eval RUN_OR_FILE --lm_eval sst2,qnli   scores by lm-evaluation-harness
     bitdistill export RUN --format gguf        the student for llama.cpp, transformers, vLLM or mlx, proved by the tool
     bitdistill check MODEL                     what a student of a base model can become, before it is trained
+    bitdistill plan --model MODEL --gpus 8xH200 --tokens 10e9    memory, days and cost of training it, before anything starts
     bitdistill report RUN                      writes report.html again and prints the table
     bitdistill env                             versions, for bug reports
 
@@ -20,6 +21,7 @@ from bitdistill import console, surroundings
 from bitdistill.commands.evaluate import evaluate
 from bitdistill.commands.export import check, export
 from bitdistill.commands.generate import generate, generate_options
+from bitdistill.commands.plan import plan
 from bitdistill.commands.report import env, report
 from bitdistill.errors import UserError
 
@@ -28,6 +30,7 @@ COMMANDS = {
     "eval": evaluate,
     "export": export,
     "check": check,
+    "plan": plan,
     "report": report,
     "env": env,
 }

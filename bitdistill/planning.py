@@ -1,7 +1,7 @@
 """What a run needs before it is started: memory of each rank by part, time, network, disk and cost, from a config alone.
 
-Everything is counted from the shapes of the model. For P parameters (L of them in ternary matrices), a teacher of P_t, W ranks and
-N tokens in a micro-step of one rank, bytes on a rank are
+Everything is counted from the shapes of the model. For P parameters (L of them in ternary matrices), a teacher of P_t
+parameters, W ranks and N tokens in a micro-step of one rank, the bytes on a rank are
 
     master weights   4 P        fp32; divided by W at ZeRO 3
     gradients        4 P        fp32; divided by W from ZeRO 2 on
@@ -9,17 +9,18 @@ N tokens in a micro-step of one rank, bytes on a rank are
     DeepSpeed's copy 4 P / W    of a rank's share of the weights, flat, from ZeRO 1 on
     gathered         ZeRO 3     whole weights and gradients of a layer and of the vocabulary, while they are needed
     weight codes     L          int8, made once per optimizer step
-    teacher          2 P_t      in stage 3, in half precision (4 P_t on a CPU); divided by W, and in the host's memory, when offloaded
+    teacher          2 P_t      in stage 3, in half precision (4 P_t on a CPU); offloaded: divided by W, in the host's memory
     activations      N x (the bytes that the backward pass reads per token, see `activation_bytes`)
     logits           one chunk of rows of the LM head with its temporaries (kernels/vocabulary.py)
     process          Python, PyTorch and the libraries; on a GPU the CUDA context, NCCL's buffers and the allocator's fragments
 
-FLOP of a step with P_m weights in matrices: 6 P_m N, 8 P_m N with gradient checkpointing, and 2 P_t N for a teacher. A rank sends
-2 x 4 P (W - 1) / W bytes per optimizer step at ZeRO 0 to 2 (gradients reduced, weights gathered), and 3 x 4 P (W - 1) / W at ZeRO 3,
-which gathers the weights in the forward and in the backward pass.
+FLOP of a step with P_m weights in matrices: 6 P_m N, 8 P_m N with gradient checkpointing, and 2 P_t N for a teacher. A rank
+sends 2 x 4 P (W - 1) / W bytes per optimizer step at ZeRO 0 to 2 (gradients are reduced, weights gathered), and
+3 x 4 P (W - 1) / W at ZeRO 3, which gathers the weights in the forward and in the backward pass.
 
-Source: Rajbhandari et al., ZeRO (arXiv 1910.02054), sections 5 and 7; Korthikanti et al. (arXiv 2205.05198) for the way to count
-activations, with the tensors that this project's layers keep. `python bench/plan_check.py` compares it with measured peaks.
+Source: Rajbhandari et al., ZeRO (arXiv 1910.02054), sections 5 and 7; Korthikanti et al. (arXiv 2205.05198) for the way to
+count activations, here with the tensors that this project's layers keep. `python bench/plan_check.py` compares the memory with
+measured peaks.
 """
 
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ class Device:
     price_per_hour: float
 
 
-# Assumptions, not measurements: 0.4 of the data sheet's dense bf16 rate, links of the usual server of eight, prices of 2026. Each has an option.
+# Assumptions, not measurements, and each has an option: 0.4 of the data sheet's dense bf16 rate, the links of a server of
+# eight, and what clouds asked for an hour in 2026.
 DEVICES = {
     "A100": Device("cuda", 80e9, 0.4 * 312e12, 300e9, 1.8),
     "H100": Device("cuda", 80e9, 0.4 * 989e12, 450e9, 2.8),
@@ -183,9 +185,9 @@ def activation_bytes(
 ) -> float:
     """Bytes that the backward pass of one micro-step reads.
 
-    Per token and layer: the residual stream before each of the two norms in fp32; q, k, v after RoPE (k and v repeated to the heads
-    of q), the attention's output twice (for attention and for SubLN), gate and up; a ternary layer keeps int8 codes of the inputs
-    of q/k/v, o, gate/up and down, a full-precision one keeps these inputs themselves.
+    Per token and layer: the residual stream before each of the two norms in fp32; q, k, v after RoPE (k and v repeated to the
+    heads of q), the attention's output twice (for attention and for SubLN), gate and up; a ternary layer keeps int8 codes of
+    the inputs of q/k/v, o, gate/up and down, a full-precision one keeps these inputs themselves.
 
     Args:
         shape: of the model that is trained. tokens: of the micro-step.
@@ -225,8 +227,11 @@ def memory_parts(work: Work, setting: Setting, world_size: int, kind: str) -> tu
         host += parts.pop("optimizer") + parts.pop("DeepSpeed's copy")
         if setting.zero == 3:
             host += parts.pop("weights")
-    if setting.zero == 3:  # the layer that computes and the next; the vocabulary's weight, gradient and that again while reduced
-        parts["gathered"] = 4.0 * (3 * student.linear_weights / student.layers + 3 * student.vocabulary * student.hidden)
+    if setting.zero == 3:
+        # Two layers' weights and one's gradient; the vocabulary's weight, its gradient, and that again while it is reduced.
+        parts["gathered"] = 4.0 * (
+            3 * student.linear_weights / student.layers + 3 * student.vocabulary * student.hidden
+        )
     if teacher is not None:
         stored = {"cuda": 2, "cpu": 4}[kind] * teacher.parameters
         if setting.teacher_offload:

@@ -69,6 +69,7 @@ ALLOWED = {
     "text_tokens": {"errors"},
     "prompts": {"errors", "text_tokens"},
     "stages": GROUND,
+    "planning": {"errors"},
     "student": GROUND,
     "data": GROUND,
     "runtime": GROUND,
@@ -76,7 +77,7 @@ ALLOWED = {
     "export": GROUND | {"student", "runtime"},
     "evaluation": GROUND | {"student", "data", "runtime"},
     "reporting": GROUND,
-    "commands": GROUND | {"console", "student", "data", "runtime", "export", "evaluation", "reporting"},
+    "commands": GROUND | {"console", "planning", "student", "data", "runtime", "export", "evaluation", "reporting"},
     "api": GROUND | {"student", "data", "runtime", "training", "export"},
 }
 

@@ -1,13 +1,16 @@
 """`bitdistill plan`: what training a model takes, before anything starts."""
 
+import math
+
 from bitdistill.errors import UserError
 from bitdistill.planning import DEVICES, GIB, Device, Plan, Work, command_line, devices_of, plans, shape_of
 
-SHOWN = 12  # lines of the table: the cheapest, then what does not fit
+SHOWN = 12  # lines of the table
+STATE = ("weights", "gradients", "optimizer", "codes", "DeepSpeed's copy", "gathered")
 
 
 def plan(
-    model: str,
+    model: str | None = None,
     gpus: str = "1xH100",
     tokens: float = 1e9,
     stage: str = "pretrain",
@@ -22,10 +25,10 @@ def plan(
     link_gb_per_second: float | None = None,
     price_per_hour: float | None = None,
 ) -> None:
-    """Prints memory, time, network, disk and cost of a stage for every ZeRO stage and offload, and the command of the cheapest that fits.
+    """Prints what a stage takes with every ZeRO stage and offload: memory, time, network, disk, cost; and the best command.
 
-    Nothing is loaded: the model's config.json is enough. Rates, links and prices of a device are assumptions, printed with the table;
-    each has an option.
+    Nothing is loaded: the model's config.json is enough. Rates, links and prices of a device are assumptions, which are
+    printed with the table; each has an option.
 
     Args:
         model: a folder with config.json, or a hub id.
@@ -48,14 +51,33 @@ def plan(
     """
     from bitdistill.student.model_folder import read_config
 
+    if model is None:
+        do = "Give --model: a folder with config.json, or a hub id."
+        raise UserError("model", expected="a model to plan for", got="none", do=do)
     if stage not in ("pretrain", "distill"):
         do = "Choose the stage that you plan; the other stages need less."
         raise UserError("stage", expected="pretrain or distill", got=repr(stage), do=do)
     count, name = devices_of(gpus)
+    numbers = {
+        "tokens": tokens,
+        "block_size": block_size,
+        "per_device_batch_size": per_device_batch_size,
+        "tokens_per_step": tokens_per_step,
+        "tokens_per_second": tokens_per_second,
+        "memory_gb": memory_gb,
+        "host_memory_gb": host_memory_gb,
+        "flop_per_second": flop_per_second,
+        "link_gb_per_second": link_gb_per_second,
+        "price_per_hour": price_per_hour,
+    }
+    for option, value in numbers.items():
+        if value is not None and not 0 < value < math.inf:
+            do = f"Give --{option} a positive number."
+            raise UserError(option, expected="a number above zero", got=f"{value:g}", do=do)
     given = {
-        "memory_bytes": _scaled("memory_gb", memory_gb, 1e9),
-        "flop_per_second": _scaled("flop_per_second", flop_per_second, 1),
-        "link_bytes_per_second": _scaled("link_gb_per_second", link_gb_per_second, 1e9),
+        "memory_bytes": memory_gb and memory_gb * 1e9,
+        "flop_per_second": flop_per_second,
+        "link_bytes_per_second": link_gb_per_second and link_gb_per_second * 1e9,
         "price_per_hour": price_per_hour,
     }
     known = DEVICES[name]
@@ -74,38 +96,37 @@ def plan(
     _show(plans(work, device, count, **rate), work, device, f"{count} x {name}", model)
 
 
-def _scaled(option: str, value: float | None, unit: float) -> float | None:
-    if value is not None and not value > 0:
-        raise UserError(option, expected="a number above zero", got=f"{value:g}", do="Give a positive number.")
-    return None if value is None else value * unit
-
-
 def _show(found: list[Plan], work: Work, device: Device, devices: str, model: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{model}: {work.total_tokens:.3g} tokens on {devices}", title_justify="left")
-    parts = list(dict.fromkeys(part for plan in found for part in plan.parts))
-    for heading in ("ZeRO", "offload", "checkp.", *parts, "GiB per rank", "host GiB", "s/step", "days", "$", "fits"):
-        table.add_column(heading, justify="left" if heading in ("ZeRO", "offload") else "right")
+    table = Table(title=f"{model}: {work.total_tokens:.3g} tokens on {devices}, GiB per rank", title_justify="left")
+    groups = {
+        "state": STATE,
+        "teacher": ("teacher",),
+        "activations": ("activations",),
+        "rest": ("logits", "process"),
+    }
+    headings = ("ZeRO", "offload", "recompute", *groups, "GiB", "host", "s/step", "days", "$", "fits")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("ZeRO", "offload") else "right", no_wrap=True)
     for plan in found[:SHOWN]:
         setting = plan.setting
-        offloads = [
-            name for name, is_set in (("optimizer", setting.offload), ("teacher", setting.teacher_offload)) if is_set
-        ]
-        sizes = [f"{plan.parts[part] / GIB:.1f}" if part in plan.parts else "" for part in parts]
-        totals = [
-            f"{plan.device_bytes / GIB:.1f}",
-            f"{plan.host_bytes / GIB:.1f}",
-            f"{plan.step_seconds:.2f}",
-            f"{plan.days:.2f}",
-        ]
+        offloaded = {"optimizer": setting.offload, "teacher": setting.teacher_offload}
+        offloads = ", ".join(name for name, is_set in offloaded.items() if is_set)
+        sizes = [sum(plan.parts.get(part, 0.0) for part in parts) / GIB for parts in groups.values()]
+        sizes += [plan.device_bytes / GIB, plan.host_bytes / GIB]
         cost = f"{plan.cost:,.0f}" if device.price_per_hour else ""
-        row = [str(setting.zero), ", ".join(offloads), "yes" if setting.checkpointing else "", *sizes, *totals]
-        table.add_row(*row, cost, "yes" if plan.fits else "no")
-    console = Console(width=max(120, Console().width))
+        times = [f"{plan.step_seconds:.2f}", f"{plan.days:.2f}", cost, "yes" if plan.fits else "no"]
+        recompute = "yes" if setting.checkpointing else ""
+        table.add_row(
+            str(setting.zero), offloads, recompute, *(f"{size:.1f}" if size else "" for size in sizes), *times
+        )
+    console = Console(width=max(150, Console().width))
     console.print(table)
     best = found[0]
+    parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in best.parts.items())
+    console.print(f"GiB per rank of the first line: {parts}.")
     console.print(
         f"Assumed: {device.memory_bytes / 1e9:.0f} GB and {device.flop_per_second / 1e12:.3g} TFLOP/s per device, "
         f"{device.link_bytes_per_second / 1e9:.0f} GB/s between them, ${device.price_per_hour:g} per device and hour. "
