@@ -331,6 +331,8 @@ def devices_of(text: str) -> tuple[int, str]:
 def command_line(plan: Plan, model: str, kind: str) -> str:
     """The main job's command with the settings of a plan."""
     setting = plan.setting
+    if kind == "cpu" and plan.world_size == 1 and setting == Setting(0):
+        return f"python bitdistill/train.py --model {model}"  # one rank on a CPU needs no DeepSpeed
     several = f" --num_gpus {plan.world_size}" if kind == "cuda" else f" --num_accelerators {plan.world_size}"
     line = f"deepspeed{several} bitdistill/train.py --model {model} --zero {setting.zero}"
     line += " --offload cpu" if setting.offload else ""

@@ -130,6 +130,11 @@ def test_the_command_needs_nothing_but_a_config(monkeypatch, capsys, folder):
     assert "1e+10 tokens on 8 x H200" in out
 
 
+def test_one_cpu_needs_no_deepspeed(monkeypatch, capsys, folder):
+    arguments = ("--model", folder, "--gpus", "1xCPU", "--memory_gb", "200", "--block_size", "128")
+    assert run(monkeypatch, capsys, *arguments)[1].splitlines()[-1] == f"python bitdistill/train.py --model {folder}"
+
+
 def test_the_command_says_that_nothing_fits(monkeypatch, capsys, folder):
     arguments = ("--model", folder, "--gpus", "1xRTX4090", "--stage", "distill", "--host_memory_gb", "8")
     status, out, _ = run(monkeypatch, capsys, *arguments)
@@ -149,6 +154,7 @@ def test_the_command_says_that_nothing_fits(monkeypatch, capsys, folder):
         (("--model", "FOLDER", "--memory_gb", "-1"), "memory_gb"),
         (("--model", "FOLDER", "--block_size", "0"), "block_size"),
         (("--model", "FOLDER", "--tokens_per_second", "0"), "above zero"),
+        (("--model", "FOLDER", "--gpus", "8xH200", "--tokens_per_step", "4096"), "one micro-step of 8,192 tokens"),
         (("--model", "FOLDER", "--host_memory_gb", "-3"), "host_memory_gb"),
         (("--model", "FOLDER", "--price_per_hour", "-3"), "price_per_hour"),
     ],

@@ -85,11 +85,16 @@ def plan(
         known.kind, **{field: getattr(known, field) if value is None else value for field, value in given.items()}
     )
     per_micro_step = block_size * per_device_batch_size
+    smallest = per_micro_step * count
+    if tokens_per_step is not None and tokens_per_step < smallest:
+        expected = f"at least {smallest:,}: one micro-step of {per_micro_step:,} tokens on each of {count} ranks"
+        do = "Give a larger step, or a smaller --per_device_batch_size."
+        raise UserError("tokens_per_step", expected=expected, got=f"{tokens_per_step:,}", do=do)
     work = Work(
         shape_of(read_config(model)),
         total_tokens=tokens,
         tokens_per_micro_step=per_micro_step,
-        tokens_per_step=tokens_per_step or per_micro_step * count,
+        tokens_per_step=tokens_per_step or smallest,
         teacher=shape_of(read_config(teacher or model, "teacher")) if stage == "distill" else None,
     )
     rate = {"tokens_per_second": tokens_per_second, "host_bytes_per_rank": host_memory_gb * 1e9}
