@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from bitdistill.data.tasks import encode, encode_prompts, label_tokens
-from bitdistill.distributed import launch
+from bitdistill.distributed import launch, presets
 from bitdistill.errors import UserError
 from bitdistill.folders import why_not_writable
+from bitdistill.planning import Setting, Shape, Work, memory_parts, shape_of
 from bitdistill.student.loading import check_same_tokenizer, check_same_vocabulary, load_tokenizer, tokens_beyond
 from bitdistill.student.model_folder import read_model
 from bitdistill.student.refine import refine
@@ -29,7 +30,7 @@ from bitdistill.training.relations import relation_loss
 from bitdistill.training.teacher_cache import check_room
 from bitdistill.training.trainer import capped_steps
 
-MASTER, GRADIENT, ADAM = 4, 4, 8  # bytes of a parameter while it is trained: fp32, and AdamW's two moments
+MASTER, ADAM = 4, 8  # bytes of a parameter in a checkpoint: fp32, and AdamW's two moments
 CHECKPOINTS = 3  # two are kept while a third is written
 FINISHED_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 OVERFLOW_FLOAT16 = ("gemma3_text",)  # families whose activations exceed float16's largest number, 65,504
@@ -193,23 +194,23 @@ def check_teacher(teacher: str | Path, config, student: str | Path, student_conf
     check_same_vocabulary(config, student_config)
 
 
-def bytes_in_memory(parameters: int, teacher_parameters: int, teacher_bytes: int, shares: int) -> int:
-    """Bytes that the weights of stage 3 need on a rank, activations not counted.
+def check_memory(needed: dict[str, dict[str, float]], free: int, ranks: int, where: str) -> str:
+    """Raises UserError when a stage cannot fit into the memory that is free.
 
     Args:
-        parameters: of the student. teacher_parameters: of the teacher. teacher_bytes: of each.
-        shares: ranks that share the optimizer's state.
+        needed: {stage: {part: bytes}} of one rank, as `planning.memory_parts` counts them. free: bytes.
+        ranks: that share the free memory. where: "on the GPU" or "of memory", for the message.
+
+    Returns: the largest stage, in words.
     """
-    return parameters * (MASTER + GRADIENT + ADAM // shares) + teacher_parameters * teacher_bytes
-
-
-def check_memory(needed: int, free: int, where: str) -> str:
-    """Raises UserError when weights, gradients and optimizer alone do not fit; activations come on top of them."""
-    if needed > free:
-        expected = f"{needed / 1e9:.3g} GB {where} for weights, gradients, optimizer and teacher"
-        do = "Take a smaller model, more ranks with --zero 3, or --offload cpu beside a GPU."
-        raise UserError("memory", expected=expected, got=f"{free / 1e9:.3g} GB free", do=do)
-    return f"{needed / 1e9:.3g} GB {where} and the activations, of {free / 1e9:.3g} GB free"
+    totals = {stage: ranks * sum(parts.values()) for stage, parts in needed.items()}
+    stage = max(totals, key=lambda one: totals[one])
+    words = f"{totals[stage] / 1e9:.3g} GB {where} for stage {stage}"
+    if totals[stage] > free:
+        parts = ", ".join(f"{part} {ranks * size / 1e9:.2g}" for part, size in needed[stage].items() if size > 1e7)
+        do = "Take a smaller model or batch, more ranks with --zero 3, or --offload cpu beside a GPU; see bitdistill plan."
+        raise UserError("memory", expected=f"{words} ({parts})", got=f"{free / 1e9:.3g} GB free", do=do)
+    return f"{words} at least, of {free / 1e9:.3g} GB free"
 
 
 def free_memory() -> int:
@@ -410,21 +411,54 @@ def _check_data(job, report: Report, stages: set[str], tokenizer, student) -> No
             found.append(f"{capped_steps(config.pretrain.max_steps, config.max_steps)}")
 
 
+def _memory_of_stages(job, stages: set[str], student: Shape, teacher: Shape) -> dict[str, dict[str, float]]:
+    """{stage: {part: bytes}} of one rank, no more than each stage certainly needs.
+
+    How long the rows of a task are is not known yet, so that their activations are left out; so is a vocabulary that is still to
+    be trimmed. What this process holds already is not counted again.
+    """
+    config = job.config
+    zero = 0 if job.alone else presets.DEFAULT_ZERO if config.zero == "auto" else config.zero
+    if config.refine.vocabulary == "trimmed":
+        without = {"parameters": student.parameters - student.vocabulary * student.hidden, "vocabulary": 0}
+        student = teacher = dataclasses.replace(student, **without)
+    found = {}
+    for stage in sorted(stages & {"base", "teacher", "pretrain", "distill", "baseline"}):
+        section = getattr(config, "distill" if stage == "baseline" else stage)
+        tokens = section.per_device_train_batch_size * (config.pretrain.block_size if stage == "pretrain" else 1)
+        work = Work(
+            teacher if stage == "teacher" else student,
+            total_tokens=1.0,
+            tokens_per_micro_step=tokens,
+            tokens_per_step=tokens,
+            teacher=teacher if stage == "distill" else None,
+            ternary=stage not in ("base", "teacher"),
+        )
+        setting = Setting(
+            zero, config.offload != "none", config.teacher_offload != "none", section.gradient_checkpointing
+        )
+        parts, host = memory_parts(work, setting, launch.world_size(), job.device)
+        del parts["process"]
+        if job.device == "cpu":
+            parts["offloaded"] = host
+        found[stage] = parts
+    return found
+
+
 def _check_room(job, report: Report, stages: set[str], student, teacher) -> None:
     """Memory and disk."""
     config = job.config
-    parameters, of_teacher = (sum(p.numel() for p in empty_model(one).parameters()) for one in (student, teacher))
-    if (
-        stages & {"base", "teacher", "pretrain", "distill", "baseline"}
-        and config.zero != 3
-        and config.offload == "none"
-    ):
-        shares = 1 if job.alone or config.zero == 0 else launch.world_size()
-        needs_teacher = "distill" in stages and config.teacher_offload == "none"
-        in_bytes = job.teacher_dtype.itemsize
+    shapes = [shape_of(one) for one in (student, teacher)]
+    parameters, of_teacher = (shape.parameters for shape in shapes)
+    needed = _memory_of_stages(job, stages, *shapes)
+    if needed:
         with report.part("memory") as found:
-            needed = bytes_in_memory(parameters, of_teacher if needs_teacher else 0, in_bytes, shares)
-            found.append(check_memory(needed, free_memory(), "on the GPU" if job.device == "cuda" else "of memory"))
+            where, ranks = (
+                ("on the GPU", 1)
+                if job.device == "cuda"
+                else ("of memory", min(launch.local_world_size(), launch.world_size()))
+            )
+            found.append(check_memory(needed, free_memory(), ranks, where))
     numbers = {name: parameters * MASTER for name in ("base", "refine", "pretrain", "distill", "baseline")}
     numbers |= {"teacher": of_teacher * FINISHED_BYTES[config.teacher.dtype], "export": parameters}
     planned = []

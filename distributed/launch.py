@@ -145,12 +145,10 @@ def _find_place() -> tuple[int, int]:
             do = "Set it to the first machine's, or start the run with deepspeed or torchrun."
             raise UserError(name, expected=f"where {ranks} ranks meet", got="none", do=do)
     _number("MASTER_PORT")
-    # LOCAL_SIZE is DeepSpeed's name, LOCAL_WORLD_SIZE torchrun's.
-    local_ranks = next((_number(n) for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(n)), 1)
     names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
     local_rank = next((_number(name) for name in names if os.environ.get(name)), 0)
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed and transformers read it
-    return local_rank, max(1, local_ranks)
+    return local_rank, local_world_size()
 
 
 def _number(name: str) -> int:
@@ -194,6 +192,12 @@ def rank() -> int:
 def world_size() -> int:
     """The number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """The number of ranks on this machine, as the launcher says; 1 without one."""
+    # LOCAL_SIZE is DeepSpeed's name, LOCAL_WORLD_SIZE torchrun's.
+    return max(1, next((_number(n) for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(n)), 1))
 
 
 def is_main() -> bool:
