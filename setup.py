@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "bitdistill/__init__.py").read_text()).group(1)
 
 # Extras only add, so what is needed to run a packed student on a CPU is the core, and training an extra.
-CPU = ["numpy>=2.0", "numba>=0.61", "safetensors>=0.5", "tokenizers>=0.22"]
+CPU = ["numpy>=2.0", "numba>=0.61", "safetensors>=0.5", "tokenizers>=0.22", "jinja2>=3.1.6", "tqdm>=4.66"]
 TRAIN = [
     "torch>=2.11",
     "triton>=3.6; platform_system == 'Linux'",
@@ -21,9 +21,7 @@ TRAIN = [
     "jsonargparse[signatures]>=4.40",
     "pyyaml>=6",
     "rich>=13",
-    "tqdm>=4.66",
     "matplotlib>=3.9",
-    "jinja2>=3.1",
     "scikit-learn>=1.5",
     "scipy>=1.13",
     "rouge-score>=0.1.2",
@@ -34,7 +32,16 @@ TRAIN = [
 EVAL = ["lm-eval>=0.4.13"]
 BENCH = ["asv>=0.6.4"]
 LLAMA_CPP = ["llama-cpp-python>=0.3.34"]  # proves GGUF files; pip compiles llama.cpp for some minutes
-TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6.100", "compressed-tensors>=0.20"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"]
+TEST = [
+    "openai>=1.60",
+    "httpx>=0.27",
+    "pytest>=8",
+    "pytest-timeout",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "compressed-tensors>=0.20",
+]
 
 setup(
     name="bitdistill",
@@ -52,6 +59,7 @@ setup(
         "bitdistill.export",
         "bitdistill.reporting",
         "bitdistill.runtime",
+        "bitdistill.serving",
         "bitdistill.student",
         "bitdistill.training",
         "bitdistill.kernels",
@@ -63,6 +71,7 @@ setup(
     package_data={
         "bitdistill": ["py.typed", "recipes/*.yaml", "recipes/tasks/*.yaml"],
         "bitdistill.reporting": ["templates/*"],
+        "bitdistill.serving": ["page.html"],
     },
     install_requires=CPU,
     extras_require={
@@ -71,8 +80,9 @@ setup(
         "eval": [*TRAIN, *EVAL],
         "gguf": [*TRAIN, *LLAMA_CPP],
         "bench": [*TRAIN, *BENCH],
-        "test": [*TRAIN, *BENCH, *TEST],
-        "dev": [*TRAIN, *BENCH, *TEST, "ruff==0.17.6", "pre-commit", "pyright"],
+        "serve": SERVE,
+        "test": [*TRAIN, *SERVE, *BENCH, *TEST],
+        "dev": [*TRAIN, *SERVE, *BENCH, *TEST, "ruff==0.17.6", "pre-commit", "pyright"],
     },
     entry_points={"console_scripts": ["bitdistill=bitdistill.cli:main"]},
 )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bitdistill.prompts import Task as Task
     from bitdistill.runtime.cpu import Runtime as Runtime
     from bitdistill.runtime.loading import load as load
+    from bitdistill.runtime.predict import Prediction as Prediction
     from bitdistill.runtime.sampling import Sampling as Sampling
     from bitdistill.student.loading import load_language_model as load_language_model
     from bitdistill.student.loading import load_tokenizer as load_tokenizer
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Distillation": "training.distill",
     "Objective": "training.trainer",
+    "Prediction": "runtime.predict",
     "Runtime": "runtime.cpu",
     "Sampling": "runtime.sampling",
     "Task": "prompts",

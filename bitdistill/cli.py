@@ -2,6 +2,11 @@
 
     bitdistill generate RUN_OR_FILE "prompt"   text from the packed student; on a CPU without torch and transformers
     bitdistill generate RUN_OR_FILE --prompts_file FILE    an answer for each line, as JSON lines
+    bitdistill predict RUN_OR_FILE "text"      label and probability of a row of the task, or the text that it asks for
+    bitdistill predict RUN_OR_FILE --input FILE --output FILE    of each row of a file
+    bitdistill chat RUN_OR_FILE                a conversation in the terminal
+    bitdistill serve RUN_OR_FILE               an HTTP server with OpenAI's interface, and a page for the browser
+    bitdistill info RUN_OR_FILE                what a packed file is, how large its parts are, and how to use it
     bitdistill eval RUN_OR_FILE                scores the packed student on its task, or on another; or another setting
     bitdistill eval RUN_OR_FILE --perplexity FILE     perplexity of a text, of all settings of a run
     bitdistill eval RUN_OR_FILE --lm_eval sst2,qnli   scores by lm-evaluation-harness
@@ -18,15 +23,23 @@ Each command is a function in commands/. The main job is its own entry: `deepspe
 import sys
 
 from bitdistill import console, surroundings
+from bitdistill.commands.chat import chat, chat_options
 from bitdistill.commands.evaluate import evaluate
 from bitdistill.commands.export import check, export
 from bitdistill.commands.generate import generate, generate_options
+from bitdistill.commands.info import info, info_options
 from bitdistill.commands.plan import plan
+from bitdistill.commands.predict import predict, predict_options
 from bitdistill.commands.report import env, report
+from bitdistill.commands.serve import serve, serve_options
 from bitdistill.errors import UserError
 
 COMMANDS = {
+    "predict": predict,
     "generate": generate,
+    "chat": chat,
+    "serve": serve,
+    "info": info,
     "eval": evaluate,
     "export": export,
     "check": check,
@@ -36,17 +49,22 @@ COMMANDS = {
 }
 # Commands that answer at once have a parser of their own, by argparse: jsonargparse, which reads the other commands' options
 # from their signatures, takes a third of the time to a first token.
-PARSERS = {"generate": generate_options}
+PARSERS = {
+    "generate": generate_options,
+    "predict": predict_options,
+    "chat": chat_options,
+    "info": info_options,
+    "serve": serve_options,
+}
 
 
-def _run_command(arguments: list[str]) -> None:
+def _run_command(arguments: list[str]) -> int | None:
     name = arguments[0] if arguments else "--help"
     if name not in (*COMMANDS, "-h", "--help"):
         do = "See bitdistill --help."
         raise UserError("COMMAND", expected=f"one of {', '.join(COMMANDS)}", got=repr(name), do=do)
     if name in PARSERS:
-        _run_quick(name, arguments[1:])
-        return
+        return _run_quick(name, arguments[1:])
     from jsonargparse import ArgumentError, auto_cli
 
     for argument in arguments:
@@ -57,17 +75,18 @@ def _run_command(arguments: list[str]) -> None:
         command = " ".join(["bitdistill", *arguments[:1]])
         do = f"See {command} --help."
         raise UserError("command line", expected=f"options of {command}", got=str(error), do=do) from error
+    return None
 
 
-def _run_quick(name: str, arguments: list[str]) -> None:
+def _run_quick(name: str, arguments: list[str]) -> int | None:
     options = PARSERS[name](arguments)
     for option, value in options.items():
         for text in value if isinstance(value, list) else [value]:
             console.require_utf8(option, text if isinstance(text, str) else None)
-    if options["device"] == "cpu":
+    if options.get("device", "cpu") == "cpu":
         # Numba would import it for linear algebra that nothing here uses: a fifth of the time to the first token.
         sys.modules.setdefault("scipy", None)
-    COMMANDS[name](**options)
+    return COMMANDS[name](**options)
 
 
 def main() -> int:
@@ -75,9 +94,9 @@ def main() -> int:
     surroundings.prepare()
     surroundings.limit_threads()
 
-    def body() -> None:
+    def body() -> int | None:
         try:
-            _run_command(sys.argv[1:])
+            return _run_command(sys.argv[1:])
         except ModuleNotFoundError as error:
             if (error.name or "bitdistill").startswith("bitdistill"):
                 raise

@@ -101,8 +101,11 @@ def _open(path: Path, field: str) -> BinaryIO:
     if start.startswith(b"\xfd7zXZ\x00"):
         return io.BufferedReader(lzma.open(path))
     if start.startswith(b"\x28\xb5\x2f\xfd"):
-        import pyarrow
-
+        try:
+            import pyarrow
+        except ModuleNotFoundError as error:
+            do = "Install it (pip install pyarrow), or unpack the file."
+            raise UserError(f"{field} {path}", expected="the library pyarrow", got="none installed", do=do) from error
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     for mark, kind in _OTHER_KINDS.items():
         if start.startswith(mark):

@@ -125,13 +125,15 @@ def test_a_model_is_converted_and_generates(base, tmp_path):
     assert text
 
 
-TYPED = ("__init__.py", "api.py", "errors.py", "runtime/loading.py", "runtime/sampling.py")
+TYPED = ("__init__.py", "api.py", "errors.py", "runtime/loading.py", "runtime/predict.py", "runtime/sampling.py")
 SCRIPT = """
 import bitdistill
 
 runtime = bitdistill.load("runs/demo", threads=1)
 for piece in runtime.generate("x", 5, bitdistill.Sampling(temperature=1.0), stop="y"):
     print(piece.upper())
+predictions: list[bitdistill.Prediction] = runtime.predict(["x", {"text": "y"}])
+print([(one.label or one.text or "").upper() for one in predictions])
 model, tokenizer = bitdistill.load_language_model("x"), bitdistill.load_tokenizer("x")
 bitdistill.refine(model)
 stream = bitdistill.TokenStream("corpus.txt", tokenizer, block_size=32)

@@ -77,7 +77,9 @@ ALLOWED = {
     "export": GROUND | {"student", "runtime"},
     "evaluation": GROUND | {"student", "data", "runtime"},
     "reporting": GROUND,
-    "commands": GROUND | {"console", "planning", "student", "data", "runtime", "export", "evaluation", "reporting"},
+    "serving": GROUND | {"runtime"},
+    "commands": GROUND
+    | {"console", "planning", "student", "data", "runtime", "export", "evaluation", "reporting", "serving"},
     "api": GROUND | {"student", "data", "runtime", "training", "export"},
 }
 

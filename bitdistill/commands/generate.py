@@ -4,7 +4,7 @@ import json
 import sys
 
 from bitdistill import console
-from bitdistill.commands.options import Parser
+from bitdistill.commands.options import Parser, add_runtime_options
 from bitdistill.errors import UserError
 from bitdistill.text_files import decode, user_path
 
@@ -151,8 +151,6 @@ def generate_options(arguments: list[str]) -> dict:
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes repetitions rarer")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--device", default="cpu", help="cpu (default), or a GPU: cuda, cuda:1")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--kv_cache", default="bf16", help="how keys and values are kept: bf16 (default), fp32 or int8")
-    parser.add_argument("--context", type=int, help="at most so many positions (default: the model's own limit)")
+    add_runtime_options(parser)
     parser.add_argument("--profile", action="store_true", help="print where the time of a step goes")
     return vars(parser.parse_args(arguments))

@@ -13,6 +13,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError("command line", expected=f"options of {self.prog}", got=message, do=f"See {self.prog} --help.")
 
 
+def add_runtime_options(parser: Parser, context: str = "the model's own limit") -> None:
+    """Adds the options of every command that opens a packed file on the CPU. Args: context: what its default is."""
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--kv_cache", default="bf16", help="how keys and values are kept: bf16 (default), fp32 or int8")
+    parser.add_argument("--context", type=int, help=f"at most so many positions (default: {context})")
+
+
 def require_at_least(option: str, number: int | None, least: int) -> None:
     """Raises UserError for an option below its smallest value; None is an option that was not given."""
     if number is not None and number < least:

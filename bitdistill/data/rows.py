@@ -169,9 +169,13 @@ class RowFile:
     # --- Parquet ------------------------------------------------------------------------------------------------------
 
     def _parquet(self) -> Iterator[Row]:
-        import pyarrow
-        import pyarrow.parquet
-
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ModuleNotFoundError as error:
+            do = "Install it (pip install pyarrow), or give a .jsonl or .csv file."
+            got = "none installed"
+            raise UserError(f"{self.option} {self.path}", expected="the library pyarrow", got=got, do=do) from error
         try:
             file = pyarrow.parquet.ParquetFile(self.path)
             names = file.schema_arrow.names

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,8 +28,8 @@ from bitdistill.runtime.batching import ROWS_PER_STEP, Batch, Request, Stats
 from bitdistill.runtime.compiled import decoder_model
 from bitdistill.runtime.labels import label_requests, label_tree
 from bitdistill.runtime.packed_file import PackedModel, read_packed
-from bitdistill.runtime.predict import Prediction, Row, checked_rows, needed_task, predict_texts
-from bitdistill.runtime.prompts import Prompts, check_new_tokens, stop_strings
+from bitdistill.runtime.predict import Predictor
+from bitdistill.runtime.prompts import check_new_tokens, stop_strings
 from bitdistill.runtime.sampling import Sampler, Sampling
 from bitdistill.runtime.slots import Slots
 from bitdistill.runtime.text_stream import TextStream
@@ -66,7 +66,7 @@ class Cache:
         return self.keys_values.nbytes
 
 
-class Runtime(Prompts):
+class Runtime(Predictor):
     """A student from a packed file.
 
     Args:
@@ -229,31 +229,6 @@ class Runtime(Prompts):
         self._compiled = True
         return logits
 
-    # --- the task -----------------------------------------------------------------------------------------------------
-
-    def predict(
-        self, rows: Row | Iterable[Row], max_new_tokens: int | None = None, progress: Callable = iter
-    ) -> list[Prediction]:
-        """What the student says to rows of its task: a label with its probability, or a text.
-
-        Prompts, cuts and labels are those of the run's own evaluation.
-
-        Args:
-            rows: texts, for a task of one column, or values by column (further columns are left aside); one or many.
-            max_new_tokens: of a task that generates: the longest answer; the task's by default.
-            progress: wraps an iteration that takes a step for each row, such as tqdm.
-
-        Returns: one `Prediction` for each row, in their order.
-
-        Raises:
-            UserError: the file does not know its task or has no tokenizer, a column is missing or no text, or a template
-                is too long without its text.
-        """
-        if max_new_tokens is not None:
-            check_new_tokens(max_new_tokens)
-        texts, places = checked_rows(needed_task(self), rows)
-        return predict_texts(self, texts, places, max_new_tokens=max_new_tokens, progress=progress)
-
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate_ids(
@@ -320,8 +295,7 @@ class Runtime(Prompts):
         Raises:
             UserError: as `generate`, before anything is computed; texts for a file without a tokenizer.
         """
-        if not 1 <= slots <= MAX_SLOTS:
-            raise UserError("slots", expected=f"1 to {MAX_SLOTS}", got=str(slots), do="Give a number of this range.")
+        _check_slots(slots)
         sampling = sampling or Sampling()
         requests = [
             self._request(index, self._encoded(prompt), max_new_tokens, replace(sampling, seed=sampling.seed + index))
@@ -347,6 +321,29 @@ class Runtime(Prompts):
                     request.cached_tokens,
                     request.stopped_by,
                 )
+
+    def new_batch(self, slots: int) -> Batch:
+        """A batch with a KV cache of its own: `slots` sequences of the whole context, requests whenever they come. For a
+        server, which calls `Batch.step` from one thread.
+
+        Args:
+            slots: 1 to 16.
+        """
+        _check_slots(slots)
+        memory = Slots(self._keys_values(slots, self.context), self.model.config.window)
+        stats = Stats(weight_bytes=self.weight_bytes)
+        return Batch(self._forward, memory, slots, self.context, self.model.config.eos_token_ids, stats)
+
+    def new_request(self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Request:
+        """A checked request for `new_batch`.
+
+        Args:
+            prompt_ids: token ids. max_new_tokens: upper bound. sampling: how tokens are chosen.
+
+        Raises:
+            UserError: a prompt longer than the context, or settings out of range.
+        """
+        return self._request(0, prompt_ids, max_new_tokens, sampling)
 
     def _run(self, requests: Sequence[Request], together: int) -> Iterator[tuple[Request, int | None]]:
         """Steps of a `Batch`, in slots that fit, until all requests have ended; those that have not when the caller closes
@@ -402,6 +399,11 @@ class Runtime(Prompts):
         ids = self._checked_ids(prompt_ids, limit=self.context)
         sampler = Sampler(sampling, ids, self.model.config.vocab_size)
         return Request(index, ids, max_new_tokens, sampler, prompt_tokens=len(ids))
+
+
+def _check_slots(slots: int) -> None:
+    if not 1 <= slots <= MAX_SLOTS:
+        raise UserError("slots", expected=f"1 to {MAX_SLOTS}", got=str(slots), do="Give a number of this range.")
 
 
 def _say_compiling(_name: str) -> None:

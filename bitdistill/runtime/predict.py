@@ -3,38 +3,18 @@
 Prompts are those of training and evaluation (`bitdistill/prompts.py`), so that the answers are the evaluation's, too.
 """
 
+import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from bitdistill.errors import UserError
 from bitdistill.prompts import Task, Unfit, fit_prompts, label_tokens, text_of
-from bitdistill.runtime.chat_template import PackedTokenizer
-from bitdistill.runtime.header import Header
-from bitdistill.runtime.packed_file import PackedModel
+from bitdistill.runtime.prompts import Prompts, check_new_tokens
 
 Row = str | Mapping[str, Any]
-
-
-class Student(Protocol):
-    """What these functions need of a runtime (`cpu.Runtime`)."""
-
-    model: PackedModel
-    context: int
-
-    @property
-    def header(self) -> Header: ...
-    @property
-    def tokenizer(self) -> Tokenizer | None: ...
-    @property
-    def packed_tokenizer(self) -> PackedTokenizer: ...
-    def classify(
-        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], progress: Callable
-    ) -> np.ndarray: ...
-    def generate_batch(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, slots: int) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +41,51 @@ class Prediction:
         return {name: value for name, value in asdict(self).items() if value is not None and value is not False}
 
 
-def needed_task(runtime: Student) -> Task:
+class Predictor(Prompts, abc.ABC):
+    """The part of a runtime that answers rows of the student's task."""
+
+    @abc.abstractmethod
+    def classify(
+        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], progress: Callable = iter
+    ) -> np.ndarray:
+        """Log-likelihoods float64 (N, L) of L labels after each of N prompts (`cpu.Runtime.classify`)."""
+
+    @abc.abstractmethod
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int = 128,
+        sampling: Any = None,
+        stop: str | Sequence[str] = (),
+        slots: int = 8,
+    ) -> Iterator[Any]:
+        """Answers to prompts, as they are finished (`cpu.Runtime.generate_batch`)."""
+
+    def predict(
+        self, rows: Row | Iterable[Row], max_new_tokens: int | None = None, progress: Callable = iter
+    ) -> list[Prediction]:
+        """What the student says to rows of its task: a label with its probability, or a text.
+
+        Prompts, cuts and labels are those of the run's own evaluation.
+
+        Args:
+            rows: texts, for a task of one column, or values by column (further columns are left aside); one or many.
+            max_new_tokens: of a task that generates: the longest answer; the task's by default.
+            progress: wraps an iteration that takes a step for each row, such as tqdm.
+
+        Returns: one `Prediction` for each row, in their order.
+
+        Raises:
+            UserError: the file does not know its task or has no tokenizer, a column is missing or no text, or a template
+                is too long without its text.
+        """
+        if max_new_tokens is not None:
+            check_new_tokens(max_new_tokens)
+        texts, places = checked_rows(needed_task(self), rows)
+        return predict_texts(self, texts, places, max_new_tokens=max_new_tokens, progress=progress)
+
+
+def needed_task(runtime: Predictor) -> Task:
     """The task of a packed file.
 
     Args:
@@ -113,7 +137,7 @@ def row_texts(task: Task, row: Row, where: str, source: str) -> dict[str, str]:
 
 
 def task_prompts(
-    runtime: Student, texts: Sequence[Mapping[str, str]], places: Sequence[str], max_new_tokens: int | None
+    runtime: Predictor, texts: Sequence[Mapping[str, str]], places: Sequence[str], max_new_tokens: int | None
 ) -> tuple[list[list[int]], list[bool]]:
     """The prompts' tokens, as training and evaluation had them, and which of them were cut.
 
@@ -135,7 +159,7 @@ def task_prompts(
 
 
 def predict_texts(
-    runtime: Student,
+    runtime: Predictor,
     texts: Sequence[Mapping[str, str]],
     places: Sequence[str],
     *,
@@ -190,7 +214,7 @@ def label_prediction(task: Task, likelihoods: np.ndarray) -> dict[str, Any]:
     return {"label": task.words[best], "probability": shares[best], "probabilities": probabilities}
 
 
-def answer_text(runtime: Student, token_ids: Sequence[int]) -> str:
+def answer_text(runtime: Predictor, token_ids: Sequence[int]) -> str:
     """A generated answer as evaluation reads it: without special tokens, and without white space around it."""
     assert runtime.tokenizer is not None, "it made the prompt"
     return runtime.tokenizer.decode(token_ids, skip_special_tokens=True).strip()

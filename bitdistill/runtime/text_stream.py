@@ -104,6 +104,22 @@ class TextStream:
         return max(lengths, default=0)
 
 
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes that a token stands for; those of a byte-level or byte token may be a part of a character.
+
+    Args:
+        tokenizer: of the id. token: the id.
+    """
+    name = tokenizer.id_to_token(token)
+    if name is None:
+        return b""
+    if "ByteLevel" in _decoders(tokenizer):
+        return _byte_level(name)
+    if byte := _BYTE_TOKEN.fullmatch(name):
+        return bytes.fromhex(byte[1])
+    return name.replace("\u2581", " ").encode()
+
+
 def _decoders(tokenizer: Tokenizer) -> set[str]:
     """The kinds of decoder that a tokenizer goes through."""
     if tokenizer.decoder is None:

@@ -1,0 +1,147 @@
+"""The server with many clients beside the runtime's own batch: tokens per second in all, and the time to the first token.
+
+    python bench/serving.py FILE [--clients 16] [--requests 48] [--new_tokens 64] [--threads 2] [--json FILE]
+    python bench/serving.py FILE --soak 7200      memory every minute under whole answers, streams and clients that leave
+
+Clients stream from prompts that differ from their first token on. The runtime's own batch answers the same prompts with
+`generate_batch` and as many slots, in a process of its own as the server is, before it and after it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import httpx
+
+from measure import machine, resident_bytes, table, write_json
+
+PROMPT = "{0} and {1} are two numbers that somebody wrote on a wall, long before anybody could read them."
+
+
+def prompts(count: int) -> list[str]:
+    """So many different prompts of about 25 tokens."""
+    return [PROMPT.format(7919 * (i + 1) % 1000, i) for i in range(count)]
+
+
+@contextlib.contextmanager
+def server(file: str, threads: int, slots: int):
+    """(address, process id) of `bitdistill serve`."""
+    command = [sys.executable, "-m", "bitdistill.cli", "serve", file, "--port", "0", "--threads", str(threads)]
+    command += ["--slots", str(slots), "--max_queue", "1000", "--model_name", "student"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if found := re.search(r"http://[\d.]+:\d+", line):
+            break
+    else:
+        raise SystemExit("the server did not start")
+    try:
+        yield found[0], process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def own_batch(file: str, options) -> float:
+    """Tokens per second of `generate_batch`, in a process of its own, after a warm-up."""
+    script = (
+        "import json, sys, time, bitdistill; file, prompts, new, slots, threads = json.loads(sys.argv[1]);"
+        "r = bitdistill.load(file, threads=threads); list(r.generate_batch(prompts[:slots], 4, slots=slots)); r.forget();"
+        "t = time.perf_counter(); n = sum(len(a.token_ids) for a in r.generate_batch(prompts, new, slots=slots));"
+        "print(n / (time.perf_counter() - t))"
+    )
+    given = json.dumps([file, prompts(options.requests), options.new_tokens, options.clients, options.threads])
+    output = subprocess.run([sys.executable, "-c", script, given], capture_output=True, text=True, check=True).stdout
+    return float(output)
+
+
+async def many_clients(address: str, options) -> dict[str, float]:
+    """So many clients, each with one request after the other."""
+    waiting, first, tokens = prompts(options.requests), [], 0
+    limits = httpx.Limits(max_connections=options.clients)
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+
+        async def one_client() -> None:
+            nonlocal tokens
+            while waiting:
+                body = {"model": "student", "prompt": waiting.pop(), "max_tokens": options.new_tokens, "temperature": 0}
+                body |= {"stream": True, "stream_options": {"include_usage": True}}
+                started, seen = time.perf_counter(), False
+                async with client.stream("POST", "/v1/completions", json=body) as answer:
+                    async for line in answer.aiter_lines():
+                        if not line.startswith("data: {"):
+                            continue
+                        if not seen:
+                            first.append(time.perf_counter() - started)
+                            seen = True
+                        if '"usage":' in line:
+                            tokens += json.loads(line[6:])["usage"]["completion_tokens"]
+
+        warm = {"model": "student", "prompt": "x", "max_tokens": 4}
+        (await client.post("/v1/completions", json=warm)).raise_for_status()
+        started = time.perf_counter()
+        await asyncio.gather(*(one_client() for _ in range(options.clients)))
+        seconds = time.perf_counter() - started
+    quantiles = statistics.quantiles(first, n=20)
+    return {"tokens_per_second": tokens / seconds, "first_token_p50": quantiles[9], "first_token_p95": quantiles[18]}
+
+
+def soak(address: str, pid: int, seconds: float) -> list[dict[str, float]]:
+    """Resident memory of the server, every minute (at least ten times), under a mixture of requests."""
+    started, lines, i = time.monotonic(), [], 0
+    pause = min(60.0, seconds / 10)
+    with httpx.Client(base_url=address, timeout=120) as client:
+        while (now := time.monotonic() - started) < seconds:
+            body = {"model": "student", "prompt": f"{i % 13} again " * (1 + i % 11), "max_tokens": 8 + i % 9}
+            client.post("/v1/completions", json=body)
+            with client.stream("POST", "/v1/completions", json=body | {"stream": True, "max_tokens": 60}) as answer:
+                next(answer.iter_lines())
+            client.post("/v1/completions", content=b"{" * (i % 300))
+            i += 1
+            if now >= pause * len(lines):
+                lines.append(
+                    {"seconds": round(now), "resident_bytes": sum(resident_bytes(pid).values()), "requests": 3 * i}
+                )
+                print(f"{now:>7.0f} s  {lines[-1]['resident_bytes'] / 1e6:>8.1f} MB  {3 * i:,} requests", flush=True)
+    return lines
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("file", help="a packed file")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--soak", type=float, help="so many seconds")
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    result = {"machine": machine()}
+    if options.soak:
+        with server(options.file, options.threads, options.clients) as (address, pid):
+            result["soak"] = soak(address, pid, options.soak)
+    else:
+        before = own_batch(options.file, options)
+        with server(options.file, options.threads, options.clients) as (address, _):
+            served = asyncio.run(many_clients(address, options))
+        own = [before, own_batch(options.file, options)]
+        result |= {"own_batch": own, "server": served, **{k: v for k, v in vars(options).items() if k != "file"}}
+        share = served["tokens_per_second"] / statistics.mean(own)
+        print(table([
+            ["", "tokens/s", "first token p50", "p95"],
+            ["the runtime's own batch", f"{own[0]:.1f}, {own[1]:.1f}", "", ""],
+            [f"server, {options.clients} clients", f"{served['tokens_per_second']:.1f} ({share:.0%})",
+             f"{served['first_token_p50']:.2f} s", f"{served['first_token_p95']:.2f} s"],
+        ], "<>>>"))  # fmt: skip
+    if options.json:
+        write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

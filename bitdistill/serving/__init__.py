@@ -1,0 +1,1 @@
+"""An HTTP server for one packed student (extra `serve`). Nothing here needs torch."""

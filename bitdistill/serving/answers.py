@@ -1,0 +1,127 @@
+"""What clients get: OpenAI's completions, whole and in pieces."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from bitdistill.runtime.text_stream import token_bytes
+from bitdistill.serving.engine import End, Job, Piece, TokenLogprobs
+
+FINISHED = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "time": "length"}
+
+
+def usage(jobs: Sequence[Job], prompts: int) -> dict[str, Any]:
+    """Tokens of a request.
+
+    Args:
+        jobs: its sequences. prompts: how many different prompts they have; several answers to one count it once.
+    """
+    once = jobs[:: max(len(jobs) // prompts, 1)]
+    read, written = sum(job.request.prompt_tokens for job in once), sum(job.request.new_tokens for job in jobs)
+    cached = sum(job.request.cached_tokens for job in once)
+    details = {"prompt_tokens_details": {"cached_tokens": cached}}
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written} | details
+
+
+@dataclass
+class Chat:
+    """The shape of chat completions.
+
+    Args:
+        model: its name. tokenizer: for the texts of log-probabilities.
+    """
+
+    model: str
+    tokenizer: Tokenizer
+    kind: str = "chat.completion"
+    prefix: str = "chatcmpl"
+    created: int = field(default_factory=lambda: int(time.time()))
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def head(self, streamed: bool) -> dict[str, Any]:
+        """What every answer and every piece begins with."""
+        kind = f"{self.kind}.chunk" if streamed and self.prefix == "chatcmpl" else self.kind
+        return {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """The choice of the piece before the first token."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """The choice of a piece."""
+        logprobs = self.logprobs([piece])
+        return {"index": index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
+
+    def last(self, index: int, end: End) -> dict[str, Any]:
+        """The choice of the last piece."""
+        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": FINISHED[end.stopped_by]}
+
+    def whole(self, index: int, pieces: Sequence[Piece], end: End) -> dict[str, Any]:
+        """The choice of a whole answer."""
+        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
+        reason = FINISHED[end.stopped_by]
+        return {"index": index, "message": message, "logprobs": self.logprobs(pieces), "finish_reason": reason}
+
+    def logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        """Log-probabilities of the tokens of some pieces; None where none were asked for."""
+        known = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+        if not known:
+            return None
+        return {"content": [self._entry(one) for one in known], "refusal": None}
+
+    def _entry(self, one: TokenLogprobs) -> dict[str, Any]:
+        top = [self._token(token, logprob) for token, logprob in one.top]
+        return self._token(one.token, one.logprob) | {"top_logprobs": top}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        data = token_bytes(self.tokenizer, token)
+        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+
+@dataclass
+class Text(Chat):
+    """The shape of text completions."""
+
+    kind: str = "text_completion"
+    prefix: str = "cmpl"
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """There is none."""
+        return None
+
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """The choice of a piece."""
+        return {"index": index, "text": piece.text, "logprobs": self.logprobs([piece]), "finish_reason": None}
+
+    def last(self, index: int, end: End) -> dict[str, Any]:
+        """The choice of the last piece."""
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": FINISHED[end.stopped_by]}
+
+    def whole(self, index: int, pieces: Sequence[Piece], end: End) -> dict[str, Any]:
+        """The choice of a whole answer."""
+        text = "".join(piece.text for piece in pieces)
+        reason = FINISHED[end.stopped_by]
+        return {"index": index, "text": text, "logprobs": self.logprobs(pieces), "finish_reason": reason}
+
+    def logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        """Log-probabilities of the tokens of some pieces; None where none were asked for."""
+        known = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+        if not known:
+            return None
+        tops = [{self._name(token): logprob for token, logprob in one.top} for one in known]
+        offsets, at = [], 0
+        for piece in pieces:
+            if piece.logprobs is not None:
+                offsets.append(at)
+            at += len(piece.text)
+        tokens = [self._name(one.token) for one in known]
+        values = [one.logprob for one in known]
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _name(self, token: int) -> str:
+        return token_bytes(self.tokenizer, token).decode(errors="replace")

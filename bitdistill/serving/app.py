@@ -1,0 +1,228 @@
+"""The routes.
+
+POST /v1/chat/completions  /v1/completions     OpenAI's, also streamed
+GET  /v1/models                                the one model
+POST /predict                                  rows of the student's task: labels with probabilities, or texts
+GET  /info  /health  /metrics  /               facts for the page; liveness; Prometheus; the page
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from bitdistill.errors import UserError
+from bitdistill.runtime.conversation import require_chat
+from bitdistill.serving.answers import Chat, Text, usage
+from bitdistill.serving.engine import End, Job
+from bitdistill.serving.guards import Guard
+from bitdistill.serving.protocol import ApiError, ChatRequest, PredictRequest, TextRequest
+from bitdistill.serving.service import Service, as_api_error, unless_gone
+
+PAGE = Path(__file__).parent / "page.html"
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
+)
+CLIENT_LEFT = 499  # nobody reads it; the counters do
+
+
+def create_app(service: Service, api_key: str | None, loopback: bool) -> FastAPI:
+    """The application.
+
+    Args:
+        service: the student. api_key: what clients must send, or None.
+        loopback: it listens on this machine only: then requests must name this machine, so that no page of the web that
+            points a name of its own here can ask.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.engine.start(asyncio.get_running_loop())
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.engine.stop)
+
+    app = FastAPI(title="BitDistill", docs_url=None, redoc_url=None, lifespan=lifespan)
+    _add_completions(app, service)
+    _add_facts(app, service)
+    _add_errors(app)
+
+    routes = {route.path for route in app.routes}  # type: ignore[attr-defined]
+
+    def counted(path: str, status: int) -> None:
+        service.metrics.requests.labels(path if path in routes else "other", str(status)).inc()
+
+    app.add_middleware(Guard, api_key=api_key, limits=service.limits, counted=counted)  # type: ignore[arg-type]
+    if loopback:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1"])
+    return app
+
+
+def _add_completions(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        require_chat(service.runtime)
+        jobs = await asyncio.to_thread(service.chat_jobs, body)
+        return await _answered(service, request, body, jobs, Chat(service.name, _tokenizer(service)), 1)
+
+    @app.post("/v1/completions")
+    async def completions(body: TextRequest, request: Request) -> Response:
+        jobs = await asyncio.to_thread(service.text_jobs, body)
+        return await _answered(
+            service, request, body, jobs, Text(service.name, _tokenizer(service)), len(jobs) // body.n
+        )
+
+    @app.post("/predict")
+    async def predict(body: PredictRequest, request: Request) -> Response:
+        found = await unless_gone(service.predict(body), lambda: _gone(request))
+        if found is None:
+            service.metrics.cancelled.inc()
+            return Response(status_code=CLIENT_LEFT)
+        return JSONResponse({"model": service.name, "predictions": [one.to_json() for one in found]})
+
+
+def _tokenizer(service: Service):
+    tokenizer = service.runtime.tokenizer
+    assert tokenizer is not None, "checked when the server starts"
+    return tokenizer
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _answered(
+    service: Service, request: Request, body: ChatRequest | TextRequest, jobs: list[Job], shape: Chat, prompts: int
+) -> Response:
+    service.begin(jobs)
+    if body.stream:
+        counted = body.stream_options is not None and body.stream_options.include_usage
+        stream = _streamed(service, jobs, shape, prompts if counted else 0)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+    try:
+        everything = asyncio.gather(*(service.whole(job) for job in jobs))
+        found = await unless_gone(everything, lambda: _gone(request))
+    finally:
+        service.engine.cancel(jobs)
+    if found is None:
+        service.metrics.cancelled.inc()
+        return Response(status_code=CLIENT_LEFT)
+    choices = [shape.whole(index, pieces, end) for index, (pieces, end) in enumerate(found)]
+    return JSONResponse(shape.head(False) | {"choices": choices, "usage": usage(jobs, prompts)})
+
+
+async def _streamed(service: Service, jobs: Sequence[Job], shape: Chat, prompts: int) -> AsyncIterator[str]:
+    """Server-sent events of some jobs, as they come; at the end the usage, if `prompts` is not 0."""
+    head, done = shape.head(True), 0
+    merged: asyncio.Queue = asyncio.Queue()
+    readers = [asyncio.ensure_future(_read(service, index, job, merged)) for index, job in enumerate(jobs)]
+    try:
+        for index in range(len(jobs)):
+            if first := shape.first(index):
+                yield _event(head | {"choices": [first]})
+        while done < len(jobs):
+            index, event = await merged.get()
+            if isinstance(event, ApiError):
+                yield _event(event.body())
+                return
+            ended = isinstance(event, End)
+            done += ended
+            if ended:
+                yield _event(head | {"choices": [shape.last(index, event)]})
+            elif event.text or event.logprobs is not None:
+                yield _event(head | {"choices": [shape.piece(index, event)]})
+        if prompts:
+            yield _event(head | {"choices": [], "usage": usage(jobs, prompts)})
+        yield "data: [DONE]\n\n"
+    finally:
+        for reader in readers:
+            reader.cancel()
+        if done < len(jobs):
+            service.metrics.cancelled.inc()
+            service.engine.cancel(jobs)
+
+
+async def _read(service: Service, index: int, job: Job, merged: asyncio.Queue) -> None:
+    try:
+        async for event in service.events(job):
+            merged.put_nowait((index, event))
+    except ApiError as error:
+        merged.put_nowait((index, error))
+
+
+def _event(values: dict[str, Any]) -> str:
+    return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _add_facts(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            raise ApiError(404, f"The model here is {service.name!r}.", "model_not_found", "model")
+        return _model(service)
+
+    @app.get("/info")
+    async def info() -> dict[str, Any]:
+        return service.facts()
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        alive, engine = service.engine.alive, service.engine
+        state = {"status": "ok" if alive else "stopping", "running": engine.running, "waiting": engine.waiting}
+        return JSONResponse(state, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        headers = {
+            "content-security-policy": POLICY,
+            "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer",
+        }
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "bitdistill"}
+
+
+def _add_errors(app: FastAPI) -> None:
+    def respond(error: ApiError) -> JSONResponse:
+        headers = {"retry-after": "1"} if error.status in (429, 503) else None
+        return JSONResponse(error.body(), error.status, headers=headers)
+
+    async def known(_request: Request, error: Exception) -> JSONResponse:
+        found = as_api_error(error)
+        if found is None:
+            raise error
+        return respond(found)
+
+    for kind in (ApiError, UserError, ExceptionGroup):
+        app.add_exception_handler(kind, known)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return respond(ApiError(400, f"{where or 'body'}: {first['msg']}", "invalid_value", where or None))
+
+    @app.exception_handler(HTTPException)
+    async def other(_request: Request, error: HTTPException) -> JSONResponse:
+        return respond(ApiError(error.status_code, str(error.detail), "http_error"))

@@ -1,0 +1,289 @@
+"""One thread that runs the decoder for all clients: their sequences share its steps, as in `runtime/batching.py`.
+
+Coroutines hand it jobs and get events back: a piece of text for each token, then the end. All events of a step cross from
+the thread to the event loop in one call, because waking the loop costs more than a token's text.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bitdistill.runtime.batching import Batch, Chooser, Request
+from bitdistill.runtime.cpu import Runtime
+from bitdistill.runtime.sampling import log_softmax
+from bitdistill.runtime.text_stream import TextStream
+
+
+class QueueFull(Exception):
+    """More sequences wait than the server allows."""
+
+
+class EngineStopped(Exception):
+    """The server is shutting down, or its decoder has failed."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A chosen token's log-probability before sampling settings, and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a token brought: text, which may be empty, and its log-probabilities where they were asked for."""
+
+    text: str
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class End:
+    """A job's end. `stopped_by`: as in `Answer`, or "scored", "time", "cancelled"."""
+
+    stopped_by: str
+
+
+@dataclass(eq=False)
+class Job:
+    """A sequence of a client, or a prompt whose labels are looked at.
+
+    Args:
+        requests: the first begins; the others, if there are any, continue it when it has ended.
+        stream: makes text of its tokens; None for labels.
+        recorder: of its log-probabilities, or None.
+        deadline: `time.monotonic` at which it ends.
+    """
+
+    requests: list[Request]
+    deadline: float
+    stream: TextStream | None = None
+    recorder: "Recorder | None" = None
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    started: float | None = None  # of its first token, for the metrics
+    ended: bool = False
+    left: int = 0  # requests that have not ended
+
+    @property
+    def request(self) -> Request:
+        return self.requests[0]
+
+    async def pieces(self) -> AsyncIterator[Piece | End]:
+        """Its events, the `End` last.
+
+        Raises:
+            EngineStopped: the decoder has failed.
+        """
+        while True:
+            event = await self.events.get()
+            if event is None:
+                raise EngineStopped
+            yield event
+            if isinstance(event, End):
+                return
+
+
+class Recorder:
+    """A sampler that also keeps the log-probabilities of what it chose.
+
+    Args:
+        sampler: that chooses. top: how many of the likeliest tokens to keep beside it.
+    """
+
+    def __init__(self, sampler: Chooser, top: int):
+        self._sampler, self._top = sampler, top
+        self.last: TokenLogprobs | None = None
+
+    def choose(self, logits: np.ndarray) -> int | None:
+        """As its sampler's."""
+        log_p = log_softmax(logits)
+        token = self._sampler.choose(logits)
+        if token is None:
+            return None
+        best = np.argpartition(-log_p, min(self._top, len(log_p) - 1))[: self._top]
+        best = best[np.argsort(-log_p[best], kind="stable")]
+        self.last = TokenLogprobs(token, float(log_p[token]), [(int(i), float(log_p[i])) for i in best])
+        return token
+
+
+class Engine:
+    """The thread.
+
+    Args:
+        runtime: it alone uses it from now on.
+        slots: sequences at once. max_queue: sequences that may wait.
+
+    Attributes:
+        stats: what was done so far (`batching.Stats`), cumulative.
+        on_failure: called from the thread when it ends by itself.
+    """
+
+    def __init__(self, runtime: Runtime, slots: int, max_queue: int):
+        self.runtime, self.slots, self.max_queue = runtime, slots, max_queue
+        self._batch: Batch = runtime.new_batch(slots)
+        self.stats = self._batch.stats
+        self._change = threading.Condition()
+        self._incoming: list[Job] = []
+        self._cancelled: list[Job] = []
+        self._jobs: dict[Request, Job] = {}
+        self._stopping = self._failed = False
+        self.on_failure: Callable[[], None] = lambda: None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="bitdistill-engine", daemon=True)
+
+    # --- for coroutines -----------------------------------------------------------------------------------------------
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begins. Args: loop: of the coroutines that wait for events."""
+        self._loop = loop
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still takes jobs."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def failed(self) -> bool:
+        """Whether its thread has ended by itself: a defect, which the thread has printed."""
+        return self._failed
+
+    @property
+    def running(self) -> int:
+        """Sequences in slots."""
+        return len(self._batch.active)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return len(self._batch.waiting) + len(self._incoming)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Puts all of some jobs into the queue, or none.
+
+        Raises:
+            QueueFull: not all of them have room there. EngineStopped: it takes no more.
+        """
+        with self._change:
+            if not self.alive:
+                raise EngineStopped
+            free = self.slots - self.running
+            if self.waiting + len(jobs) > self.max_queue + free:
+                raise QueueFull
+            self._incoming += jobs
+            self._change.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Ends jobs whose client has left; those that have ended stay as they are."""
+        with self._change:
+            self._cancelled += [job for job in jobs if not job.ended]
+            self._change.notify()
+
+    def stop(self) -> None:
+        """Takes no more jobs, ends those that run, and waits for the thread."""
+        with self._change:
+            self._stopping = True
+            self._change.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._take():
+                events = self._overdue(time.monotonic())
+                events += [self._event(request, token) for request, token in self._batch.step()]
+                self._hand_over(events)
+        finally:  # also when the decoder fails: nobody shall wait for ever
+            self._failed = not self._stopping
+            self._stopping = True
+            self._batch.close()
+            with self._change:
+                left = {*self._jobs.values(), *self._incoming}
+                self._jobs.clear()
+                self._incoming.clear()
+            self._hand_over([(job, None) for job in left])
+            if self._failed:
+                self.on_failure()
+
+    def _take(self) -> bool:
+        """Waits for work, and takes it into the batch. False: it is to stop."""
+        with self._change:
+            while not (self._incoming or self._cancelled or self._batch or self._stopping):
+                self._change.wait()
+            if self._stopping:
+                return False
+            incoming, self._incoming = self._incoming, []
+            cancelled, self._cancelled = self._cancelled, []
+            for job in incoming:
+                job.left = len(job.requests)
+                self._jobs[job.request] = job
+                self._batch.waiting.append(job.request)
+        for job in cancelled:
+            self._end(job, "cancelled")
+        return True
+
+    def _overdue(self, now: float) -> list:
+        late = {job for job in self._jobs.values() if now > job.deadline}
+        return [event for job in late for event in self._end(job, "time")]
+
+    def _end(self, job: Job, why: str) -> list:
+        """Ends a job before its time: at once if it waits, else at the next step."""
+        if job.ended:
+            return []
+        job.left = 0
+        running = False
+        for request in [request for request, owner in self._jobs.items() if owner is job]:
+            if request in self._batch.active:
+                request.stopped_by, running = why, True
+            else:
+                if request in self._batch.waiting:
+                    self._batch.waiting.remove(request)
+                del self._jobs[request]
+        if running:
+            return []
+        job.ended = True
+        return [(job, End(why))]
+
+    def _event(self, request: Request, token: int | None) -> tuple[Job, Piece | End | None]:
+        job = self._jobs[request]
+        if token is None:
+            return job, self._request_ended(job, request)
+        text = job.stream.feed(token) if job.stream else ""
+        if job.stream and job.stream.stopped:
+            request.stopped_by = "stop"
+        if job.started is None:
+            job.started = time.monotonic()
+        return job, Piece(text, job.recorder.last if job.recorder else None)
+
+    def _request_ended(self, job: Job, request: Request) -> Piece | End | None:
+        del self._jobs[request]
+        if request is job.request and request.stopped_by == "scored":
+            for following in reversed(job.requests[1:]):
+                self._jobs[following] = job
+                self._batch.waiting.appendleft(following)
+        job.left -= 1
+        if job.left > 0:
+            return Piece("")
+        job.ended = True
+        return End(request.stopped_by)
+
+    def _hand_over(self, events: list) -> None:
+        loop = self._loop
+        if not events or loop is None or loop.is_closed():
+            return
+        loop.call_soon_threadsafe(_deliver, events)
+
+
+def _deliver(events: list) -> None:
+    for job, event in events:
+        if isinstance(event, End) and job.stream is not None and (rest := job.stream.finish()):
+            job.events.put_nowait(Piece(rest))
+        job.events.put_nowait(event)

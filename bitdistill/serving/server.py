@@ -1,0 +1,84 @@
+"""Running the application: a socket, uvicorn, and an end that lets running answers finish."""
+
+import signal
+import socket
+import sys
+
+import uvicorn
+
+from bitdistill.errors import UserError
+from bitdistill.runtime.cpu import Runtime
+from bitdistill.serving.app import create_app
+from bitdistill.serving.limits import Limits
+from bitdistill.serving.service import Service
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def run_server(
+    runtime: Runtime, host: str, port: int, api_key: str | None, model_name: str | None, limits: Limits
+) -> int:
+    """Serves until SIGTERM or Ctrl-C.
+
+    Args:
+        runtime: of a file with a tokenizer.
+        host, port: where to listen; port 0 takes a free one, which is said.
+        api_key: what clients must send, or None.
+        model_name: what clients call the model, or None for the base's and the task's name.
+        limits: what clients get at most.
+
+    Returns: 0; 1 when the decoder has failed.
+
+    Raises:
+        UserError: the file has no tokenizer, or the port is taken.
+    """
+    runtime.encode("a")  # refuses a file without a tokenizer
+    service = Service(runtime, model_name or default_name(runtime), limits)
+    app = create_app(service, api_key, host in LOOPBACK)
+    listening = _listen(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"bitdistill: {service.name} at http://{shown}:{listening.getsockname()[1]}/ (Ctrl-C ends)", file=sys.stderr)
+    if host not in LOOPBACK and api_key is None:
+        print("bitdistill: whoever reaches this address can use it: no API key is set", file=sys.stderr)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=limits.shutdown_seconds,
+        timeout_keep_alive=30,
+        limit_concurrency=limits.slots + limits.max_queue + 64,  # connections
+        h11_max_incomplete_event_size=1 << 16,
+        http="h11",
+        loop="asyncio",
+        ws="none",
+    )
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # uvicorn repeats it when all is done: a clean end, not a killed process
+        signal.signal(number, lambda *_: None)
+    server = uvicorn.Server(config)
+    service.engine.on_failure = lambda: setattr(server, "should_exit", True)
+    server.run(sockets=[listening])
+    return 1 if service.engine.failed else 0
+
+
+def default_name(runtime: Runtime) -> str:
+    """The base's name without its owner, and the task's."""
+    header = runtime.header
+    base = (header.base or "student").rsplit("/", 1)[-1]
+    return f"{base}-{header.task.name}" if header.task is not None and header.task.name != base else base
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(1024)
+    except (OSError, OverflowError) as error:
+        do = "Give another --port (0 takes a free one) or --host."
+        raise UserError("port", expected="an address that is free", got=f"{host}:{port} ({error})", do=do) from error
+    return listening
