@@ -4,11 +4,14 @@ import csv
 import json
 import os
 import pty
+import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -19,6 +22,7 @@ from test_predict import SUMMARY
 import bitdistill
 from bitdistill import cli
 from bitdistill.commands import predict as command
+from bitdistill.commands.serve import serve_options
 from bitdistill.errors import UserError
 from bitdistill.prompts import Task
 
@@ -303,6 +307,16 @@ def test_ctrl_c_stops_an_answer(tmp_path):
     os.write(leader, b"/exit\n")
     assert process.wait(20) == 0
     os.close(leader)
+
+
+def test_the_deployed_commands_have_options_that_exist():
+    folder = Path(__file__).resolve().parents[1] / "deploy"
+    [unit] = re.findall(r"^ExecStart=\S+/bitdistill serve (.*)$", (folder / "bitdistill.service").read_text(), re.M)
+    [image] = re.findall(r"^CMD (\[.*\])$", (folder / "Dockerfile").read_text(), re.M)
+    for arguments in (shlex.split(unit), json.loads(image)):
+        options = serve_options(arguments)
+        assert options["run_or_file"].endswith("student.safetensors")
+        assert options["port"] == 8000
 
 
 def test_whole_lines():
