@@ -1,9 +1,11 @@
-"""Ternary codes and quantized tables <-> bytes, numpy only: the layout that files have and that kernels run on as it lies.
+"""From ternary codes and quantized tables to bytes and back, in numpy: the layout of the files, which the kernels use
+without repacking.
 
-**Row-lane blocks.** A block is 16 rows x 4 columns = 64 values, value (r, c) at index 4r + c, so that a 64-byte vector
-holds one row in each of its 32-bit lanes and four neighboring columns in each lane: what the four-way int8 dot products
-of CPUs take (AVX512 and AVX-VNNI, AVX2, NEON), with no sum across lanes, for one token and for many. Rows are padded to
-16 and columns to 4 with code 0. Blocks are numbered row group by row group, along the columns inside each::
+**Row-lane blocks.** A block is 16 rows x 4 columns = 64 values, with value (r, c) at index 4r + c. So a 64-byte vector
+holds one row in each of its 32-bit lanes, and four neighboring columns in each lane: what the four-way int8 dot products of
+CPUs take (AVX512 and AVX-VNNI, AVX2, NEON), with no sum across lanes, for one token and for many. Rows are padded to a
+multiple of 16 and columns to a multiple of 4, with code 0. Blocks are numbered by groups of 16 rows, and along the columns
+inside each group::
 
     b = (o // 16) * ceil(I / 4) + i // 4          value index 4 * (o % 16) + i % 4
 
@@ -12,16 +14,17 @@ Ternary matrices store ``u = code + 1`` in {0, 1, 2}; vector v has 64 bytes, eac
     2bit    byte j = u_j of block 4v | block 4v+1 << 2 | block 4v+2 << 4 | block 4v+3 << 6        3 is invalid in a field
     base3   byte j = u_j of block 5v + 3 * block 5v+1 + 9 * ... + 81 * block 5v+4                 0 .. 242
 
-so base3 takes exactly 8/5 = 1.6 bits per weight where 16 divides O and 4 divides I, but for a last vector that is not full
-(padding is code 0, u = 1). A vector may hold blocks of two row groups. Tables (embedding, LM head) use the same blocks:
+So base3 takes exactly 8/5 = 1.6 bits per weight where 16 divides O and 4 divides I, apart from a last vector that is not
+full (padding is code 0, u = 1). A vector may hold blocks of two row groups. Tables (embedding, LM head) use the same
+blocks:
 
     int8    byte j = code_j of block v, -127 .. 127; fp32 scale per row, (V,)
     int4    byte j = (code_j + 8) of block 2v | block 2v+1 << 4; fp16 scale for 32 columns of a row, as
             (ceil(V/16), I/32, 16): the scales that a row group needs together lie together; 32 divides I
     ternary 2bit or base3, with an fp32 scale per row, (V,)
 
-A ternary linear has one fp32 scale, or fp16 scales for each row and each of its G groups of columns, (ceil(O/16), G, 16)
-like int4's.
+A ternary linear has one fp32 scale, or fp16 scales for each row and each of its G groups of columns, (ceil(O/16), G, 16),
+as int4 has.
 
 Equal codes have equal bytes: unpacking refuses padding of another code. Shapes: (O, I) is (out_features, in_features).
 

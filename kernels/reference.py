@@ -1,7 +1,7 @@
 """The specification: quantizers, ternary product and SubLN in plain PyTorch, short enough to check by eye.
 
-Every kernel is tested against this file: codes, scales and integer accumulators bit for bit.
-Rounding rules and constants are pinned in numerics.py. Shape suffixes: N tokens, I in_features, O out_features.
+Every kernel is tested against this file: codes, scales and integer accumulators bit for bit. numerics.py fixes the rounding
+rules and constants. Shape suffixes: N tokens, I in_features, O out_features.
 
 Source: BitNet Distillation, arXiv 2510.13998, equations 1-3; BitNet b1.58, arXiv 2402.17764.
 """

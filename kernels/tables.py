@@ -1,13 +1,14 @@
-"""Quantized tables (embedding, LM head) in plain PyTorch: the codes and scales that a packed file stores, and what
-training multiplies with. Scales belong to a row, or to 32 columns of it, so any rows can be quantized alone.
+"""Quantized tables (embedding, LM head) in plain PyTorch: the codes and scales that a packed file stores, and that training
+multiplies with. Scales belong to a row, or to 32 columns of it, so any rows can be quantized separately.
 
     int8      scale = max|row| / 127               codes = round(row / scale)                fp32 scale per row
     ternary   scale = max(mean|row|, EPSILON)      codes = clip(round(row / scale), -1, 1)   fp32 scale per row
     int4      scale = fp16(v / -8)                 codes = clip(round(x / scale), -8, 7)     fp16 scale for 32 columns
 
-with v the entry of largest magnitude among the 32, the first of equals: its sign puts it on -8, the code without a
-counterpart. A row or group whose scale is 0 has codes 0. Rounding is half to even, divisions are true ones, arithmetic is in
-fp32; the mean is summed in fp64 and rounded once. tests/test_tables.py has the same in numpy, equal bit for bit.
+Here v is the entry of largest magnitude among the 32, the first of equal ones. Because of its sign, it falls on -8, the
+code without a positive counterpart. A row or group whose scale is 0 has codes 0. Rounding is half to even, divisions are
+true divisions, and arithmetic is in fp32; the mean is summed in fp64 and rounded once. tests/test_tables.py computes the
+same in numpy, equal bit for bit.
 
 Shape suffixes: V rows, I columns, G groups of 32 columns.
 """

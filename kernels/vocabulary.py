@@ -2,27 +2,29 @@
 
     z_n = W x_n        CE = sum_n -log softmax(z_n)[target_n]        KL = sum_n KL(softmax(t_n / tau) || softmax(z_n / tau))
 
-with t_n from a second head, ``t_n = W' x'_n``, or known at its largest words only (a cache). 8,192 rows of 151,936 words
-are 5 GB in fp32, and autograd would hold several of them. So rows come in chunks: the product gives the logits of a
-chunk, vocabulary_rows.py its losses, and its gradient written over the logits; two more products take that to dx and,
-summed in fp32, to dW. The loss being the end of the graph, all of it happens in the forward pass: four products
-altogether, nothing recomputed, and the backward pass only multiplies by the incoming scalar. What is held at a time is
-``chunk_bytes`` of logits, and dW, which is a result. The vocabulary itself is never cut: a row of it is below 1 MB.
+The teacher's logits t_n come from a second head, ``t_n = W' x'_n``, or are known for its largest words only (a cache). The
+logits of 8,192 rows of 151,936 words take 5 GB in fp32, and autograd would hold several such tensors. So the rows are
+processed in chunks: a product gives the logits of a chunk, vocabulary_rows.py computes its losses and writes their gradient
+over the logits, and two more products turn that into dx and, summed in fp32, into dW. Because the loss is the end of the
+graph, all of this happens in the forward pass: four products altogether, nothing is recomputed, and the backward pass only
+multiplies by the incoming scalar. At any time, memory holds ``chunk_bytes`` of logits, and dW, which is a result. The
+vocabulary itself is never divided, because a row of it is below 1 MB.
 
-For this the weights of the two losses in what is differentiated must be known in the forward pass (``ce_weight``,
-``kl_weight``, up to a common factor, such as a loss scale). A backward pass with other weights gets NaN, never a wrong
+For this, the weights of the two losses in what will be differentiated must be known in the forward pass (``ce_weight``,
+``kl_weight``, up to a common factor such as a loss scale). A backward pass with other weights gets NaN, never a wrong
 gradient.
 
-One custom operator, so that torch.compile sees a node and not a graph break, and autocast cannot reach inside. The work
-on rows is done by Triton kernels on a GPU (gpu/vocabulary_kl.py), by PyTorch elsewhere.
+It is one custom operator, so that torch.compile sees one node and not a graph break, and autocast cannot change what is
+inside. The work on rows is done by Triton kernels on a GPU (gpu/vocabulary_kl.py), and by PyTorch elsewhere.
 
-Known words only. Let K be the words whose teacher logits are cached, and r the log of the sum of exp(t / tau) over the
-others. The others are one further outcome, for the teacher and the student alike:
+Cached words. Let K be the words whose teacher logits are cached, and r the log of the sum of exp(t / tau) over all others.
+For teacher and student alike, all other words together count as one further outcome:
 
     KL_K = sum_{i in K} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),   p_rest = 1 - sum_K p,  q_rest = 1 - sum_K q
 
-a lower bound of the KL over all words, and equal to it when one word or none is left over. Without r the teacher's
-probabilities are renormalized over K (p_rest = 0), the student's are not: mass that it gives to other words is punished.
+This is a lower bound of the KL over all words, and equal to it when at most one word is left over. Without r, the teacher's
+probabilities are renormalized over K (p_rest = 0), but the student's are not: probability that it gives to other words is
+punished.
 
 Shape suffixes: N rows, H student hidden, V vocabulary, K cached words, C a chunk of rows.
 """

@@ -1,12 +1,12 @@
-"""What is done with rows of logits: losses, and their gradient written over the student's. Plain PyTorch, the specification
-of the GPU kernels of the same names (gpu/vocabulary_kl.py).
+"""What is computed on rows of logits: losses, and their gradient, which is written over the student's logits. Plain
+PyTorch; it is the specification of the GPU kernels of the same names (gpu/vocabulary_kl.py).
 
 The KL is a sum of terms that are never negative, ``q - p - p d`` with ``d = log(q / p)``: where student and teacher
 agree, the difference of two logarithms would be noise. Maxima are subtracted before anything else, so that the
 size of the logits costs no accuracy.
 
-Words known only in part (``top_k_rows_``): their logits are taken out of the row and the rest is walked like any other
-row; what was taken out is N x K numbers, and is put back as gradients.
+When only some words are known (``top_k_rows_``), their logits are taken out of the row, and the rest is computed like any
+other row. What was taken out is N x K numbers, which are put back as gradients.
 
 Shape suffixes: N rows, V vocabulary, K cached words; N1 is (N, 1).
 """

@@ -1,1 +1,1 @@
-"""Compiled kernels for processors: Numba only, no compiler needed. Inert: import the modules."""
+"""Compiled kernels for processors, by Numba alone; no compiler is needed. This file imports nothing: import the modules."""

@@ -1,4 +1,4 @@
-"""A token's activations as the products read them: int8 codes in a record of bytes.
+"""The activations of a token as the products read them: int8 codes in a record of bytes.
 
     offset 0            float32  act_scale
     offset 4            int32    sum of the codes: what weights stored as code + 1 add too much
@@ -7,11 +7,11 @@
     group_sums_offset   int32    sums of the codes of every 32 columns (planes only)
 
 Why the zeros: a vector of packed weights may also hold blocks of the row groups before and after (packing.py), up to four
-of them, whose products must vanish. A buffer of N tokens is N records of `record_bytes` each, or further apart.
+of them, whose products must vanish. A buffer of N tokens is N records, `record_bytes` apart or more.
 
-Integer tables (LM heads) want more than 8 bits of the activations, which are not trained to be quantized. Two planes keep
-16: ``x ~ act_scale * (255 hi + lo)`` with hi and lo in -127..127, a record each, so that a product with them is two exact
-integer products.
+Integer tables (LM heads) need activations of more than 8 bits, because the model was not trained with quantized ones there.
+Two planes keep 16 bits: ``x ~ act_scale * (255 hi + lo)`` with hi and lo in -127..127, in one record each, so that a
+product with them is two exact integer products.
 Addresses are int64. Shape suffixes: I in_features.
 """
 

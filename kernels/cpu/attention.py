@@ -1,4 +1,5 @@
-"""Grouped-query attention over the KV cache: one pass with online softmax, fp32 arithmetic, a cache of fp32, bf16 or int8.
+"""Grouped-query attention over the KV cache: one pass with online softmax, in fp32 arithmetic, over a cache of fp32, bf16
+or int8.
 
     s_p = attention_scale * q . k_p      out = sum_p e^(s_p - m) v_p / sum_p e^(s_p - m)      over the positions p of a row
 
@@ -8,11 +9,11 @@ Layout of the cache, per layer, slot and key/value head ("head" below; D head wi
     values   (capacity, E)            a lane is a dimension
     scales   (capacity,), for keys and for values; int8 only: key = code * scale, scale = max|k| / 127 of that position
 
-Positions are visited in chunks of CHUNK that begin at multiples of CHUNK; a position that a row may not see has weight 0
-and leaves its sums as they are. So a row's result depends on nothing but its own position, window and sequence: neither
-on which rows are worked on together nor on the threads. Rows of one prompt are worked on in tiles: the query heads of up
-to TILE_ROWS rows of one sequence meet each chunk of keys and values while it is in the first-level cache, two queries at a
-time in registers.
+Positions are visited in chunks of CHUNK that begin at multiples of CHUNK. A position that a row may not see has weight 0
+and leaves the row's sums as they are. So the result of a row depends on its own position, window and sequence only, and
+neither on which rows are computed together nor on the threads. Rows of one prompt are computed in tiles: the query heads of
+up to TILE_ROWS rows of one sequence are multiplied with each chunk of keys and values while it is in the first-level cache,
+two queries at a time in registers.
 """
 
 import numpy as np

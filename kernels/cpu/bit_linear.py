@@ -1,4 +1,5 @@
-"""BitLinear on a CPU: compiled quantizers, int8 products, and their gradients; the interface of kernels/gpu/bit_linear.py.
+"""BitLinear on a CPU: compiled quantizers, int8 products, and their gradients. It has the interface of
+kernels/gpu/bit_linear.py.
 
     quantize_input(x)                             act_codes int8, act_scale
     norm_quantize_input(x, gain, eps)             the same of SubLN(x), and an anchor
@@ -6,8 +7,8 @@
     ternarize(weights)                            weight_codes int8 of linears stacked, weight_scale of each
     ternary_linear(x, ...)                        y = int8 product * scales + bias, of linears on the same codes
 
-As on a GPU the straight-through gradient goes around the int8 codes: `ternary_linear` gives its input gradient to x, of which
-it reads nothing but the shape; behind a fused norm, to an *anchor* in its place, with memory for one value.
+As on a GPU, the straight-through gradient goes around the int8 codes. `ternary_linear` gives its input gradient to x, of
+which it reads only the shape. After a fused norm x does not exist; an *anchor* with memory for one value takes its place.
 
 Saved for backward: act_codes, act_scale, weight_codes, weight_scale; for a norm x, or gate and up, and one number per row.
  backward="exact":  float products of dY with int8 operands turned into floats: dX = dY W~, dW = dY^T x~, in fp32; in bf16

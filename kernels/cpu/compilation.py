@@ -1,7 +1,7 @@
 """How the CPU kernels are compiled: for which instructions, and where the machine code is kept.
 
-Instruction sets. `FEATURES` names the way in which the vector operations of vector.py are done, chosen from what the
-target of Numba offers, best first:
+Instruction sets. `FEATURES` names how the vector operations of vector.py are done. It is chosen from what the target of
+Numba offers, the best first:
 
     avx512_vbmi  64-byte vectors, vpdpbusd, byte permutations of 128 entries      Ice Lake, Sapphire Rapids, Zen 4 and 5
     avx512_vnni  64-byte vectors, vpdpbusd                                        Cascade Lake
@@ -10,13 +10,13 @@ target of Numba offers, best first:
     neon_dot     16-byte vectors, sdot                                            Arm v8.2 and later, Apple
     portable     whatever LLVM makes of plain vector code                         the rest
 
-The environment variable BITDISTILL_CPU_FEATURES forces one. Integer results are the same for all of them.
+The environment variable BITDISTILL_CPU_FEATURES chooses another. Integer results are the same for all of them.
 
-The on-disk cache. Numba notices a change in a function's own file, but neither in the files of the functions that it calls
-nor in this choice. So the machine code lives in ``$XDG_CACHE_HOME/bitdistill/KEY`` (~/.cache by default), where KEY is a
-hash of all that it depends on: the sources of this folder, the versions of Numba and llvmlite, the processor's name and
-features, and `FEATURES`. Numba writes each file whole and renames it, so that processes may compile side by side.
-With NUMBA_DISABLE_JIT=1 nothing is compiled and every set can be chosen: vector.py then works in numpy.
+The cache on disk. Numba notices when a function's own file changes, but not when the files of the functions that it calls
+do, nor this choice. The machine code is therefore kept in ``$XDG_CACHE_HOME/bitdistill/KEY`` (~/.cache by default), where
+KEY is a hash of all that it depends on: the sources of this folder, the versions of Numba and llvmlite, the processor's
+name and features, and `FEATURES`. Numba writes each file whole and renames it, so several processes may compile at the same
+time. With NUMBA_DISABLE_JIT=1 nothing is compiled and every set can be chosen: vector.py then computes in numpy.
 """
 
 import functools

@@ -1,12 +1,12 @@
-"""The compiled decoder: token ids to logits, on packed weights as they lie in the file.
+"""The compiled decoder: from token ids to logits, on packed weights as they are in the file.
 
     N rows, each a token of a sequence (slot) at a position -> K and V into the cache -> logits of the wanted rows
 
-A prompt is N rows of one slot, decoding a batch is one row of each of N slots, and continuous batching any mixture. The
-parts of a model are plain dataclasses of numpy arrays, which may be read-only and misaligned; this module checks them and
+A prompt is N rows of one slot, decoding a batch is one row of each of N slots, and continuous batching is any mixture. The
+parts of a model are plain dataclasses of numpy arrays, which may be read-only and misaligned. This module checks them and
 describes them to step.py by their addresses. It knows nothing of files.
 
-Logits do not depend on the number of threads, nor on how the rows are cut into calls, to the last bit.
+Logits depend neither on the number of threads nor on how the rows are divided into calls, to the last bit.
 """
 
 import threading

@@ -1,8 +1,8 @@
-"""What happens between the products, row by row in fp32: norms, activations, RoPE, scaling of accumulators.
+"""The operations between the products, row by row in fp32: norms, activations, RoPE, scaling of accumulators.
 
-Buffers of this package hold rows whose widths are padded to 16 floats with zeros, and every function here keeps that
-padding zero: there are no tails. Gains and biases are padded likewise (`padded`). Sums over a row have one order: sixteen
-partial sums, lane by lane, then a fixed tree.
+Buffers of this package hold rows whose widths are padded to a multiple of 16 floats with zeros, and every function here
+keeps that padding zero, so no loop has a remainder. Gains and biases are padded likewise (`padded`). Sums over a row have
+one order: sixteen partial sums, lane by lane, and then a fixed tree.
 """
 
 import math

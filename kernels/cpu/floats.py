@@ -1,9 +1,9 @@
 """Sixteen fp32 lanes as one value of compiled code: the vectors of elementwise.py and attention.py.
 
 LLVM splits them into the registers that the processor has (one AVX512, two AVX2, four SSE or NEON registers). Nothing is
-reordered or approximated behind our back: no fastmath, so NaN and infinity keep their meaning; sums across lanes have one
-fixed tree; `multiply_add` is fused wherever the target has the instruction and nowhere else. So a result depends on the
-processor's feature set but never on the number of threads or rows.
+reordered or approximated: there is no fastmath, so NaN and infinity keep their meaning; sums across lanes have one fixed
+tree; and `multiply_add` is fused wherever the target has the instruction and nowhere else. So a result depends on the
+processor's feature set, but never on the number of threads or rows.
 
 Memory is addressed by int64 and may be misaligned.
 """

@@ -2,18 +2,18 @@
 
     y = sum_g(weight_scale_g * acc_g) * act_scale + bias,       acc_g = sum(u * act_codes) - sum(act_codes) over group g
 
-It is matmul.py's product, which see for the layout, with a stop after each group: the integers of the group become floats,
-are multiplied by 16 rows' scales, and are added up. A group has 64, 128 or 256 columns (the last one of a row may be
-narrower), that is 16, 32 or 64 blocks, so its int16 sums fit; its product with a scale of eight significant bits is exact
-in fp32, and only the sum over groups rounds, in the order of the groups.
+It is the product of matmul.py, where the layout is explained, with a stop after each group: the integers of the group
+become floats, are multiplied by the scales of 16 rows, and are added up. A group has 64, 128 or 256 columns (the last one
+of a row may be narrower), that is 16, 32 or 64 blocks, so its int16 sums fit. Its product with a scale of eight significant
+bits is exact in fp32; only the sum over groups rounds, in the order of the groups.
 
-* One token: a vector of packed bytes may hold the last blocks of a group and the first of the next one. It is taken apart
-  once, and meets the activations twice: those of the one group among zeros, then those of the other.
-* More tokens: chunks of blocks are unpacked as in matmul.py; a tile of tokens keeps its float sums in registers while it
-  walks through the groups of a chunk.
+* One token: a vector of packed bytes may hold the last blocks of one group and the first of the next. It is taken apart
+  once and multiplied twice: with the activations of the one group among zeros, and then with those of the other.
+* More tokens: chunks of blocks are unpacked as in matmul.py. A tile of tokens keeps its float sums in registers while it
+  goes through the groups of a chunk.
 
-Scales are fp16 in the order of packing.py, (ceil(O / 16), G, 16). The sums of the activation codes of each group are behind
-the codes in a token's record (`write_group_sums`).
+Scales are fp16 in the order of packing.py, (ceil(O / 16), G, 16). The sums of the activation codes of each group stand
+after the codes in a token's record (`write_group_sums`).
 """
 
 import numpy as np

@@ -1,21 +1,23 @@
-"""The ternary product on packed bytes: one token or many, bit for bit the integers of the reference.
+"""The ternary product on packed bytes, for one token or many. Its integers are those of the reference, bit for bit.
 
     acc = weight_codes @ act_codes = sum(u * act_codes) - sum(act_codes),        u = weight_codes + 1
 
-The unit of work is a group of 16 rows, whose blocks (packing.py) are 64 bytes each: 16 lanes of one row, four columns. A dot
-step multiplies a block with the same four activations in every lane, so no sum ever crosses lanes. `act_codes` comes in
-records (activations.py), with zeros around the codes: a vector of packed bytes may begin or end in another group's blocks,
-which meet these zeros.
+The unit of work is a group of 16 rows, whose blocks (packing.py) are 64 bytes each: 16 lanes, one for each row, with four
+columns. A dot step multiplies a block with the same four activations in every lane, so no sum ever crosses lanes.
+`act_codes` comes in records (activations.py) with zeros around the codes, because a vector of packed bytes may begin or end
+in the blocks of another group, which are multiplied with these zeros.
 
-* One token (`_multiply_2bit`, `_multiply_base3`) or two, as the planes of one token of an LM head are: packed bytes are
-  read once, taken apart in registers, and prefetched PREFETCH bytes ahead, without which memory waits for the loop.
-  Read-only, any alignment, never beyond the last vector.
-* More tokens: up to CHUNK blocks are taken apart into `scratch`, which stays in the first-level cache, and meet tile after
-  tile of tokens (eight where there are 32 wide registers, else four, then two, then one).
+* One token (`_multiply_2bit`, `_multiply_base3`), or two, as the planes of one token of an LM head are: packed bytes are
+  read once and taken apart in registers. They are prefetched PREFETCH bytes ahead; without that, memory would wait for the
+  loop. They may be read-only and have any alignment, and nothing beyond the last vector is read.
+* More tokens: up to CHUNK blocks are taken apart into `scratch`, which stays in the first-level cache, and are multiplied
+  with one tile of tokens after the other (of eight tokens where there are 32 wide registers, else of four, then two, then
+  one).
 
-int16 sums (vector.py): a dot step adds at most 2 * 2 * 128 = 512 in magnitude, so 64 of them fit. The GEMV of 2-bit bytes
-leaves half of the fields in place, four times too large, which saves shifts: 16 of those fit.
-Integers only: the result depends neither on the number of tokens, nor on how row groups are shared among threads.
+int16 sums (vector.py): a dot step adds at most 2 * 2 * 128 = 512 in magnitude, so 64 steps fit. For one token with 2-bit
+bytes, half of the fields are left in place, four times too large, which saves shifts; of those, 16 steps fit.
+Everything is in integers, so the result depends neither on the number of tokens nor on how row groups are shared among
+threads.
 
 Shape suffixes: N tokens, I in_features, O out_features. Addresses are int64, strides of records in bytes.
 """

@@ -1,7 +1,7 @@
 """Single instructions and raw memory for compiled code, each with a Python body for NUMBA_DISABLE_JIT=1.
 
-Arrays cross into compiled code as addresses (int64), so that one compilation serves every array, read-only or not; the
-Python callers own the checks and keep the arrays alive.
+Arrays are passed to compiled code as addresses (int64), so that one compilation serves every array, read-only or not. The
+Python callers check the arrays and keep them alive.
 """
 
 import ctypes

@@ -1,9 +1,9 @@
-"""RMSNorm in training on a CPU, one pass forward and one backward; autograd's own takes about twenty.
+"""RMSNorm in training on a CPU, in one pass forward and one backward; autograd's own takes about twenty passes.
 
     y = x * rstd * gain        rstd = 1 / sqrt(mean(x^2) + eps)
 
-What stands before a quantizer is fused with it (training_norms.py, which also has the gradient); this is for the norms of the
-model itself.
+A norm before a quantizer is fused with it (training_norms.py, which also has the gradient). This file is for the norms of
+the model itself.
 """
 
 import numpy as np

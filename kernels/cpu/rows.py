@@ -1,11 +1,12 @@
-"""Rows of a tensor in compiled code: sixteen values at a time with any tail, and shared among as many threads as torch uses.
+"""Rows of a tensor in compiled code: sixteen values at a time with any remainder, shared among as many threads as torch
+uses.
 
-Training calls these kernels between torch's own operations, whose OpenMP threads rest meanwhile. `share_rows` therefore
-takes the caller and `torch.get_num_threads() - 1` Python threads, each in a nogil function over rows of its own, and they
-sleep as soon as it is done: nobody waits actively, so the two sets of threads never compete for the cores for long.
+Training calls these kernels between torch's own operations, whose OpenMP threads are idle meanwhile. `share_rows` therefore
+uses the calling thread and `torch.get_num_threads() - 1` Python threads, each in a nogil function on rows of its own. They
+sleep as soon as the work is done: nobody spins, so the two sets of threads never compete for the cores for long.
 
-A row's bounds are multiples of BLOCK, whatever the number of threads: kernels that sum over rows keep one partial sum a
-block, so that a result does not depend on the number of threads.
+The rows of a thread begin at a multiple of BLOCK, whatever the number of threads. Kernels that sum over rows keep one
+partial sum per block, so a result does not depend on the number of threads.
 """
 
 import functools

@@ -3,16 +3,17 @@
     embedding -> per layer: norm, quantize | q k v | norm, RoPE, cache | attention | quantize | o | residual, norm, quantize
                             | gate up act | quantize | down | residual -> norm, quantize | head
 
-Everything is found by address: models, layers and calls are records (numpy structured arrays), so that there is one
+Everything is passed by address: models, layers and calls are records (numpy structured arrays), so that there is one
 compilation for every model, packing, family and cache.
 
-How the work is shared. Products by row groups of the weights; all rows of the call meet a row group in one place, so that a
-weight is read once. Attention by (tile of rows, key/value head), whoever comes first. What belongs to a row (norm, quantize,
-residual) by rows, and a barrier after it. But with one row, where barriers would cost more than the work, each thread keeps
-a residual stream of its own and does all of it: five barriers a layer remain (q k v, attention, o, gate up, down).
+How the work is shared. Products are shared by row groups of the weights: all rows of the call use a row group in one place,
+so a weight is read once. Attention is shared by (tile of rows, key/value head); whichever thread is free takes the next
+one. What belongs to a row (norm, quantize, residual) is shared by rows, with a barrier after it. With a single row,
+barriers would cost more than this work; then each thread keeps a residual stream of its own and does all of it. Five
+barriers per layer remain (q k v, attention, o, gate up, down).
 
-Sums: a product is exact in integers, everything else belongs to one row and is summed by one thread in one order. So
-results depend neither on the number of threads nor on which rows come together.
+Sums: a product is exact in integers; everything else belongs to one row and is summed by one thread in one order. So
+results depend neither on the number of threads nor on which rows are computed together.
 """
 
 import numpy as np

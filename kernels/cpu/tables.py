@@ -2,9 +2,9 @@
 
     logits = x @ table.T        (N, V) from x (N, hidden), where table ~ scale * codes, in a layout of packing.py
 
-Integer tables are met by activations of 16 bits, as two planes of int8 (activations.py), so that the only rounding besides
-the table's own is that of x to 16 bits. With hi and lo the exact integer products of a row with the planes, in fp32, every
-operation rounded by itself and in this order:
+Integer tables are multiplied with activations of 16 bits, as two planes of int8 (activations.py), so that the only rounding
+besides the table's own is that of x to 16 bits. With hi and lo the exact integer products of a row with the planes, the
+rest is fp32, with every operation rounded by itself and in this order:
 
     2bit, base3, int8   (255 float(hi) + float(lo)) * (act_scale * scale_row)
     int4                act_scale * sum over groups of 32 columns, ascending, of float(255 hi + lo) * scale_group,
@@ -12,7 +12,8 @@ operation rounded by itself and in this order:
     fp16                fp32 activations: 64 partial sums, column i in number i % 64 (multiples of 16 at the end: i % 16),
                         with fused multiply-adds where the processor has them; then the sum of those by halves
 
-so a row's logit depends on nothing but the row and the token, and all but those of fp16 are the same on every processor.
+So the logit of a row depends only on the row and the token, and all but those of fp16 tables are the same on every
+processor.
 Shape suffixes: N tokens, V rows of the table. Addresses are int64.
 """
 

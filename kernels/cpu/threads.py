@@ -1,8 +1,8 @@
-"""Threads that walk through one compiled step together: a pool, a spin barrier and a shared counter.
+"""Threads that run one compiled step together: a pool, a spin barrier and a shared counter.
 
-A step of a small model takes a few milliseconds and has more than a hundred joins, so a join must cost well under a
-microsecond: no OpenMP, no prange, no Python between two joins. All threads run the *same* nogil compiled function over
-the same arguments; thread 0 is the caller. What they share is `state`, int64 words a cache line apart, touched only by
+A step of a small model takes a few milliseconds and has more than a hundred barriers, so a barrier must cost well under a
+microsecond: no OpenMP, no prange, no Python between two of them. All threads run the *same* nogil compiled function with
+the same arguments; thread 0 is the caller. What they share is `state`, int64 words one cache line apart, touched only by
 atomic instructions.
 
     caller (thread 0)                       worker, a Python thread
@@ -12,14 +12,14 @@ atomic instructions.
         the work, with barriers                 the work, with barriers
         end_call: the last barrier              end_call; then the next begin_call, for AWAKE_NANOSECONDS
 
-A waiting thread spins with the processor's pause instruction and after SPINS of them yields to the scheduler at each
-look, so that more threads than free cores are slow but never stuck. With more threads than cores it yields at once:
-otherwise each join would wait for spinning threads (measured with 4 on 2 cores: 64 us, and 5 us with yielding).
+A waiting thread spins with the processor's pause instruction. After SPINS of these it yields to the scheduler each time it
+looks, so that more threads than free cores are slow but never stuck. With more threads than cores it yields at once;
+otherwise each barrier would wait for spinning threads (measured with 4 threads on 2 cores: 64 us, and 5 us with yielding).
 
-A call is opened inside compiled code, where no signal handler runs: after Ctrl-C it was either not begun or finished.
-A worker that fails aborts the call: every barrier raises, the caller gets the worker's exception and the threads end;
-the next call starts new ones. So does the first call in a forked child, which has none of its parent's threads.
-With one thread there is no pool and nothing is atomic.
+A call is opened inside compiled code, where no signal handler runs: after Ctrl-C it has either not begun or is finished. A
+worker that fails aborts the call: every barrier raises an error, the caller gets the worker's exception, and the threads
+end; the next call starts new ones. The same happens in the first call in a forked child, which has none of its parent's
+threads. With one thread there is no pool, and nothing is atomic.
 """
 
 import ctypes

@@ -2,10 +2,10 @@
 
     acc = act_codes @ weight_codes.T = sum(u * act_codes) - sum(act_codes),        u = weight_codes + 1
 
-Weights change at every step, so nothing is packed: a group of 16 rows is ceil(K / 4) blocks of 64 bytes u, 16 rows of four
-columns each, as packing.py's groups are when they are unpacked. Activations are plain int8 rows, of which a tile reads whole
-quads: K is a multiple of 4, and the rows of the weight of 16. On processors without VNNI this is three times as fast as
-oneDNN; elsewhere the faster one is chosen (training_products.py).
+Weights change at every step, so nothing is packed: a group of 16 rows is ceil(K / 4) blocks of 64 bytes u, with 16 rows of
+four columns each, like the groups of packing.py when they are unpacked. Activations are plain int8 rows, which a tile reads
+four columns at a time: K must be a multiple of 4, and the number of rows of the weight a multiple of 16. On processors
+without VNNI this is three times as fast as oneDNN; elsewhere the faster of the two is chosen (training_products.py).
 
 Addresses are int64. Shape suffixes: N tokens, K summed columns, R rows of the weight.
 """

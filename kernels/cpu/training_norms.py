@@ -1,16 +1,18 @@
-"""What stands before a quantizer in training on a CPU, fused with it: SubLN, and the gate of an MLP with or without one.
+"""The operation before a quantizer in training on a CPU, fused with it: SubLN, and the gate of an MLP with or without
+SubLN.
 
     y = x * rstd * gain                     rstd = 1 / sqrt(mean(x^2) + eps)
     y = h * rstd * gain, or h               h = act(gate) * up
 
-y never leaves the first-level cache; as the reference does, it is rounded to bf16 where x is bf16. Backward, straight
+y never leaves the first-level cache. Like in the reference, it is rounded to bf16 where x is bf16. Backward, straight
 through the quantizer, with ``x^ = x * rstd``:
 
     dx = rstd * (dy * gain - x^ * mean(dy * gain * x^)),    dgain = sum over tokens of dy * x^
     dup = dh * act,    dgate = dh * up * act'
 
-dgain is summed a BLOCK of rows at a time; the caller adds up the blocks. Both activations are ``act(g) = g * sigmoid(v)``:
-v = g for SiLU, ``v = sqrt(8 / pi) * (g + 0.044715 g^3)`` for the tanh form of GELU, and ``act' = s + act * (1 - s) * v'``.
+dgain is summed over one BLOCK of rows at a time; the caller adds up the blocks. Both activations are ``act(g) = g *
+sigmoid(v)``: v = g for SiLU, ``v = sqrt(8 / pi) * (g + 0.044715 g^3)`` for the tanh form of GELU, and ``act' = s + act * (1
+- s) * v'``.
 
 Addresses are int64, strides in bytes; `half` says that floats are bf16.
 """

@@ -1,15 +1,17 @@
-"""The int8 products of training on a CPU: oneDNN's, through torch, or our own, whichever is faster here.
+"""The int8 products of training on a CPU: those of oneDNN, through torch, or our own, whichever is faster on this machine.
 
     forward     act_codes (N, I) @ weight_codes (O, I).T         -> int32 (N, O)
     backward    row_codes (N, O) @ weight_codes (O, I)           -> int32 (N, I)
     dense       column_codes (N, O).T @ act_codes (N, I)         -> int32 (O, I), where int8 times int8 is exact
 
-**Exactness.** Without VNNI oneDNN multiplies by instructions that saturate at 16 bits: a ternary operand never reaches that,
-+-127 on both sides does. So `dense` products are for machines on which `dense_products_are_exact` has seen them to be.
+**Exactness.** Without VNNI, oneDNN multiplies by instructions whose sums saturate at 16 bits. With a ternary operand they
+never get that large, but with +-127 on both sides they do. So `dense` products are used only on machines where
+`dense_products_are_exact` has found them to be exact.
 
-**Choice.** METHODS are timed on the first product of a kind, width and number of tokens (to the power of two), with the
-operands at hand, and the fastest is kept for this machine in ``products.json`` beside the compiled kernels, by torch's
-version, oneDNN's instruction set and the number of threads. All give the same integers: the choice shows in time only.
+**Choice.** METHODS are timed on the first product of a kind, width and number of tokens (rounded to a power of two), with
+the given operands. The fastest is kept for this machine in ``products.json`` beside the compiled kernels, under torch's
+version, oneDNN's instruction set and the number of threads. All methods give the same integers, so the choice affects time
+only.
 """
 
 import functools

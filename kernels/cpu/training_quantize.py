@@ -5,8 +5,8 @@
     gradient_peaks, gradient_codes                   dY to int8, for both products of the fast backward pass
     scale_rows         int32 -> float: ``acc * (row_scale * column_scale) + bias``
 
-**Gradients.** In each product the scale that varies along the summed dimension is folded into dY before it is quantized,
-the other one stays outside:
+**Gradients.** In each product, the scale that varies along the summed dimension is multiplied into dY before dY is
+quantized. The other scale is applied afterwards:
 
     dX = (dY * weight_scale) @ weight_codes    summed over O: one scale per token, row codes (N, O)
     dW = (dY * act_scale).T @ act_codes        summed over N: one scale per column, column codes (N, O)

@@ -1,18 +1,18 @@
 """64-byte vectors for compiled code: types, and the operations that the products are written in.
 
-Numba knows no vector types, and plain loops never become the four-way int8 dot products that processors have (they are
-ten times slower). So each operation here emits LLVM IR on vectors of 64 bytes, whatever the processor's own width: LLVM
-cuts them into two ymm or four xmm or q registers. Only `dot`, `dot_signed`, `widen` and the table lookups name an
-instruction of a processor, chosen by `compilation.FEATURES`; all else is plain IR.
+Numba has no vector types, and plain loops never become the four-way int8 dot products that processors have (they are ten
+times slower). So each operation here emits LLVM IR on vectors of 64 bytes, whatever the processor's own width: LLVM divides
+them into two ymm or four xmm or q registers. Only `dot`, `dot_signed`, `widen` and the table lookups name an instruction of
+a processor, chosen by `compilation.FEATURES`; everything else is plain IR.
 
     BYTES   64 bytes: packed codes, unsigned codes, or four activation codes repeated 16 times
     INTS    16 int32; sixteen floats are in floats.py
     SUMS    what `dot` adds to:  16 int32 where the processor adds four products to an int32 (WIDE),
                                  32 int16 elsewhere, which wrap: `widen` them before they can overflow
 
-A lane is 32 bits: four neighboring columns of one row (packing.py). Where nothing is compiled (NUMBA_DISABLE_JIT=1) each
-operation is its numpy body beside it, for any of the feature sets, so that every processor's algorithm can be checked
-anywhere; there an int16 sum that overflows is an AssertionError.
+A lane is 32 bits: four neighboring columns of one row (packing.py). When nothing is compiled (NUMBA_DISABLE_JIT=1), each
+operation is the numpy function written beside it, for any of the feature sets, so that every processor's algorithm can be
+checked on any machine. An int16 sum that overflows is an AssertionError there.
 """
 
 import ctypes

@@ -1,1 +1,1 @@
-"""Triton kernels, each beside its PyTorch reference. Inert: import the file that is needed."""
+"""Triton kernels, each tested against its PyTorch reference. This file imports nothing: import the file that is needed."""

@@ -1,4 +1,5 @@
-"""BitLinear on a GPU as PyTorch operators: autograd, autocast-proof, and opaque to torch.compile (no graph break).
+"""BitLinear on a GPU as PyTorch operators: with autograd, unaffected by autocast, and opaque to torch.compile (no graph
+break).
 
     quantize_input(x)                             act_codes int8, act_scale
     norm_quantize_input(x, gain, eps)             the same of SubLN(x), and an anchor
@@ -7,13 +8,12 @@
     ternary_linear(x, ...)                        y = int8 product * scales + bias, of linears on the same codes
 
 int8 codes carry no gradient. The straight-through gradient therefore goes around them: `ternary_linear` gives its input
-gradient to x, the tensor whose codes it multiplied, of which it reads nothing but the shape. Behind a fused norm that
-tensor was never computed, so the fused operators return an *anchor* in its place: shape and dtype of the normalized x,
-memory for one value. The gradient that arrives there goes on through the norm's backward.
+gradient to x, the tensor whose codes it multiplied, of which it reads only the shape. After a fused norm that tensor was
+never computed. The fused operators therefore return an *anchor* in its place, with the shape and dtype of the normalized x
+but memory for one value. The gradient that arrives there continues through the norm's backward pass.
 
-Saved for backward: act_codes, act_scale, weight_codes, weight_scale; for a norm x, or gate and up, and one number per row.
- backward="exact" or "fast":
-matmul.py.
+Saved for backward: act_codes, act_scale, weight_codes, weight_scale; for a norm also x, or gate and up, and one number per
+row. What backward="exact" and "fast" compute is explained in matmul.py.
 
 Suffixes: N tokens, I in_features, O out_features, S linears that share an input.
 """

@@ -1,22 +1,22 @@
-"""Products with packed weights on a GPU, for the few rows of a decoding step and the many of a prompt.
+"""Products with packed weights on a GPU, for the few rows of a decoding step and the many rows of a prompt.
 
     acc[n, o] = sum over i of act_codes[n, i] * weight_codes[o, i]        exact, int32
 
-A decoding step reads every weight once, so bytes and integer work a weight are all that counts. A row of ternary codes
-has W bytes; byte j holds the columns j, j + W, j + 2W and j + 3W (the quarters of the row, padded), so that one tile of
-bytes meets four contiguous tiles of activations and no weight is ever unpacked in memory::
+A decoding step reads every weight once, so what counts are the bytes and the integer operations per weight. A row of
+ternary codes has W bytes; byte j holds the columns j, j + W, j + 2W and j + 3W (from the four quarters of the padded row).
+One tile of bytes is so multiplied with four contiguous tiles of activations, and no weight is ever unpacked in memory::
 
         bit      7   6 | 5   4 | 3   2 | 1   0
         column  j + 3W | j + 2W|  j + W|   j        fields are the codes in two's complement: 00, 01, 11
 
-One shift and one mask, on four bytes in a 32-bit register, bring a field to the top of its byte, where it reads as
-the int8 number 64 * code: seven operations for sixteen weights, signs included, no bias to subtract. The tensor cores
-sum 64 * acc (within int32 up to 264,000 columns) and a shift by 6 ends it. int4 works alike, with 16 * code; int8 and
-fp16 tables are multiplied as they lie.
+One shift and one mask, on four bytes in a 32-bit register, bring a field to the top of its byte, where it is the int8
+number 64 * code: seven operations for sixteen weights, signs included, and no bias to subtract. The tensor cores sum 64 *
+acc (within int32 up to 264,000 columns), and a final shift by 6 gives acc. int4 works in the same way with 16 * code; int8
+and fp16 tables are multiplied as they are.
 
-Rows of activations are padded to the 16 of the tensor cores inside the kernel. Small matrices are split along I over
-programs; each writes its own integers, and whoever reads them (decode_rows.py, decode_attention.py) adds the splits up
-while it scales: no atomics, the same bits in any order.
+Rows of activations are padded inside the kernel to the 16 of the tensor cores. Small matrices are split along I over
+several programs. Each writes its own integers, and the kernels that read them (decode_rows.py, decode_attention.py) add the
+splits up while they scale: no atomics, and the same bits in any order.
 
 Shape suffixes: N rows (tokens), I in_features, O out_features, S splits, W bytes of a packed row.
 """

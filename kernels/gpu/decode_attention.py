@@ -4,13 +4,13 @@
     attend              softmax(q k / sqrt(D)) v, split over the positions       (flash decoding)
     merge_quantize      the splits put together, SubLN, int8 codes for o
 
-Everything that changes from step to step, positions and slots, is read from device tensors, so that one CUDA graph
-serves all steps. The grid does not depend on the length of the text: each split takes its share of the positions that
-there are, in whole blocks, and those without a share end at once.
+What changes from step to step, positions and slots, is read from device tensors, so that one CUDA graph serves all steps.
+The grid does not depend on the length of the text: each split takes its share of the positions that there are, in whole
+blocks, and splits without a share end at once.
 
-The heads that share a key/value head are the rows of one tile; a prompt puts several of its tokens into a tile. The
-cache is bfloat16, rounded half to even, with products in tf32, finer than the cache; or float32 with fp32 products, to
-compare with other implementations. Sums are fp32.
+The heads that share a key/value head are the rows of one tile; with a prompt, a tile contains several tokens. The cache is
+bfloat16, rounded half to even, with products in tf32, which is finer than the cache; or it is float32 with fp32 products,
+for comparisons with other implementations. Sums are fp32.
 
 Shape suffixes: N tokens, H heads, K key/value heads, G heads per key/value head, D head width, C capacity of a slot,
 S splits, P padded width.

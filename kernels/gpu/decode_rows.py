@@ -1,4 +1,5 @@
-"""What stands between two packed products of a decoder layer, on a GPU: one program per token, one launch per joint.
+"""The operations between two packed products of a decoder layer, on a GPU: one program per token, one launch between two
+products.
 
     embed                   x = table[id] * embedding_scale
     residual_norm_quantize  x += [norm](product); y = norm(x); act_codes = q([SubLN](y))     for q k v, gate up
@@ -7,14 +8,16 @@
     logits_argmax           logits and the largest of each block
     next_token              the largest of all becomes the next token; the positions move on
 
-A product arrives as the integers of decode.accumulate, in splits; it is summed and scaled here, where it is read:
-``y = sum_S(acc) * (act_scale * weight_scale) + bias``. The residual stream is fp32.
+A product arrives as the integers of decode.accumulate, in splits. It is summed and scaled here, where it is read: ``y =
+sum_S(acc) * (act_scale * weight_scale) + bias``. The residual stream is fp32.
 
 Quantizers follow numerics.py to the bit. Multiplications and additions are not fused: scales and biases round as in the
-reference, and a fused ``x * (127 / peak) + 1.5 * 2**23`` would move codes at ties (the clip in between forbids that, too).
+reference, and a fused ``x * (127 / peak) + 1.5 * 2**23`` would change codes at ties (the clip in between also forbids
+that).
 
-A head with integer weights keeps float accuracy: ``q = round(y * (32512 / peak)) = 255 * high + low``, two int8 planes, two
-integer products. For float16 weights the planes are ``high = fp16(y / peak)`` and ``low = fp16((y / peak - high) * 2048)``.
+A head with integer weights keeps float accuracy: ``q = round(y * (32512 / peak)) = 255 * high + low`` are two int8 planes,
+and so two integer products. For float16 weights the planes are ``high = fp16(y / peak)`` and ``low = fp16((y / peak - high)
+* 2048)``.
 
 Shape suffixes: N tokens, I width of a row, P width with padding, S splits, O columns of a product, V vocabulary.
 """

@@ -1,14 +1,15 @@
-"""The decoder on a GPU: packed weights in, logits and the next token out. Plain dataclasses of device tensors.
+"""The decoder on a GPU: packed weights go in, logits and the next token come out. Its parts are plain dataclasses of device
+tensors.
 
     x = embed(ids) -> per layer: norm, q k v | RoPE, cache | attention | o | norm, gate up | act | down -> norm -> head
 
-Ten launches per layer, each of decode.py (products), decode_rows.py (what lies between them) and decode_attention.py. The
-same ones serve a piece of a prompt (many rows of one slot) and a step (one row of each slot). A step reads its tokens and
-positions from device tensors and leaves the likeliest next ones there, so that one CUDA graph, captured once, is every
-step: a replay costs one launch where ten a layer would cost more time than their work.
+A layer takes ten launches, of decode.py (products), decode_rows.py (the operations between them) and decode_attention.py.
+The same launches serve a piece of a prompt (many rows of one slot) and a step (one row of each slot). A step reads its
+tokens and positions from device tensors and leaves the likeliest next ones there. So one CUDA graph, captured once, serves
+every step: a replay costs one launch, where ten launches per layer would take more time than their work.
 
-Projections that read one input are one matrix (q, k, v; gate, up): one launch, one reading of the activations. Where each
-has a SubLN of its own they stay matrices side by side that share their accumulators.
+Projections that read the same input are one matrix (q, k, v; gate, up): one launch, which reads the activations once. Where
+each has a SubLN of its own they stay separate matrices that write into common accumulators.
 
 Shape suffixes: N tokens, V vocabulary, I in_features, O out_features of all projections of a group.
 """

@@ -1,16 +1,16 @@
-"""Gradients to int8, for the fast backward pass of a BitLinear: both of its products become int8_linear's.
+"""Rounds gradients to int8 for the fast backward pass of a BitLinear, in which both products are computed by int8_linear.
 
     dX = (dY * weight_scale) @ weight_codes    summed over O: one scale per token,  row codes (N, O)
     dW = (dY * act_scale).T @ act_codes        summed over N: one scale per column, column codes transposed (O, N)
 
-In each, the scale that varies along the summed dimension is folded into dY before it is quantized, the other one stays
-outside. Both are made from one tile of dY in one kernel, after another has taken the peaks: 2 + 2 bytes read and 1 + 1
-written an element.
+In each product, the scale that varies along the summed dimension is multiplied into dY before dY is quantized; the other
+scale is applied afterwards. One kernel makes both codes from one tile of dY, after another has found the peaks: 2 + 2 bytes
+read and 1 + 1 bytes written per element.
 
-**Stochastic rounding**: ``code = floor(v + u)``, u uniform in [0, 1), so that the mean of a code is v: rounding to the
-nearest would lose every gradient below half a step, always in the same direction. u is a function of the seed, the tile
-and the place in it (Philox, 7 rounds: the fewest that pass the tests of randomness): a call with the same seed gives the
-same bits. One Philox word of 32 bits serves one element, 16 bits for each of its codes.
+**Stochastic rounding**: ``code = floor(v + u)`` with u uniform in [0, 1), so that the mean of a code is v. Rounding to the
+nearest would lose every gradient below half a step, always in the same direction. u is a function of the seed, the tile and
+the place in it (Philox with 7 rounds, the fewest that pass the tests of randomness), so a call with the same seed gives the
+same bits. One Philox word of 32 bits serves one element, 16 bits for each of its two codes.
 
 Suffixes: N tokens, O out_features, S segments.
 """

@@ -9,13 +9,13 @@ shared memory to the tensor core, and nothing but the result is written to memor
 first operand from registers, so the codes are the first operand of both, and both compute their result transposed.
 (With the codes as second operand the widened tile goes back to shared memory and every product waits for it.)
 
-The *fast* backward pass is `int8_linear` twice more, on quantized gradients (gradient_codes.py): the first operand is
-then a gradient's codes, the second a transposed copy of codes that the forward pass made. Tensor cores take int8 only
-where the summed dimension is the contiguous one in both operands.
+The *fast* backward pass is `int8_linear` twice more, on quantized gradients (gradient_codes.py): the first operand is then
+the codes of a gradient, the second a transposed copy of codes that the forward pass made. Tensor cores take int8 only where
+the summed dimension is the contiguous one in both operands.
 
-**Segments.** Linears that read the same codes (q, k, v; gate, up) are one product over their stacked rows, O = O_0 + O_1
-+ O_2, with one weight_scale a segment. Forward, a column looks up its segment's scale. In grad_input the segments are
-successive parts of one sum, and the accumulator is kept in units of the current segment's scale.
+**Segments.** Linears that read the same codes (q, k, v; gate, up) are one product over their stacked rows, O = O_0 + O_1 +
+O_2, with one weight_scale per segment. In the forward pass, a column looks up the scale of its segment. In grad_input the
+segments are successive parts of one sum, and the accumulator is kept in units of the current segment's scale.
 
 Suffixes: N tokens, I in_features, O out_features, S segments (1 to 3).
 """

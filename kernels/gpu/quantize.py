@@ -1,22 +1,22 @@
 """Activations to int8 and weights to {-1, 0, 1} on the GPU: `reference.py`'s codes and scales, bit for bit.
 
-**Activations.** A program keeps a few whole rows in registers, so x is read once: 2 bytes in, 1 byte out an element in
-bf16. The peak is an integer maximum over the bits of |x|: the same order as the floats', with NaN above infinity, so
-that a NaN in a row reaches its scale. Rounding half to even is one addition: in ``v + 1.5 * 2**23`` the integer stands
-in the low bits. The clip stands between the product and that addition, where it also forbids a fused
+**Activations.** A program keeps a few whole rows in registers, so x is read once: in bf16, 2 bytes in and 1 byte out per
+element. The peak is an integer maximum over the bits of |x|. These have the same order as the floats, with NaN above
+infinity, so that a NaN in a row reaches its scale. Rounding half to even is one addition: in ``v + 1.5 * 2**23``, the
+integer is in the low bits. The clip stands between the product and that addition and thereby also prevents a fused
 multiply-add, which would round once where the reference rounds twice.
 
 **Weights.** ``clip(round(W / s), -1, 1)`` needs no division: rounding sends exactly 0.5 to 0, and no float W above s / 2
 has a quotient that rounds to 0.5 (W would have to lie strictly between s / 2 and the float after it). So the code is
 ``(W > s / 2) - (W < -s / 2)``, exactly.
 
-The scale of a tensor is known only after all of it was read, and reading it twice from memory costs 9 bytes per weight
-instead of 5. One launch therefore walks a list of tiles for all tensors, in which the second visit to a tensor (write
-the codes) follows shortly after the first (sum |W|), while it is still in the L2 cache. Tensors beyond the L2 cache
-are revisited backwards, from what was read last. Programs draw their places in the list from a counter, so whoever
-waits for a scale waits for programs that are already running and do not wait themselves: no deadlock, whatever the
-scheduler does. Sums are fp64, one per tile, added in the order of the tiles by whichever program finishes a tensor
-last: no float atomics, the same bits in every run.
+The scale of a tensor is known only after all of it has been read, and reading it twice from memory costs 9 bytes per weight
+instead of 5. One launch therefore walks through a list of tiles of all tensors, in which the second visit to a tensor
+(write the codes) follows shortly after the first (sum |W|), while the tensor is still in the L2 cache. Tensors that are
+larger than the L2 cache are visited the second time in reverse order, starting from what was read last. Programs take their
+places in the list from a counter, so a program that waits for a scale waits for programs that are already running and do
+not wait themselves: there is no deadlock, whatever the scheduler does. Sums are fp64, one per tile, and are added in the
+order of the tiles by whichever program finishes a tensor last: no float atomics, the same bits in every run.
 
 Shape suffixes: N tokens, I in_features, O out_features.
 """

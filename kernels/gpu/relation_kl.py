@@ -1,15 +1,15 @@
-"""Row KL of two token relations, and its gradient, without a T x T matrix in memory: the ops, launches and tiles.
+"""Row KL of two token relations, and its gradient, without a T x T matrix in memory: operators, launches and tiles.
 
-relation_kernels.py has the mathematics, ``relations.row_kl`` is the reference. Kept for the backward pass: the inputs and three
-fp32 numbers per row (four where a floor bites, two more for cosines): O(B H T).
+relation_kernels.py has the mathematics, and ``relations.row_kl`` is the reference. Kept for the backward pass are the
+inputs and three fp32 numbers per row (four where a floor is reached, two more for cosines): O(B H T).
 
 Cost, a head of width D and T tokens: forward 2 products (4 T^2 D FLOP) and 2 T^2 exp2; backward of a symmetric relation 3
 products (6 T^2 D FLOP) and 4 T^2 exp2; of Q and K two launches of 3 products and 2 T^2 exp2 each; causal, half of it.
 Bytes: a block of ROWS tokens reads itself and all keys of its head, ``(1 + ceil(T / ROWS)) * T * D`` elements a head of each
 model, nearly all from the L2 cache. (B 32, T 512, Q, K and V of 32 heads of 128 in all: 344 GFLOP, 1.6e9 exp2.)
 
-Padded tokens are never loaded, and tokens before the first or after the last of a sequence not even looped over. The result
-does not depend on how far a batch was padded on the right, bit for bit.
+Padded tokens are never loaded, and tokens before the first or after the last of a sequence are not even looped over. How
+far a batch was padded on the right changes no bit of the result.
 
 Shape suffixes: B sequences, H heads of the relation, T tokens, D width of a head.
 """

@@ -1,6 +1,6 @@
-"""fp32 to a narrower float and to integers, half to even, in Triton: one place for every kernel.
+"""Rounds fp32 to a narrower float and to integers, half to even, in Triton. All kernels use this file.
 
-The interpreter's own cast to bf16 truncates, so there it is done on the bits.
+The interpreter's own cast to bf16 truncates, so in the interpreter the rounding is done on the bits.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """SwiGLU (or its tanh-GELU twin) + SubLN that gives int8 codes for down_proj: ``y = h * rstd * gain``, quantized.
 
-``h = act(gate) * up``, ``rstd = 1 / sqrt(mean(h^2) + eps)``. gate and up are read once, h and y never leave the registers: 5
-bytes per element in bf16. h is not rounded on the way (PyTorch rounds ``act(gate)`` and the product), which is closer to
-float64; y is rounded to the dtype of gate, as ``reference.rms_norm`` does.
+``h = act(gate) * up``, ``rstd = 1 / sqrt(mean(h^2) + eps)``. gate and up are read once, and h and y never leave the
+registers: 5 bytes per element in bf16. h is not rounded on the way (PyTorch rounds ``act(gate)`` and the product), which is
+closer to float64; y is rounded to the dtype of gate, as ``reference.rms_norm`` does.
 
 Both activations are ``act(g) = g * sigmoid(v)``: v = g for SiLU, ``v = sqrt(8 / pi) * (g + 0.044715 g^3)`` for the tanh
 form of GELU, which so needs no tanh and loses no digits where it is nearly 0; ``act' = s + act * (1 - s) * v'``.

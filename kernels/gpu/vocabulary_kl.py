@@ -1,17 +1,18 @@
-"""The row work of `kernels/vocabulary_rows.py` on the GPU: log-sum-exp, losses, and the gradient in place.
+"""The work of `kernels/vocabulary_rows.py` on rows, on the GPU: log-sum-exp, losses, and the gradient in place.
 
-A program owns a row of logits and walks it twice. The first walk takes the sums of exponentials, the second writes the
-gradient over the student's logits, so that the two products that follow read it from there. Per logit of a student and
-a teacher in bf16: 4 bytes read, 4 read again, 2 written, about 2.9 ms for 8,192 x 151,936 at 4.3 TB/s.
+A program works on one row of logits and goes through it twice. The first time it takes the sums of exponentials; the second
+time it writes the gradient over the student's logits, from where the two products that follow read it. Per logit of a
+student and a teacher in bf16, 4 bytes are read, 4 are read again, and 2 are written: about 2.9 ms for 8,192 x 151,936 at
+4.3 TB/s.
 
-The first walk is online, lane by lane: a lane keeps the largest logit that it saw and the sum relative to it, and needs
-one exponential per logit, ``e = exp(-|z - m|)``: either the sum shrinks by e and gains 1, or it gains e. No reduction, hence
-no barrier, stands in the loop. The temperature costs a second exponential of the same difference.
+The first pass is online, lane by lane: a lane keeps the largest logit that it has seen and the sum relative to it. It needs
+one exponential per logit, ``e = exp(-|z - m|)``: either the sum is multiplied by e and 1 is added, or e is added. So there
+is no reduction, and hence no barrier, in the loop. The temperature costs a second exponential of the same difference.
 
-The KL is summed in the second walk from terms that are never negative, ``q - p - p d`` with ``d = log(q / p)``: near
-d = 0 by the series of ``expm1(d) - d``, so that nothing cancels where student and teacher agree.
+The KL is summed in the second pass from terms that are never negative, ``q - p - p d`` with ``d = log(q / p)``, near d = 0
+by the series of ``expm1(d) - d``, so that nothing cancels where student and teacher agree.
 
-Plain loops over masked pointers; every row is summed in one fixed order.
+The loops use plain masked pointers, and every row is summed in one fixed order.
 
 Shape suffixes: N rows, V vocabulary.
 """
