@@ -1,10 +1,11 @@
-"""The demo's training stages beside a process that never rests, against alone: how well training shares a machine.
+"""How well training shares a machine: the demo's training stages alone, and beside a process that never rests.
 
     python bench/busy.py [--max_steps 20] [--rounds 1] [--threads N] [--json FILE]
 
-Each round runs the embedded demo twice, alone and beside one process that computes without pause, and adds up the seconds that
-the training stages say of themselves (done.json), so that imports and scoring do not dilute the ratio. On two cores
-beside one such process a fair share is two thirds of the machine: 1.5 times as long. Exit status 1 above LIMIT.
+Each round runs the embedded demo twice, alone and beside one process that computes without pause. It adds up the seconds
+that the training stages report themselves (done.json), so that imports and scoring do not change the ratio. On two cores,
+beside one such process, a fair share is two thirds of the machine, so 1.5 times as long. The exit status is 1 if the ratio
+is above LIMIT.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Kills the main job at random moments, goes on, and compares the end with an undisturbed run.
+"""Kills the main job at random moments, continues it, and compares the result with that of an undisturbed run.
 
     python bench/chaos.py [--kills 50] [--seed 0] [--folder FOLDER]
 
 The embedded demo, scaled down to a few steps per stage, runs once undisturbed. Then the same command runs again and again:
-each time SIGKILL ends it at a random moment after it has begun to work, in whatever stage that is, and the same command goes
-on. A run that reaches its end is compared with the undisturbed one, bit for bit: the weights of every stage, the scores, the
-logged losses and the packed files. The next run starts in a new folder, until all kills are spent. The last line says how many
-runs were equal; the exit status is 1 when one was not.
+each time, SIGKILL ends it at a random moment after it has begun to work, in whatever stage that is, and the same command
+continues. When a run reaches its end, it is compared with the undisturbed one, bit for bit: the weights of every stage, the
+scores, the logged losses and the packed files. The next run starts in a new folder, until all kills are used up. The last
+line says how many runs were equal; the exit status is 1 if one was not.
 """
 
 import argparse

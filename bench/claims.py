@@ -1,12 +1,12 @@
-"""The claims, checked by one command: one table, one exit code.
+"""Checks all claims with one command: one table, one exit status.
 
     python bench/claims.py [--rounds 3] [--threads N] [--llama_bench PATH ...] [--peers FILE] [--resident FILE] [--json FILE]
     python bench/claims.py --from bench/results/claims.json --page docs/claims.md --readme README.md
 
-The last line measures nothing: it writes the whole table into one page, and its main rows into the other.
-One row per claim: where it comes from, the command behind the figure, what was measured with its spread, and whether it
-holds. What could not be measured here says so and is never assumed. Exit status 1 when a claim was measured and does not
-hold, 2 when the command was used wrongly.
+The second form measures nothing: it writes the whole table into one page, and its main rows into the other.
+There is one row per claim: where it comes from, the command behind the figure, what was measured with its spread, and
+whether it holds. What could not be measured here is marked so and never assumed. The exit status is 1 when a claim was
+measured and does not hold, and 2 when the command was used wrongly.
 """
 
 import argparse

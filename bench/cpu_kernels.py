@@ -1,10 +1,10 @@
-"""The packed products alone: GEMV from memory and from cache, GEMM, beside torch in fp32 and bf16.
+"""Measures the packed products alone: GEMV from memory and from the cache, and GEMM, beside torch in fp32 and bf16.
 
     python bench/cpu_kernels.py [--rows 3072] [--columns 1024] [--threads 1 2] [--rounds 7] [--json FILE]
 
-GEMV "cold" walks 256 MB of different matrices, so that every byte comes from memory; "hot" stays on one. Rates are
-weights per second (a GEMM's are multiply-adds, two operations each), medians with spread over rounds that alternate, beside the
-read bandwidth measured in each round. Accumulators are checked against numpy before anything is timed.
+GEMV "cold" multiplies different matrices of 256 MB in turn, so that every byte comes from memory; "hot" repeats one matrix.
+Rates are weights per second (for a GEMM multiply-adds, of two operations each): medians with their spread over alternating
+rounds, beside the read bandwidth measured in each round. Accumulators are checked against numpy before anything is timed.
 """
 
 from bitdistill.distributed import openmp

@@ -1,18 +1,20 @@
-"""Training on a CPU: steps of the main job against what it was, and against full-precision training, beside their targets.
+"""Training on a CPU: steps of the main job compared with an older commit and with full-precision training, and with the
+targets.
 
     python bench/real_model.py DIR
     python bench/cpu_training.py --model DIR [--rounds 2] [--steps 2] [--isa AVX512_CORE_BF16 AVX2] [--json FILE]
     python bench/cpu_training.py --model DIR --losses 200 --plot docs/cpu_training_losses.png
 
-Every step is taken by the main job's own functions in a process of its own (bench/training_step.py); variants take turns, and
-a figure is the median over all steps of all rounds. "before" is commit BEFORE of this repository: ternary layers in plain
-PyTorch, the head in fp32, DeepSpeed ZeRO-1 on the one rank. Instruction sets are forced for oneDNN, MKL, ATen and the
-project's own kernels alike. The targets were set for a processor with AVX512-VNNI and AVX512-BF16; on one with AMX, which is
-better still at bf16, they are judged with AMX masked, and the machine as it is ("native") is shown beside them.
+Every step is done by the main job's own functions, in a process of its own (bench/training_step.py). Variants take turns,
+and a figure is the median over all steps of all rounds. "before" is commit BEFORE of this repository: ternary layers in
+plain PyTorch, the head in fp32, DeepSpeed ZeRO-1 on the one rank. Instruction sets are forced for oneDNN, MKL, ATen and the
+project's own kernels alike. The targets were set for a processor with AVX512-VNNI and AVX512-BF16. On a processor with AMX,
+which is even faster at bf16, they are judged with AMX switched off, and the machine as it is ("native") is shown beside
+them.
 
-On a machine that others use as well the clock on the wall says little: `--clock cpu --threads 1` counts the processor's seconds.
+On a machine that others use as well, wall-clock time says little: `--clock cpu --threads 1` counts the processor's seconds.
 
-The last lines are the table of the targets; exit status 1 when one is missed.
+The last lines are the table of the targets; the exit status is 1 if one is missed.
 """
 
 from bitdistill.distributed import openmp

@@ -1,18 +1,18 @@
-"""Mutated real files: each reader of the project gets damaged files and must give a right result or one clear line.
+"""Gives damaged copies of real files to each reader of the project, which must give a right result or one clear line.
 
     python bench/fuzz.py                                1,000 mutations, as in the tests
     python bench/fuzz.py --mutations 100000             the long run: some hours
     python bench/fuzz.py --only "packed file" --case 17 one mutation again, with its error
 
-Mutations are flipped bits, cut, doubled, moved and inserted pieces, absurd numbers and lengths, absurd headers, deep
-nesting, and values of other types in JSON. Each is drawn from its own seed. Outcomes:
+Mutations are flipped bits; pieces that are cut, doubled, moved or inserted; absurd numbers, lengths and headers; deep
+nesting; and values of other types in JSON. Each is drawn from a seed of its own. Outcomes:
 
     same      what was read equals what the valid file gives
     other     something else was read, which the format cannot tell from a valid file (a changed letter of a text)
     refused   a UserError: one line that names the field and says what to do
     FAULT     anything else: another exception, more than SECONDS, or more than MEGABYTES of further memory
 
-A packed file has checksums: there `other` is a fault, too.
+A packed file has checksums, so for it `other` is a fault, too.
 """
 
 import argparse

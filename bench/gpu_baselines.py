@@ -1,6 +1,6 @@
-"""What our kernels are measured against: plain PyTorch written as one would write it, and other projects' layers.
+"""What our kernels are compared with: plain PyTorch as one would write it, and layers of other projects.
 
-Everything here is eager PyTorch in bf16 with fp32 masters, and none of it is ours: no kernel of this project is called.
+Everything here is eager PyTorch in bf16 with fp32 masters. No kernel of this project is called.
 """
 
 import importlib.util

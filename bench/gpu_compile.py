@@ -1,9 +1,10 @@
-"""Compiles every GPU kernel with its production tiles, for parts that need not be here, and prints what came out.
+"""Compiles every GPU kernel with its production tiles, for GPUs that need not be there, and prints what came out.
 
     python bench/gpu_compile.py [NAME ...] [--targets sm_90 gfx942] [--json FILE]
 
-A row per kernel, shape and part: registers per thread, spilled bytes, shared memory of a block, the int8 tensor-core
-instruction. Exit status 1 when a kernel spills, needs more shared memory than the part has, or misses the instruction.
+There is one row per kernel, shape and GPU: registers per thread, spilled bytes, shared memory of a block, the int8
+tensor-core instruction. The exit status is 1 if a kernel spills, needs more shared memory than the GPU has, or does not use
+the instruction.
 """
 
 import argparse

@@ -3,15 +3,16 @@
     python bench/gpu_proof.py [--quick] [--json FILE] [--tests run|skip|only] [--minutes 9]
     python bench/gpu_proof.py --dry_run       without a GPU: every measurement once, tiny, interpreted, not timed
 
-First the GPU tests run on the device, dealt out to several processes; if one fails, no speed is reported. Then every section of
-gpu_sections.py is measured and set beside its floor and its target (gpu_timing.py says how). The result is one table, and
-bench/results/gpu/DATE.json with date, GPU, driver, versions and commit. What could not run, or had no time left, is named.
+First the GPU tests run on the device, distributed over several processes; if one fails, no speed is reported. Then every
+section of gpu_sections.py is measured and compared with its floor and its target (gpu_timing.py says how). The result is
+one table, and bench/results/gpu/DATE.json with date, GPU, driver, versions and commit. What could not run, or had no time
+left, is named.
 
-Needs torch, triton, transformers, numpy and pytest, and no installation of this project; torchao and onebitllms are measured
-where they are installed, pytest-xdist, pytest-timeout and hypothesis may be absent. All fits into nine minutes, or what had no
-time is named; `--tests only` and then `--tests skip` give either half the whole time.
+Needs torch, triton, transformers, numpy and pytest, but no installation of this project. torchao and onebitllms are
+measured if they are installed; pytest-xdist, pytest-timeout and hypothesis may be absent. The whole is limited to nine
+minutes, and what had no time is named. `--tests only` and then `--tests skip` give each half the whole time.
 
-Exit status: 0 all went well, whatever the speeds; 1 a test failed, or a measurement broke; 2 no GPU.
+Exit status: 0 if everything ran, whatever the speeds; 1 if a test failed or a measurement broke; 2 without a GPU.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""The measurements of single kernels for bench/gpu_proof.py, a function per section; those of whole models are in
-gpu_models.py. Each builds its inputs, times ours beside its contenders, and hands rows to a Bench.
+"""The measurements of single kernels for bench/gpu_proof.py, one function per section (those of whole models are in
+gpu_models.py). Each function builds its inputs, times our kernel beside those that it is compared with, and hands rows to a
+Bench.
 
-Sizes: M 16,384 tokens (32 x 512) unless a row says otherwise, shapes of Qwen3 0.6B, 1.7B and 4B, inputs normal and truly
-quantized: zeros would flatter every matrix product by a tenth.
+Sizes: M is 16,384 tokens (32 x 512) unless a row says otherwise; shapes are those of Qwen3 0.6B, 1.7B and 4B; inputs are
+normal and really quantized, because zeros would make every matrix product look a tenth faster.
 """
 
 import math

@@ -1,16 +1,16 @@
-"""Timing on a GPU, and what a measurement is judged by: floors, targets, one table. The arithmetic needs no GPU.
+"""Timing on a GPU, and how a measurement is judged: floors, targets, one table. The arithmetic needs no GPU.
 
-**How a time is taken.** Several copies of the inputs, together larger than the L2 cache, are visited in turn, so that nothing is
-measured from the cache. A batch is one call for each copy between two CUDA events. Before it the GPU is put to sleep until
-the CPU has queued the whole batch: what is measured is the GPU's work, not Python. (If the first event has passed before
-the CPU is done, the sleep was too short, and the batch is taken again with a longer one; a work that waits for the GPU in
-its middle can never be queued whole, and is marked so.) Results of a batch are kept until its end, so that each call writes
-to memory of its own. Contenders take turns: a round visits each once. A figure is the median over rounds, with the smallest
-and the largest.
+**How a time is taken.** Several copies of the inputs, together larger than the L2 cache, are used in turn, so that nothing
+is read from the cache. A batch is one call for each copy, between two CUDA events. Before it, the GPU is put to sleep until
+the CPU has queued the whole batch, so that the GPU's work is measured and not Python's. (If the first event has passed
+before the CPU is done, the sleep was too short, and the batch is repeated with a longer one. Work that waits for the GPU in
+its middle can never be queued as a whole, and is marked.) Results of a batch are kept until its end, so that each call
+writes to memory of its own. Contenders take turns: a round times each once. A figure is the median over rounds, with the
+smallest and the largest.
 
-**How it is judged.** A floor is the least time that the device could need: bytes that must move over the copy bandwidth, or
-operations over the matrix throughput, both measured in the same run. A target is a share of the floor's speed, an upper
-bound in seconds, or a speed-up over a contender of the same run.
+**How it is judged.** A floor is the least time that the device could need: bytes that must be moved over the copy
+bandwidth, or operations over the rate of matrix products, both measured in the same run. A target is a share of the floor's
+speed, an upper bound in seconds, or a speed-up over a contender of the same run.
 """
 
 import math

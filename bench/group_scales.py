@@ -1,12 +1,13 @@
-"""What scales of rows and of groups of columns cost a CPU: the compiled product with them, against one scale per tensor.
+"""What scales of rows and of groups of columns cost on a CPU: the compiled product with them, compared with one scale per
+tensor.
 
     python bench/group_scales.py [--rounds N] [--json FILE]
 
-One thread, whose own processor time is counted; packed weights (base3 and 2bit), the activations quantized beforehand, with
-their sums; a call is the product of one matrix with
-1 token or with 64, scaled and with its result written. Kinds take turns in every round; printed is the median over the
-rounds of (seconds with one scale) / (seconds of this kind), so 1.00 is as fast, and the median microseconds. "cache" calls
-one matrix again and again; "memory" goes through so many matrices that each comes from main memory.
+Everything runs on one thread, and its processor time is counted. Weights are packed (base3 and 2bit); activations are
+quantized beforehand, with their sums. A call is the product of one matrix with 1 token or with 64, scaled, with its result
+written. The kinds take turns in every round. Printed are the median over the rounds of (seconds with one scale) / (seconds
+of this kind), so 1.00 means as fast, and the median in microseconds. "cache" calls one matrix again and again; "memory"
+goes through so many matrices that each comes from main memory.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""The performance history as one page that opens without a network: every figure of `asv run`, over the commits measured.
+"""The performance history as one page that opens without a network: every figure of `asv run`, over the measured commits.
 
     python bench/history.py [--output bench/results/history.html]
 
-Reads bench/results/asv. A section per machine (machines are not compared), a part an area of the suite. Ratios are drawn on
-a logarithmic axis with a line at 1 and stand in a table with the counts: every commit, the latest figure, and its change
-against the commit before. Absolute times, which say more about the machine than about the project, are folded away.
+Reads bench/results/asv. The page has one section per machine (machines are not compared), and one part for each area of the
+suite. Ratios are drawn on a logarithmic axis with a line at 1. A table lists them with the counts: every commit, the latest
+figure, and its change against the commit before. Absolute times, which say more about the machine than about the project,
+are folded away.
 """
 
 import argparse

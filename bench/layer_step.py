@@ -2,8 +2,8 @@
 
     python bench/layer_step.py '{"rounds": 7, "tokens": 1024}'
 
-The seven projections of a layer of SmolLM2-135M's shape in turn, with every gradient, 1,024 tokens. Prints JSON: the seconds
-of each round for nn.Linear in fp32 and bf16 and for BitLinear "exact" and "fast", timed alternately.
+It runs the seven projections of a layer of SmolLM2-135M's shape in turn, with every gradient, on 1,024 tokens. It prints
+JSON: the seconds of each round for nn.Linear in fp32 and bf16, and for BitLinear "exact" and "fast", timed alternately.
 """
 
 import json

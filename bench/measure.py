@@ -1,4 +1,4 @@
-"""What every measurement here needs: the machine's name, its read bandwidth, resident memory, energy, medians."""
+"""What all measurements here need: the machine's name, its read bandwidth, resident memory, energy, medians."""
 
 import ctypes
 import gc

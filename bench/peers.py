@@ -1,14 +1,14 @@
-"""Our CPU runtime beside its peers, in one run on one machine: decode, prefill, memory, bytes per token, energy.
+"""Our CPU runtime compared with others, in one run on one machine: decode, prefill, memory, bytes per token, energy.
 
     python bench/peers.py [--shapes 0.6B 1.7B 4B] [--rounds 5] [--threads N] [--llama_bench PATH ...] [--json FILE]
     python bench/peers.py --profile           where a step of our runtime spends its time
 
-Peers: transformers in bf16 and fp32; llama.cpp as F16, BF16, Q4_0, TQ2_0 and TQ1_0 through the `llama-bench` on PATH, or
-through llama-cpp-python; and every other `llama-bench` that is named, a fork's own formats made by the `llama-quantize`
-beside it. All hold the same random ternary-valued weights (random_models.py); low-bit peers have a head of 4 bits, as
-ours in its "int4" rows. Measurements alternate: a round visits every peer once, and only then comes the next round, with
-the machine's read bandwidth measured in each. Compilation, loading and warm-up are excluded. Fails nothing: a peer that
-cannot run is named with the reason.
+The others are transformers in bf16 and fp32; llama.cpp as F16, BF16, Q4_0, TQ2_0 and TQ1_0, through the `llama-bench` on
+PATH or through llama-cpp-python; and every other `llama-bench` that is named, with a fork's own formats made by the
+`llama-quantize` beside it. All of them hold the same random ternary-valued weights (random_models.py). Those with few bits
+have a head of 4 bits, as ours has in its "int4" rows. Measurements alternate: a round runs each program once, and only then
+comes the next round; the machine's read bandwidth is measured in each. Compilation, loading and warm-up are excluded. A
+program that cannot run is named with the reason, and nothing fails.
 """
 
 import argparse

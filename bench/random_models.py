@@ -1,8 +1,9 @@
-"""Models of real shapes with random weights, for measurements of speed and memory: ours packed, the peers' as GGUF.
+"""Models of real shapes with random weights, for measurements of speed and memory: packed for us, as GGUF for other
+programs.
 
-Weights are ternary-valued, codes uniform in {-1, 0, 1} times a scale, so that every format of every peer holds the same
-function. One layer's matrices are made once and repeated in all layers: files have their true size, and no cache is
-large enough to notice.
+Weights are ternary-valued, codes uniform in {-1, 0, 1} times a scale, so that every format of every program holds the same
+function. One layer's matrices are made once and repeated in all layers: files have their true size, and no cache is large
+enough for that to matter.
 """
 
 from dataclasses import dataclass

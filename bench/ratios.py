@@ -2,8 +2,8 @@
 
     python bench/ratios.py [--only NAME ...]
 
-Ratios (unit "x ...", above 1 is better) compare two things timed alternately in one process, which survives a noisy
-machine; the other figures are counts, exact or nearly so, of which less is better. regressions.py compares both between
+Ratios (unit "x ...", above 1 is better) compare two things that are timed alternately in one process, which a noisy machine
+affects little. The other figures are counts, exact or nearly so, where less is better. regressions.py compares both between
 two commits.
 """
 

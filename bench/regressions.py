@@ -1,12 +1,14 @@
-"""Is this checkout worse than a commit? Paired ratios, several rounds of both, the noise that was measured, and counts.
+"""Is this checkout worse than a commit? Compares paired ratios over several rounds of both, considering the measured noise,
+and counts.
 
     python bench/regressions.py BASE [--rounds 3] [--only linear cpu_kernels] [--json FILE]
 
-BASE is checked out into a temporary folder; the benchmarks of *this* checkout run against the code of either, in turn, in
-fresh processes. A ratio (of times or of memory) has become worse when its median over rounds fell by more than both sides'
-spread together and by more than 5 %; a count (bytes, bits, mismatches) likewise when it rose, and a mismatch when there is
-one at all. Of many ratios some seem worse by chance: their files are measured as often once more, and all rounds are judged
-together. Exit status 1 when one has become worse. Figures that only one side has are listed.
+BASE is checked out into a temporary folder, and the benchmarks of *this* checkout run on the code of both commits in turn,
+in fresh processes. A ratio (of times or of memory) has become worse when its median over rounds fell by more than both
+sides' spread together and by more than 5 %. A count (bytes, bits) has become worse when it rose by as much, and a mismatch
+when there is one at all. Among many ratios, some seem worse by chance: their files are then measured as many times once
+more, and all rounds are judged together. The exit status is 1 if one has become worse. Figures that only one side has are
+listed.
 """
 
 import argparse

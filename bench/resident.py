@@ -1,11 +1,12 @@
-"""How much memory decoding takes: our CPU runtime beside transformers in bf16, each in a process of its own.
+"""How much memory decoding takes: our CPU runtime compared with transformers in bf16, each in a process of its own.
 
     python bench/resident.py [--shape 0.6B] [--embeddings fp16 int8 int4 ternary] [--context 128] [--json FILE]
 
-A process first runs a tiny model, so that libraries and compiled code are there, and notes its resident memory. Then it
-opens the model, takes a prompt in and decodes up to --context positions, while its resident memory is sampled from outside
-(anonymous pages and pages of mapped files). What it grew by at most is the figure. It holds the weights, the KV cache
-(its bytes are stated: 2 x layers x kv_heads x head_dim x 2 bytes per position, in both), activations and scratch.
+A process first runs a tiny model, so that libraries and compiled code are loaded, and records its resident memory. Then it
+opens the model, takes a prompt and decodes up to --context positions, while its resident memory is sampled from outside
+(anonymous pages and pages of mapped files). The figure is by how much it grew at most. That includes the weights, the KV
+cache (its bytes are stated: 2 x layers x kv_heads x head_dim x 2 bytes per position, in both), activations and scratch
+memory.
 """
 
 import argparse

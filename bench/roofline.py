@@ -3,13 +3,13 @@
     python bench/roofline.py PEERS.json [--kernels KERNELS.json] [--shape 0.6B] --output docs/roofline_cpu.png
     python bench/roofline.py --gpu [GPU.json] --output docs/roofline_gpu.png
 
-CPU, from bench/peers.py's JSON. Left: tokens/s over the bytes that a token reads; the line is the read bandwidth measured in
-the same run, which no one can pass. Right: multiply-adds of the linears in prefill, twice counted as operations per second;
-the line is the best GEMM of bench/cpu_kernels.py's JSON on as many threads.
+For a CPU, from bench/peers.py's JSON. Left: tokens/s over the bytes that a token reads; the line is the read bandwidth
+measured in the same run, which nothing can exceed. Right: operations per second of the linears in prefill (two for each
+multiply-add); the line is the best GEMM of bench/cpu_kernels.py's JSON on as many threads.
 
-GPU, from bench/gpu_proof.py's JSON, by default the latest in bench/results/gpu: operations per second over operations per byte,
-under the copy bandwidth and the bf16 rate that the same run measured (int8 has twice that rate). Without such a file the
-picture holds the data sheet of an H200 and where the products would stand, and says that nothing was measured.
+For a GPU, from bench/gpu_proof.py's JSON, by default the latest in bench/results/gpu: operations per second over operations
+per byte, under the copy bandwidth and the bf16 rate that the same run measured (int8 has twice that rate). Without such a
+file the picture shows the data sheet of an H200 and where the products would be, and says that nothing was measured.
 """
 
 import argparse

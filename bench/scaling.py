@@ -2,9 +2,10 @@
 
     python bench/scaling.py [--packing base3] [--embedding int4] [--threads N] [--json FILE] [--plot FILE]
 
-Each time is a median over rounds; memory is the peak of the process's resident set (anonymous pages and pages of the mapped
-file) beyond what it was before: for a context the prompt, its KV cache and a token; for a size the model, too; for a batch
-its KV caches and 8 tokens each. An exponent p is the slope of log(cost) over log(size): 1 is linear growth, 0 none.
+Each time is a median over rounds. Memory is the peak of the process's resident set (anonymous pages and pages of the mapped
+file) beyond what it was before. For a context, this includes the prompt, its KV cache and a token; for a size, the model,
+too; for a batch, its KV caches and 8 tokens each. An exponent p is the slope of log(cost) over log(size): 1 is linear
+growth, 0 is none.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A study: a grid of settings x seeds as runs of the main job, one table with intervals and paired tests, plots.
+"""A study: a grid of settings x seeds, each a run of the main job; one table with intervals and paired tests; plots.
 
     python bench/study.py bench/studies/STUDY.yaml [--workers 2] [--data FOLDER] [--only CELL ...]
     python bench/study.py --draw bench/results/studies/STUDY.json      the table and plots again, runs nothing
@@ -18,10 +18,10 @@ A study's YAML (bench/studies/):
     perplexity    optional, {file, blocks, block_size}: score by perplexity on a text in place of the task's rows
     x             optional: a setting that is the horizontal axis of the plot; cells that differ in it alone are one curve
 
-A cell that is in the results with the same settings is not run again, so a study can be stopped, resumed and extended. A
-stage that two cells have in common (same settings, same seed) is run once and shared by hard links; the main job itself
-checks what it is given, and reruns a stage that does not fit. Cells run side by side, one thread each. Checkpoints stay in
-runs/studies/; results are small: right or wrong for each row, as a bit, so that every test can be repeated from the file.
+A cell whose results with the same settings are there is not run again, so a study can be stopped, resumed and extended. A
+stage that two cells have in common (same settings, same seed) is run once and shared by hard links; the main job checks
+what it is given, and runs a stage again if it does not fit. Cells run side by side, with one thread each. Checkpoints stay
+in runs/studies/. Results are small: one bit for each row, right or wrong, so that every test can be repeated from the file.
 """
 
 import argparse

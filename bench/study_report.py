@@ -1,4 +1,4 @@
-"""What a study says: means with intervals, paired tests, a table in Markdown and plots, from its results file alone.
+"""The results of a study, from its results file alone: means with intervals, paired tests, a table in Markdown, and plots.
 
 Statistics, over S seeds and N rows (the same rows in every cell):
 

@@ -2,10 +2,10 @@
 
     python bench/training_step.py '{"model": "DIR", "stage": "pretrain", "folder": "/tmp/x", ...}'
 
-Runs pretrain() or fine_tune() themselves, with the arguments that train.py gives them, and prints JSON: seconds of each step
-(from the end of one to the end of the next, so that everything between counts; of the clock, and of the processor over all
-threads), the loss of each, the most resident memory of a step, and with "profile" the seconds of each part. Also runs on commits
-that are older than it: their package comes first on PYTHONPATH.
+It runs pretrain() or fine_tune() themselves, with the arguments that train.py gives them, and prints JSON: the seconds of
+each step (from the end of one to the end of the next, so that everything between them counts; of the clock, and of the
+processor over all threads), the loss of each, the most resident memory of a step, and with "profile" the seconds of each
+part. It also runs on older commits, whose package then comes first on PYTHONPATH.
 """
 
 from bitdistill.distributed import launch  # isort: skip -- an older commit has no openmp.py

@@ -2,8 +2,8 @@
 
     python bench/wide_demo.py --seed 0 [--output runs/wide]
 
-Makes OUTPUT/SEED/base with the main job; a study gives it as `teacher.model`, to ask what a larger teacher with other widths
-and head counts is worth.
+Makes OUTPUT/SEED/base with the main job. A study uses it as `teacher.model`, to see what a larger teacher with another
+width and number of heads is worth.
 """
 
 import argparse

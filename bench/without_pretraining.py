@@ -1,10 +1,11 @@
-"""A base model that has forgotten: the control for what pre-training is worth on a task.
+"""A base model without its pre-training: the control that shows what pre-training is worth on a task.
 
     python bench/without_pretraining.py MODEL OUTPUT [--keep_embedding] [--seed 0]
 
-Writes MODEL with fresh weights, as its architecture draws them, and with its tokenizer; with --keep_embedding the embedding
-(and a tied head) stays as pre-trained, so that only what the layers know is lost. Where fine-tuning such a model scores as
-well as fine-tuning the base, a ternary student has nothing to lose on that task, and no method can show that it keeps it.
+Writes MODEL with untrained weights, as its architecture draws them, and with its tokenizer. With --keep_embedding, the
+embedding (and a tied head) stays as pre-trained, so that only what the layers know is lost. If fine-tuning such a model
+scores as well as fine-tuning the base, a ternary student has nothing to lose on that task, and no method can show that it
+keeps it.
 """
 
 import argparse

@@ -1,1 +1,2 @@
-"""For each file of kernels/gpu, how its kernels are launched in production: what bench/gpu_compile.py compiles."""
+"""How the kernels of kernels/gpu are launched in production, one file here for each file there. bench/gpu_compile.py
+compiles these launches."""

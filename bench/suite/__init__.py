@@ -1,10 +1,11 @@
-"""The benchmarks that `asv run` keeps a history of: one file an area of the project, one class an object that is timed.
+"""The benchmarks of which `asv run` keeps a history: one file for each area of the project, one class for each thing that
+is timed.
 
-Machines differ and are noisy, so what is compared over time are ratios of two things measured side by side in one
-process (unit "x ...", above 1 ours is better), and exact counts (bytes, bits, mismatches). Absolute times are kept
-beside them. What the project has is imported in `setup`, inside `newer_than_some_commits`, so that an older commit
-without it is "n/a" there and not an error. Inputs are only ever added to: a parameter that changed would be another
-benchmark under an old name.
+Machines differ and are noisy. What is compared over time are therefore ratios of two things that are measured side by side
+in one process (unit "x ..."; above 1 ours is better), and exact counts (bytes, bits, mismatches). Absolute times are kept
+beside them. The project is imported in `setup`, inside `newer_than_some_commits`, so that an older commit without something
+is "n/a" there and not an error. Inputs are only ever added: a parameter that changed would be another benchmark under an
+old name.
 """
 
 import contextlib

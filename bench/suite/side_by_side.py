@@ -1,5 +1,5 @@
-"""Two pieces of work measured in one process: times in turn, so that what the machine does meanwhile hits both, and
-the memory that each has alive at most."""
+"""Two pieces of work measured in one process: their times in turn, so that whatever else the machine does affects both, and
+the most memory that each has allocated."""
 
 import json
 import os
