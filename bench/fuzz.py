@@ -40,7 +40,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from bitdistill.config import parse_config
+from bitdistill.command_line import parse_config
 from bitdistill.data import demo
 from bitdistill.data.corpus import token_blocks
 from bitdistill.data.tasks import load_rows, load_task

@@ -1,24 +1,19 @@
-"""The tree of settings: documented, validated dataclasses. recipes/*.yaml are its presets.
+"""The tree of settings: dataclasses with a description of every setting (which `--help` prints) and checks of their values.
 
-Precedence, lowest first: the defaults here, the recipe (`--recipe`, a YAML file of recipes/), `--config FILE`, the command
-line. Names are Hugging Face's where Hugging Face has one. Only entry files read these objects.
+A value comes from the first of these that gives one: the command line, `--config FILE`, the recipe (`--recipe`, a YAML file
+of recipes/), the defaults here (command_line.py). Names are Hugging Face's where Hugging Face has one. Only entry files read
+these objects.
 """
 
-import re
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bitdistill import console, folders
-from bitdistill.distributed import launch
 from bitdistill.errors import UserError
 from bitdistill.limits import check_limits
 from bitdistill.names import STAGES
 from bitdistill.student import quantizers
 
-RECIPES = Path(__file__).parent / "recipes"
 STAGE_CHOICES = Literal[("all", "check", *STAGES)]
 
 
@@ -42,7 +37,7 @@ class TrainingConfig:
         train_sampling_strategy: random, or group_by_length, which puts rows of similar length into a batch and so saves padding
             (for task rows only).
         logging_steps: steps between lines of metrics.jsonl.
-        save_steps: steps between checkpoints, from which an interrupted stage goes on; 0 writes none.
+        save_steps: steps between checkpoints, from which an interrupted stage continues; 0 writes none.
         health_steps: steps between lines of health.jsonl; 0 writes none.
     """
 
@@ -72,7 +67,7 @@ class TeacherConfig(TrainingConfig):
         model: a teacher's base model (folder or hub id); the run's own base model by default. A larger one may have other
             widths and head counts, but must share the vocabulary.
         finetuned: True if `model` has been fine-tuned on the task already and is to be used unchanged.
-        dtype: the precision in which the teacher is stored, and run on a GPU.
+        dtype: the precision in which the teacher is stored, and in which it runs on a GPU.
     """
 
     model: str | None = None
@@ -86,19 +81,19 @@ class RefineConfig:
 
     Args:
         norms: SubLN before o_proj and down_proj (two, the paper), before all seven projections (all, its authors' code), or
-            none, for comparison.
+            none, for comparison and for other tools (docs/export.md).
         gain: initial SubLN gain: one, or calibrated to the RMS of the base model's own activations.
         subln_eps: eps of SubLN; the model's own rms_norm_eps when absent (the authors' code has 1e-8).
         calibration_blocks: blocks of the corpus that a calibrated gain is measured on.
         embedding: the format in which embedding and LM head are trained, also for the baseline: fp16 is full precision; int8,
             int4 and ternary are then stored in the packed file bit for bit (docs/method.md).
         weight_quantizer: how the linears become ternary (docs/method.md); the baseline's are absmean. block and awq cannot
-            be exported; with ZeRO-3 gptq and seq do not work. gptq and awq look at calibration_blocks, too.
+            be exported; gptq and seq do not work with ZeRO-3. gptq and awq are calibrated on calibration_blocks, too.
         weight_scale: what has a scale of its own: the whole tensor (the paper), each row, or each group of columns of a row
             (absmean, gptq and tequila); the baseline has one per tensor. A group costs 16 / group_size bits per weight.
         group_size: columns of a group: 64, 128 or 256.
-        vocabulary: full, or trimmed to the tokens that the training texts use and what their merges need, in teacher and
-            student alike (docs/method.md): a smaller embedding; other texts are cut into more and smaller pieces.
+        vocabulary: full, or trimmed to the tokens that the training texts use and those that their merges need, for teacher
+            and student alike (docs/method.md). The embedding becomes smaller; other texts become more and shorter tokens.
         vocabulary_threshold: a trimmed vocabulary keeps tokens that occur more often than this.
     """
 
@@ -132,11 +127,11 @@ class PretrainConfig(TrainingConfig):
         annealing_end: share of the steps after which the model is ternary. If it equals annealing_start, the change is sudden.
         lambda_logits: weight of the distillation from the full-precision base model, whose logits are cached on disk
             by a stage of their own (cache); 0, as in the paper, turns it off. If it is far above 1, the stage is
-            practically distillation alone.
+            little more than distillation.
         kd_temperature: its softmax temperature, for teacher and student. The KL is not multiplied by its square.
-        kd_top_k: the number of words of each position whose logits are cached; all other words are counted as one. 4
-            bytes per word and token (6 for vocabularies above 65,536 words), and 4 for the rest: at 32, 132 (196) bytes
-            a token.
+        kd_top_k: the number of words of each position whose logits are cached; all other words are counted as one. The
+            cache takes 4 bytes per word and token (6 for vocabularies above 65,536 words), and 4 more per token: for 32
+            words, 132 (196) bytes per token.
     """
 
     enabled: bool = True
@@ -163,8 +158,9 @@ class DistillConfig(TrainingConfig):
         teacher_relation_layers: the teacher's layers, when it has another depth; the same by default.
         split_heads: heads that the relations are regrouped to; the model's own when absent.
         relation_temperature: softmax temperature of alg1 and attention_maps.
-        relation_causal: relations of a token to the tokens before it only.
-        gamma_attention: weight of the relation loss, or `balanced`: rho * |grad CE| / |grad relation|, running mean.
+        relation_causal: relate a token only to itself and the tokens before it.
+        gamma_attention: weight of the relation loss, or `balanced`: a running mean of gamma_rho * |gradient of the other
+            losses| / |gradient of the relation loss|.
         gamma_rho: the gradient ratio that `balanced` aims at.
         gamma_every: steps between measurements of that ratio.
     """
@@ -190,7 +186,7 @@ class BaselineConfig:
 
     Args:
         enabled: whether to train it. False leaves two models in the table.
-        learning_rate: its own; that of stage 3 when absent.
+        learning_rate: the baseline's learning rate; that of stage 3 when absent.
     """
 
     enabled: bool = True
@@ -203,7 +199,7 @@ class EvaluateConfig:
 
     Args:
         enabled: False ends the run with the trained settings; then there is no export either.
-        per_device_eval_batch_size: rows at a time.
+        per_device_eval_batch_size: rows that are scored at a time.
         max_rows: validation rows scored of each split; all when absent.
         weight_only: also score the teacher with its linears in 4 bits (round to nearest, GPTQ), which needs no training.
     """
@@ -220,9 +216,9 @@ class ExportConfig:
 
     Args:
         enabled: False ends the run with the scores.
-        packing: base3 (five trits a byte, 1.6 bits per weight) or 2bit.
-        embedding: stored precision of the embedding and LM head: as trained when absent (refine.embedding), which is int8
-            when they were trained in full precision. Another one is possible only then.
+        packing: base3 (five ternary digits in a byte, 1.6 bits per weight) or 2bit.
+        embedding: the format in which embedding and LM head are stored. When absent, it is the one in which they were trained
+            (refine.embedding), or int8 if they were trained in full precision. Another one is possible only in that case.
         proof_rows: validation prompts on which the packed file must reproduce the student's logits.
         speed_tokens: tokens decoded per timing; 0 measures no speed.
     """
@@ -239,38 +235,42 @@ class RunConfig:
     """BitNet Distillation of one model on one task.
 
     Args:
-        recipe: the preset that was the starting point; demo without --model, standard with one.
-        stage: what to run; a stage that is done and unchanged is skipped. check: looks for all that could go wrong in a run
-            of all stages, prints it, and ends.
+        recipe: the preset that the other settings start from. The default is demo without --model; with one, standard on a
+            GPU and laptop on a CPU.
+        stage: what to run; a stage that is done and unchanged is skipped. check runs nothing: it looks for everything that
+            could go wrong in a run of all stages, prints it, and ends.
         output_dir: the run directory.
         model: base model, a local folder or a hub id; without one the embedded demo makes its own.
-        student: a finished student of another run's stage 2 (RUN/pretrain), to start stage 3 from; skips stages 1 and 2.
+        student: the finished student of another run's stage 2 (RUN/pretrain), from which stage 3 starts; stages 1 and 2 are
+            left out.
         task: demo, sst2, mnli, qnli, cnndm, or a YAML file of your own.
-        train_file: local JSONL, CSV, TSV or Parquet in place of the hub's training rows.
-        validation_file: likewise for validation.
-        extra_validation_files: likewise for further validation splits that the task names, as split: file
+        train_file: a local JSONL, CSV, TSV or Parquet file in place of the hub's training rows.
+        validation_file: the same for the validation rows.
+        extra_validation_files: the same for further validation splits that the task names, as split: file
             (--extra_validation_files.validation_mismatched FILE for mnli).
         max_train_rows: use only so many training rows, chosen by seed.
         max_length: tokens of a task row; longer prompts are cut, answers never.
         corpus: text for stage 2: a hub dataset, or local .txt, .jsonl or .parquet files, a folder or a pattern.
         corpus_column: its text column, when it is not `text`.
-        seed: of everything random.
-        max_steps: caps every stage, for smoke runs.
-        resume: accepted and without effect: an interrupted stage always goes on from its last checkpoint.
+        seed: the seed of everything random.
+        max_steps: the most steps that any stage may take, for test runs.
+        resume: accepted for compatibility, without effect: an interrupted stage always continues from its last checkpoint.
         restart: run every wanted stage anew and discard its checkpoints. A finished result stays until the new one is complete.
-        precision: of the matrix products, master weights stay fp32: fp32; bf16; or auto: bf16 on a GPU, and on a CPU that has
-            instructions for it in the full-precision models and the LM heads, fp32 elsewhere.
-        bit_linear_backward: gradients of the ternary layers: exact (products in the training precision), or fast (int8 products
-            of rounded gradients, at random on a GPU, to the nearest on a CPU: two to four times the rate, some noise).
-        kernels: of the ternary layers: auto, compiled ones where this machine has seen them do what PyTorch does (`bitdistill
-            env` shows it), or reference, plain PyTorch.
-        zero: DeepSpeed ZeRO stage of the trained model. auto: 1 where there is something to share; one rank on a CPU trains in
-            PyTorch alone, without DeepSpeed.
-        offload: where ZeRO keeps optimizer state and, at stage 3, parameters.
-        teacher_offload: keep the frozen teacher's parameters there instead of on the device.
-        nvme_path: folder on a fast disk for nvme offload.
+        precision: the precision of the matrix products: fp32, bf16, or auto. The master weights are fp32 in any case. auto is
+            bf16 on a GPU. On a CPU that has instructions for bf16, auto is bf16 in the full-precision models and the LM heads,
+            and fp32 elsewhere.
+        bit_linear_backward: how the gradients of the ternary layers are computed: exact (products in the training precision),
+            or fast (int8 products of gradients that are rounded, at random on a GPU and to the nearest on a CPU: two to four
+            times the rate, some noise).
+        kernels: the implementation of the ternary layers: auto (compiled kernels, if a check on this machine found them equal
+            to PyTorch; `bitdistill env` shows it), or reference (plain PyTorch).
+        zero: DeepSpeed ZeRO stage of the trained model. auto is 1, but one rank on a CPU trains in PyTorch alone, without
+            DeepSpeed, unless something is offloaded.
+        offload: where ZeRO keeps the optimizer state and, at stage 3, the parameters.
+        teacher_offload: where the frozen teacher's parameters are kept instead of on the device.
+        nvme_path: a folder on a fast disk, for nvme.
         report: write report.html and its figures at the end.
-        report_to: trackers, as in transformers: tensorboard, wandb, mlflow, ...
+        report_to: experiment trackers, as in transformers: tensorboard, wandb, mlflow, ...
         base: training of the embedded demo's own base model.
         teacher: the FP16-SFT teacher.
         refine: stage 1.
@@ -411,109 +411,3 @@ class RunConfig:
             quantizers.refuse_partitions(quantizer)
         if self.pretrain.annealing == "softmax":
             quantizers.refuse_softmax(quantizer)
-
-
-def _refused(text: str) -> UserError:
-    """What jsonargparse says about a value or a name, under the setting's own name where it says that."""
-    found = re.match(r'Parser key "([\w.]+)": (.*)', text)
-    field, got = found.groups() if found else ("command line", text)
-    do = f"See --help for {field}." if found else "See --help for the settings that there are."
-    expected = "a value of its kind" if found else "known settings"
-    return UserError(field, expected=expected, got=f"an error: {got}", do=do)
-
-
-def _chosen_recipe(arguments: Sequence[str]) -> str:
-    """The recipe's name must be known before the parser is built, because it provides the parser's defaults."""
-    for index, argument in enumerate(arguments):
-        if argument == "--recipe" and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith("--recipe="):
-            return argument.partition("=")[2]
-    has_model = any(argument == "--model" or argument.startswith("--model=") for argument in arguments)
-    if not has_model:
-        return "demo"
-    import torch
-
-    return "standard" if torch.cuda.is_available() else "laptop"
-
-
-def build_parser(recipe: str):
-    """A jsonargparse parser whose defaults are those of a recipe."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
-
-    path = RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise UserError(
-            "recipe", expected=f"one of {known}", got=repr(recipe), do="Or give your own with --config FILE."
-        )
-    parser = ArgumentParser(
-        prog="deepspeed bitdistill/train.py",
-        description="BitNet Distillation: full-precision model and task in, 1.58-bit student out.",
-        default_config_files=[str(path)],
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of settings, such as RUN/config.yaml.")
-    parser.add_class_arguments(RunConfig, as_group=False)
-    return parser
-
-
-def _settle_paths(namespace) -> None:
-    """Writes local files and folders out in full, ~ included: config.yaml means the same wherever it is read again."""
-    for name in ("model", "student", "teacher.model", "train_file", "validation_file", "corpus", "nvme_path"):
-        namespace[name] = folders.local_path(namespace[name])
-    if namespace.task.endswith((".yaml", ".yml")):  # other names are those of the tasks that are built in
-        namespace.task = folders.local_path(namespace.task)
-    files = namespace.extra_validation_files or {}
-    namespace.extra_validation_files = {split: folders.local_path(file) for split, file in files.items()}
-    if namespace.output_dir:
-        namespace.output_dir = str(Path(namespace.output_dir).expanduser().absolute())
-
-
-def explicit_settings(arguments: Sequence[str] | None = None) -> set[str]:
-    """Dotted names of the settings that a valid command line gives, in a --config file too: all others are defaults.
-
-    Args:
-        arguments: sys.argv[1:] by default.
-    """
-    arguments = launch.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
-    arguments = ["--resume=true" if argument == "--resume" else argument for argument in arguments]
-    given = build_parser(_chosen_recipe(arguments)).parse_args(arguments, defaults=False)
-    return {name for name, value in given.items() if value is not None}
-
-
-def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str]:
-    """Settings from a command line.
-
-    Args:
-        arguments: sys.argv[1:] by default.
-
-    Returns: (the validated settings, the same as a YAML text that can be run again with --config).
-
-    Raises:
-        UserError: a value or a name is wrong.
-    """
-    from jsonargparse import ArgumentError
-
-    arguments = launch.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
-    for argument in arguments:
-        console.require_utf8("command line", argument)
-    switches = ("--resume", "--restart")
-    arguments = [f"{argument}=true" if argument in switches else argument for argument in arguments]
-    parser = build_parser(_chosen_recipe(arguments))
-    try:
-        namespace = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise _refused(" ".join(str(error).split())) from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        do = "Write the file again, as text in UTF-8."
-        raise UserError("config", expected="a YAML file of settings", got=str(error), do=do) from error
-    namespace.pop("config", None)
-    namespace.pop("__default_config__", None)
-    _settle_paths(namespace)
-    config = parser.instantiate_classes(namespace)
-    namespace.restart = False  # the file says what the run is; run again, it goes on
-    text = parser.dump(namespace, skip_validation=True, skip_none=False)
-    run = RunConfig(**{name: config[name] for name in RunConfig.__dataclass_fields__})
-    run.validate()
-    return run, text

@@ -23,6 +23,7 @@ from bitdistill.config import RunConfig, TrainingConfig
 from bitdistill.data.demo import demo_of_run
 from bitdistill.data.sources import Sources
 from bitdistill.data.tasks import pad_token
+from bitdistill.dependencies import known_settings, optimization
 from bitdistill.distributed import launch, presets
 from bitdistill.distributed.checkpoint import full_state_dict
 from bitdistill.errors import UserError
@@ -43,14 +44,6 @@ from bitdistill.training.trainer import capped_steps, release, training_argument
 
 FULL_PRECISION_STAGES = ("base", "teacher")
 FITTED = ("model", "teacher.model", "tokenizer", "max_length", "pretrain.block_size", "teacher.dtype")  # worth saying
-DOES_NOT_CHANGE_THE_RESULT = ("logging_steps", "save_steps", "health_steps")
-OF_TRIMMING = ("vocabulary", "vocabulary_threshold")  # a stage of their own, not part of stage 1
-OF_STAGE_2_DISTILLATION = ("lambda_logits", "kd_temperature", "kd_top_k")  # read only where lambda_logits is above 0
-
-
-def optimization(section: TrainingConfig) -> dict[str, Any]:
-    """The part of a stage's settings that is about optimization: what TrainingConfig itself has."""
-    return {field.name: getattr(section, field.name) for field in dataclasses.fields(TrainingConfig)}
 
 
 class Job:
@@ -310,50 +303,9 @@ class Job:
 
     def settings(self, stage: str) -> dict[str, Any]:
         """Everything that the result of a stage depends on, besides the results of the stages it depends on."""
-        known = self.known_settings()
+        blocks = {"stage_2_blocks": self.stage_2_blocks, "trimming_blocks": self.trimming_blocks}
+        known = known_settings(self.config, self.sources, self.task, **blocks)
         return {name: value for group in self.stages[stage].reads for name, value in known[group].items()}
-
-    def known_settings(self) -> dict[str, dict[str, Any]]:
-        """The groups of settings that the table's column `reads` names, as done.json keeps them."""
-        config, sources = self.config, self.sources
-        names = ("base", "teacher", "refine", "pretrain", "distill", "baseline", "evaluate", "export")
-        sections = {name: dataclasses.asdict(getattr(config, name)) for name in names}
-        if not config.pretrain.lambda_logits > 0:
-            for name in OF_STAGE_2_DISTILLATION:
-                del sections["pretrain"][name]
-        sections["refine"] = config.refine.in_effect()
-        trimming = {name: sections["refine"].pop(name) for name in OF_TRIMMING}
-        sections["distill steps"] = optimization(config.distill)
-        groups = {
-            name: {name.split()[0]: {key: one for key, one in values.items() if key not in DOES_NOT_CHANGE_THE_RESULT}}
-            for name, values in sections.items()
-        }
-        kept = {"blocks": self.stage_2_blocks, "block_size": config.pretrain.block_size}
-        kept |= {"top_k": config.pretrain.kd_top_k, "temperature": config.pretrain.kd_temperature}
-        corpus = {"corpus": {"source": file_identity(sources.corpus), "column": config.corpus_column}}
-        rows = {"train": {"file": file_identity(sources.train_file), "max_rows": config.max_train_rows}}
-        validation = {"validation_file": file_identity(sources.validation_file)}
-        if extra := config.extra_validation_files:
-            validation["extra_validation_files"] = {split: file_identity(file) for split, file in extra.items()}
-        task = dataclasses.asdict(self.task)
-        calibrated = config.refine.gain == "calibrated" or quantizer_named(config.refine.weight_quantizer).calibrated
-        return groups | {
-            "training": {"seed": config.seed, "precision": config.precision, "max_steps_cap": config.max_steps},
-            "seed": {"seed": config.seed},
-            "backward": {"bit_linear_backward": config.bit_linear_backward},
-            "embedding": {"embedding": config.refine.embedding},
-            "cache": {"cache": kept},
-            "corpus": corpus,
-            "calibration": corpus if calibrated else {},
-            "trimming": {"refine": trimming, "blocks": self.trimming_blocks, "block_size": config.pretrain.block_size},
-            "model": {} if self.embedded else {"model": file_identity(config.model)},
-            "teacher model": {"teacher_model": file_identity(config.teacher.model)},
-            "student": {"student": file_identity(config.student)} if config.student else {},
-            "task": {"task": task | {"labels": str(task["labels"])}, "max_length": config.max_length},
-            "train rows": rows,
-            "validation rows": validation,
-            "GPTQ rows": rows | {"seed": config.seed} if config.evaluate.weight_only else {},
-        }
 
     def reason_to_run(self, stage: str) -> str | None:
         """Why a stage must run, or None when its result still stands."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill.data.demo import demo_model
+from bitdistill.dependencies import OF_TRIMMING, optimization
 from bitdistill.distributed import launch
 from bitdistill.distributed.teacher import load_teacher
 from bitdistill.errors import UserError
@@ -24,7 +25,7 @@ from bitdistill.evaluation.compare import compare_settings
 from bitdistill.evaluation.speed import sizes_and_speeds
 from bitdistill.evaluation.weight_only import CALIBRATION_TOKENS
 from bitdistill.export.pack import pack_settings
-from bitdistill.job import OF_TRIMMING, Job, optimization
+from bitdistill.job import Job
 from bitdistill.names import DISTILLED, FULL_PRECISION
 from bitdistill.student.layers import bit_linears, use_backward
 from bitdistill.student.loading import load_language_model, load_tokenizer, save_language_model

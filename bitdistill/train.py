@@ -25,7 +25,8 @@ import sys
 from pathlib import Path
 
 from bitdistill import console
-from bitdistill.config import RunConfig, explicit_settings, parse_config
+from bitdistill.command_line import explicit_settings, parse_config
+from bitdistill.config import RunConfig
 from bitdistill.distributed import launch, termination
 from bitdistill.errors import UserError
 from bitdistill.files import disk_errors_said
@@ -63,7 +64,7 @@ def pretrains(config: RunConfig) -> bool:
 
 # fmt: off
 TASK = ("task", "train rows")
-# What a stage reads is named as in Job.known_settings: a section of the settings, or a group that several stages share.
+# What a stage reads is named as in dependencies.known_settings: a section of the settings, or a group that several stages share.
 STAGES = {  #      depends on                         is part of a run when
             #          reads                                                                          is done by
     "base":     Stage((),                                lambda config: config.model is None,

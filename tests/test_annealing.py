@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import TrainerControl, TrainerState
 
 import tiny_students
-from bitdistill.config import parse_config
+from bitdistill.command_line import parse_config
 from bitdistill.errors import UserError
 from bitdistill.kernels.reference import bit_linear, quantize_activation, quantize_weight, rms_norm
 from bitdistill.student import layers, sharing

@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from bitdistill.config import RECIPES, RunConfig, parse_config
+from bitdistill.command_line import RECIPES, parse_config
+from bitdistill.config import RunConfig
 from bitdistill.errors import UserError
 from bitdistill.limits import LIMITS, check_limits
 

@@ -40,7 +40,7 @@ VARIABLES = r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|MASTER_ADD
 VERBS = "correct|fix|check|mend|repair|see|change|clear|convert|add|remove|lower|raise|choose"
 # Fields that come from further away than this test can follow -> where from.
 FAR = {
-    "config.py: field": "jsonargparse's message, which names a setting",
+    "command_line.py: field": "jsonargparse's message, which names a setting",
     "console.py: name": "the file that the system names",
     "console.py: field": "an option of the command that is run",
     "tasks.py: option": "--train_file, --validation_file or --extra_validation_files",

@@ -12,7 +12,7 @@ from tiny_gguf import CONFIGS, model_of, write_gguf
 from transformers import Qwen3Config
 
 from bitdistill import preflight
-from bitdistill.config import explicit_settings
+from bitdistill.command_line import explicit_settings
 from bitdistill.errors import UserError
 from bitdistill.preflight import Problems, Report
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import tiny_students
-from bitdistill.config import parse_config
+from bitdistill.command_line import parse_config
 from bitdistill.errors import UserError
 from bitdistill.export.parity import prove_parity
 from bitdistill.export.write import write_packed

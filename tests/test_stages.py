@@ -3,7 +3,7 @@
 import pytest
 
 from bitdistill import names, train
-from bitdistill.config import parse_config
+from bitdistill.command_line import parse_config
 from bitdistill.errors import UserError
 from bitdistill.stages import RunDirectory, file_identity, flatten
 

@@ -179,7 +179,7 @@ def test_the_same_data_elsewhere_is_the_same_study(tmp_path):
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_of_the_project_is_one_and_its_settings_exist(path, tmp_path):
-    from bitdistill.config import parse_config
+    from bitdistill.command_line import parse_config
 
     loaded = study.load_study(path, str(tmp_path))
     assert loaded["name"] == path.stem

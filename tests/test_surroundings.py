@@ -13,7 +13,7 @@ import yaml
 from test_runtime import byte_tokenizer
 
 from bitdistill import console, cpus, folders
-from bitdistill.config import parse_config
+from bitdistill.command_line import parse_config
 from bitdistill.distributed import launch
 from bitdistill.errors import UserError
 from bitdistill.export.write import write_packed

@@ -30,18 +30,19 @@ def evaluate(
 
     Args:
         run_or_file: a run directory (whose task, rows and length are the defaults), or a packed file.
-        setting: of a run: BitDistill by default; with --perplexity all that the run has.
+        setting: which setting of a run is scored: BitDistill by default; with --perplexity, all that the run has.
         task: sst2, mnli, qnli, cnndm or a YAML file.
-        validation_file: local rows in place of the hub's.
-        extra_validation_files: local rows of further validation splits: --extra_validation_files.validation_mismatched FILE.
-        max_rows: score only so many, chosen by seed 0.
-        max_length: tokens of prompt and answer; 512 by default.
-        perplexity: a text file (or .jsonl, .parquet, a folder), in place of a task: exp of the mean loss of its next tokens.
-        block_size: tokens of a block of that text; max_rows limits the blocks.
-        lm_eval: names, with commas between them: scored by lm-evaluation-harness instead, tasks of ours (sst2, a YAML file)
-            with our prompt and with the harness's own, others on the harness's data.
+        validation_file: a file of rows in place of the hub's.
+        extra_validation_files: files of further validation splits: --extra_validation_files.validation_mismatched FILE.
+        max_rows: the most rows that are scored, chosen by seed 0; all by default.
+        max_length: the most tokens of prompt and answer; the run's, or 512, by default.
+        perplexity: a text file (or .jsonl, .parquet, a folder) that is scored in place of a task: the exponential of the mean
+            loss of its next tokens.
+        block_size: tokens of a block of that text; max_rows limits the number of blocks.
+        lm_eval: names of tasks, separated by commas, that lm-evaluation-harness scores instead: tasks of ours (sst2, a YAML
+            file) with our prompt and with the harness's own, others on the harness's data.
         threads: CPU threads of the packed runtime; all by default.
-        json_file: write the result there, too.
+        json_file: a file to which the result is written as well.
     """
     if perplexity and lm_eval:
         raise UserError(

@@ -22,10 +22,10 @@ def export(
     Args:
         run: a run directory with a finished student.
         format: gguf (llama.cpp, Ollama, LM Studio), transformers, compressed-tensors (transformers, vLLM), or mlx (mlx-lm).
-        output: the file (gguf) or folder to write; RUN/export/student.gguf or RUN/export/student-FORMAT by default.
-        type: of the ternary matrices in a gguf file: auto, tq2_0, tq1_0, q4_0, q2_0 or f16.
-        embedding: of the embedding and LM head in a gguf file.
-        prove: False writes the file without asking the tool.
+        output: the file (gguf) or folder to write: by default RUN/export/student.gguf or RUN/export/student-FORMAT.
+        type: the type of the ternary matrices in a gguf file: auto, tq2_0, tq1_0, q4_0, q2_0 or f16.
+        embedding: the type of the embedding and LM head in a gguf file.
+        prove: False writes the file without a proof by the tool.
         threads: CPU threads of the tool; all by default.
     """
     from bitdistill.cpus import available_cpus
@@ -57,8 +57,8 @@ def check(model: str, norms: Literal["none", "two", "all"] = "two") -> None:
     """Prints into which formats a student of a base model can be exported, and why not into the others.
 
     Args:
-        model: a base model, a local folder or a hub id; only its config.json is read.
-        norms: refine.norms of the student.
+        model: a base model, as a local folder or a hub id; only its config.json is read.
+        norms: the student's refine.norms.
     """
     from rich.console import Console
     from rich.table import Table

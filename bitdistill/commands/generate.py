@@ -29,7 +29,7 @@ def generate(
     Args:
         run_or_file: a run directory, or a packed file.
         prompt: the text to continue.
-        prompts_file: a prompt per line ("-" reads standard input) in its place: answers in the order of the lines, each
+        prompts_file: a file with one prompt per line ("-" reads standard input), in its place. Answers come in that order, each
             {"index", "prompt", "text", "prompt_tokens", "cached_tokens", "new_tokens", "stopped_by"}.
         slots, max_new_tokens, stop, special_tokens, threads, kv_cache, context, sampling: see `generate_options`.
         device: "cpu", or a GPU: "cuda", "cuda:1".
@@ -133,24 +133,35 @@ def generate_options(arguments: list[str]) -> dict:
     )
     parser.add_argument("run_or_file", help="a run directory, or a packed file")
     parser.add_argument("prompt", nargs="?", help="the text to continue")
-    parser.add_argument("--prompts_file", help="continue each line of a file instead (- is standard input): JSON lines")
-    parser.add_argument("--slots", type=int, default=8, help="so many lines at once, 1 to 16 (default: 8)")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="at most so many tokens (default: 64)")
-    parser.add_argument("--stop", action="append", help="a text that ends the answer; can be given several times")
+    parser.add_argument(
+        "--prompts_file", help="continue each line of this file instead (- is standard input), and print JSON lines"
+    )
+    parser.add_argument(
+        "--slots", type=int, default=8, help="how many lines are continued at once, 1 to 16 (default: 8)"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="the most tokens of an answer (default: 64)")
+    parser.add_argument("--stop", action="append", help="a text that ends the answer; may be given several times")
     parser.add_argument(
         "--special_tokens",
         action="store_true",
-        help="take <|im_start|> and the like in a prompt for the tokens they name",
+        help="let <|im_start|> and the like in a prompt stand for the tokens of these names",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, above 0 samples")
-    parser.add_argument("--top_k", type=int, help="sample among the k likeliest")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample among the likeliest that make up p together")
     parser.add_argument(
-        "--min_p", type=float, default=0.0, help="leave out what is less than min_p times the likeliest"
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default), above 0 draws at random"
+    )
+    parser.add_argument("--top_k", type=int, help="draw among the k likeliest tokens only")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="draw among the likeliest tokens that have the probability p together"
+    )
+    parser.add_argument(
+        "--min_p",
+        type=float,
+        default=0.0,
+        help="leave out tokens that are less than min_p times as likely as the likeliest",
     )
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes repetitions rarer")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu (default), or a GPU: cuda, cuda:1")
     add_runtime_options(parser)
-    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes")
+    parser.add_argument("--profile", action="store_true", help="also print where the time of a decoding step goes")
     return vars(parser.parse_args(arguments))

@@ -1,0 +1,119 @@
+"""From the main job's command line to its settings: recipes, --config files, options, and errors in the settings' own names."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitdistill import console, folders
+from bitdistill.config import RunConfig
+from bitdistill.distributed import launch
+from bitdistill.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _refused(text: str) -> UserError:
+    """What jsonargparse says about a value or a name, under the setting's own name where it says that."""
+    found = re.match(r'Parser key "([\w.]+)": (.*)', text)
+    field, got = found.groups() if found else ("command line", text)
+    do = f"See --help for {field}." if found else "See --help for the settings that there are."
+    expected = "a value of its kind" if found else "known settings"
+    return UserError(field, expected=expected, got=f"an error: {got}", do=do)
+
+
+def _chosen_recipe(arguments: Sequence[str]) -> str:
+    """The recipe's name must be known before the parser is built, because it provides the parser's defaults."""
+    for index, argument in enumerate(arguments):
+        if argument == "--recipe" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith("--recipe="):
+            return argument.partition("=")[2]
+    has_model = any(argument == "--model" or argument.startswith("--model=") for argument in arguments)
+    if not has_model:
+        return "demo"
+    import torch
+
+    return "standard" if torch.cuda.is_available() else "laptop"
+
+
+def build_parser(recipe: str):
+    """A jsonargparse parser whose defaults are those of a recipe."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise UserError(
+            "recipe", expected=f"one of {known}", got=repr(recipe), do="Or give your own with --config FILE."
+        )
+    parser = ArgumentParser(
+        prog="deepspeed bitdistill/train.py",
+        description="BitNet Distillation: makes a 1.58-bit student of a full-precision model for a task.",
+        default_config_files=[str(path)],
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of settings, such as RUN/config.yaml.")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def _settle_paths(namespace) -> None:
+    """Writes local files and folders out in full, ~ included: config.yaml means the same wherever it is read again."""
+    for name in ("model", "student", "teacher.model", "train_file", "validation_file", "corpus", "nvme_path"):
+        namespace[name] = folders.local_path(namespace[name])
+    if namespace.task.endswith((".yaml", ".yml")):  # other names are those of the tasks that are built in
+        namespace.task = folders.local_path(namespace.task)
+    files = namespace.extra_validation_files or {}
+    namespace.extra_validation_files = {split: folders.local_path(file) for split, file in files.items()}
+    if namespace.output_dir:
+        namespace.output_dir = str(Path(namespace.output_dir).expanduser().absolute())
+
+
+def explicit_settings(arguments: Sequence[str] | None = None) -> set[str]:
+    """Dotted names of the settings that a valid command line gives, in a --config file too: all others are defaults.
+
+    Args:
+        arguments: sys.argv[1:] by default.
+    """
+    arguments = launch.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    arguments = ["--resume=true" if argument == "--resume" else argument for argument in arguments]
+    given = build_parser(_chosen_recipe(arguments)).parse_args(arguments, defaults=False)
+    return {name for name, value in given.items() if value is not None}
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str]:
+    """Settings from a command line.
+
+    Args:
+        arguments: sys.argv[1:] by default.
+
+    Returns: (the validated settings, the same as a YAML text that can be run again with --config).
+
+    Raises:
+        UserError: a value or a name is wrong.
+    """
+    from jsonargparse import ArgumentError
+
+    arguments = launch.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    for argument in arguments:
+        console.require_utf8("command line", argument)
+    switches = ("--resume", "--restart")
+    arguments = [f"{argument}=true" if argument in switches else argument for argument in arguments]
+    parser = build_parser(_chosen_recipe(arguments))
+    try:
+        namespace = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise _refused(" ".join(str(error).split())) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        do = "Write the file again, as text in UTF-8."
+        raise UserError("config", expected="a YAML file of settings", got=str(error), do=do) from error
+    namespace.pop("config", None)
+    namespace.pop("__default_config__", None)
+    _settle_paths(namespace)
+    config = parser.instantiate_classes(namespace)
+    namespace.restart = False  # the file says what the run is; run again, it goes on
+    text = parser.dump(namespace, skip_validation=True, skip_none=False)
+    run = RunConfig(**{name: config[name] for name in RunConfig.__dataclass_fields__})
+    run.validate()
+    return run, text
