@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 from bitdistill.errors import UserError
 
 if TYPE_CHECKING:
-    from bitdistill.runtime.prompts import Prompts
+    from bitdistill.runtime.base import BaseRuntime
 
 ROLES = ("system", "user", "assistant")
 
 
-def require_chat(runtime: "Prompts") -> None:
+def require_chat(runtime: "BaseRuntime") -> None:
     """Raises UserError where the file has no chat template: its base never saw a conversation."""
     if not runtime.header.tokenizer.get("chat_template"):
         raise UserError(
@@ -22,7 +22,7 @@ def require_chat(runtime: "Prompts") -> None:
         )
 
 
-def conversation_ids(runtime: "Prompts", messages: Sequence[Mapping[str, str]]) -> list[int]:
+def conversation_ids(runtime: "BaseRuntime", messages: Sequence[Mapping[str, str]]) -> list[int]:
     """The tokens of a conversation, up to where the assistant starts. Texts of messages stay text, whatever they spell.
 
     Args:
@@ -46,7 +46,7 @@ def conversation_ids(runtime: "Prompts", messages: Sequence[Mapping[str, str]]) 
     return tokens.encode_chat([text])[0]
 
 
-def fitting(runtime: "Prompts", messages: list[dict[str, str]], room: int) -> tuple[list[dict[str, str]], list[int]]:
+def fitting(runtime: "BaseRuntime", messages: list[dict[str, str]], room: int) -> tuple[list[dict[str, str]], list[int]]:
     """The messages that leave room for an answer, and their tokens: the oldest turns are left out first.
 
     Args:

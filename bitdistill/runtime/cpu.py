@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,12 +24,12 @@ from bitdistill.errors import UserError
 from bitdistill.kernels.cpu.compilation import watch_compilation
 from bitdistill.kernels.cpu.decoder import Decoder, KVCache
 from bitdistill.names import KV_CACHES
+from bitdistill.runtime.base import check_new_tokens, stop_strings
 from bitdistill.runtime.batching import ROWS_PER_STEP, Batch, Request, Stats
 from bitdistill.runtime.compiled import decoder_model
 from bitdistill.runtime.labels import label_requests, label_tree
 from bitdistill.runtime.packed_file import PackedModel, read_packed
 from bitdistill.runtime.predict import Predictor
-from bitdistill.runtime.prompts import check_new_tokens, stop_strings
 from bitdistill.runtime.sampling import Sampler, Sampling
 from bitdistill.runtime.slots import Slots
 from bitdistill.runtime.text_stream import TextStream
@@ -233,48 +233,12 @@ class Runtime(Predictor):
 
     def generate_ids(
         self, prompt_ids: Sequence[int], max_new_tokens: int = 128, sampling: Sampling | None = None
-    ) -> Iterator[int]:
-        """Continues a prompt, token by token; an end-of-text token ends it and is not yielded.
-
-        Args:
-            prompt_ids: token ids.
-            max_new_tokens: upper bound; the context is another (then `stats.stopped_by` is "context").
-            sampling: how tokens are chosen; greedy by default.
-
-        Raises:
-            UserError: a prompt longer than the context, or settings out of range.
-        """
+    ) -> Generator[int, None, None]:
+        """`BaseRuntime.generate_ids`."""
         request = self._request(0, prompt_ids, max_new_tokens, sampling or Sampling())
         for _, token in self._run([request], 1):
             if token is not None:
                 yield token
-
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
-        stop: str | Sequence[str] = (),
-    ) -> Iterator[str]:
-        """As `generate_ids`, in pieces of text: whole characters, nothing of a stop string (see text_stream.py).
-
-        Args:
-            prompt: text (`encode`d as in training) or token ids.
-            stop: a string, or several, that end the answer; they are not part of it.
-            max_new_tokens, sampling: as in `generate_ids`.
-
-        Raises:
-            UserError: as `generate_ids`, or the file has no tokenizer.
-        """
-        tokenizer = self._needed_tokenizer()
-        request = self._request(0, self._encoded(prompt), max_new_tokens, sampling or Sampling())
-        stream = TextStream(tokenizer, request.ids, stop_strings(stop))
-        for _, token in self._run([request], 1):
-            piece = stream.finish() if token is None else stream.feed(token)
-            if stream.stopped:
-                request.stopped_by = "stop"
-            if piece:
-                yield piece
 
     def generate_batch(
         self,

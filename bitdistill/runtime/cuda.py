@@ -11,7 +11,7 @@ for bit, and fp32 around them.
 
 import importlib.util
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,11 +20,10 @@ import torch
 
 from bitdistill.errors import UserError
 from bitdistill.kernels import packing as layout
+from bitdistill.runtime.base import BaseRuntime, check_new_tokens
 from bitdistill.runtime.batching import Stats
 from bitdistill.runtime.packed_file import PackedModel, read_packed
-from bitdistill.runtime.prompts import Prompts, check_new_tokens, stop_strings
 from bitdistill.runtime.sampling import Sampler, Sampling
-from bitdistill.runtime.text_stream import TextStream
 
 PREFILL_TOKENS = 512
 TABLE_ROWS = 4_096  # rows of an embedding that are unpacked at once while it is loaded
@@ -67,7 +66,7 @@ def usable_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-class CudaRuntime(Prompts):
+class CudaRuntime(BaseRuntime):
     """A student from a packed file, on a GPU.
 
     Args:
@@ -171,17 +170,8 @@ class CudaRuntime(Prompts):
 
     def generate_ids(
         self, prompt_ids: Sequence[int], max_new_tokens: int = 128, sampling: Sampling | None = None
-    ) -> Iterator[int]:
-        """Continues a prompt, token by token; an end-of-text token ends it and is not yielded.
-
-        Args:
-            prompt_ids: token ids.
-            max_new_tokens: upper bound; the context is another (then `stats.stopped_by` is "context").
-            sampling: how tokens are chosen; greedy by default, and then on the GPU.
-
-        Raises:
-            UserError: a prompt longer than the context, or settings out of range.
-        """
+    ) -> Generator[int, None, None]:
+        """`BaseRuntime.generate_ids`. Greedy decoding chooses on the GPU."""
         ids = self._checked_ids(prompt_ids, limit=self.context)
         check_new_tokens(max_new_tokens)
         sampling = sampling or Sampling()
@@ -271,34 +261,6 @@ class CudaRuntime(Prompts):
             stats.decode_seconds = time.perf_counter() - start
         stats.new_tokens = sum(map(len, answers))
         return answers
-
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
-        stop: str | Sequence[str] = (),
-    ) -> Iterator[str]:
-        """As `generate_ids`, in pieces of text that end with whole characters (text_stream.py).
-
-        Args:
-            prompt: text (encoded as in training) or token ids.
-            stop: a string, or several, that end the answer; they are not part of it.
-            max_new_tokens, sampling: as in `generate_ids`.
-
-        Raises:
-            UserError: as `generate_ids`, or the file has no tokenizer.
-        """
-        tokenizer, ids = self._needed_tokenizer(), self._encoded(prompt)
-        stream = TextStream(tokenizer, ids, stop_strings(stop))
-        for token in self.generate_ids(ids, max_new_tokens, sampling):
-            if piece := stream.feed(token):
-                yield piece
-            if stream.stopped:
-                self.stats.stopped_by = "stop"
-                break
-        if piece := stream.finish():
-            yield piece
 
 
 def _pieces(ids: list[int]) -> list[tuple[int, list[int]]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from bitdistill.errors import UserError
 from bitdistill.prompts import Task, Unfit, fit_prompts, label_tokens, text_of
-from bitdistill.runtime.prompts import Prompts, check_new_tokens
+from bitdistill.runtime.base import check_new_tokens
 
 Row = str | Mapping[str, Any]
 
@@ -41,7 +41,7 @@ class Prediction:
         return {name: value for name, value in asdict(self).items() if value is not None and value is not False}
 
 
-class Predictor(Prompts, abc.ABC):
+class Predictor(BaseRuntime, abc.ABC):
     """The part of a runtime that answers rows of the student's task."""
 
     @abc.abstractmethod

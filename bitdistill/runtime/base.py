@@ -1,6 +1,7 @@
-"""What both runtimes ask of a prompt: from text to tokens, and checks before anything is computed."""
+"""What the CPU runtime and the GPU runtime share: from text to tokens, checks of a prompt, and an answer as pieces of text."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from functools import cached_property
 
 import numpy as np
@@ -9,21 +10,26 @@ from tokenizers import Tokenizer
 from bitdistill import prompts
 from bitdistill.errors import UserError
 from bitdistill.prompts import Task
+from bitdistill.runtime.batching import Stats
 from bitdistill.runtime.chat_template import PackedTokenizer
 from bitdistill.runtime.header import Header, read_header
 from bitdistill.runtime.packed_file import PackedModel
+from bitdistill.runtime.sampling import Sampling
+from bitdistill.runtime.text_stream import TextStream
 from bitdistill.text_tokens import TextTokens
 
 
-class Prompts:
-    """The part of a runtime that reads prompts.
+class BaseRuntime:
+    """The part of a runtime that does not depend on where it computes.
 
     Attributes:
         model: the open file. context: the most positions of a sequence.
+        stats: what the last call that generated did.
     """
 
     model: PackedModel
     context: int
+    stats: Stats
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -70,6 +76,53 @@ class Prompts:
             UserError: the text is no Unicode, or the file has no tokenizer.
         """
         return self.text_tokens.encode_prompt(prompt, special_tokens)
+
+    def generate_ids(
+        self, prompt_ids: Sequence[int], max_new_tokens: int = 128, sampling: Sampling | None = None
+    ) -> Generator[int, None, None]:
+        """Continues a prompt, token by token; an end-of-text token ends it and is not yielded.
+
+        Args:
+            prompt_ids: token ids.
+            max_new_tokens: upper bound; the context is another (then `stats.stopped_by` is "context").
+            sampling: how tokens are chosen; greedy by default.
+
+        Raises:
+            UserError: a prompt longer than the context, or settings out of range.
+        """
+        raise NotImplementedError
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """As `generate_ids`, in pieces of text: whole characters, nothing of a stop string (see text_stream.py).
+
+        Args:
+            prompt: text (`encode`d as in training) or token ids.
+            stop: a string, or several, that end the answer; they are not part of it.
+            max_new_tokens, sampling: as in `generate_ids`.
+
+        Raises:
+            UserError: as `generate_ids`, or the file has no tokenizer.
+        """
+        tokenizer, ids = self._needed_tokenizer(), self._encoded(prompt)
+        stream = TextStream(tokenizer, ids, stop_strings(stop))
+        stats = None
+        with closing(self.generate_ids(ids, max_new_tokens, sampling)) as tokens:
+            for token in tokens:
+                stats = stats or self.stats  # this call's own: another may begin before this one has ended
+                if piece := stream.feed(token):
+                    yield piece
+                if stream.stopped:
+                    break
+        if stream.stopped and stats is not None:
+            stats.stopped_by = "stop"
+        if piece := stream.finish():
+            yield piece
 
     def _encoded(self, prompt: str | Sequence[int]) -> Sequence[int]:
         return self.encode(prompt) if isinstance(prompt, str) else prompt
