@@ -6,7 +6,7 @@ from bitdistill.kernels.cpu.activations import quantize_activations
 from bitdistill.kernels.cpu.decoder import Layer, Model, Projection, Table
 from bitdistill.kernels.cpu.grouped import grouped_product
 from bitdistill.kernels.cpu.matmul import ternary_accumulate
-from bitdistill.names import LAYER_NORMS
+from bitdistill.runtime.decoder_parts import layer_norms, model_numbers
 from bitdistill.runtime.packed_file import PackedModel
 
 
@@ -38,17 +38,10 @@ def decoder_model(packed: PackedModel) -> Model:
 
     def layer(index: int) -> Layer:
         name = f"model.layers.{index}"
-        gain = {norm: tensors.get(f"{name}.{norm}.gain") for norm in LAYER_NORMS}
-        gemma = config.model_type == "gemma3_text"  # its two further norms stand behind attention and MLP
         return Layer(
-            input_norm=gain["input_layernorm"],
+            **layer_norms(packed, index),
             **{part: projection(f"{name}.self_attn.{part}_proj") for part in "qkvo"},
-            q_norm=gain["self_attn.q_norm"],
-            k_norm=gain["self_attn.k_norm"],
-            post_attention_norm=gain["post_attention_layernorm"] if gemma else None,
-            pre_mlp_norm=gain["pre_feedforward_layernorm" if gemma else "post_attention_layernorm"],
             **{part: projection(f"{name}.mlp.{part}_proj") for part in ("gate", "up", "down")},
-            post_mlp_norm=gain["post_feedforward_layernorm"] if gemma else None,
             rope=kinds.index(config.rope[index]),
             window=config.window[index],
         )
@@ -59,13 +52,7 @@ def decoder_model(packed: PackedModel) -> Model:
         embedding=tables[0],
         head=tables[-1],
         final_norm=tensors["model.norm.gain"],
-        eps=config.rms_norm_eps,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        activation=config.activation,
-        attention_scale=config.attention_scale,
-        embedding_scale=config.embedding_scale,
+        **model_numbers(config),
         ropes=[(tensors[f"rope.{kind}.inv_freq"], float(tensors[f"rope.{kind}.attention_scaling"])) for kind in kinds],
     )
 

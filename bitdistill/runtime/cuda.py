@@ -22,6 +22,7 @@ from bitdistill.errors import UserError
 from bitdistill.kernels import packing as layout
 from bitdistill.runtime.base import BaseRuntime, check_new_tokens
 from bitdistill.runtime.batching import Stats
+from bitdistill.runtime.decoder_parts import layer_norms, model_numbers
 from bitdistill.runtime.packed_file import PackedModel, read_packed
 from bitdistill.runtime.sampling import Sampler, Sampling
 
@@ -275,55 +276,45 @@ def _load(model: PackedModel, device: torch.device):
     """(decoder.Model, bytes on the device) of an open file."""
     from bitdistill.kernels.gpu.decoder import Layer, Model
 
-    config = model.config
+    config, tensors = model.config, model.tensors
 
-    def tensor(name: str) -> torch.Tensor | None:
-        array = model.tensors.get(name)
+    def moved(array: np.ndarray | None) -> torch.Tensor | None:
         return None if array is None else torch.from_numpy(np.array(array)).to(device)  # a copy: the map is read-only
 
-    gains = {name: tensor(f"{name}.gain") for name in config.norms}
-    gemma = config.model_type == "gemma3_text"  # its two further norms stand behind attention and MLP
-    layers = []
+    layers, gains = [], []
     for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-        normed = f"{attention}.q_norm" in gains
+        attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+        norms = {name: moved(gain) for name, gain in layer_norms(model, index).items()}
+        gains += [gain for gain in norms.values() if gain is not None]
+        q_norm, k_norm = norms.pop("q_norm"), norms.pop("k_norm")
         layers.append(
             Layer(
-                input_norm=gains[f"{layer}.input_layernorm"],
+                **norms,
                 qkv=_group(model, [f"{attention}.{name}_proj" for name in "qkv"], device),
-                qk_norms=(gains[f"{attention}.q_norm"], gains[f"{attention}.k_norm"]) if normed else None,
+                qk_norms=None if q_norm is None else (q_norm, k_norm),
                 o=_group(model, [f"{attention}.o_proj"], device),
-                post_attention_norm=gains[f"{layer}.post_attention_layernorm"] if gemma else None,
-                pre_mlp_norm=gains[f"{layer}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm"],
                 gate_up=_group(model, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], device),
                 down=_group(model, [f"{mlp}.down_proj"], device),
-                post_mlp_norm=gains[f"{layer}.post_feedforward_layernorm"] if gemma else None,
                 rope=config.rope[index],
                 window=config.window[index],
             )
         )
     tables = [_table(model, name, device) for name in config.tables()]
     rope = {
-        kind: (tensor(f"rope.{kind}.inv_freq"), float(model.tensors[f"rope.{kind}.attention_scaling"]))
+        kind: (moved(tensors[f"rope.{kind}.inv_freq"]), float(tensors[f"rope.{kind}.attention_scaling"]))
         for kind in set(config.rope)
     }
+    final_norm = moved(tensors["model.norm.gain"])
     on_device = Model(
         layers=tuple(layers),
         embedding=tables[0],
         head=tables[-1],
-        final_norm=gains["model.norm"],
-        eps=config.rms_norm_eps,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        activation=config.activation,
-        attention_scale=config.attention_scale,
-        embedding_scale=config.embedding_scale,
+        final_norm=final_norm,
+        **model_numbers(config),
         rope=rope,
     )
     groups = [group for layer in layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    return on_device, sum(part.nbytes for part in (*groups, *tables, *gains.values()))
+    return on_device, sum(part.nbytes for part in (*groups, *tables, *gains, final_norm))
 
 
 def _group(model: PackedModel, names: list[str], device: torch.device):

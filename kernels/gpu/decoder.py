@@ -121,8 +121,8 @@ class Model:
     head: Table  # the same object when tied
     final_norm: Tensor
     eps: float
-    heads: int
-    kv_heads: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
     activation: str  # "silu" | "gelu_pytorch_tanh"
     attention_scale: float
@@ -147,7 +147,7 @@ class Sequences:
     def __init__(self, model: Model, slots: int, capacity: int, dtype: torch.dtype):
         self.model, self.count, self.capacity = model, slots, capacity
         device = model.final_norm.device
-        shape = (len(model.layers), 2, slots, model.kv_heads, capacity, model.head_dim)
+        shape = (len(model.layers), 2, slots, model.num_key_value_heads, capacity, model.head_dim)
         self._cache = torch.zeros(shape, dtype=dtype, device=device)
         self.caches = [KVCache(keys, values) for keys, values in self._cache]
         self.slots = torch.arange(slots, dtype=torch.int32, device=device)
@@ -254,8 +254,8 @@ class Sequences:
                 x, group.act_columns, layer.input_norm, model.eps, group.subln, group.subln_eps, product, post_gain
             )
             q = rope_and_cache(
-                group.product(*codes), cache, positions, slots, self._rope[layer.rope], model.heads, layer.qk_norms,
-                model.eps,
+                group.product(*codes), cache, positions, slots, self._rope[layer.rope], model.num_attention_heads,
+                layer.qk_norms, model.eps,
             )  # fmt: skip
             parts = attend(q, cache, positions, slots, model.attention_scale, layer.window, one_slot)
             group = layer.o
