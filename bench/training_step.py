@@ -8,7 +8,10 @@ processor over all threads), the loss of each, the most resident memory of a ste
 part. It also runs on older commits, whose package then comes first on PYTHONPATH.
 """
 
-from bitdistill.distributed import launch  # isort: skip -- an older commit has no openmp.py
+try:  # isort: skip -- an older commit has no openmp.py
+    from bitdistill.distributed.process_group import initialize
+except ImportError:  # an older commit's names
+    from bitdistill.distributed.launch import initialise as initialize
 
 import functools
 import inspect
@@ -174,8 +177,8 @@ def prepared(spec: Spec) -> Callable[[], object]:
     from bitdistill.training.distill import Distillation, fine_tune
     from bitdistill.training.pretrain import pretrain
 
-    alone = {"alone": True} if "alone" in inspect.signature(launch.initialize).parameters else {}
-    launch.initialize("cpu", **(alone if spec.engine == "torch" else {}))
+    alone = {"alone": True} if "alone" in inspect.signature(initialize).parameters else {}
+    initialize("cpu", **(alone if spec.engine == "torch" else {}))
     if hasattr(backend, "choose_kernels"):
         backend.choose_kernels(spec.kernels)
     model, tokenizer = load_language_model(spec.model), load_tokenizer(spec.model)

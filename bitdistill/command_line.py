@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitdistill import console, folders
 from bitdistill.config import RunConfig
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -76,7 +76,7 @@ def explicit_settings(arguments: Sequence[str] | None = None) -> set[str]:
     Args:
         arguments: sys.argv[1:] by default.
     """
-    arguments = launch.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    arguments = process_group.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     arguments = ["--resume=true" if argument == "--resume" else argument for argument in arguments]
     given = build_parser(_chosen_recipe(arguments)).parse_args(arguments, defaults=False)
     return {name for name, value in given.items() if value is not None}
@@ -95,7 +95,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
     """
     from jsonargparse import ArgumentError
 
-    arguments = launch.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    arguments = process_group.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     for argument in arguments:
         console.require_utf8("command line", argument)
     switches = ("--resume", "--restart")

@@ -24,7 +24,7 @@ from bitdistill.data.demo import demo_of_run
 from bitdistill.data.sources import Sources
 from bitdistill.data.tasks import pad_token
 from bitdistill.dependencies import known_settings, optimization
-from bitdistill.distributed import launch, presets
+from bitdistill.distributed import presets, process_group
 from bitdistill.distributed.checkpoint import full_state_dict
 from bitdistill.errors import UserError
 from bitdistill.files import remove_leftovers, write_whole
@@ -70,10 +70,10 @@ class Job:
         if os.environ.get("RANK", "0") == "0":  # known before the process group is: a refusal comes at once
             self.lock = lock_folder(self.root)
         self.alone = self._trains_alone()
-        launch.initialize(self.device, alone=self.alone)
+        process_group.initialize(self.device, alone=self.alone)
         choose_kernels(config.kernels)
         self._refuse_impossible()
-        launch.say(self._engine())
+        process_group.say(self._engine())
         preflight.check_folder(self.root)
         self.report = preflight.Report()
         self.model, self.teacher = (self._as_folder(source) for source in (config.model, config.teacher.model))
@@ -86,17 +86,17 @@ class Job:
         if not hasattr(self, "task"):
             self.report.require()
         self._look_ahead()
-        if launch.is_main():
+        if process_group.is_main():
             remove_leftovers(self.root)
             write_whole(self.root / "config.yaml", text)
             write_whole(self.root / "versions.json", json.dumps(versions(), indent=1))
-        launch.barrier()
+        process_group.barrier()
 
     def _trains_alone(self) -> bool:
         """One rank on a CPU has nothing to share and nothing to offload: PyTorch without DeepSpeed, unless asked for."""
         config = self.config
         offload = config.offload != "none" or config.teacher_offload != "none"
-        return self.device == "cpu" and launch.ranks_started() == 1 and config.zero == "auto" and not offload
+        return self.device == "cpu" and process_group.ranks_started() == 1 and config.zero == "auto" and not offload
 
     def _refuse_impossible(self) -> None:
         """An impossible combination is refused before anything is trained."""
@@ -106,7 +106,7 @@ class Job:
             precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.teacher_dtype]
             presets.teacher_config(config.teacher_offload, precision=precision, **device)
         if "nvme" in (config.offload, config.teacher_offload):
-            launch.require_nvme(config.nvme_path)
+            process_group.require_nvme(config.nvme_path)
         self._numerics("pretrain")
 
     def _products(self, stage: str) -> tuple[str, str | None]:
@@ -159,13 +159,13 @@ class Job:
         path = Path(source).expanduser().resolve()
         folder = self.root / "gguf" / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         marker, identity = folder.with_name(f"{folder.name}.json"), json.dumps(file_identity(source))
-        if launch.is_main() and not (
+        if process_group.is_main() and not (
             folder.is_dir() and marker.is_file() and marker.read_text(encoding="utf-8") == identity
         ):
             marker.unlink(missing_ok=True)
-            launch.say(str(convert_gguf(source, folder)))
+            process_group.say(str(convert_gguf(source, folder)))
             marker.write_text(identity, encoding="utf-8")
-        launch.barrier()
+        process_group.barrier()
         return folder
 
     def _fit_to_models(self, text: str, explicit: set[str]) -> str:
@@ -191,11 +191,11 @@ class Job:
         """Everything that can be known before the first step: said where it is worth it, refused where it is wrong."""
         report = preflight.check_run(self)
         if self.config.stage == "check":
-            launch.say(report.table())
+            process_group.say(report.table())
         else:
             for subject, state, found in report.rows:
                 if subject in FITTED and state == "ok" and found:
-                    launch.say(f"{subject}: {found}")
+                    process_group.say(f"{subject}: {found}")
         report.require()
 
     def stages_to_run(self) -> list[str]:
@@ -269,7 +269,7 @@ class Job:
     def stage_2_blocks(self) -> int:
         """Blocks of the corpus that all steps of stage 2 see."""
         section = self.config.pretrain
-        rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * launch.world_size()
+        rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * process_group.world_size()
         return capped_steps(section.max_steps, self.config.max_steps) * rows
 
     @property
@@ -340,12 +340,12 @@ class Job:
         )
         trainer, facts = fit(arguments=arguments, stage=stage, run_dir=self.root, resume=resume, **options)
         model, state = trainer.model, full_state_dict(trainer.model_wrapped)
-        if launch.is_main():
+        if process_group.is_main():
             with self.result(stage, facts) as folder:
                 save(folder, model, state)
-        launch.barrier()
+        process_group.barrier()
         release(trainer)
-        if launch.is_main():
+        if process_group.is_main():
             shutil.rmtree(checkpoints, ignore_errors=True)
         gc.collect()
 
@@ -354,10 +354,10 @@ class Job:
         inputs = {name: self.directory.done(name)["id"] for name in self.directory.inputs(stage)}
         engine = "torch" if self.alone else "deepspeed"  # neither reads the other's checkpoints
         belongs_to = {"settings": self.settings(stage), "inputs": inputs, "engine": engine}
-        launch.barrier()
-        if launch.is_main():
+        process_group.barrier()
+        if process_group.is_main():
             said = self.directory.open_checkpoints(stage, belongs_to, self.config.restart)
             if said:
-                launch.say(f"{stage}: {said}")
-        launch.barrier()
+                process_group.say(f"{stage}: {said}")
+        process_group.barrier()
         return self.directory.has_checkpoints(stage)

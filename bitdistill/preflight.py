@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bitdistill.data.tasks import encode, encode_prompts, label_tokens
-from bitdistill.distributed import launch, presets
+from bitdistill.distributed import presets, process_group
 from bitdistill.errors import UserError
 from bitdistill.folders import why_not_writable
 from bitdistill.planning import Setting, Shape, Work, memory_parts, shape_of
@@ -437,7 +437,7 @@ def _memory_of_stages(job, stages: set[str], student: Shape, teacher: Shape) -> 
         setting = Setting(
             zero, config.offload != "none", config.teacher_offload != "none", section.gradient_checkpointing
         )
-        parts, host = memory_parts(work, setting, launch.world_size(), job.device)
+        parts, host = memory_parts(work, setting, process_group.world_size(), job.device)
         del parts["process"]
         if job.device == "cpu":
             parts["offloaded"] = host
@@ -456,7 +456,7 @@ def _check_room(job, report: Report, stages: set[str], student, teacher) -> None
             where, ranks = (
                 ("on the GPU", 1)
                 if job.device == "cuda"
-                else ("of memory", min(launch.local_world_size(), launch.world_size()))
+                else ("of memory", min(process_group.local_world_size(), process_group.world_size()))
             )
             found.append(check_memory(needed, free_memory(), ranks, where))
     numbers = {name: parameters * MASTER for name in ("base", "refine", "pretrain", "distill", "baseline")}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bitdistill.data.demo import demo_model
 from bitdistill.dependencies import OF_TRIMMING, optimization
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.distributed.teacher import load_teacher
 from bitdistill.errors import UserError
 from bitdistill.evaluation.compare import compare_settings
@@ -49,7 +49,7 @@ def train_base(job: Job) -> None:
 
 def trim_vocabulary(job: Job) -> None:
     """The base model and its tokenizer with the tokens that the training texts use. Rank 0 alone."""
-    if not launch.is_main():
+    if not process_group.is_main():
         return
     section, started = job.config.refine, time.perf_counter()
     tokenizer, model = load_tokenizer(job.full_tokenizer_folder), load_language_model(job.full_base_folder)
@@ -59,7 +59,7 @@ def trim_vocabulary(job: Job) -> None:
         done = trim_folder(model, tokenizer, texts, folder, section.vocabulary_threshold)
         facts |= {name: value for name, value in vars(done).items() if name != "kept"}
         facts["seconds"] = round(time.perf_counter() - started, 2)
-    launch.say(f"trim: {done}")
+    process_group.say(f"trim: {done}")
 
 
 def train_teacher(job: Job) -> None:
@@ -70,7 +70,7 @@ def train_teacher(job: Job) -> None:
         tokenizer = trim_like(model, tokenizer, job.full_tokenizer_folder, job.directory.folder("trim"))
     save = partial(save_language_model, tokenizer=tokenizer, dtype=getattr(torch, job.config.teacher.dtype))
     if job.config.teacher.finetuned:
-        if launch.is_main():
+        if process_group.is_main():
             with job.result("teacher", {"steps": 0}) as folder:
                 save(folder, model, model.state_dict())
         return
@@ -84,8 +84,8 @@ def refine_base(job: Job) -> None:
     blocks = partial(job.sources.first_blocks, tokenizer, job.config.pretrain.block_size, section.calibration_blocks)
     surgery = {name: value for name, value in vars(section).items() if name not in ("calibration_blocks", *OF_TRIMMING)}
     done, gains = refine_on_corpus(model, blocks, **surgery)
-    launch.say(f"refine: {done}")
-    if launch.is_main():
+    process_group.say(f"refine: {done}")
+    if process_group.is_main():
         facts = dataclasses.asdict(done) | {"seconds": round(time.perf_counter() - started, 2), "gains": gains}
         with job.result("refine", facts) as folder:
             save_ternary(folder, model, model.state_dict(), tokenizer=tokenizer)
@@ -98,18 +98,18 @@ def cache_teacher_logits(job: Job) -> None:
     dtype = torch.float32 if job.device == "cpu" else "auto"
     model = load_language_model(job.base_folder, dtype).eval().requires_grad_(False).to(job.device)
     layout = job.cache_layout(model.config.vocab_size)
-    launch.say(f"cache: {layout}")
+    process_group.say(f"cache: {layout}")
     job.prepare_checkpoints("cache")
     shards = job.directory.checkpoints("cache")
-    if launch.is_main():
+    if process_group.is_main():
         check_room(shards, layout)
     stream = job.sources.corpus_stream(load_tokenizer(job.tokenizer_folder), section.block_size)
     options = {"batch_size": section.per_device_train_batch_size, "products": job.inference_products}
     write_shards(shards, model, stream, layout, **options)
     del model
     gc.collect()
-    launch.barrier()
-    if launch.is_main():
+    process_group.barrier()
+    if process_group.is_main():
         facts: dict[str, Any] = {"tokens": layout.blocks * layout.block_size}
         with job.result("cache", facts) as folder:
             facts["bytes"] = finish_cache(shards, folder, layout)
@@ -207,7 +207,7 @@ def save_ternary(folder: Path, model: nn.Module, state: dict[str, Tensor], *, to
 
 def evaluate_settings(job: Job) -> None:
     """Scores the settings on the validation rows, and draws what teacher and student attend to. Rank 0 alone."""
-    if not launch.is_main():
+    if not process_group.is_main():
         return
     section, student_layers = job.config.evaluate, job.config.distill.relation_layers
     teacher_layers = job.config.distill.teacher_relation_layers or student_layers
@@ -232,7 +232,7 @@ def evaluate_settings(job: Job) -> None:
 
 def export_settings(job: Job) -> None:
     """Packs the ternary settings, proves the student's file, and measures decoding on this CPU. Rank 0 alone."""
-    if not launch.is_main():
+    if not process_group.is_main():
         return
     section, started, models = job.config.export, time.perf_counter(), job.trained
     teacher = models.pop(FULL_PRECISION)
@@ -243,7 +243,7 @@ def export_settings(job: Job) -> None:
         packed = pack_settings(folder, models, prompts, about=job.header(), **formats)
         weight_only = job.config.evaluate.weight_only
         speeds = sizes_and_speeds(
-            teacher, packed, prompts[0], section.speed_tokens, weight_only=weight_only, say=launch.say
+            teacher, packed, prompts[0], section.speed_tokens, weight_only=weight_only, say=process_group.say
         )
         (folder / "speed.json").write_text(json.dumps(speeds, indent=1), encoding="utf-8")
         facts["seconds"] = round(time.perf_counter() - started, 2)

@@ -40,7 +40,7 @@ def prepare() -> None:
 def limit_threads() -> None:
     """Sizes the thread pools of OpenMP and BLAS to the CPUs of this process, where OMP_NUM_THREADS does not say otherwise.
 
-    For an entry with a single process; `launch.initialize` divides them among the ranks of a machine.
+    For an entry with a single process; `process_group.initialize` divides them among the ranks of a machine.
     """
     if not os.environ.get("OMP_NUM_THREADS"):
         os.environ["OMP_NUM_THREADS"] = str(available_cpus())

@@ -27,7 +27,7 @@ from pathlib import Path
 from bitdistill import console
 from bitdistill.command_line import explicit_settings, parse_config
 from bitdistill.config import RunConfig
-from bitdistill.distributed import launch, termination
+from bitdistill.distributed import process_group, termination
 from bitdistill.errors import UserError
 from bitdistill.files import disk_errors_said
 from bitdistill.job import Job
@@ -104,7 +104,7 @@ def run(job: Job) -> None:
         )
     stages = there if wanted == "all" else (wanted,)
     if replaced := job.results_to_replace(stages):
-        launch.say(
+        process_group.say(
             f"results that do not hold any more, each kept until its successor is complete: {', '.join(replaced)}"
         )
     with disk_errors_said(job.root):
@@ -112,13 +112,13 @@ def run(job: Job) -> None:
             job.directory.require_inputs(stage)
             reason = job.reason_to_run(stage)
             if reason is None:
-                launch.say(f"{stage}: done and unchanged, skipped")
+                process_group.say(f"{stage}: done and unchanged, skipped")
                 continue
-            launch.say(f"{stage}: runs ({reason})")
+            process_group.say(f"{stage}: runs ({reason})")
             STAGES[stage].do(job)
-            launch.barrier()
+            process_group.barrier()
             termination.end_if_requested()
-        if launch.is_main() and job.config.report:
+        if process_group.is_main() and job.config.report:
             show_report(job.root)
 
 
@@ -132,7 +132,7 @@ def main() -> int:
             job = Job(config, text, STAGES, explicit_settings())
         if config.stage != "check":
             run(job)
-        launch.shutdown()
+        process_group.shutdown()
 
     return console.run(body)
 

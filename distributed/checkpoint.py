@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 from bitdistill.files import checksum, flush, flush_tree, write_whole
 
@@ -62,11 +62,11 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
         first = names.setdefault(id(tensor), name)
         if first == name:
             with _whole(tensor):  # on every rank, the same ones in the same order
-                if launch.is_main():
+                if process_group.is_main():
                     state[name] = _copy(name, tensor)
-        elif launch.is_main():
+        elif process_group.is_main():
             state[name] = state[first]
-    return state if launch.is_main() else None
+    return state if process_group.is_main() else None
 
 
 def _whole(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -145,15 +145,15 @@ def mark_complete(folder: str | Path) -> None:
     because the Trainer deletes old checkpoints before the new one is marked.
     """
     folder = Path(folder)
-    launch.barrier()
-    if launch.is_main():
+    process_group.barrier()
+    if process_group.is_main():
         flush_tree(folder)
         there = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
         files = {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in there
         }
-        write_whole(folder / MARKER, json.dumps({"world_size": launch.world_size(), "files": files}, indent=1))
-    launch.barrier()
+        write_whole(folder / MARKER, json.dumps({"world_size": process_group.world_size(), "files": files}, indent=1))
+    process_group.barrier()
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -175,15 +175,15 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         if problem is None:
             good = checkpoint
             break
-        launch.say(f"{checkpoint}: skipped, {problem}")
-        launch.barrier()  # every rank has looked at it
-        if launch.is_main():
+        process_group.say(f"{checkpoint}: skipped, {problem}")
+        process_group.barrier()  # every rank has looked at it
+        if process_group.is_main():
             _put_away(checkpoint, damaged=bool(marker))
-    if good is not None and marker["world_size"] != launch.world_size():
+    if good is not None and marker["world_size"] != process_group.world_size():
         raise UserError(
             str(good),
             expected=f"the {marker['world_size']} rank(s) that wrote it",
-            got=str(launch.world_size()),
+            got=str(process_group.world_size()),
             do=f"Start with deepspeed --num_gpus {marker['world_size']}, or give --restart to begin this stage again.",
         )
     return good

@@ -9,7 +9,7 @@ Imports neither torch nor deepspeed, and reads nothing from disk. What a preset 
 * Weights and gradients travel between ranks in fp32 (`lower_precision_safe_modules: []`): the ZeRO stage decides about
   memory and never about numbers.
 * Nothing is compiled: the optimizer is torch's AdamW from the Trainer, also on offloaded state. Only NVMe needs
-  DeepSpeed's async_io (`launch.require_nvme`).
+  DeepSpeed's async_io (`process_group.require_nvme`).
 * "auto" is what the Trainer fills in from its own arguments.
 
 What is moved off the device by `offload`:

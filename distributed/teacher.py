@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bitdistill.distributed import launch, presets
+from bitdistill.distributed import presets, process_group
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -69,7 +69,7 @@ def load_teacher(
     Args:
         path: a Hugging Face folder or model name.
         dtype: of its parameters: torch.float32, bfloat16 or float16.
-        device: "cpu" or "cuda", where it computes; `launch.initialize(device)` came before.
+        device: "cpu" or "cuda", where it computes; `process_group.initialize(device)` came before.
         products: of its matrix products, if not `dtype`: the weights of its linear layers are rounded to it once, what stands
             between the products stays in `dtype`. For a resident teacher.
         offload: "none" (resident), "cpu" or "nvme" (where the parameters wait).
@@ -78,7 +78,7 @@ def load_teacher(
     Returns: the Teacher.
 
     Raises:
-        UserError: see presets.teacher_config and launch.require_nvme.
+        UserError: see presets.teacher_config and process_group.require_nvme.
     """
     from transformers import AutoModelForCausalLM
 
@@ -94,7 +94,7 @@ def load_teacher(
 
     config = presets.teacher_config(offload, precision=PRECISION[dtype], device=device, nvme_path=nvme_path)
     if offload == "nvme":
-        launch.require_nvme(nvme_path)
+        process_group.require_nvme(nvme_path)
     import deepspeed
 
     with _deepspeed_while_loading(config):

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitdistill.distributed.launch import free_port
+from bitdistill.distributed.process_group import free_port
 
 
 @dataclass
@@ -119,7 +119,7 @@ def tiny_data():
 
 def tiny_arguments(folder: Path, config: dict, **changes):
     """StageArguments for STEPS steps of GLOBAL_BATCH rows, however many ranks share them."""
-    from bitdistill.distributed import launch
+    from bitdistill.distributed import process_group
     from bitdistill.training.trainer import StageArguments
 
     settings = {
@@ -127,7 +127,7 @@ def tiny_arguments(folder: Path, config: dict, **changes):
         "deepspeed": config,
         "use_cpu": True,
         "max_steps": STEPS,
-        "per_device_train_batch_size": GLOBAL_BATCH // launch.world_size(),
+        "per_device_train_batch_size": GLOBAL_BATCH // process_group.world_size(),
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "save_strategy": "no",

@@ -208,9 +208,9 @@ TRAIN = """
 import json, sys
 from pathlib import Path
 import ranks
-from bitdistill.distributed import checkpoint, launch, presets
+from bitdistill.distributed import checkpoint, process_group, presets
 
-launch.initialize("cpu")
+process_group.initialize("cpu")
 import torch
 from transformers import TrainerCallback
 
@@ -227,29 +227,29 @@ for zero in (0, 1, 2, 3):
     trainer.train()
     state = checkpoint.full_state_dict(trainer.model_wrapped)
     inner = checkpoint.full_state_dict(trainer.model)  # the model inside the engine gives the same
-    assert (state is None) == (not launch.is_main())
-    if launch.is_main():
+    assert (state is None) == (not process_group.is_main())
+    if process_group.is_main():
         assert all(torch.equal(state[name], inner[name]) for name in state)
         assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
         torch.save(state, f"state{zero}.pt")
         found[f"losses {zero}"] = ranks.losses(trainer)
     if saving:
         # As if the run had been killed while it wrote its last checkpoint: go on from the one before.
-        launch.barrier()
-        if launch.is_main():
+        process_group.barrier()
+        if process_group.is_main():
             (out / f"checkpoint-{ranks.STEPS}" / "complete.json").unlink()
-        launch.barrier()
+        process_group.barrier()
         last = checkpoint.latest_checkpoint(out)
         trainer = ranks.tiny_trainer(ranks.tiny_arguments(out, config, **saving), [Mark()])
         trainer.train(resume_from_checkpoint=str(last))
         again = checkpoint.full_state_dict(trainer.model_wrapped)
-        if launch.is_main():
+        if process_group.is_main():
             found[f"resumed {zero}"] = [last.name, all(torch.equal(state[name], again[name]) for name in state)]
             files = json.loads((last / "complete.json").read_text())["files"]
             found[f"files {zero}"] = sorted(Path(name).name for name in files)
-if launch.is_main():
+if process_group.is_main():
     Path(sys.argv[-1]).write_text(json.dumps(found))
-launch.shutdown()
+process_group.shutdown()
 """
 
 

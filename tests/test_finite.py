@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 from bitdistill.training.distill import fine_tune
 from bitdistill.training.finite import FiniteSteps, gradients_not_finite, weights_not_finite, where_not_finite
@@ -48,7 +48,7 @@ def test_gradients_are_named_from_the_loss_downward():
 
 def test_a_stage_that_meets_an_infinity_stops_before_the_step_and_keeps_a_good_checkpoint(tmp_path):
     """The loss of step 4 is infinite: its rows are named, and the checkpoint of step 2 has what step 2 made."""
-    launch.initialize("cpu", alone=True)
+    process_group.initialize("cpu", alone=True)
     model, seen = student("llama").train(), []
 
     def spoil(_module, _inputs, output):

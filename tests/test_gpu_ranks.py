@@ -17,9 +17,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 zero, out = int(sys.argv[-2]), Path(sys.argv[-1])
 
 import torch
-from bitdistill.distributed import launch, presets
+from bitdistill.distributed import process_group, presets
 
-launch.initialize("cpu")
+process_group.initialize("cpu")
 import ranks
 from bitdistill.student import layers, sharing
 from bitdistill.kernels.gpu import bit_linear, matmul, quantize
@@ -81,9 +81,9 @@ def train(kernels):
 found = {"reference": train(None)}
 assert not any(calls.values())
 found |= {"kernels": train(bit_linear), "calls": calls}
-if launch.is_main():
+if process_group.is_main():
     out.write_text(json.dumps(found))
-launch.shutdown()
+process_group.shutdown()
 """
 
 

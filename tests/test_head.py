@@ -188,10 +188,10 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import ranks
-from bitdistill.distributed import checkpoint, launch, presets
+from bitdistill.distributed import checkpoint, process_group, presets
 from bitdistill.distributed.teacher import load_teacher
 
-launch.initialize("cpu")
+process_group.initialize("cpu")
 import torch
 from test_head import distillation
 from bitdistill.student.embeddings import quantize_embeddings
@@ -209,18 +209,18 @@ for zero, offload, tokens, precision, embedding in json.loads(sys.argv[-3]):
     def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = dict(inputs) | {"attention_mask": torch.ones_like(inputs["input_ids"])}
         terms = objective(model, batch, Counts(4 * 11, 4 * 12, 4 * 12, 0))
-        return sum(weight * loss for weight, loss in terms.values()) * launch.world_size()
+        return sum(weight * loss for weight, loss in terms.values()) * process_group.world_size()
 
     trainer.compute_loss, trainer.model_accepts_loss_kwargs = compute_loss, True
     trainer.train()
     state = checkpoint.full_state_dict(trainer.model_wrapped)
     name = f"{zero}-{tokens}-{precision}-{embedding}"
-    if launch.is_main():
+    if process_group.is_main():
         torch.save(state, name)
     found[name] = ranks.losses(trainer)
-if launch.is_main():
+if process_group.is_main():
     Path(sys.argv[-1]).write_text(json.dumps(found))
-launch.shutdown()
+process_group.shutdown()
 """
 
 

@@ -322,14 +322,14 @@ import json, sys
 from pathlib import Path
 import torch
 import ranks
-from bitdistill.distributed import launch, presets
+from bitdistill.distributed import process_group, presets
 from bitdistill.training.health import HealthLog
 from bitdistill.student.layers import bit_linears
 from bitdistill.student.refine import refine
 from transformers import Trainer
 
-launch.initialize("cpu")
-zero, folder, found = launch.without_local_rank(sys.argv[1:])
+process_group.initialize("cpu")
+zero, folder, found = process_group.without_local_rank(sys.argv[1:])
 zero, folder, found = int(zero), Path(folder), Path(found)
 model = ranks.tiny_model()
 refine(model, gains={"model.layers.1.self_attn.o_proj": 0.5})
@@ -347,13 +347,13 @@ class InOrder(Trainer):
 
 trainer = InOrder(model=model, args=arguments, train_dataset=ranks.tiny_data(), callbacks=[log])
 trainer.train()
-if launch.is_main():
+if process_group.is_main():
     lines = [json.loads(line) for line in (folder / "health.jsonl").read_text().splitlines()]
     warned = folder / "warnings.jsonl"
     warnings = [json.loads(line) for line in warned.read_text().splitlines()] if warned.is_file() else []
     found.write_text(json.dumps({"lines": lines, "warnings": warnings, "losses": ranks.losses(trainer)}))
-launch.barrier()
-launch.shutdown()
+process_group.barrier()
+process_group.shutdown()
 """
 
 

@@ -1,6 +1,7 @@
 """The house: no import cycle between files or rooms, no arrow upward, nobody imports an entry file, kernels/ stays inert."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,45 @@ def test_rooms_are_those_of_the_table():
 def test_there_is_something_to_walk():
     assert len(GRAPH) > 20
     assert "bitdistill.kernels.reference" in GRAPH["bitdistill.student.layers"]
+
+
+IMPORT = re.compile(r"^\s*from (bitdistill[\w.]*) import (\([^)]*\)|[^\n(]*)", re.MULTILINE)
+OLDER = {"bitdistill.distributed.launch"}  # names of older commits, which benchmarks also run on
+
+
+def defined_names(path):
+    """What a module binds at its top, also inside `if` and `try`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+DEFINED = {name: defined_names(path) for name, path in FILES.items()}
+
+
+def test_imports_exist():
+    """In the package, the tests and the benchmarks, also inside scripts that a test keeps in a string."""
+    wrong = []
+    scripts = [path for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    for path in [*FILES.values(), *scripts]:
+        for module, names in IMPORT.findall(path.read_text()):
+            wanted = [
+                name.split("#")[0].strip(" ()\\\"'")
+                for line in names.split("\n")
+                for name in line.split(";")[0].split(",")
+            ]
+            for name in (one.partition(" as ")[0] for one in wanted):
+                if module == "bitdistill" or not name or module in OLDER:
+                    continue
+                if module not in FILES or not (f"{module}.{name}" in FILES or name in DEFINED[module]):
+                    wrong.append(f"{path.relative_to(ROOT)}: from {module} import {name}")
+    assert not wrong
 
 
 def test_no_cycle():

@@ -85,9 +85,9 @@ TRAIN_ALL = """
 import json, sys
 from pathlib import Path
 import ranks
-from bitdistill.distributed import checkpoint, launch, presets
+from bitdistill.distributed import checkpoint, process_group, presets
 
-launch.initialize("cpu")
+process_group.initialize("cpu")
 import torch
 found = {}
 for zero, offload, precision in json.loads(sys.argv[1]):
@@ -99,7 +99,7 @@ for zero, offload, precision in json.loads(sys.argv[1]):
     torch.save(state, name)
     found[name] = ranks.losses(trainer)
 Path(sys.argv[-1]).write_text(json.dumps(found))
-launch.shutdown()
+process_group.shutdown()
 """
 
 

@@ -14,7 +14,7 @@ from test_runtime import byte_tokenizer
 
 from bitdistill import console, cpus, folders
 from bitdistill.command_line import parse_config
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 from bitdistill.export.write import write_packed
 from tiny_students import student
@@ -81,9 +81,9 @@ def test_torch_and_the_runtime_take_that_count(tmp_path):
     script = (
         "import os; from bitdistill import cpus; cpus._lines = lambda path: "
         "['500000 100000'] if str(path) == '/sys/fs/cgroup/cpu.max' else []; os.sched_getaffinity = lambda pid: set(range(64));"
-        "from bitdistill.distributed import launch; import torch, bitdistill.runtime.cpu as cpu;"
+        "from bitdistill.distributed import process_group; import torch, bitdistill.runtime.cpu as cpu;"
         "os.environ |= {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_WORLD_SIZE': '2'};"
-        "launch.initialize('cpu'); print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'], cpu.available_cpus())"
+        "process_group.initialize('cpu'); print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'], cpu.available_cpus())"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
@@ -125,7 +125,7 @@ def surroundings_of_a_launcher(monkeypatch):
 )
 def test_variables_of_a_launcher(surroundings_of_a_launcher, variables, place):
     surroundings_of_a_launcher(variables)
-    assert launch._find_place() == place
+    assert process_group._find_place() == place
     assert os.environ["LOCAL_RANK"] == str(place[0])
     assert os.environ["MASTER_PORT"].isdecimal()
 
@@ -145,7 +145,7 @@ def test_variables_of_a_launcher(surroundings_of_a_launcher, variables, place):
 def test_variables_of_a_launcher_that_do_not_fit(surroundings_of_a_launcher, variables, field):
     surroundings_of_a_launcher(variables)
     with pytest.raises(UserError) as caught:
-        launch._find_place()
+        process_group._find_place()
     assert caught.value.field == field
 
 
@@ -153,7 +153,7 @@ def test_variables_of_a_launcher_that_do_not_fit(surroundings_of_a_launcher, var
     "launcher", [["--local_rank=0"], ["--local-rank=0"], ["--local_rank", "0"], ["--local-rank", "0"]]
 )
 def test_what_a_launcher_puts_before_the_arguments_is_taken_away(launcher):
-    assert launch.without_local_rank([*launcher, "--seed", "0"]) == ["--seed", "0"]
+    assert process_group.without_local_rank([*launcher, "--seed", "0"]) == ["--seed", "0"]
     assert parse_config([*launcher, "--seed", "3"])[0].seed == 3
 
 

@@ -10,16 +10,16 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import ranks
-from bitdistill.distributed import launch, presets, teacher
+from bitdistill.distributed import process_group, presets, teacher
 
-launch.initialize("cpu")
+process_group.initialize("cpu")
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import deepspeed_config
 
 folder = Path(sys.argv[-2])
 tokens = torch.arange(2 * 40).reshape(2, 40) % 64
-tokens = (tokens * (2 * launch.rank() + 3)) % 64  # another batch on each rank
+tokens = (tokens * (2 * process_group.rank() + 3)) % 64  # another batch on each rank
 found = {}
 for zero in (2, 3):
     arguments = ranks.tiny_arguments(Path("out"), presets.deepspeed_config(zero, precision="bf16", device="cpu"))
@@ -62,13 +62,13 @@ for zero in (2, 3):
         weight = torch.ones(64, requires_grad=True)
         (b.float() * weight).sum().backward()  # usable in a loss, and without a graph of its own
         found[f"in a loss {name}"] = not b.requires_grad and weight.grad is not None
-        if launch.is_main():
+        if process_group.is_main():
             torch.save(a, f"logits-{zero}-{dtype}.pt")
-everywhere = launch.all_reduce_sum(float(all(found.values())))
-found["on every rank"] = everywhere == launch.world_size() == 2
-if launch.is_main():
+everywhere = process_group.all_reduce_sum(float(all(found.values())))
+found["on every rank"] = everywhere == process_group.world_size() == 2
+if process_group.is_main():
     Path(sys.argv[-1]).write_text(json.dumps(found))
-launch.shutdown()
+process_group.shutdown()
 """
 
 

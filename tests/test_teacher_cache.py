@@ -373,9 +373,9 @@ RANKS = """
 import json, sys
 from pathlib import Path
 import ranks
-from bitdistill.distributed import checkpoint, launch, presets
+from bitdistill.distributed import checkpoint, process_group, presets
 
-launch.initialize("cpu")
+process_group.initialize("cpu")
 import torch
 from test_corpus import byte_tokenizer
 from bitdistill.data.corpus import TokenStream
@@ -393,15 +393,15 @@ def stream():
 
 layout = Layout(blocks=16, block_size=16, top_k=6, temperature=2.0, vocabulary=272)
 shards, cache = out.parent / "shards", out.parent / "cache"
-if launch.is_main():
+if process_group.is_main():
     shards.mkdir()
     cache.mkdir()
-launch.barrier()
+process_group.barrier()
 write_shards(shards, big_model(7).eval(), stream(), layout, batch_size=2)
-launch.barrier()
-if launch.is_main():
+process_group.barrier()
+if process_group.is_main():
     finish_cache(shards, cache, layout)
-launch.barrier()
+process_group.barrier()
 
 found = {}
 for name, zero, resume in (("2", 2, False), ("2 resumed", 2, True), ("3", 3, False)):
@@ -416,10 +416,10 @@ for name, zero, resume in (("2", 2, False), ("2 resumed", 2, True), ("3", 3, Fal
     )
     if resume:
         import shutil
-        launch.barrier()
-        if launch.is_main():
+        process_group.barrier()
+        if process_group.is_main():
             shutil.rmtree(folder / "checkpoint-4")
-        launch.barrier()
+        process_group.barrier()
     run = out.parent / name
     run.mkdir(exist_ok=True)
     trainer, facts = pretrain(big_model(1), stream(), arguments, stage="pretrain", run_dir=run, resume=resume,
@@ -427,13 +427,13 @@ for name, zero, resume in (("2", 2, False), ("2 resumed", 2, True), ("3", 3, Fal
     lines = [line for line in trainer.state.log_history if "loss_ce" in line]
     found[f"{name} losses"] = [[line["loss_ce"], line["loss_logits"], line["loss"]] for line in lines]
     found[f"{name} from"] = facts["resumed_from"]
-    everyone = [None] * launch.world_size()
+    everyone = [None] * process_group.world_size()
     torch.distributed.all_gather_object(everyone, seen)
     found[f"{name} seen"] = everyone
     release(trainer)
-if launch.is_main():
+if process_group.is_main():
     out.write_text(json.dumps(found))
-launch.shutdown()
+process_group.shutdown()
 """
 
 
@@ -489,7 +489,7 @@ import json, os, shutil, sys
 from pathlib import Path
 from bitdistill import train
 from bitdistill.training import teacher_cache
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 
 world, out = Path(sys.argv[-2]), Path(sys.argv[-1])
@@ -506,13 +506,13 @@ def job(stage, *options):
     sys.argv = ["train.py", "--recipe", "quick", *given, "--corpus", str(corpus), "--output_dir", str(run), "--report",
                 "false", "--pretrain.lambda_logits", "2", "--pretrain.kd_top_k", "8", "--stage", stage, *options]
     said = []
-    launch.say = said.append
+    process_group.say = said.append
     stderr, sys.stderr = sys.stderr, open(out.parent / "stderr", "w+")
     code = train.main()
     sys.stderr.seek(0)
     said.append(sys.stderr.read())
     sys.stderr = stderr
-    launch.shutdown()
+    process_group.shutdown()
     found.append({"code": code, "said": "\\n".join(said)})
 
 

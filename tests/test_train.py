@@ -105,7 +105,7 @@ def command(world, run, *options, ranks=1):
 
 
 def free_port():
-    from bitdistill.distributed.launch import free_port
+    from bitdistill.distributed.process_group import free_port
 
     return free_port()
 

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bitdistill.data.corpus import SEPARATOR
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.files import write_whole
 
 LABEL_NOISE = 0.05
@@ -243,14 +243,14 @@ def demo_of_run(run_dir: Path, seed: int) -> DemoPaths:
     Every rank calls it; rank 0 writes.
     """
     folder, marker = run_dir / "demo", run_dir / "demo.json"
-    if launch.is_main():
+    if process_group.is_main():
         wanted = {"seed": seed, "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
         if not (marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == wanted and folder.is_dir()):
-            launch.say("demo: makes its own corpus, tokenizer and task")
+            process_group.say("demo: makes its own corpus, tokenizer and task")
             shutil.rmtree(folder, ignore_errors=True)
             make_demo(folder, seed)
             write_whole(marker, json.dumps(wanted))
-    launch.barrier()
+    process_group.barrier()
     return _paths(folder)
 
 

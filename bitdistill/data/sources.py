@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitdistill.data.corpus import TokenStream
 from bitdistill.data.tasks import encode, encode_prompts, load_rows, load_task, load_validation, show_example
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 from bitdistill.files import write_whole
 from bitdistill.prompts import Task
@@ -60,18 +60,18 @@ class Sources:
         task, files = self.loaded_task, self.extra_validation_files
         rows, left_out = load_validation(task, self.validation_file, files, self.max_validation_rows, self.seed)
         for split in left_out:
-            launch.say(f"{task.name}: {split} is not scored; --extra_validation_files.{split} FILE adds it")
+            process_group.say(f"{task.name}: {split} is not scored; --extra_validation_files.{split} FILE adds it")
         return rows
 
     def training_tokens(self, tokenizer, vocabulary: int, example_file: Path):
         """The training rows as tokens below `vocabulary`; their counts are said, and one row is shown in `example_file`."""
         task, rows = self.loaded_task, self.train_rows()
         encoded, counts = encode(task, rows, tokenizer, self.max_length, vocabulary)
-        launch.say(
+        process_group.say(
             f"{task.name}: {counts['rows']:,} training rows, {counts['tokens']:,} tokens, longest "
             f"{counts['longest_tokens']}; {counts['truncated']:,} prompts cut to {self.max_length} tokens"
         )
-        if launch.is_main():
+        if process_group.is_main():
             write_whole(example_file, show_example(task, rows[0], tokenizer, self.max_length) + "\n")
         return encoded
 
@@ -103,7 +103,7 @@ class Sources:
         stream = TokenStream(self.corpus, tokenizer, block_size, text_column=self.corpus_column, seed=self.seed)
         if stream.left_out:
             named = ", ".join(stream.left_out[:3]) + (", ..." if len(stream.left_out) > 3 else "")
-            launch.say(f"corpus: {len(stream.left_out)} files left out, hidden or of another kind: {named}")
+            process_group.say(f"corpus: {len(stream.left_out)} files left out, hidden or of another kind: {named}")
         return stream
 
     def training_texts(self, tokenizer, blocks: int, block_size: int) -> "TrainingTexts":

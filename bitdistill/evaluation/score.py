@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bitdistill.data.tasks import encode_prompts, label_indices, pad_token
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.evaluation.scoring import (
     accuracy_interval,
     classify,
@@ -63,7 +63,7 @@ def score_rows(model, task: Task, rows, tokenizer, *, max_length: int, batch_siz
     """
     prompts, cut = encode_prompts(task, rows, tokenizer, max_length)
     if cut:
-        launch.say(f"{name}: {cut:,} of {len(prompts):,} prompts cut to {max_length} tokens")
+        process_group.say(f"{name}: {cut:,} of {len(prompts):,} prompts cut to {max_length} tokens")
     packed = isinstance(model, Runtime)
     if task.kind == "classification":
         words = label_tokens(task, tokenizer)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.export.parity import prove_parity
 from bitdistill.export.write import write_packed
 from bitdistill.names import DISTILLED
@@ -55,11 +55,11 @@ def pack_settings(
             metadata=student_header(about, model, load_tokenizer(source), setting=setting).to_json(),
         )
         bits = sizes["bits_per_weight"]
-        launch.say(f"export: {path.name}, {sizes['file_bytes']:,} bytes, {bits:.3f} bits per weight")
+        process_group.say(f"export: {path.name}, {sizes['file_bytes']:,} bytes, {bits:.3f} bits per weight")
         if setting == DISTILLED:
             proof = prove_parity(path, model, prompts) | {"data_sha256": sealed_as(path)}
             (folder / "proof.json").write_text(json.dumps(proof, indent=1), encoding="utf-8")
-            launch.say(
+            process_group.say(
                 f"export: proved on {proof['tokens']} tokens: codes of {proof['linears']} linears equal, mean KL "
                 f"{proof['mean_kl']:.1e}, same top-1 {100 * proof['same_top1']:.1f} %"
             )

@@ -12,7 +12,7 @@ import numpy as np
 
 from bitdistill.errors import UserError
 from bitdistill.prompts import Task, Unfit, fit_prompts, label_tokens, text_of
-from bitdistill.runtime.base import check_new_tokens
+from bitdistill.runtime.base import BaseRuntime, check_new_tokens
 
 Row = str | Mapping[str, Any]
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.student.self_check import kernels_of, self_check
 
 
@@ -54,18 +54,18 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     if device.type not in ("cpu", "cuda") or _Chosen.kernels == "reference":
         return None
     if missing := missing_for(device):
-        launch.say(
+        process_group.say(
             f"{torch.cuda.get_device_name(device)}: the int8 kernels need an NVIDIA GPU of compute capability 8.0 or later "
             f"and Triton; found {missing}. Ternary layers run on plain PyTorch, with the same results, slower."
         )
         return None
-    wrong = {name: problem for name, problem in self_check(device, launch.say).items() if problem is not None}
+    wrong = {name: problem for name, problem in self_check(device, process_group.say).items() if problem is not None}
     kernels, products = kernels_of(device), [name for name in wrong if name.startswith("product ")]
     if products:
         kernels.leave_out_products([name.removeprefix("product ") for name in products])
-        launch.say(f"Products that are not right on this machine and are left out: {_list(wrong, products)}.")
+        process_group.say(f"Products that are not right on this machine and are left out: {_list(wrong, products)}.")
     if len(wrong) > len(products) or (products and not kernels.has_products()):
-        launch.say(
+        process_group.say(
             f"Kernels that are not right on this machine: {_list(wrong, list(wrong))}. Ternary layers run on plain PyTorch, "
             "slower. Please report it with the output of `bitdistill env`."
         )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 from bitdistill.kernels import reference
 from bitdistill.student import quantizers
@@ -223,7 +223,7 @@ def _hooked(module: nn.Module) -> bool:
 
 @functools.cache
 def _say_once(what: str) -> None:
-    launch.say(
+    process_group.say(
         f"{what}: the ternary layers run on plain PyTorch; the kernels know absmean with one scale per tensor, and no "
         "annealing"
     )

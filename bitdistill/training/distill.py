@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from bitdistill.data.tasks import collate
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.distributed.teacher import Teacher
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.loading import check_same_vocabulary
@@ -145,7 +145,7 @@ class Distillation(Objective):
     def finish_step(self) -> None:
         """After the last backward pass of an optimizer step, on every rank: takes in what was watched."""
         if self.relation != "none":
-            self.measured.finish_step(launch.all_reduce_sum)
+            self.measured.finish_step(process_group.all_reduce_sum)
 
     def logged(self) -> dict[str, float]:
         """Beside each line of metrics.jsonl: gamma, and the gradient norms of the relations and of the rest."""

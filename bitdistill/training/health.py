@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.files import append_line, write_whole
 from bitdistill.kernels.reference import quantize_activation, rms_norm, weight_scale
 from bitdistill.student.layers import BitLinear, GatedMLP, bit_linears
@@ -256,7 +256,7 @@ class HealthLog(TrainerCallback):
         elif start.is_file():
             self.start = json.loads(start.read_text(encoding="utf-8"))
         else:
-            launch.say(f"{self.stage}: {start.name} is gone; scale_drift counts from step {state.global_step}")
+            process_group.say(f"{self.stage}: {start.name} is gone; scale_drift counts from step {state.global_step}")
         for line in self._kept(self.path, state.global_step):
             self.diagnosis.measured(line)
         for line in self._kept(self.path.with_name("metrics.jsonl"), state.global_step):
@@ -304,7 +304,9 @@ class HealthLog(TrainerCallback):
     def _warn(self, findings: list[Finding]) -> None:
         for finding in findings:
             line = finding.line(self.stage)
-            launch.say(f"{self.stage}: WARNING at step {finding.step:,}, {finding.kind}: {line['seen']}. {line['do']}")
+            process_group.say(
+                f"{self.stage}: WARNING at step {finding.step:,}, {finding.kind}: {line['seen']}. {line['do']}"
+            )
             self._append(self.path.with_name("warnings.jsonl"), line)
 
     @staticmethod

@@ -45,7 +45,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 from bitdistill.files import flush
 from bitdistill.kernels.vocabulary import linear_top_k
@@ -185,13 +185,13 @@ def write_shards(
         layout: what is written: blocks, block size, words, temperature.
     """
     blocks = iter(stream)
-    with tqdm(total=layout.blocks, desc="cache    ", unit="block", disable=not launch.is_main()) as bar:
+    with tqdm(total=layout.blocks, desc="cache    ", unit="block", disable=not process_group.is_main()) as bar:
         for shard in range(layout.shards):
             first = shard * layout.blocks_per_shard
             taken = [next(blocks) for _ in range(min(layout.blocks_per_shard, layout.blocks - first))]
             assert [block["block"] for block in taken] == list(range(first, first + len(taken)))
             path = folder / _name(shard)
-            if shard % launch.world_size() != launch.rank() or path.is_file():
+            if shard % process_group.world_size() != process_group.rank() or path.is_file():
                 bar.update(len(taken))
                 continue
             tokens_BT = torch.stack([block["input_ids"] for block in taken])

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from bitdistill.distributed import launch, termination
+from bitdistill.distributed import process_group, termination
 from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete
 from bitdistill.errors import UserError
 from bitdistill.files import append_line, write_whole
@@ -189,7 +189,7 @@ class StageTrainer(Trainer):
             self.add_callback(annealing)
         self.add_callback(FiniteSteps(stage, self._rows_in_words))  # before _Files, which completes a checkpoint
         self.add_callback(_Files(self, run_dir / "metrics.jsonl"))
-        if launch.is_main():
+        if process_group.is_main():
             self.add_callback(_ProgressBar(stage))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -209,7 +209,7 @@ class StageTrainer(Trainer):
         self._rows_are = "blocks of the corpus" if batches and "block" in batches[0] else "training rows, from 0,"
         self._rows = [i for batch in batches for i in batch.get("block", batch.get("row", torch.empty(0))).tolist()]
         here = torch.tensor([answers, tokens, positions, termination.requested()], device=self.args.device)
-        *totals, stops = launch.all_reduce_sum(here).tolist()
+        *totals, stops = process_group.all_reduce_sum(here).tolist()
         self._counts, self.stop_wanted = Counts(*totals, step=self.state.global_step), stops > 0
         self._steps_summed += 1
         self._tokens_summed += self._counts.tokens
@@ -238,12 +238,12 @@ class StageTrainer(Trainer):
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._sums[TOTAL] = self._sums.get(TOTAL, 0.0) + float(weight) * value
             total = total + weight * loss
-        return total * launch.world_size()
+        return total * process_group.world_size()
 
     def _refuse_loss(self, name: str, value: float, batch: dict[str, Tensor]) -> None:
         """Says which term of the loss is not finite, which layer it comes from, and in which rows."""
         found = None
-        if launch.world_size() == 1:  # others would wait for a rank that looks for the layer
+        if process_group.world_size() == 1:  # others would wait for a rank that looks for the layer
             models = {
                 "student": self.model,
                 "teacher": getattr(getattr(self.objective, "teacher", None), "module", None),
@@ -285,7 +285,7 @@ class StageTrainer(Trainer):
     def _sums_of_all_ranks(self) -> dict[str, float]:
         names = sorted(self._sums)
         here = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=self.args.device)
-        return dict(zip(names, launch.all_reduce_sum(here).tolist(), strict=True))
+        return dict(zip(names, process_group.all_reduce_sum(here).tolist(), strict=True))
 
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run needs besides the Trainer's own state, for JSON. Every rank calls it; rank 0's counts."""
@@ -297,7 +297,7 @@ class StageTrainer(Trainer):
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         self.objective.load_state_dict(state["objective"])
-        since, share = state["since_last_line"], float(launch.is_main())  # the sum over the ranks is what it was
+        since, share = state["since_last_line"], float(process_group.is_main())  # the sum over the ranks is what it was
         self._sums = {name: share * value for name, value in since["sums"].items()}
         self._steps_summed, self._tokens_summed = since["steps"], since["tokens"]
         if self.stream is not None:
@@ -314,9 +314,9 @@ class StageTrainer(Trainer):
         checkpoint = latest_checkpoint(folder) if resume else None
         if checkpoint is not None:
             self._load_extra_state(json.loads((checkpoint / EXTRA_STATE).read_text(encoding="utf-8")))
-            launch.say(f"{self.stage}: continues at {checkpoint.name}")
+            process_group.say(f"{self.stage}: continues at {checkpoint.name}")
         elif resume:
-            launch.say(f"{self.stage}: no complete checkpoint to continue from, starts at step 0")
+            process_group.say(f"{self.stage}: no complete checkpoint to continue from, starts at step 0")
         started = time.perf_counter()
         with termination.deferred():
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -334,7 +334,7 @@ class StageTrainer(Trainer):
     def step_rows(self) -> int:
         """Rows that one optimizer step consumes over all ranks."""
         per_rank = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return per_rank * launch.world_size()
+        return per_rank * process_group.world_size()
 
 
 class _Files(TrainerCallback):
@@ -344,7 +344,7 @@ class _Files(TrainerCallback):
         self.trainer, self.path = trainer, path
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if launch.is_main():  # lines of an earlier attempt beyond the point we start from would be drawn twice
+        if process_group.is_main():  # lines of an earlier attempt beyond the point we start from would be drawn twice
             for name in ("metrics.jsonl", "health.jsonl", "warnings.jsonl"):
                 drop_lines(self.path.with_name(name), self.trainer.stage, after_step=state.global_step)
         self.trainer._since = time.perf_counter()
@@ -353,7 +353,7 @@ class _Files(TrainerCallback):
         self.trainer.objective.finish_step()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if launch.is_main() and logs and "loss" in logs:
+        if process_group.is_main() and logs and "loss" in logs:
             line = {"stage": self.trainer.stage, "step": state.global_step, "time": time.time(), **logs}
             if self.trainer.stream is not None:
                 line.pop("epoch", None)  # of a stream the Trainer knows nothing; done.json has corpus_epochs
@@ -366,7 +366,7 @@ class _Files(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         extra = self.trainer.extra_state()
-        if launch.is_main():
+        if process_group.is_main():
             (folder / EXTRA_STATE).write_text(json.dumps(extra), encoding="utf-8")
         mark_complete(folder)
 

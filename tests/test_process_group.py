@@ -8,39 +8,39 @@ import sys
 import pytest
 
 import ranks
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 
 HELLO = """
 import json, os, sys
 from pathlib import Path
-from bitdistill.distributed import launch
+from bitdistill.distributed import process_group
 
-launch.initialize("cpu")
+process_group.initialize("cpu")
 import torch
-print(f"printed by {launch.rank()}")
-numbers = torch.tensor([launch.rank(), 10], dtype=torch.int64)
-total = launch.all_reduce_sum(numbers)
+print(f"printed by {process_group.rank()}")
+numbers = torch.tensor([process_group.rank(), 10], dtype=torch.int64)
+total = process_group.all_reduce_sum(numbers)
 found = {
-    "world_size": launch.world_size(),
-    "is_main": launch.is_main(),
-    "sum": launch.all_reduce_sum(launch.rank() + 1e-9),
+    "world_size": process_group.world_size(),
+    "is_main": process_group.is_main(),
+    "sum": process_group.all_reduce_sum(process_group.rank() + 1e-9),
     "tensor": total.tolist(),
     "unchanged": numbers.tolist(),
-    "mains": launch.all_reduce_sum(float(launch.is_main())),
+    "mains": process_group.all_reduce_sum(float(process_group.is_main())),
     "threads": torch.get_num_threads(),
-    "arguments": launch.without_local_rank(sys.argv[1:-1]),
+    "arguments": process_group.without_local_rank(sys.argv[1:-1]),
     "backend": torch.distributed.get_backend(),
 }
-launch.barrier()
-if launch.is_main():
+process_group.barrier()
+if process_group.is_main():
     Path(sys.argv[-1]).write_text(json.dumps(found))
 if "fail" in sys.argv:
-    launch.barrier()
-    if launch.rank() == 1:
+    process_group.barrier()
+    if process_group.rank() == 1:
         raise RuntimeError("rank 1 had an accident")
-    launch.barrier()  # rank 0 waits here for a rank that will never come
-launch.shutdown()
+    process_group.barrier()  # rank 0 waits here for a rank that will never come
+process_group.shutdown()
 """
 
 
@@ -80,19 +80,20 @@ def test_alone_there_is_no_group_and_everything_else_is_the_same(tmp_path):
     """One rank on a CPU, also when a launcher started it: the same facts as with a group, and transformers sees no group."""
     alone = """
 import os
-from bitdistill.distributed import launch
-started = launch.ranks_started()
-launch.initialize("cpu", alone=True)
+from bitdistill.distributed import process_group
+started = process_group.ranks_started()
+process_group.initialize("cpu", alone=True)
 import json, sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-found = {"started": started, "group": torch.distributed.is_initialized(), "sum": launch.all_reduce_sum(2.0)}
-found |= {"world_size": launch.world_size(), "is_main": launch.is_main(), "processes": PartialState(cpu=True).num_processes}
+found = {"started": started, "group": torch.distributed.is_initialized(), "sum": process_group.all_reduce_sum(2.0)}
+found |= {"world_size": process_group.world_size(), "is_main": process_group.is_main()}
+found |= {"processes": PartialState(cpu=True).num_processes}
 found["type"] = str(PartialState().distributed_type)
-launch.barrier()
+process_group.barrier()
 Path(sys.argv[-1]).write_text(json.dumps(found))
-launch.shutdown()
+process_group.shutdown()
 """
     found = ranks.run(tmp_path, alone, ranks=1).found
     assert found == {
@@ -101,12 +102,12 @@ launch.shutdown()
 
 
 def test_without_a_group_every_function_is_the_identity():
-    assert launch.rank() == 0
-    assert launch.is_main()
-    assert launch.world_size() == 1
-    assert launch.all_reduce_sum(2.5) == 2.5
-    launch.barrier()
-    launch.shutdown()
+    assert process_group.rank() == 0
+    assert process_group.is_main()
+    assert process_group.world_size() == 1
+    assert process_group.all_reduce_sum(2.5) == 2.5
+    process_group.barrier()
+    process_group.shutdown()
 
 
 def test_cuda_without_gpu_says_what_to_do(monkeypatch):
@@ -114,12 +115,12 @@ def test_cuda_without_gpu_says_what_to_do(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))  # restored afterwards
     with pytest.raises(UserError, match=r"^device: expected a GPU for each of .+; got 0\. .+ CPU\.$"):
-        launch.initialize("cuda")
+        process_group.initialize("cuda")
 
 
 def test_nvme_folder_must_exist(tmp_path):
     with pytest.raises(UserError, match=r"^nvme_path: expected a writable folder"):
-        launch.require_nvme(tmp_path / "absent")
+        process_group.require_nvme(tmp_path / "absent")
 
 
 @pytest.mark.slow
@@ -128,14 +129,18 @@ def test_nvme_says_what_to_install(tmp_path, monkeypatch):
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     if AsyncIOBuilder().is_compatible(verbose=False):
-        launch.require_nvme(tmp_path)
+        process_group.require_nvme(tmp_path)
     else:
         with pytest.raises(UserError, match="apt install libaio-dev"):
-            launch.require_nvme(tmp_path)
+            process_group.require_nvme(tmp_path)
 
 
 def test_local_rank_is_taken_away_and_nothing_else():
-    assert launch.without_local_rank(["--local_rank=3", "--stage", "all", "--zero=2"]) == ["--stage", "all", "--zero=2"]
+    assert process_group.without_local_rank(["--local_rank=3", "--stage", "all", "--zero=2"]) == [
+        "--stage",
+        "all",
+        "--zero=2",
+    ]
 
 
 def test_a_port_in_use_is_named(tmp_path):
@@ -145,7 +150,7 @@ def test_a_port_in_use_is_named(tmp_path):
         port = str(taken.getsockname()[1])
         environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        script = "from bitdistill.distributed import launch; launch.initialize('cpu')"
+        script = "from bitdistill.distributed import process_group; process_group.initialize('cpu')"
         result = subprocess.run(
             [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
         )
