@@ -27,7 +27,7 @@ class FakeQuantLinear(nn.Module):
 
 
 class FakeQuantSubLN(nn.Module):
-    """RMSNorm in fp32, and the layer behind it."""
+    """RMSNorm in fp32, and the layer after it."""
 
     def __init__(self, layer: FakeQuantLinear, eps: float):
         super().__init__()

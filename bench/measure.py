@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+" behind it when tracked files were changed; "" outside git."""
+    """The commit of this checkout, with "+" after it when tracked files were changed; "" outside git."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:

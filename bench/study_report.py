@@ -286,7 +286,7 @@ def into_page(text: str, folder: Path) -> str:
         name, _, rest = piece.partition(" -->")
         _, end, after = rest.partition("<!-- end of study -->")
         if not end:
-            raise ValueError(f"page: expected an end of study {name}; got none. Add <!-- end of study --> behind it.")
+            raise ValueError(f"page: expected an end of study {name}; got none. Add <!-- end of study --> after it.")
         path = folder / f"{name}.md"
         table = path.read_text().strip() if path.is_file() else "Not run yet."
         picture = f"\n\n![{name}](../bench/results/studies/{name}.png)" if path.is_file() else ""

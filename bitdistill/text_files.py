@@ -71,7 +71,10 @@ def read_lines(path: Path, field: str, newline: str | None = None) -> Iterator[s
         raise _wrong_encoding(path, field, error) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # gzip's BadGzipFile is an OSError
         raise UserError(
-            f"{field} {path}", expected="a file that can be read", got=str(error), do="Make it again, or copy it anew."
+            f"{field} {path}",
+            expected="a file that can be read",
+            got=str(error),
+            do="Create it again, or copy it again.",
         ) from error
 
 

@@ -21,7 +21,7 @@ from bitdistill.distributed.process_group import free_port
 
 @dataclass
 class Outcome:
-    """What a run left behind. `found` is the JSON that rank 0 wrote, None if it wrote none."""
+    """What a run wrote. `found` is the JSON that rank 0 wrote, None if it wrote none."""
 
     code: int
     found: dict | None

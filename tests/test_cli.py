@@ -122,7 +122,7 @@ def test_eval_scores_splits_and_perplexity(file, tmp_path, monkeypatch):
     refused = evaluate(file, *options, check=2)  # byte_tokenizer has no end-of-text token, which ends a document
     assert "bitdistill: tokenizer: expected an EOS token" in refused.stderr
     blocks = torch.tensor([[*b"boats on a river. " * 3], [*b"a river with boats" * 3]])
-    monkeypatch.setattr("bitdistill.evaluation.score.LOGIT_ROWS", 7)  # in pieces, each behind those before
+    monkeypatch.setattr("bitdistill.evaluation.score.LOGIT_ROWS", 7)  # in pieces, one after the other
     found = text_perplexity(runtime, blocks, "packed")
     logits = torch.stack([torch.from_numpy(runtime.logits(block[:-1].tolist())) for block in blocks]).double()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())

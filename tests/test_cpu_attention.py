@@ -112,7 +112,7 @@ def test_wide_heads(kind, head_dim):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [None, 9, 33])
 def test_a_row_depends_on_nothing_but_its_own_past(kind, window):
-    """Bit for bit the same alone, in any tile, and whatever lies behind its position."""
+    """Bit for bit the same alone, in any tile, and whatever comes after its position."""
     q, k, v = random_case(80, 3, 24)
     together, growing = Cache(kind, 1, 80, 24), Cache(kind, 1, 80, 24)
     for position in range(80):

@@ -97,7 +97,7 @@ def test_a_sentencepiece_tokenizer_gives_the_tokens_of_the_model_it_came_from(tm
         assert ours.decode(ours(text)["input_ids"], skip_special_tokens=True) == text
 
 
-def test_a_chat_template_comes_along_and_a_broken_one_is_left_out_aloud(tmp_path):
+def test_a_chat_template_comes_along_and_a_broken_one_is_left_out_and_named(tmp_path):
     good = "{% for m in messages %}<|start|>{{ m['content'] }}<|end|>{% endfor %}"
     for name, template in (("good", good), ("broken", "{% for m in %}"), ("mute", "hello")):
 

@@ -438,7 +438,7 @@ def test_attention_of_a_step(device, splits, window, heads, kv_heads, width):
 @pytest.mark.parametrize(("first", "window"), [(0, None), (61, None), (61, 1), (61, 9)])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 1, 16), (3, 1, 24)])
 def test_attention_of_a_prompt(device, window, first, heads, kv_heads, width):
-    """40 tokens of one slot behind `first` cached ones: several tokens a tile, the last tile not full."""
+    """40 tokens of one slot after `first` cached ones: several tokens per tile, the last tile not full."""
     capacity = 140
     cache = decode_attention.KVCache(
         *random_rows(2 * 2 * kv_heads * capacity, width, device).view(2, 2, kv_heads, -1, width)

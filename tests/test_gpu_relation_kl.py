@@ -84,7 +84,7 @@ def check(teacher, student, valid, largest_logit=0.0, **options):
     """Fused against float64: a row within 1e-4 of its KL or twice the worst of the eager fp32 form, gradients likewise.
 
     largest_logit: where logits are large, their own rounding is what the gradient is uncertain by: the backward pass
-    sums the products anew, in another order."""
+    sums the products again, in another order."""
     options = {"causal": False, **options}
     heads = options.get("split_heads") or student[0].shape[1]
     generator = torch.Generator().manual_seed(9)

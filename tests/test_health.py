@@ -266,7 +266,7 @@ def test_rising_loss():
 
 
 def sick_training(folder, steps, change, first=0, every=1, scale=0.024):
-    """Runs HealthLog over a BitLinear of 120,000 weights, whose masters `change(weight, noise)` makes anew each step."""
+    """Runs HealthLog over a BitLinear of 120,000 weights, whose masters `change(weight, noise)` makes again in each step."""
     model = Chain(bit_linear((torch.randn(300, 400, generator=torch.Generator().manual_seed(1)) * scale).tolist()))
     weight, noise = model.layers[0].weight, torch.Generator().manual_seed(first)
     log = health.HealthLog(folder / "health.jsonl", "pretrain", every)
@@ -379,7 +379,7 @@ def test_a_real_step_is_measured_and_a_zeroed_layer_is_called_dead(one_process):
         for name, layer in line["layers"].items():
             assert set(layer) == set(SOUND)
             assert layer["minus"] + layer["zeros"] + layer["plus"] == pytest.approx(1)
-            if name not in ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"):  # beside and behind it
+            if name not in ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"):  # beside and after it
                 assert 0 < layer["flips"] < 0.5
                 assert layer["grad_norm"] > 0
                 assert layer["output_rms"] > 0

@@ -267,7 +267,7 @@ def test_evaluation_block(device, counted):
     model = nn.Sequential(make_layer(device, 48, 48), make_layer(device, 48, 32, seed=1))
     x = torch.randn(5, 48, device=device)
     codes = WeightCodes(model)
-    for _ in range(2):  # without a step, every block quantizes anew
+    for _ in range(2):  # without a step, every block quantizes again
         with torch.no_grad(), codes.hold():
             model(x)
             model(x)
@@ -507,7 +507,7 @@ def test_a_student_on_the_kernels(name, device, counted):
     assert abs(loss - expected) < 1e-5
     for key, parameter in student.named_parameters():
         scale = truth[key].abs().max()
-        assert (parameter.grad - truth[key]).abs().max() <= 2e-2 * scale, key  # one code may flip behind a fused norm
+        assert (parameter.grad - truth[key]).abs().max() <= 2e-2 * scale, key  # one code may flip after a fused norm
         cosine = torch.nn.functional.cosine_similarity(parameter.grad.flatten(), truth[key].flatten(), 0)
         assert cosine > 0.9999, key
 

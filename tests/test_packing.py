@@ -61,7 +61,7 @@ def test_hand_example():
     assert set(two[4:].tolist()) == {0b01_01_01_01}
     assert set(three[4:].tolist()) == {121}
 
-    # the second row is the second lane; the seventeenth is a block of its own, behind both blocks of the first sixteen
+    # the second row is the second lane; the seventeenth is a block of its own, after both blocks of the first sixteen
     codes = np.zeros((17, 5), np.int8)
     codes[1, 2], codes[16, 4] = 1, -1
     assert packing.pack(codes, "2bit")[[4 + 2]].tolist() == [0b01_01_01_10]

@@ -156,7 +156,7 @@ def test_seq_by_hand():
 
 
 def test_gptq_and_awq_beat_absmean_on_correlated_inputs():
-    """Weights are smaller where inputs are larger, as those behind a norm are."""
+    """Weights are smaller where inputs are larger, as those after a norm are."""
     for seed in range(3):
         torch.manual_seed(seed)
         x = correlated(seed=seed)
@@ -276,7 +276,7 @@ def test_statistics_are_those_of_the_inputs():
     assert len(inputs) == 21
     assert inputs["model.layers.1.self_attn.q_proj"] is inputs["model.layers.1.self_attn.v_proj"]
     for name, x in seen.items():
-        if name == "o_proj":  # behind the SubLN that is to come
+        if name == "o_proj":  # after the SubLN that is to come
             x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         statistics = inputs[f"model.layers.1.self_attn.{name}"]
         assert statistics.tokens == 32

@@ -374,7 +374,7 @@ def test_generation_scores_bring_further_metrics(tmp_path):
 
 
 def test_four_bits_and_further_splits(tmp_path):
-    """The 4-bit settings stand behind FP16-SFT; a further validation split has its own column and paired differences."""
+    """The 4-bit settings come after FP16-SFT; a further validation split has its own column and paired differences."""
     further = {"validation_mismatched": {"score": 71.25, "interval": [70.0, 72.5], "examples": 40}}
     rounded = [{"setting": name, "score": 89.5, "interval": [88.0, 91.0], "examples": 872, "extra": {}}
                for name in ("int4 RTN", "int4 GPTQ")]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The self-check: wrong, failing and crashing kernels are put aside aloud, right ones are kept as right; the choice by hand."""
+"""The self-check: wrong, failing and crashing kernels are not used, and that is said; right ones are kept as right; the choice by hand."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_right_kernels_are_used_and_the_answer_is_kept(answers, fresh, capsys):
     assert len(asked) == 2
 
 
-def test_a_wrong_kernel_is_put_aside_aloud(answers, capsys):
+def test_a_wrong_kernel_is_not_used_and_named(answers, capsys):
     answers({"ternarize": "AssertionError: scale: 1 of 1 values differ from the reference"})
     assert backend.kernels_for(CPU) is None
     said = capsys.readouterr().out

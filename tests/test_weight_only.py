@@ -177,7 +177,7 @@ def one_prompt_at_a_time(model, texts, group, quantized_before):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_in_order_on_what_the_quantized_ones_before_give(name, monkeypatch):
     """Two bits, so that what a layer is calibrated on decides many codes; small batches, so that rows are padded. float64:
-    at two bits one code that flips in the last digit flips thousands behind it."""
+    at two bits one code that flips in the last digit flips thousands after it."""
     monkeypatch.setattr(weight_only, "BATCH_TOKENS", 100)
     model, texts = full_precision(name).double().eval(), prompts()
     expected = one_prompt_at_a_time(model, texts, 32, quantized_before=True)

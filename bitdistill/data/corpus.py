@@ -142,7 +142,7 @@ class TokenStream(IterableDataset):
         """
         for key, ours in self._settings.items():
             if (theirs := state["settings"][key]) != ours:
-                do = "Resume with the settings and files it began with, or start anew."
+                do = "Resume with the settings and files that it began with, or start again."
                 raise UserError(f"resume: {key} of the token stream", expected=str(theirs), got=str(ours), do=do)
         self._start = {key: value for key, value in state.items() if key != "settings"}
         self.epochs = self._start["epoch"]
@@ -269,7 +269,7 @@ def corpus_files(path: Path) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def _hidden(path: Path) -> bool:
-    """Whether a file or one of its folders is of the kind that editors, notebooks and archives leave behind."""
+    """Whether a file or one of its folders is of the kind that editors, notebooks and archives create by themselves."""
     return any(part.startswith((".", "~$")) or part == "__MACOSX" for part in path.parts)
 
 

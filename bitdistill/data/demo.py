@@ -238,7 +238,7 @@ def make_demo(folder: str | Path, seed: int = 0) -> DemoPaths:
 
 
 def demo_of_run(run_dir: Path, seed: int) -> DemoPaths:
-    """The demo's files in RUN/demo: made anew unless those of this seed and this version of this file are there.
+    """The demo's files in RUN/demo: made unless those of this seed and this version of this file exist.
 
     Every rank calls it; rank 0 writes.
     """

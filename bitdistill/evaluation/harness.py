@@ -102,7 +102,7 @@ class PackedLM(_KnownPairs, TemplateLM):
             if context != fed:
                 cache = self.runtime.new_cache(self.runtime.context)
                 fed, after = context, self.runtime.logits(context, last_only=True, cache=cache)
-            cache.length = len(context)  # what an earlier continuation left behind is overwritten
+            cache.length = len(context)  # what an earlier continuation left there is overwritten
             results[index] = self._of_continuation(after, continuation, cache)
         return results
 

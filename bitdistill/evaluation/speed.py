@@ -30,7 +30,7 @@ def machine() -> str:
 
 
 def full_precision_size(folder: str | Path) -> dict[str, Any]:
-    """Bytes of a saved full-precision model as they lie on disk: the seven projections of each layer, and the file.
+    """Bytes of a saved full-precision model on disk: the seven projections of each layer, and the file.
 
     Returns: {"setting", "runner", "linear_bytes", "model_bytes", "bits_per_weight", "model_bits_per_parameter"}.
     """

@@ -262,7 +262,7 @@ def _hessians(layer: nn.Module, linears: dict[str, nn.Linear], calls, hidden, re
 def weight_only_size(folder: str | Path, student: Config, bits: int = BITS, group: int = GROUP) -> dict[str, Any]:
     """Bytes of a saved full-precision model with its projections in this format and its tables in the student's.
 
-    Everything else is as it lies in the folder. The tables (embedding and, if it has one, LM head) are counted in the format
+    Everything else is as it is in the folder. The tables (embedding and, if it has one, LM head) are counted in the format
     of the packed student, so that the two files differ in their linears alone.
 
     Args:

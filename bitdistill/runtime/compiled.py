@@ -11,7 +11,7 @@ from bitdistill.runtime.packed_file import PackedModel
 
 
 def decoder_model(packed: PackedModel) -> Model:
-    """The decoder's view of a packed file: its arrays as they lie in the memory map."""
+    """The decoder's view of a packed file: its arrays, used from the memory map."""
     config, tensors = packed.config, packed.tensors
     kinds = sorted(set(config.rope))
 
@@ -58,7 +58,7 @@ def decoder_model(packed: PackedModel) -> Model:
 
 
 def compiled_product(packed: PackedModel, name: str, x: np.ndarray) -> np.ndarray:
-    """One BitLinear behind its SubLN, by the compiled quantizer and product: float32 (N, I) -> (N, O).
+    """One BitLinear, after its SubLN, by the compiled quantizer and product: float32 (N, I) -> (N, O).
 
     Numerics: bit for bit `reference.bit_linear` on a CPU.
     """

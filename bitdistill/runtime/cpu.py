@@ -340,7 +340,7 @@ class Runtime(Predictor):
         return self._slots
 
     def profile(self, context: int, repeats: int = 20) -> dict[str, float]:
-        """Seconds by part (`Decoder.profile`) of a decoding step behind `context` positions: the fastest of some repeats."""
+        """Seconds by part (`Decoder.profile`) of a decoding step after `context` positions: the fastest of some repeats."""
         cache = self.new_cache(context + 1)
         if context:
             self.logits([0] * context, last_only=True, cache=cache)

@@ -42,7 +42,7 @@ def plain_logits(packed: PackedModel, prompts: Sequence[Sequence[int]], unrounde
     bounds = np.cumsum([0, *(len(ids) for ids in prompts)])
     texts = [slice(start, stop) for start, stop in pairwise(bounds)]
     position_N = np.concatenate([np.arange(len(ids), dtype=np.float32) for ids in prompts])
-    gemma = config.model_type == "gemma3_text"  # its two further norms stand behind attention and MLP
+    gemma = config.model_type == "gemma3_text"  # it has two more norms, after attention and after the MLP
 
     def norm(name: str, x: np.ndarray) -> np.ndarray:
         return rms_norm(x, tensors[f"{name}.gain"], config.rms_norm_eps)
@@ -81,7 +81,7 @@ def plain_logits(packed: PackedModel, prompts: Sequence[Sequence[int]], unrounde
 
 
 def plain_product(packed: PackedModel, name: str, x_NI: np.ndarray, unrounded: bool = False) -> np.ndarray:
-    """One BitLinear behind its SubLN: float32 (N, I) -> (N, O). Bit for bit `reference.bit_linear` on a CPU."""
+    """One BitLinear, after its SubLN: float32 (N, I) -> (N, O). Bit for bit `reference.bit_linear` on a CPU."""
     codes_OI, weight_scale = packed.weight_codes(name), packed.weight_scales(name)
     in_features, columns = codes_OI.shape[1], packed.config.scale_columns(packed.config.linears[name])
     if unrounded:

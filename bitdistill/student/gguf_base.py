@@ -49,7 +49,7 @@ WITHOUT_EFFECT = ("vocab_size", "tensor_data_layout", "pooling_type", "attention
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a file: facts to be said aloud."""
+    """What the conversion of a file did: facts to be printed."""
 
     file: str
     architecture: str

@@ -39,7 +39,7 @@ FORMAT_VERSION = 2  # 1 is read, and written where there is one scale per tensor
 
 @dataclass(frozen=True)
 class Refinement:
-    """What the surgery did: counts to be said aloud."""
+    """What the surgery did: counts to be printed."""
 
     ternary: int
     kept: tuple[str, ...]

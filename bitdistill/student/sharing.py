@@ -15,7 +15,7 @@ A layer uses held codes only inside such a block. At every use it checks whether
     an optimizer step                          torch calls a hook before every step of every optimizer, which ends the
                                                life of all held codes; DeepSpeed's copies into `.data`, which no version
                                                counter sees, follow such a step
-    another `step`                             quantized anew
+    another `step`                             quantized again
 
 What this cannot notice is code that writes into `.data` without an optimizer, inside the block or between two blocks with
 the same step. The trainer opens the block around its training step, with the number of finished optimizer steps. Parameters

@@ -58,7 +58,7 @@ Sign = tuple[str, dict[str, float], str]
 
 ADVICE = {
     "dead": "Start from refine.gain calibrated or refine.norms all, and lower the learning rate or lengthen the warm-up; "
-    "a layer without gradient may be held frozen, or lie behind one that is dead.",
+    "a layer without gradient may be frozen, or its output may go into a layer that is dead.",
     "collapse": "Lower learning_rate or weight_decay, lengthen warmup_steps; a longer stage 2 at a lower rate moves the "
     "weights apart again.",
     "saturated": "Lower learning_rate or raise weight_decay a little, lengthen warmup_steps.",

@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Projection:
-    """A ternary linear: ``y = acc * (act_scale * weight_scale) + bias``, behind its SubLN where it has one."""
+    """A ternary linear: ``y = acc * (act_scale * weight_scale) + bias``, after its SubLN if it has one."""
 
     weight: np.ndarray  # uint8 (packed_bytes(O, I, packing),)
     packing: str  # "2bit" | "base3"
@@ -162,7 +162,7 @@ class Decoder:
     def __init__(self, model: Model, threads: int = 1):
         _check(threads >= 1, "threads", "at least 1", threads, "Correct it.")
         self.model, self.threads = model, threads
-        self._keep: list[np.ndarray] = []  # arrays behind addresses
+        self._keep: list[np.ndarray] = []  # the arrays whose addresses are used
         self.scratch_bytes = 0
         self._model, self._layers = np.zeros(1, step.MODEL), np.zeros(len(model.layers), step.LAYER)
         self._call, self._scratch = np.zeros(1, step.CALL), np.zeros(1, step.SCRATCH)
@@ -194,7 +194,7 @@ class Decoder:
         Args:
             ids: (N,) token of each row. slots: (N,) its sequence. positions: (N,) its place there, rising in each slot;
                 the earlier positions are in the cache or among the rows. A position that was fed before is overwritten,
-                and what lies behind it forgotten.
+                and what comes after it is forgotten.
             cache: of this model.
             wanted: rising row numbers; all rows by default. Each costs a pass of the LM head.
             out: float32 (wanted, V), C-contiguous: where to write. A new array by default.
@@ -418,7 +418,7 @@ class Decoder:
             record["scale"] = self._array(f"{where}.scale", table.scale, np.float32, (table.rows,))
 
     def _array(self, where: str, array: np.ndarray, dtype: type, shape: tuple) -> int:
-        """Address of a checked array that is used as it lies."""
+        """Address of a checked array, which is used without a copy."""
         expected, got = f"{np.dtype(dtype)} {shape}, C-contiguous", "none"
         if array is not None:
             got = f"{array.dtype} {array.shape}"

@@ -296,7 +296,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
             scale_row(stream, model["embedding_scale"], hidden)
             for rope in range(model["ropes"]):
                 at = 4 * (rope * rope_rows + row) * half
-                frequencies = model["inv_freq"] + 4 * rope * (half + 1)  # behind them their scaling
+                frequencies = model["inv_freq"] + 4 * rope * (half + 1)  # followed by their scaling
                 scaling = float32s(frequencies + 4 * half, 1)[0]
                 rope_angles(positions[row], frequencies, scaling, half, cos + at, sin + at)
         tiles = private + scratch["p_tiles"]

@@ -188,9 +188,11 @@ def _fastest(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> str:
             METHODS[name](kind, codes, ternary, out)
         for _ in range(TRIALS):
             for name in names:
-                anew = Ternary(ternary.weight_codes, ternary.weight_scale, ternary.sizes)  # laying it out is part of it
+                again = Ternary(
+                    ternary.weight_codes, ternary.weight_scale, ternary.sizes
+                )  # laying it out is part of it
                 start = time.perf_counter()
-                METHODS[name](kind, codes, anew, out)
+                METHODS[name](kind, codes, again, out)
                 seconds[name] = min(seconds[name], time.perf_counter() - start)
         _keep(key, min(seconds, key=seconds.get))
     return _known()[key]

@@ -209,7 +209,7 @@ def _gated_kernel(
     subln_eps,
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
-    UP_PLANE: tl.constexpr,  # which act_scale the up projection has: 0, or 1 behind a SubLN of its own
+    UP_PLANE: tl.constexpr,  # which act_scale the up projection has: 0, or 1 if it has a SubLN of its own
     SILU: tl.constexpr,
     SUBLN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -327,7 +327,7 @@ def residual_norm_quantize(
         gain: float32 (I,) of the model's norm, or None for none. eps: of both model norms.
         subln: float32 (planes, I): one set of codes for each, or None. subln_eps: theirs.
         product: what is added to x first, (N, I), or None.
-        post_gain: float32 (I,) of a norm behind the product (Gemma), or None.
+        post_gain: float32 (I,) of a norm after the product (Gemma), or None.
 
     Returns: (act_codes int8 (planes, N, P), zero in the padding; act_scale float32 (planes, N)).
 

@@ -97,7 +97,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer; gains are float32. The two norms behind attention and MLP are Gemma's."""
+    """One decoder layer; gains are float32. The two norms after attention and after the MLP are Gemma's."""
 
     input_norm: Tensor
     qkv: Group
@@ -216,7 +216,7 @@ class Sequences:
         next_token(blocks, self.ids, self.positions, self.capacity - 1)
 
     def _capture(self) -> None:
-        """Records a step. One is run first, for compilation; tokens and positions are put back behind it, and the
+        """Records a step. One is run first, for compilation; tokens and positions are then restored, and the
         keys and values that it wrote are written again by the replay."""
         ids, positions = self.ids.clone(), self.positions.clone()
         stream = torch.cuda.Stream()
@@ -243,7 +243,7 @@ class Sequences:
     def _forward(
         self, ids: Tensor, positions: Tensor, slots: Tensor, one_slot: bool
     ) -> tuple[Tensor, Product, Tensor | None]:
-        """The layers over N tokens: the residual stream, and the last layer's product with the gain of the norm behind
+        """The layers over N tokens: the residual stream, and the last layer's product with the gain of the norm after
         it, which are still to be added."""
         model = self.model
         x = embed(ids, model.embedding.matrix, model.embedding.weight_scale, model.embedding_scale)

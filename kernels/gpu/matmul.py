@@ -222,7 +222,7 @@ class Tile:
 
 
 # Inner steps of 128 bytes of int8 (64 of bf16): whole lines of memory, and the widest swizzle of shared memory. Three
-# stages hide memory behind two steps of products. Per part:
+# stages hide the memory's latency during two steps of products. Per part:
 #   Hopper: two warp groups on 128 x 256, half of a thread's registers for the sums. In the gradients the 128 is the side
 #     of the codes: 128 x 64 codes are widened for 256 columns of products, else widening is the bottleneck.
 #     Triton (3.6 to 3.9) waits for every int8 product before it issues the next one: only fp32 sums are kept in flight. The
