@@ -255,7 +255,8 @@ class RunConfig:
         seed: the seed of everything random.
         max_steps: the most steps that any stage may take, for test runs.
         resume: accepted for compatibility, without effect: an interrupted stage always continues from its last checkpoint.
-        restart: run every wanted stage from its beginning and discard its checkpoints. A finished result stays until the new one is complete.
+        restart: run every wanted stage from its beginning and discard its checkpoints. A finished result stays until the new
+            one is complete.
         precision: the precision of the matrix products: fp32, bf16, or auto. The master weights are fp32 in any case. auto is
             bf16 on a GPU. On a CPU that has instructions for bf16, auto is bf16 in the full-precision models and the LM heads,
             and fp32 elsewhere.

@@ -1,4 +1,5 @@
-"""The self-check: wrong, failing and crashing kernels are not used, and that is said; right ones are kept as right; the choice by hand."""
+"""The self-check: wrong, failing and crashing kernels are not used, and that is said; right ones are remembered; the choice
+by hand."""
 
 import json
 import os
