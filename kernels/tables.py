@@ -85,7 +85,7 @@ def fake_quantize_table(weight: Tensor, format: str) -> Tensor:
 def check_width(shape: tuple[int, ...], format: str) -> None:
     """Raises ValueError for an unknown format, or a table that it cannot hold."""
     if format not in QUANTIZED_FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(QUANTIZED_FORMATS)}; got {format!r}. Correct it.")
+        raise ValueError(f"format: expected one of {', '.join(QUANTIZED_FORMATS)}; got {format!r}.")
     if shape[-1] == 0 or (format == "int4" and shape[-1] % INT4_GROUP):
         expected = f"a multiple of {INT4_GROUP} columns for int4" if format == "int4" else "at least one column"
         raise ValueError(f"weight: expected {expected}; got {tuple(shape)}. Take another format, or gather it first.")

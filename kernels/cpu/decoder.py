@@ -112,9 +112,9 @@ class KVCache:
     """
 
     def __init__(self, model: Model, slots: int, capacity: int, dtype: str = "fp32"):
-        _check(dtype in CACHE_DTYPES, "dtype", "one of " + ", ".join(CACHE_DTYPES), repr(dtype), "Correct it.")
-        _check(slots >= 1, "slots", "at least 1", slots, "Correct it.")
-        _check(capacity >= 1, "capacity", "at least 1 position", capacity, "Correct it.")
+        _check(dtype in CACHE_DTYPES, "dtype", "one of " + ", ".join(CACHE_DTYPES), repr(dtype))
+        _check(slots >= 1, "slots", "at least 1", slots)
+        _check(capacity >= 1, "capacity", "at least 1 position", capacity)
         self.slots, self.capacity, self.dtype = slots, capacity, dtype
         code, number = CACHE_DTYPES[dtype]
         self.shape = (len(model.layers), model.num_key_value_heads, model.head_dim)
@@ -160,7 +160,7 @@ class Decoder:
     """
 
     def __init__(self, model: Model, threads: int = 1):
-        _check(threads >= 1, "threads", "at least 1", threads, "Correct it.")
+        _check(threads >= 1, "threads", "at least 1", threads)
         self.model, self.threads = model, threads
         self._keep: list[np.ndarray] = []  # the arrays whose addresses are used
         self.scratch_bytes = 0
@@ -278,7 +278,7 @@ class Decoder:
         model, count = self.model, len(ids)
         _check(count >= 1, "ids", "at least one row", "none", "Give a token.")
         for name, values in (("slots", slots), ("positions", positions)):
-            _check(len(values) == count, name, f"{count} numbers, one for each id", len(values), "Correct it.")
+            _check(len(values) == count, name, f"{count} numbers, one for each id", len(values))
         _check(cache.shape == self._shape, "cache", f"(layers, heads, width) = {self._shape}", cache.shape,
                "Make one of this model.")  # fmt: skip
         rows = np.array((ids, slots, positions), np.int64)
@@ -314,11 +314,11 @@ class Decoder:
         model, record = self.model, self._model[0]
         hidden, width = model.embedding.columns, model.head_dim
         _check(len(model.layers) >= 1, "layers", "at least one", 0, "Give the model's layers.")
-        _check(width >= 2 and width % 2 == 0, "head_dim", "an even number", width, "Correct it.")
+        _check(width >= 2 and width % 2 == 0, "head_dim", "an even number", width)
         _check(
             model.num_key_value_heads >= 1 and model.num_attention_heads % model.num_key_value_heads == 0,
             "num_attention_heads", f"a multiple of {model.num_key_value_heads} key/value heads",
-            model.num_attention_heads, "Correct it.",
+            model.num_attention_heads,
         )  # fmt: skip
         _check(model.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", model.activation,
                "Use another model.")  # fmt: skip
@@ -328,7 +328,7 @@ class Decoder:
         record["final_norm"] = self._gain("final_norm", model.final_norm, hidden)
         frequencies = np.empty((len(model.ropes), width // 2 + 1), np.float32)
         for row, (inv_freq, scaling) in zip(frequencies, model.ropes, strict=True):
-            _check(inv_freq.shape == (width // 2,), "ropes", f"{width // 2} frequencies", inv_freq.shape, "Correct it.")
+            _check(inv_freq.shape == (width // 2,), "ropes", f"{width // 2} frequencies", inv_freq.shape)
             row[:-1], row[-1] = inv_freq, scaling
         record["inv_freq"] = self._kept(frequencies)
         record["vocabulary"], record["hidden"], record["ropes"] = model.head.rows, hidden, len(model.ropes)
@@ -360,15 +360,13 @@ class Decoder:
         for name in step.NORM_NAMES:
             gain, width = getattr(layer, name), model.head_dim if name in ("q_norm", "k_norm") else hidden
             record[name] = 0 if gain is None else self._gain(f"{where}.{name}", gain, width)
-        _check(0 <= layer.rope < len(model.ropes), f"{where}.rope", f"0 to {len(model.ropes) - 1}", layer.rope,
-               "Correct it.")  # fmt: skip
-        _check(layer.window is None or layer.window >= 1, f"{where}.window", "at least 1, or None", layer.window,
-               "Correct it.")  # fmt: skip
+        _check(0 <= layer.rope < len(model.ropes), f"{where}.rope", f"0 to {len(model.ropes) - 1}", layer.rope)
+        _check(layer.window is None or layer.window >= 1, f"{where}.window", "at least 1, or None", layer.window)
         record["rope"], record["window"] = layer.rope, layer.window or 0
 
     def _describe_projection(self, where: str, projection: Projection, shape: tuple, record: np.void) -> None:
         got = (projection.out_features, projection.in_features)
-        _check(got == shape, where, f"(out_features, in_features) = {shape}", got, "Correct it.")
+        _check(got == shape, where, f"(out_features, in_features) = {shape}", got)
         _check(projection.packing in packing.PACKINGS, f"{where}.packing", f"one of {', '.join(packing.PACKINGS)}",
                projection.packing, "Pack it again.")  # fmt: skip
         size = packing.packed_bytes(*shape, projection.packing)
@@ -403,7 +401,7 @@ class Decoder:
             table.format,
             "Pack it again.",
         )
-        _check(table.columns == hidden, f"{where}.columns", hidden, table.columns, "Correct it.")
+        _check(table.columns == hidden, f"{where}.columns", hidden, table.columns)
         record["format"] = tables.MATRIX_FORMATS.index(table.format)
         if table.format == "fp16":
             record["weight"] = self._array(f"{where}.weight", table.weight, np.float16, (table.rows, hidden))
@@ -430,7 +428,7 @@ class Decoder:
     def _gain(self, where: str, gain: np.ndarray, width: int) -> int:
         """Address of a copy of a float32 vector, padded with zeros."""
         fits = gain.dtype == np.float32 and gain.shape == (width,)
-        _check(fits, where, f"float32 ({width},)", f"{gain.dtype} {gain.shape}", "Correct it.")
+        _check(fits, where, f"float32 ({width},)", f"{gain.dtype} {gain.shape}")
         copy = np.zeros(elementwise.padded(width), np.float32)
         copy[:width] = gain
         return self._kept(copy)
@@ -480,6 +478,6 @@ def _aligned(size: int, to: int = ALIGNMENT) -> int:
     return -(-size // to) * to
 
 
-def _check(fits: bool, field: str, expected: object, got: object, do: str) -> None:
+def _check(fits: bool, field: str, expected: object, got: object, do: str = "") -> None:
     if not fits:
-        raise ValueError(f"{field}: expected {expected}; got {got}. {do}")
+        raise ValueError(f"{field}: expected {expected}; got {got}. {do}".rstrip())
