@@ -191,6 +191,14 @@ def _multiply_2bit_twice(weight, blocks, codes, other_codes, group):
 
 
 @jit
+def dot_base3(u0, u1, u2, u3, u4, quads):
+    """The five blocks of a vector times the activations at `quads`: one chain of dot products that begins with zero."""
+    step = dot(dot(no_sums(), u4, repeat_quad(quads + 16)), u0, repeat_quad(quads))
+    step = dot(dot(step, u1, repeat_quad(quads + 4)), u2, repeat_quad(quads + 8))
+    return dot(step, u3, repeat_quad(quads + 12))
+
+
+@jit
 def _multiply_base3(weight, blocks, codes, group):
     """sum(u * act) of a row group, 16 int32: codes is the address of the activation codes."""
     total = repeat_int(0)
@@ -209,9 +217,7 @@ def _multiply_base3(weight, blocks, codes, group):
             # long chains of dependent operations, which a processor cannot look far enough ahead to overlap by itself.
             following = top_digit(load_bytes(min(source + 64, end - 64)))
             u0, u1, u2, u3 = low_digits(rest)
-            step = dot(dot(no_sums(), u4, repeat_quad(quads + 16)), u0, repeat_quad(quads))
-            step = dot(dot(step, u1, repeat_quad(quads + 4)), u2, repeat_quad(quads + 8))
-            sums = add_sums(sums, dot(step, u3, repeat_quad(quads + 12)))
+            sums = add_sums(sums, dot_base3(u0, u1, u2, u3, u4, quads))
             rest, u4 = following
             source += 64
             quads += 20
@@ -236,14 +242,8 @@ def _multiply_base3_twice(weight, blocks, codes, other_codes, group):
             prefetch(source + PREFETCH)
             following = top_digit(load_bytes(min(source + 64, end - 64)))
             u0, u1, u2, u3 = low_digits(rest)
-            at = codes + quads
-            step = dot(dot(no_sums(), u4, repeat_quad(at + 16)), u0, repeat_quad(at))
-            step = dot(dot(step, u1, repeat_quad(at + 4)), u2, repeat_quad(at + 8))
-            sums = add_sums(sums, dot(step, u3, repeat_quad(at + 12)))
-            at = other_codes + quads
-            step = dot(dot(no_sums(), u4, repeat_quad(at + 16)), u0, repeat_quad(at))
-            step = dot(dot(step, u1, repeat_quad(at + 4)), u2, repeat_quad(at + 8))
-            other = add_sums(other, dot(step, u3, repeat_quad(at + 12)))
+            sums = add_sums(sums, dot_base3(u0, u1, u2, u3, u4, codes + quads))
+            other = add_sums(other, dot_base3(u0, u1, u2, u3, u4, other_codes + quads))
             rest, u4 = following
             source += 64
             quads += 20
@@ -284,18 +284,11 @@ def _add_to(acc, sums):
 
 
 @jit
-def _tile_8(blocks, count, codes, stride, acc, acc_stride):
-    s0, s1, s2, s3, s4, s5, s6, s7 = (
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-    )
-    for block in range(count):
+def dots_8(blocks, first, last, codes, stride):
+    """Unpacked blocks first .. last - 1 times the codes of eight tokens, `stride` bytes apart: eight SUMS."""
+    s0, s1, s2, s3 = no_sums(), no_sums(), no_sums(), no_sums()
+    s4, s5, s6, s7 = no_sums(), no_sums(), no_sums(), no_sums()
+    for block in range(first, last):
         u = load_bytes(blocks + 64 * block)
         quad = codes + 4 * block
         s0 = dot(s0, u, repeat_quad(quad))
@@ -306,6 +299,26 @@ def _tile_8(blocks, count, codes, stride, acc, acc_stride):
         s5 = dot(s5, u, repeat_quad(quad + 5 * stride))
         s6 = dot(s6, u, repeat_quad(quad + 6 * stride))
         s7 = dot(s7, u, repeat_quad(quad + 7 * stride))
+    return s0, s1, s2, s3, s4, s5, s6, s7
+
+
+@jit
+def dots_4(blocks, first, last, codes, stride):
+    """`dots_8` for four tokens."""
+    s0, s1, s2, s3 = no_sums(), no_sums(), no_sums(), no_sums()
+    for block in range(first, last):
+        u = load_bytes(blocks + 64 * block)
+        quad = codes + 4 * block
+        s0 = dot(s0, u, repeat_quad(quad))
+        s1 = dot(s1, u, repeat_quad(quad + stride))
+        s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
+        s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
+    return s0, s1, s2, s3
+
+
+@jit
+def _tile_8(blocks, count, codes, stride, acc, acc_stride):
+    s0, s1, s2, s3, s4, s5, s6, s7 = dots_8(blocks, 0, count, codes, stride)
     _add_to(acc, s0)
     _add_to(acc + acc_stride, s1)
     _add_to(acc + 2 * acc_stride, s2)
@@ -318,14 +331,7 @@ def _tile_8(blocks, count, codes, stride, acc, acc_stride):
 
 @jit
 def _tile_4(blocks, count, codes, stride, acc, acc_stride):
-    s0, s1, s2, s3 = no_sums(), no_sums(), no_sums(), no_sums()
-    for block in range(count):
-        u = load_bytes(blocks + 64 * block)
-        quad = codes + 4 * block
-        s0 = dot(s0, u, repeat_quad(quad))
-        s1 = dot(s1, u, repeat_quad(quad + stride))
-        s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
-        s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
+    s0, s1, s2, s3 = dots_4(blocks, 0, count, codes, stride)
     _add_to(acc, s0)
     _add_to(acc + acc_stride, s1)
     _add_to(acc + 2 * acc_stride, s2)
