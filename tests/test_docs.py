@@ -57,6 +57,14 @@ def test_design_names_every_folder_of_the_package():
     assert not {name for name in folders if f"](bitdistill/{name})" not in readme}
 
 
+def test_the_map_names_every_file():
+    """docs/design.md, section 1, has a place for each file of the package."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w]+\.py", text))
+    files = [path for folder in ("bitdistill", "kernels", "distributed") for path in (ROOT / folder).rglob("*.py")]
+    assert not [str(path.relative_to(ROOT)) for path in files if path.name not in named | {"__init__.py"}]
+
+
 CAPS = {"bitdistill/train.py": "--max_steps 2 --evaluate.max_rows 16 --export.proof_rows 2 --export.speed_tokens 4"}
 
 
