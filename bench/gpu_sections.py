@@ -256,20 +256,31 @@ def _linear_case(bench: Bench, bit_linear, name: str, layers, exact_target: floa
 
     works = {"exact": ours("exact"), "fast": ours("fast"), "nn.Linear": theirs(lambda linear: linear, torch.bfloat16)}
     works["fake quant"] = theirs(FakeQuantLinear, torch.float32)
-    if not bench.quick:
-        for peer, wrap in (("torchao", torchao_linear), ("onebitllms", onebitllms_linear)):
-            try:
-                works[peer] = theirs(wrap, torch.bfloat16)
-                works[peer](0)()  # compiles; what does not work here is no fault of ours
-            except (Skipped, RuntimeError, TypeError, AttributeError, ImportError, AssertionError) as reason:
-                works.pop(peer, None)
-                line = str(reason).partition("\n")[0]
-                if line not in bench.skipped:
-                    bench.skipped.append(line)
-    size = sum(2 * M * (I + sum(outs)) for I, outs in layers)
-    timings = bench.compare(works, size, most=4)
-    section, base = "linear, forward + backward", median(timings["nn.Linear"])
+    _add_peers(bench, works, theirs)
+    timings = bench.compare(works, sum(2 * M * (I + sum(outs)) for I, outs in layers), most=4)
     operations = sum(2 * M * I * sum(outs) for I, outs in layers)
+    _linear_rows(bench, name, timings, operations, exact_target, fast_target)
+
+
+def _add_peers(bench: Bench, works: dict, theirs) -> None:
+    """Layers of other projects, where they are installed and work."""
+    if bench.quick:
+        return
+    for peer, wrap in (("torchao", torchao_linear), ("onebitllms", onebitllms_linear)):
+        try:
+            works[peer] = theirs(wrap, torch.bfloat16)
+            works[peer](0)()  # compiles; what does not work here is no fault of ours
+        except (Skipped, RuntimeError, TypeError, AttributeError, ImportError, AssertionError) as reason:
+            works.pop(peer, None)
+            line = str(reason).partition("\n")[0]
+            if line not in bench.skipped:
+                bench.skipped.append(line)
+
+
+def _linear_rows(
+    bench: Bench, name: str, timings: dict, operations: int, exact_target: float, fast_target: float
+) -> None:
+    section, base = "linear, forward + backward", median(timings["nn.Linear"])
     for mode, target, units in (("exact", exact_target, 2.5), ("fast", fast_target, 1.5)):
         asked = Target("speedup", target, "nn.Linear")
         floor = units * operations / bench.matrix_rate

@@ -69,7 +69,7 @@ def draw_gpu(report: dict | None, output: str) -> None:
     x = np.geomspace(0.3, 20_000, 200)
     for kind, color in (("bf16", "#7f8c8d"), ("int8", "#c0392b")):
         roof = np.minimum(x * limits["bytes"], limits[kind]) / 1e12
-        axis.plot(x, roof, color=color, lw=1.4, label=f"{kind}: {limits[kind] / 1e12:,.0f} tera-operations/s")
+        axis.plot(x, roof, color=color, lw=1.4, label=f"{kind}: {limits[kind] / 1e12:,.0f} Top/s")
     marks = [("decode, bf16 weights", 1.0), ("decode, 2-bit weights", 8.0)]
     for name, shape in list(SHAPES.items())[:3]:
         intensity = product_intensity(TOKENS, 2 * shape.intermediate, shape.hidden)
@@ -80,9 +80,7 @@ def draw_gpu(report: dict | None, output: str) -> None:
     for label, intensity, rate in gpu_points(report) if report else ():
         axis.plot(intensity, rate / 1e12, "o", color="#c0392b", markersize=4)
         axis.annotate(label, (intensity, rate / 1e12), fontsize=6, xytext=(5, -3), textcoords="offset points")
-    axis.set(
-        xscale="log", yscale="log", ylim=(0.3, 4_000), xlabel="operations per byte", ylabel="tera-operations per second"
-    )
+    axis.set(xscale="log", yscale="log", ylim=(0.3, 4_000), xlabel="operations per byte", ylabel="Top/s")
     memory = f"memory: {limits['bytes'] / 1e12:.1f} TB/s"
     if report:
         axis.set_title(
@@ -100,10 +98,24 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
     import matplotlib
 
     matplotlib.use("Agg")
-    import numpy as np
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
+    names = sorted({row["name"] for row in result["rows"]} - set(COLORS))
+    colors = COLORS | dict(zip(names, OTHERS, strict=False))
+    _draw_decode(left, result, names, colors)
+    _draw_prefill(right, result, kernels, colors)
+    figure.suptitle(
+        f"Qwen3-{result['shape']} shape, {machine['processor']}, {result['threads']} threads, {machine['date'][:10]}",
+        fontsize=10,
+    )
+    figure.savefig(output, dpi=110)
+
+
+def _draw_decode(left, result: dict, names: list[str], colors: dict[str, str]) -> None:
+    """Tokens per second over the bytes that a token reads, under the read bandwidth."""
+    import numpy as np
+
     labels = [
         key
         for row in result["rows"]
@@ -111,8 +123,6 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
         if key.startswith("decode") and "byte" not in key and "joule" not in key
     ]
     decode = min(set(labels), key=lambda label: int(label.split()[1]))
-    names = sorted({row["name"] for row in result["rows"]} - set(COLORS))
-    colors = COLORS | dict(zip(names, OTHERS, strict=False))
     above, right_of, left_of = (
         {"xytext": xy, "ha": ha} for xy, ha in (((4, 5), "left"), ((6, -3), "left"), ((-6, -3), "right"))
     )
@@ -138,13 +148,16 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
     left.set(
         xscale="log",
         yscale="log",
-        xlabel="megabytes read for a token",
+        xlabel="megabytes read per token",
         ylabel="tokens/s",
         title=f"{decode.replace('decode', 'decode, context')}",
     )
     left.legend(fontsize=8, loc="lower left")
     left.grid(True, which="both", alpha=0.2)
 
+
+def _draw_prefill(right, result: dict, kernels: dict | None, colors: dict[str, str]) -> None:
+    """Operations per second of the linears in prefill, under those of the best product alone."""
     prefill = max(
         (key for row in result["rows"] for key in row if key.startswith("prefill") and "joule" not in key),
         key=lambda label: int(label.split()[1]),
@@ -173,15 +186,10 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
         right.axvline(peak, color="black", lw=1.2, label=f"{best['what']}, alone: {peak:,.0f}")
         right.legend(fontsize=8, loc="lower right")
     right.set(
-        xlabel="operations of the linears a second, in thousand millions",
+        xlabel="operations of the linears, Gop/s",
         title=prefill.replace("prefill", "prefill, tokens:"),
     )
     right.margins(x=0.25)
-    figure.suptitle(
-        f"Qwen3-{result['shape']} shape, {machine['processor']}, {result['threads']} threads, {machine['date'][:10]}",
-        fontsize=10,
-    )
-    figure.savefig(output, dpi=110)
 
 
 def main() -> int:
