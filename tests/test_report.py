@@ -12,7 +12,7 @@ import pytest
 
 from bitdistill.errors import UserError
 from bitdistill.names import SETTINGS
-from bitdistill.reporting import plots
+from bitdistill.reporting import drawing, plots
 from bitdistill.reporting.report import write_report
 from bitdistill.reporting.run_files import read_run
 from bitdistill.reporting.summary import summary
@@ -563,14 +563,14 @@ def test_smooth_is_a_centered_mean(count):
     values = np.random.default_rng(count).normal(size=count)
     reach = count // 60
     expected = [values[max(0, i - reach) : i + reach + 1].mean() for i in range(count)]
-    np.testing.assert_allclose(plots.smooth(values), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(drawing.smooth(values), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_thin_keeps_order_ends_of_range_and_spikes():
     values = np.random.default_rng(0).normal(size=50_000)
     values[31_337] = 40
-    steps, kept = plots.thin(np.arange(values.size), values)
-    assert len(kept) <= 2 * plots.MAX_POINTS
+    steps, kept = drawing.thin(np.arange(values.size), values)
+    assert len(kept) <= 2 * drawing.MAX_POINTS
     assert (np.diff(steps) > 0).all()
     assert kept.max() == 40
     assert kept.min() == values.min()
@@ -597,12 +597,12 @@ def test_heads_are_chosen_by_distance():
 
 def test_svg_is_well_formed_and_follows_the_page():
     histogram = {"edges": [-4, -0.5, 0.5, 4], "layers": {"model.layers.0.mlp.up_proj": {"counts": [1, 2, 1]}}}
-    svg, png = plots.draw(plots.weights, {"refine": histogram})
+    svg, png = drawing.draw(plots.weights, {"refine": histogram})
     root = ElementTree.fromstring(svg)
     assert "width" not in root.attrib
     assert root.attrib["viewBox"]
     assert "currentColor" in svg
-    assert plots.INK not in svg
+    assert drawing.INK not in svg
     assert png.startswith(b"\x89PNG")
 
 
@@ -615,6 +615,6 @@ def test_tokens_become_short_labels():
 def test_long_example_shows_its_last_tokens():
     rng = np.random.default_rng(0)
     tokens = [f"t{index}" for index in range(plots.MAX_TOKENS + 30)]
-    svg, _ = plots.draw(plots.attention, *_attention(rng, tokens, heads=1).values(), tokens)
+    svg, _ = drawing.draw(plots.attention, *_attention(rng, tokens, heads=1).values(), tokens)
     assert ">t30<" in svg
     assert ">t29<" not in svg

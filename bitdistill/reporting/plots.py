@@ -1,24 +1,26 @@
-"""The figures of the report, drawn from plain arrays with matplotlib. Nothing here reads a file.
+"""The figures of the report, drawn from plain arrays with matplotlib (drawing.py). Nothing here reads a file."""
 
-One drawing serves the light page, the dark page and the PNG file. All text and axes are drawn in INK on a transparent
-background; in the SVG, INK becomes `currentColor`, so that the page's own text color applies. The colors of data can be
-told apart by color-blind readers (after Okabe and Ito) and are visible both on white and on near-black. Text stays text in
-the SVG (small, searchable), and a `$` in a token is never taken for mathematics.
-"""
-
-import io
 import itertools
 import re
-import warnings
 
 import numpy as np
 
 from bitdistill.names import DISTILLED, FULL_PRECISION, PROJECTIONS, TERNARY_BASELINE
+from bitdistill.reporting.drawing import (
+    BLUE,
+    GREEN,
+    INK,
+    ON_BARS,
+    ORANGE,
+    PURPLE,
+    QUIET,
+    draw_curve,
+    finite_series,
+    log_if_wide,
+    new_axes,
+    write_across,
+)
 
-INK = "#23272f"
-BLUE, ORANGE, GREEN, PURPLE = "#3d88c7", "#dd7b1e", "#12946f", "#b567a8"
-QUIET = "#9aa1ae"
-ON_BARS = "#16181d"  # nearly INK, but not: it stays dark on the dark page
 KIND_COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#b5483a", "#b79a1f", "#5b6bc0")
 SETTING_COLORS = {
     FULL_PRECISION: BLUE,
@@ -34,118 +36,7 @@ TERM_NAMES = {
     "loss_logits": "logits distillation",
     "loss_attention": "relations",
 }
-MAX_POINTS = 400  # bins of a raw curve; each gives its lowest and its highest value, so that spikes survive
 MAX_TOKENS = 40  # tokens in an attention map whose labels can still be read
-
-STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Inter", "Segoe UI", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": INK,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "text.parse_math": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "bitdistill",
-    "figure.constrained_layout.h_pad": 0.06,
-    "figure.constrained_layout.w_pad": 0.06,
-}
-
-
-def draw(plot, *args) -> tuple[str, bytes]:
-    """Draws `plot(*args)` once, and returns it as inline SVG (scaling with the page) and as PNG bytes on white."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # Tokens may be in any script: the SVG leaves the glyphs to the browser, the PNG shows a box. Fonts of the list
-        # that are not installed are passed over.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = plot(*args)
-        svg, png = io.StringIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        figure.set_layout_engine("none")  # the places are found; finding them again takes longer than drawing
-        figure.savefig(png, format="png", dpi=140, facecolor="white")
-    text = svg.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)  # the viewBox stays: the page sets the size
-    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL), png.getvalue()
-
-
-def _axes(width: float, height: float, rows: int = 1, columns: int = 1, **grid):
-    """A figure of width x height inches and its (rows, columns) array of axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **grid)
-
-
-def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of one key, in order of steps."""
-    pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-    steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
-    keep = np.isfinite(values)
-    return steps[keep], values[keep]
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Centered mean over a window of a thirtieth of the curve; at the ends, over the part of the window that exists."""
-    window = np.ones(min(len(values), 2 * (len(values) // 60) + 1))
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-
-
-def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most 2 * MAX_POINTS points: the lowest and the highest of each bin, so that no spike is lost."""
-    if len(values) <= 2 * MAX_POINTS:
-        return steps, values
-    bins = np.array_split(np.arange(len(values)), MAX_POINTS)
-    picked = sorted({index for part in bins for index in (part[values[part].argmin()], part[values[part].argmax()])})
-    return steps[picked], values[picked]
-
-
-def _curve(axis, steps, values, color: str, label: str | None) -> None:
-    """Raw values light, their smoothed course on top."""
-    raw = thin(steps, values)
-    axis.plot(*raw, color=color, alpha=0.28, linewidth=0.7)
-    course = smooth(values)
-    stride = max(1, len(course) // MAX_POINTS)
-    dots = {"marker": "o", "markersize": 3} if len(values) < 3 else {}
-    axis.plot(steps[::stride], course[::stride], color=color, linewidth=1.6, label=label, **dots)
-
-
-def _say(axis, words: str) -> None:
-    axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", alpha=0.6)
-
-
-def _log_if_wide(axis, *arrays) -> None:
-    """A logarithmic axis where positive values span more than a factor of thirty."""
-    values = np.concatenate([*arrays, np.empty(0)])
-    if values.size and values.min() > 0 and values.max() / values.min() > 30:
-        axis.set_yscale("log")
-        _plain_ticks(axis)
-
-
-def _plain_ticks(axis) -> None:
-    """0.001 instead of the mathematics that STYLE switches off for the sake of tokens with a dollar sign."""
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("")
 
 
 def overview(lines: list[dict], metric: str, majority: float | None):
@@ -155,7 +46,7 @@ def overview(lines: list[dict], metric: str, majority: float | None):
         lines: dicts with `label`, `setting`, `score` (row of scores.json or None), `speed` (row of speed.json or None).
         metric: name of the score. majority: score in 0..100 of always answering the most frequent label, or None.
     """
-    figure, axes = _axes(10.5, 1.15 + 0.34 * len(lines), 1, 3, sharey=True, width_ratios=(1.25, 1, 1))
+    figure, axes = new_axes(10.5, 1.15 + 0.34 * len(lines), 1, 3, sharey=True, width_ratios=(1.25, 1, 1))
     score_axis, size_axis, speed_axis = axes[0]
     has_size = has_speed = False
     for y, line in enumerate(lines):
@@ -185,7 +76,7 @@ def overview(lines: list[dict], metric: str, majority: float | None):
     speed_axis.set(title="Speed; line: range of repetitions", xlabel="tokens per second")
     for axis, known in ((size_axis, has_size), (speed_axis, has_speed)):
         if not known:
-            _say(axis, "not run")
+            write_across(axis, "not run")
     for axis in axes[0]:
         axis.grid(visible=False, axis="y")
         axis.tick_params(axis="y", length=0)
@@ -196,16 +87,16 @@ def losses(metrics: dict[str, list[dict]]):
     """Each loss term over the steps, one panel per stage. metrics: stage -> lines of metrics.jsonl."""
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
-    figure, axes = _axes(10.5, 2.55 * rows + 0.3, rows, columns)
+    figure, axes = new_axes(10.5, 2.55 * rows + 0.3, rows, columns)
     shown = {}
     for axis, (stage, lines) in zip(axes.flat, metrics.items(), strict=False):
-        curves = {term: _series(lines, term) for term in TERM_NAMES}
+        curves = {term: finite_series(lines, term) for term in TERM_NAMES}
         if np.array_equal(curves["loss"][1], curves["loss_ce"][1]):
             del curves["loss_ce"]  # the only term: one curve says it
         for term, (steps, values) in curves.items():
             if len(values):
-                _curve(axis, steps, values, TERM_COLORS[term], TERM_NAMES[term])
-        _log_if_wide(axis, *(values for _, values in curves.values()))
+                draw_curve(axis, steps, values, TERM_COLORS[term], TERM_NAMES[term])
+        log_if_wide(axis, *(values for _, values in curves.values()))
         axis.set(title=stage, xlabel="step")
         shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     for axis in axes.flat[len(metrics) :]:
@@ -219,7 +110,9 @@ def losses(metrics: dict[str, list[dict]]):
 def _quotient(lines: list[dict], above: tuple[str, ...], below: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the product of `above` over `below`, where all were logged and the quotient is finite."""
     rows = [row for row in lines if all(key in row for key in above) and row.get(below)]
-    return _series([{"step": row["step"], "q": np.prod([row[key] for key in above]) / row[below]} for row in rows], "q")
+    return finite_series(
+        [{"step": row["step"], "q": np.prod([row[key] for key in above]) / row[below]} for row in rows], "q"
+    )
 
 
 def balance(lines: list[dict]):
@@ -234,18 +127,18 @@ def balance(lines: list[dict]):
         ),
     )
     panels = (
-        ("Gamma of the relation loss", "gamma", [(None, PURPLE, _series(lines, "gamma_attention"))]),
+        ("Gamma of the relation loss", "gamma", [(None, PURPLE, finite_series(lines, "gamma_attention"))]),
         ("Gamma x relations, against the task", "ratio", ratios),
-        ("Norm of the whole gradient", "L2 norm, before clipping", [(None, BLUE, _series(lines, "grad_norm"))]),
+        ("Norm of the whole gradient", "L2 norm, before clipping", [(None, BLUE, finite_series(lines, "grad_norm"))]),
     )
-    figure, axes = _axes(10.5, 2.6, 1, 3)
+    figure, axes = new_axes(10.5, 2.6, 1, 3)
     for axis, (title, unit, curves) in zip(axes[0], panels, strict=True):
         known = [(label, color, series) for label, color, series in curves if len(series[1])]
         for label, color, series in known:
-            _curve(axis, *series, color, label)
-        _log_if_wide(axis, *(values for _, _, (_, values) in known))
+            draw_curve(axis, *series, color, label)
+        log_if_wide(axis, *(values for _, _, (_, values) in known))
         if not known:
-            _say(axis, "not logged")
+            write_across(axis, "not logged")
         if len(known) > 1:
             axis.legend()
         axis.set(title=title, xlabel="step", ylabel=unit)
@@ -274,7 +167,7 @@ def weights(histograms: dict[str, dict]):
     kinds = _kinds(name for histogram in histograms.values() for name in histogram["layers"])
     panels = [None, *kinds]
     rows = -(-len(panels) // 4)
-    figure, axes = _axes(10.5, 2.25 * rows + 0.35, rows, min(4, len(panels)), sharex=True)
+    figure, axes = new_axes(10.5, 2.25 * rows + 0.35, rows, min(4, len(panels)), sharex=True)
     for axis, kind in zip(axes.flat, panels, strict=False):
         for stage, histogram in histograms.items():
             edges = np.asarray(histogram["edges"], dtype=float)
@@ -350,7 +243,7 @@ def _heat_map(figure, axis, lines: list[dict], names: list[str], key: str, title
     axis.set(title=title, xlabel="step")
     axis.grid(visible=False)
     if not np.isfinite(table).any():
-        _say(axis, "not logged")
+        write_across(axis, "not logged")
         axis.set(xticks=[], yticks=[])
         return
     shades = colormaps["viridis"].with_extremes(bad=QUIET, under=QUIET)
@@ -390,7 +283,7 @@ def _shares(axis, line: dict, kinds: list[str]) -> None:
             if not layers or any(key not in layer for layer in layers):
                 axis.clear()
                 axis.set(title="Codes -1, 0, +1", xticks=[], yticks=[])
-                return _say(axis, "not logged")
+                return write_across(axis, "not logged")
             share = float(np.mean([layer[key] for layer in layers]))
             axis.barh(y, share, 0.72, left, color=color)
             if share > 0.15:
@@ -423,9 +316,9 @@ def _by_kind(axis, lines: list[dict], kinds: list[str], key: str) -> None:
             axis.fill_between(steps, low, high, color=color, alpha=0.1, linewidth=0)
             drawn += [low, high]
     if drawn:
-        _log_if_wide(axis, *drawn)
+        log_if_wide(axis, *drawn)
     else:
-        _say(axis, "not logged")
+        write_across(axis, "not logged")
 
 
 def pick_heads(teacher: np.ndarray, student: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -450,7 +343,7 @@ def attention(teacher: np.ndarray, student: np.ndarray, tokens: list[str]):
         (title, *(np.where(np.tri(len(tokens), dtype=bool), a, np.nan)[start:, start:] for a in maps))
         for title, *maps in pick_heads(teacher, student)
     ]
-    figure, axes = _axes(10.5, 3.55 * len(rows) + 0.5, len(rows), 3)
+    figure, axes = new_axes(10.5, 3.55 * len(rows) + 0.5, len(rows), 3)
     top = max(np.nanmax(maps) for _, *both in rows for maps in both)
     far = max(np.nanmax(np.abs(b - a)) for _, a, b in rows) or 1e-6
     for row, (title, a, b) in zip(axes, rows, strict=True):

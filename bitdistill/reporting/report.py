@@ -145,7 +145,7 @@ def _figures(run: Run, lines: list[dict]) -> dict[str, str]:
     """Draws what the run has data for: name -> inline SVG, and figures/name.png beside the page."""
     from markupsafe import Markup
 
-    from bitdistill.reporting import plots
+    from bitdistill.reporting import drawing, plots
 
     wanted = {}
     if any(line["score"] or line["speed"] for line in lines):
@@ -168,7 +168,7 @@ def _figures(run: Run, lines: list[dict]) -> dict[str, str]:
         old.unlink()  # a figure of an earlier report that is not drawn now would be taken for a new one
     for name, (plot, *args) in wanted.items():
         folder.mkdir(exist_ok=True)
-        svg, png = plots.draw(plot, *args)
+        svg, png = drawing.draw(plot, *args)
         write_whole(folder / f"{name}.png", png)
         drawn[name] = Markup(svg)  # matplotlib has escaped the text in it
     return drawn
