@@ -88,7 +88,7 @@ def load_study(path: Path, data: str | None) -> dict[str, Any]:
     try:
         study = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML; got {error}. Mend the file.") from None
+        raise ValueError(f"{path}: expected YAML; got {error}. Correct its syntax.") from None
     known = {"name", "about", "run", "seeds", "cells", "grid", "references", "perplexity", "x"}
     if not isinstance(study, dict) or set(study) - known or not {"name", "run", "seeds"} <= set(study):
         raise ValueError(f"{path}: expected name, run, seeds and others of {sorted(known)}; got {study!r:.200}.")

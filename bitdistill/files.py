@@ -124,7 +124,7 @@ def disk_errors_said(folder: Path) -> Iterator[None]:
             "output_dir",
             expected=f"{expected} in {folder}",
             got=" ".join(str(error).split())[:300],
-            do="Mend that, then give the same command again: it continues from the last complete checkpoint. "
+            do="Resolve that, then give the same command again: it continues from the last complete checkpoint. "
             "What was there before is unchanged.",
         ) from error
 

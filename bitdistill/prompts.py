@@ -275,7 +275,7 @@ def _rendered(task: Task, rows: Sequence[dict], tokenizer) -> list[str]:
     except TemplateError as error:
         raise UserError(
             "tokenizer_config.json: chat_template", expected="a template that takes one user turn", got=str(error),
-            do="Mend the tokenizer's chat template, or set chat: false in the task.",
+            do="Correct the tokenizer's chat template, or set chat: false in the task.",
         ) from error  # fmt: skip
 
 

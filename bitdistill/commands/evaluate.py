@@ -46,7 +46,7 @@ def evaluate(
     """
     if perplexity and lm_eval:
         raise UserError(
-            "perplexity", expected="--perplexity or --lm_eval", got="both", do="Run them one after the other."
+            "perplexity", expected="--perplexity or --lm_eval", got="both", do="Run the command once with each."
         )
     if json_file:
         require_writable("json_file", json_file)
@@ -124,7 +124,10 @@ def _subject(run_or_file: str, setting: str | None, threads: int | None):
     if setting not in (None, "BitDistill"):
         if not run.is_dir():
             raise UserError(
-                "setting", expected="a run directory for it", got=run_or_file, do="Name the run, or leave it."
+                "setting",
+                expected="a run directory for it",
+                got=run_or_file,
+                do="Give the run directory, or leave --setting out.",
             )
         if setting == "FP16-SFT":
             return setting, load_language_model(run / "teacher"), load_tokenizer(run / "teacher")
@@ -201,7 +204,7 @@ def _lm_eval(
     if file is not None and len(ours) > 1:
         got = f"one file and {', '.join(ours)}"
         raise UserError(
-            "lm_eval", expected="one task of ours for local rows", got=got, do="Score them one after the other."
+            "lm_eval", expected="one task of ours for local rows", got=got, do="Score them in one command each."
         )
     name, model, tokenizer = _subject(run_or_file, setting, threads)
     lines = []

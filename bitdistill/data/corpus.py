@@ -322,7 +322,9 @@ def _readable(documents: datasets.IterableDataset, source: str) -> Iterator[dict
     except UserError:
         raise
     except ValueError as error:  # pyarrow's and the decoder's errors are ValueErrors
-        raise UserError(f"corpus {source}", expected="readable rows", got=str(error), do="Mend the file.") from error
+        raise UserError(
+            f"corpus {source}", expected="readable rows", got=str(error), do="Write the file again, or leave it out."
+        ) from error
 
 
 def _text_column(documents: datasets.IterableDataset, source: str, wanted: str | None) -> str:

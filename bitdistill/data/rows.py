@@ -70,7 +70,7 @@ class RowFile:
         kind = READERS[kind_of(self.path)]
         return {"json": self._json, "csv": self._csv, "parquet": self._parquet}[kind]()
 
-    def _bad(self, got: str, do: str = "Mend the file.", kind: str = "") -> UserError:
+    def _bad(self, got: str, do: str = "Correct the file at that place.", kind: str = "") -> UserError:
         kind = kind or READERS[kind_of(self.path)]
         return UserError(f"{self.option} {self.path}", expected=f"rows that can be read as {kind}", got=got, do=do)
 
@@ -102,7 +102,7 @@ class RowFile:
             values = decoder.decode(text)
         except (ValueError, RecursionError) as error:
             line = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise self._bad(f"{_reason(error, text)}{line}", "Mend the file: one array of objects.") from None
+            raise self._bad(f"{_reason(error, text)}{line}", "Write the file as one array of objects.") from None
         for number, value in enumerate(values, start=1):
             yield self._object(value, Row({}, number))
 

@@ -69,7 +69,9 @@ def load_task(name_or_path: str) -> Task:
     try:
         settings = yaml.safe_load(read_text(path, "task"))
     except yaml.YAMLError as error:
-        raise UserError(f"task file {path}", expected="YAML", got=str(error), do="Mend the file.") from None
+        raise UserError(
+            f"task file {path}", expected="YAML", got=str(error), do="Correct the syntax at that place."
+        ) from None
     if not isinstance(settings, dict):
         raise UserError(f"task file {path}", expected="keys and values", got=repr(settings), do="See recipes/tasks.")
     settings.setdefault("name", path.stem)
@@ -288,7 +290,7 @@ def _label(task: Task, value: Any, place: str) -> int | str:
     else:
         found = [label for label in task.labels if label == value and isinstance(label, str) == isinstance(value, str)]
     if not found:
-        do = "Mend the row, or add the value to the task's labels."
+        do = "Correct the row, or add the value to the task's labels."
         raise Unfit(f"one of {list(task.labels)}", f"{value!r} in {place}", do)
     return found[0] if all(type(label) is int for label in task.labels) else str(found[0])
 
