@@ -123,12 +123,8 @@ def _subject(run_or_file: str, setting: str | None, threads: int | None):
     run = Path(run_or_file).expanduser()
     if setting not in (None, "BitDistill"):
         if not run.is_dir():
-            raise UserError(
-                "setting",
-                expected="a run directory for it",
-                got=run_or_file,
-                do="Give the run directory, or leave --setting out.",
-            )
+            do = "Give the run directory, or leave --setting out."
+            raise UserError("setting", expected="a run directory for it", got=run_or_file, do=do)
         if setting == "FP16-SFT":
             return setting, load_language_model(run / "teacher"), load_tokenizer(run / "teacher")
         run_or_file = str(run / "export" / "baseline.safetensors")
