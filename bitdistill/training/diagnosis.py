@@ -57,20 +57,20 @@ Layers = dict[str, dict[str, float]]  # name -> measurements
 Sign = tuple[str, dict[str, float], str]
 
 ADVICE = {
-    "dead": "Start from refine.gain calibrated or refine.norms all, and lower the learning rate or lengthen the warm-up; "
+    "dead": "Start from refine.gain calibrated or refine.norms all, and lower the learning rate or raise warmup_steps; "
     "a layer without gradient may be frozen, or its output may go into a layer that is dead.",
-    "collapse": "Lower learning_rate or weight_decay, lengthen warmup_steps; a longer stage 2 at a lower rate moves the "
-    "weights apart again.",
-    "saturated": "Lower learning_rate or raise weight_decay a little, lengthen warmup_steps.",
-    "frozen": "Raise learning_rate (ternary training takes 10 to 100 times that of full precision); see that the master "
-    "weights are fp32 and that no schedule or clipping keeps the step near zero.",
-    "thrash": "Lower learning_rate, lengthen warmup_steps, or take larger batches (gradient_accumulation_steps).",
-    "drift": "Lower learning_rate; a scale that falls: lower weight_decay too; a scale that grows: raise it.",
+    "collapse": "Lower learning_rate or weight_decay, or raise warmup_steps; a longer stage 2 at a lower learning rate moves "
+    "the weights apart again.",
+    "saturated": "Lower learning_rate, raise weight_decay a little, or raise warmup_steps.",
+    "frozen": "Raise learning_rate (ternary training needs 10 to 100 times that of full precision); check that the master "
+    "weights are fp32 and that neither the schedule nor clipping keeps the step near zero.",
+    "thrash": "Lower learning_rate, raise warmup_steps, or use larger batches (gradient_accumulation_steps).",
+    "drift": "Lower learning_rate. If the scale falls, lower weight_decay as well; if it grows, raise weight_decay.",
     "outliers": "Try refine.norms all, a SubLN in front of every projection, and a longer stage 2, in which the model "
     "learns to spread its activations.",
     "drowned": "Set distill.gamma_attention to balanced with distill.gamma_rho near 1, or move gamma by the ratio seen.",
-    "rising": "Lower learning_rate, lengthen warmup_steps, clip harder (max_grad_norm); in distill see which term of the "
-    "loss pulls the other way.",
+    "rising": "Lower learning_rate, raise warmup_steps, or lower max_grad_norm; in the stage distill, look which term of the "
+    "loss works against the cross-entropy.",
 }
 
 
