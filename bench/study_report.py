@@ -216,7 +216,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from bitdistill.reporting.plots import STYLE
+    from bitdistill.reporting.drawing import STYLE
 
     rows = summaries(result)
     label = "accuracy, %" if rows[0]["metric"] == "accuracy" else "loss, nats per token"

@@ -9,9 +9,10 @@ part. It also runs on older commits, whose package then comes first on PYTHONPAT
 """
 
 try:  # isort: skip -- an older commit has no openmp.py
-    from bitdistill.distributed.process_group import initialize
+    from bitdistill.distributed.process_group import initialize, is_main
 except ImportError:  # an older commit's names
     from bitdistill.distributed.launch import initialise as initialize
+    from bitdistill.distributed.launch import is_main
 
 import functools
 import inspect
@@ -245,5 +246,5 @@ def run(spec: Spec) -> dict[str, Any]:
 
 if __name__ == "__main__":
     found = run(Spec(**json.loads(sys.argv[1])))
-    if launch.is_main():
+    if is_main():
         print(json.dumps(found))
