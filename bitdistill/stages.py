@@ -22,6 +22,8 @@ from bitdistill.files import write_whole
 
 # Settings of which a finished stage may hold more than is wanted: a cache of more blocks serves a run that needs fewer.
 MORE_IS_ENOUGH = ("cache.blocks",)
+# Stages that leave nothing to do in their place when a run does not have them.
+WITHOUT_SUBSTITUTE = ("cache",)
 NOT_RUN = "not run yet"
 BELONGS_TO = "settings.json"  # in a folder of checkpoints: the settings and inputs that they belong to
 
@@ -67,7 +69,6 @@ class RunDirectory:
         root: RUN.
         depends_on: every stage that there is -> the stages whose results it needs, in the order in which they run.
         stages: those that this run has (a run on a given base model has no `base`).
-        without_substitute: stages of which nothing takes the place when the run does not have them.
     """
 
     def __init__(
@@ -75,10 +76,9 @@ class RunDirectory:
         root: str | Path,
         depends_on: dict[str, tuple[str, ...]],
         stages: Collection[str],
-        without_substitute: Collection[str] = ("cache",),
     ):
         self.root = Path(root)
-        self.depends_on, self.without_substitute = depends_on, without_substitute
+        self.depends_on = depends_on
         self.stages = tuple(stage for stage in depends_on if stage in stages)
 
     def folder(self, stage: str) -> Path:
@@ -93,7 +93,7 @@ class RunDirectory:
         for name in self.depends_on[stage]:
             if name in self.stages:
                 found[name] = None
-            elif name not in self.without_substitute:
+            elif name not in WITHOUT_SUBSTITUTE:
                 found |= dict.fromkeys(self.inputs(name))
         return tuple(found)
 

@@ -70,8 +70,8 @@ class RowFile:
         kind = READERS[kind_of(self.path)]
         return {"json": self._json, "csv": self._csv, "parquet": self._parquet}[kind]()
 
-    def _bad(self, got: str, do: str = "Correct the file at that place.", kind: str = "") -> UserError:
-        kind = kind or READERS[kind_of(self.path)]
+    def _bad(self, got: str, do: str) -> UserError:
+        kind = READERS[kind_of(self.path)]
         return UserError(f"{self.option} {self.path}", expected=f"rows that can be read as {kind}", got=got, do=do)
 
     # --- JSON ---------------------------------------------------------------------------------------------------------

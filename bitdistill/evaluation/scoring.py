@@ -26,6 +26,8 @@ from tqdm.auto import tqdm
 from bitdistill.errors import UserError
 
 RESAMPLES = 2000
+CONFIDENCE = 0.95  # of every interval
+SEED = 0  # of the resampling
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 # (token lists of B rows, keep) -> float (B, keep, V): the logits at each row's last ``keep`` positions
@@ -171,7 +173,7 @@ def block_losses(model, blocks: Tensor, batch_size: int = 8, desc: str = "perple
     return torch.cat(losses).numpy()
 
 
-def accuracy_interval(correct: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
+def accuracy_interval(correct: np.ndarray) -> tuple[float, float, float]:
     """(share of True, low, high): Wilson's score interval of a proportion; fractions, not percent.
 
     Raises:
@@ -180,16 +182,15 @@ def accuracy_interval(correct: np.ndarray, confidence: float = 0.95) -> tuple[fl
     correct = np.asarray(correct, bool)
     if not len(correct):
         raise UserError("validation_file", expected="at least one row", got="none", do="Give rows to score.")
-    interval = scipy.stats.binomtest(int(correct.sum()), len(correct)).proportion_ci(confidence, method="wilson")
+    interval = scipy.stats.binomtest(int(correct.sum()), len(correct)).proportion_ci(CONFIDENCE, method="wilson")
     return float(correct.mean()), float(interval.low), float(interval.high)
 
 
-def mean_interval(values: np.ndarray, confidence: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     """(mean, low, high): percentile bootstrap over examples.
 
     Args:
         values: (N,) one number for each example.
-        confidence: probability that the interval is to have. seed: of the resampling.
 
     Raises:
         UserError: fewer than two examples, of which nothing can be resampled.
@@ -205,23 +206,22 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95, seed: int = 0) -
         np.mean,
         n_resamples=RESAMPLES,
         batch=max(1, 10**7 // len(values)),
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(SEED),
     ).confidence_interval
     return float(values.mean()), float(interval.low), float(interval.high)
 
 
-def paired_difference(ours: np.ndarray, theirs: np.ndarray, confidence: float = 0.95, seed: int = 0):
+def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
     """(mean of ours - theirs, low, high) over the same rows in the same order: ``mean_interval`` of the differences.
 
     Args:
         ours, theirs: (N,) one score for each example (correct or not, ROUGE, ...).
-        confidence: probability that the interval is to have. seed: of the resampling.
     """
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, "paired scores are of the same rows"
-    return mean_interval(ours - theirs, confidence, seed)
+    return mean_interval(ours - theirs)
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
@@ -234,7 +234,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np
     return {name: np.array([100 * score[name].fmeasure for score in scores]) for name in ROUGE}
 
 
-def bleu(predictions: Sequence[str], references: Sequence[str], seed: int = 0) -> tuple[float, float, float]:
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, float, float]:
     """(corpus BLEU in percent, low, high at 95 %): one reference each; the corpus is resampled, not sentence scores."""
     from sacrebleu.metrics import BLEU
 
@@ -246,7 +246,7 @@ def bleu(predictions: Sequence[str], references: Sequence[str], seed: int = 0) -
         *grams, system, reference = rows.sum(axis=0).tolist()
         return BLEU.compute_bleu(grams[:4], grams[4:], system, reference, smooth_method="exp").score
 
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     resampled = [score(counts[generator.integers(len(counts), size=len(counts))]) for _ in range(RESAMPLES)]
     low, high = np.percentile(resampled, [2.5, 97.5])
     return score(counts), float(low), float(high)

@@ -96,13 +96,12 @@ def proof_texts(run: str | Path) -> list[str]:
     return ["\n".join(value for value in row.values() if isinstance(value, str)) for row in rows]
 
 
-def deployability(config, norms: str, subln_eps: float | None = None) -> list[dict[str, Any]]:
+def deployability(config, norms: str) -> list[dict[str, Any]]:
     """What a student of a base model can become, format by format.
 
     Args:
         config: the Hugging Face config of the base model.
         norms: refine.norms: none, two or all.
-        subln_eps: refine.subln_eps.
 
     Returns: one row for each format, the packed one first: format, opens_in, possible, why (reasons against, or ""),
         bits_per_weight of the ternary matrices, file_type.
@@ -118,9 +117,7 @@ def deployability(config, norms: str, subln_eps: float | None = None) -> list[di
     rows = [{"format": "packed", "opens_in": "bitdistill", "possible": True, "why": ""}]
     rows[0] |= {"file_type": "base3", "bits_per_weight": 1.6}
     for format in ("gguf", *FORMATS):
-        against = (
-            gguf_obstacles(config, norms, subln_eps) if format == "gguf" else hugging_face_obstacles(norms, format)
-        )
+        against = gguf_obstacles(config, norms) if format == "gguf" else hugging_face_obstacles(norms, format)
         bits = (
             max(TYPES[kind].bits_per_weight for kind in auto) if format == "gguf" else 2.25 if format == "mlx" else 2.0
         )
