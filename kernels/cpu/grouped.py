@@ -31,8 +31,6 @@ from bitdistill.kernels.cpu.matmul import (
     TWO_BIT,
     check_packed,
     dot_base3,
-    dots_4,
-    dots_8,
     low_digits,
     top_digit,
     unpack_blocks,
@@ -195,8 +193,19 @@ def _tile_8(blocks, count, group_blocks, codes, stride, act_sums, scales, acc, a
     t4, t5 = load(acc + 4 * acc_stride), load(acc + 5 * acc_stride)
     t6, t7 = load(acc + 6 * acc_stride), load(acc + 7 * acc_stride)
     for start in range(0, count, group_blocks):
-        stop = min(count, start + group_blocks)
-        s0, s1, s2, s3, s4, s5, s6, s7 = dots_8(blocks, start, stop, codes, stride)
+        s0, s1, s2, s3 = no_sums(), no_sums(), no_sums(), no_sums()
+        s4, s5, s6, s7 = no_sums(), no_sums(), no_sums(), no_sums()
+        for block in range(start, min(count, start + group_blocks)):
+            u = load_bytes(blocks + 64 * block)
+            quad = codes + 4 * block
+            s0 = dot(s0, u, repeat_quad(quad))
+            s1 = dot(s1, u, repeat_quad(quad + stride))
+            s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
+            s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
+            s4 = dot(s4, u, repeat_quad(quad + 4 * stride))
+            s5 = dot(s5, u, repeat_quad(quad + 5 * stride))
+            s6 = dot(s6, u, repeat_quad(quad + 6 * stride))
+            s7 = dot(s7, u, repeat_quad(quad + 7 * stride))
         g = start // group_blocks
         by, at = load_halves(scales + 32 * g), act_sums + 4 * g
         t0 = _scaled(t0, widen(s0), int32s(at, 1)[0], by)
@@ -221,8 +230,14 @@ def _tile_8(blocks, count, group_blocks, codes, stride, act_sums, scales, acc, a
 def _tile_4(blocks, count, group_blocks, codes, stride, act_sums, scales, acc, acc_stride):
     t0, t1, t2, t3 = load(acc), load(acc + acc_stride), load(acc + 2 * acc_stride), load(acc + 3 * acc_stride)
     for start in range(0, count, group_blocks):
-        stop = min(count, start + group_blocks)
-        s0, s1, s2, s3 = dots_4(blocks, start, stop, codes, stride)
+        s0, s1, s2, s3 = no_sums(), no_sums(), no_sums(), no_sums()
+        for block in range(start, min(count, start + group_blocks)):
+            u = load_bytes(blocks + 64 * block)
+            quad = codes + 4 * block
+            s0 = dot(s0, u, repeat_quad(quad))
+            s1 = dot(s1, u, repeat_quad(quad + stride))
+            s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
+            s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
         g = start // group_blocks
         by, at = load_halves(scales + 32 * g), act_sums + 4 * g
         t0 = _scaled(t0, widen(s0), int32s(at, 1)[0], by)

@@ -284,11 +284,18 @@ def _add_to(acc, sums):
 
 
 @jit
-def dots_8(blocks, first, last, codes, stride):
-    """Unpacked blocks first .. last - 1 times the codes of eight tokens, `stride` bytes apart: eight SUMS."""
-    s0, s1, s2, s3 = no_sums(), no_sums(), no_sums(), no_sums()
-    s4, s5, s6, s7 = no_sums(), no_sums(), no_sums(), no_sums()
-    for block in range(first, last):
+def _tile_8(blocks, count, codes, stride, acc, acc_stride):
+    s0, s1, s2, s3, s4, s5, s6, s7 = (
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+    )
+    for block in range(count):
         u = load_bytes(blocks + 64 * block)
         quad = codes + 4 * block
         s0 = dot(s0, u, repeat_quad(quad))
@@ -299,26 +306,6 @@ def dots_8(blocks, first, last, codes, stride):
         s5 = dot(s5, u, repeat_quad(quad + 5 * stride))
         s6 = dot(s6, u, repeat_quad(quad + 6 * stride))
         s7 = dot(s7, u, repeat_quad(quad + 7 * stride))
-    return s0, s1, s2, s3, s4, s5, s6, s7
-
-
-@jit
-def dots_4(blocks, first, last, codes, stride):
-    """`dots_8` for four tokens."""
-    s0, s1, s2, s3 = no_sums(), no_sums(), no_sums(), no_sums()
-    for block in range(first, last):
-        u = load_bytes(blocks + 64 * block)
-        quad = codes + 4 * block
-        s0 = dot(s0, u, repeat_quad(quad))
-        s1 = dot(s1, u, repeat_quad(quad + stride))
-        s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
-        s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
-    return s0, s1, s2, s3
-
-
-@jit
-def _tile_8(blocks, count, codes, stride, acc, acc_stride):
-    s0, s1, s2, s3, s4, s5, s6, s7 = dots_8(blocks, 0, count, codes, stride)
     _add_to(acc, s0)
     _add_to(acc + acc_stride, s1)
     _add_to(acc + 2 * acc_stride, s2)
@@ -331,7 +318,14 @@ def _tile_8(blocks, count, codes, stride, acc, acc_stride):
 
 @jit
 def _tile_4(blocks, count, codes, stride, acc, acc_stride):
-    s0, s1, s2, s3 = dots_4(blocks, 0, count, codes, stride)
+    s0, s1, s2, s3 = no_sums(), no_sums(), no_sums(), no_sums()
+    for block in range(count):
+        u = load_bytes(blocks + 64 * block)
+        quad = codes + 4 * block
+        s0 = dot(s0, u, repeat_quad(quad))
+        s1 = dot(s1, u, repeat_quad(quad + stride))
+        s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
+        s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
     _add_to(acc, s0)
     _add_to(acc + acc_stride, s1)
     _add_to(acc + 2 * acc_stride, s2)
