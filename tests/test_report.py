@@ -334,7 +334,7 @@ PARTS = ("config.yaml", "versions.json", "metrics.jsonl", "health.jsonl", "refin
 
 
 def test_each_part_may_be_missing_or_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "draw", lambda plot, *args: ("<svg></svg>", b""))  # drawing is slow and tested elsewhere
+    monkeypatch.setattr(drawing, "draw", lambda plot, *args: ("<svg></svg>", b""))  # drawing is slow and tested elsewhere
     run_dir = synthetic_run(tmp_path / "run")
     for part in PARTS:
         whole = (run_dir / part).read_bytes()
@@ -464,7 +464,7 @@ def test_verdict_on_the_health(full, tmp_path, monkeypatch):
     assert "warnings" not in page.rows
     assert "health: no warning" in table_text(run_dir)
 
-    monkeypatch.setattr(plots, "draw", lambda plot, *args: ("<svg></svg>", b""))
+    monkeypatch.setattr(drawing, "draw", lambda plot, *args: ("<svg></svg>", b""))
     sick = synthetic_run(tmp_path / "sick")
     (sick / "warnings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in WARNINGS) + '{"stage": "dis')
     page = Page(write_report(sick))
