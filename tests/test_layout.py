@@ -121,7 +121,7 @@ def defined_names(path):
     """What a module binds at its top, also inside `if` and `try`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
@@ -220,7 +220,9 @@ def test_public_functions_have_docstrings():
     missing = []
     for name, path in FILES.items():
         for node in ast.parse(path.read_text()).body:
-            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            public = isinstance(
+                node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+            ) and not node.name.startswith("_")
             if public and ast.get_docstring(node) is None:
                 missing.append(f"{name}.{node.name}")
     assert not missing

@@ -334,7 +334,8 @@ PARTS = ("config.yaml", "versions.json", "metrics.jsonl", "health.jsonl", "refin
 
 
 def test_each_part_may_be_missing_or_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "draw", lambda plot, *args: ("<svg></svg>", b""))  # drawing is slow and tested elsewhere
+    # drawing is slow and tested elsewhere
+    monkeypatch.setattr(drawing, "draw", lambda plot, *args: ("<svg></svg>", b""))
     run_dir = synthetic_run(tmp_path / "run")
     for part in PARTS:
         whole = (run_dir / part).read_bytes()

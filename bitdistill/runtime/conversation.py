@@ -46,7 +46,9 @@ def conversation_ids(runtime: "BaseRuntime", messages: Sequence[Mapping[str, str
     return tokens.encode_chat([text])[0]
 
 
-def fitting(runtime: "BaseRuntime", messages: list[dict[str, str]], room: int) -> tuple[list[dict[str, str]], list[int]]:
+def fitting(
+    runtime: "BaseRuntime", messages: list[dict[str, str]], room: int
+) -> tuple[list[dict[str, str]], list[int]]:
     """The messages that leave room for an answer, and their tokens: the oldest turns are left out first.
 
     Args:
