@@ -18,12 +18,12 @@ def chat(
     context: int | None = None,
     **sampling: Any,
 ) -> None:
-    """Answers line by line, with all that was said before; what no longer fits is left out, oldest first, and that is said.
+    """Answers line by line, with the whole conversation before it; says so when the oldest turns no longer fit.
 
     Args:
         run_or_file: a run directory, or a packed file.
         system: a message to begin with.
-        max_new_tokens: of an answer.
+        max_new_tokens: tokens of an answer, at most.
         threads, kv_cache, context, sampling: see `chat_options`; what is not given is the base's own recommendation.
 
     Raises:
@@ -97,12 +97,12 @@ def chat_options(arguments: list[str]) -> dict[str, Any]:
     parser = Parser(prog="bitdistill chat", description=f"A conversation with a packed student: {HELP}.")
     parser.add_argument("run_or_file", help="a run directory, or a packed file")
     parser.add_argument("--system", help="a system message to begin with")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="of an answer, at most (default: 512)")
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token, above 0 samples")
-    parser.add_argument("--top_k", type=int, help="sample among the k likeliest")
-    parser.add_argument("--top_p", type=float, help="sample among the likeliest that make up p together")
-    parser.add_argument("--min_p", type=float, help="leave out what is less than min_p times the likeliest")
-    parser.add_argument("--repetition_penalty", type=float, help="above 1 makes repetitions rarer")
-    parser.add_argument("--seed", type=int, help="of the sampling")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer, at most (default: 512)")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token; larger values sample")
+    parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
+    parser.add_argument("--top_p", type=float, help="sample among the likeliest tokens whose probabilities sum to p")
+    parser.add_argument("--min_p", type=float, help="leave out tokens less likely than min_p times the likeliest")
+    parser.add_argument("--repetition_penalty", type=float, help="a value above 1 makes repetitions rarer")
+    parser.add_argument("--seed", type=int, help="seed of the sampling")
     add_runtime_options(parser)
     return vars(parser.parse_args(arguments))

@@ -14,10 +14,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_runtime_options(parser: Parser, context: str = "the model's own limit") -> None:
-    """Adds the options of every command that opens a packed file on the CPU. Args: context: what its default is."""
+    """Adds the options of every command that opens a packed file on the CPU. Args: context: its default, in words."""
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--kv_cache", default="bf16", help="how keys and values are kept: bf16 (default), fp32 or int8")
-    parser.add_argument("--context", type=int, help=f"at most so many positions (default: {context})")
+    parser.add_argument("--context", type=int, help=f"positions of the context, at most (default: {context})")
 
 
 def require_at_least(option: str, number: int | None, least: int) -> None:

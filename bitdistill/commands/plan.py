@@ -32,19 +32,19 @@ def plan(
 
     Args:
         model: a folder with config.json, or a hub id.
-        gpus: how many of which: 8xH200, 1xH100, 2xA100, 4xB200, 1xRTX4090, 2xCPU.
-        tokens: of the whole stage.
+        gpus: how many devices of which kind: 8xH200, 1xH100, 2xA100, 4xB200, 1xRTX4090, 2xCPU.
+        tokens: how many tokens the whole stage trains on.
         stage: pretrain (stage 2), or distill (stage 3, with a teacher in memory).
-        teacher: of stage 3, a folder or hub id; the model itself by default.
+        teacher: the teacher of stage 3, a folder or hub id; the model itself by default.
         block_size: tokens per sequence.
         per_device_batch_size: sequences of a micro-step on each rank.
-        tokens_per_step: of all ranks in an optimizer step; one micro-step of each rank by default.
-        tokens_per_second: measured, of one rank; replaces flop_per_second.
-        memory_gb: of one device.
+        tokens_per_step: tokens of an optimizer step on all ranks; one micro-step of each rank by default.
+        tokens_per_second: the measured rate of one rank; it replaces flop_per_second.
+        memory_gb: the memory of one device.
         host_memory_gb: main memory for each rank, for what is offloaded.
-        flop_per_second: sustained, of one device.
-        link_gb_per_second: that one rank sends.
-        price_per_hour: of one device, in dollars.
+        flop_per_second: what one device sustains in training.
+        link_gb_per_second: how much one rank can send.
+        price_per_hour: the price of one device, in dollars.
 
     Raises:
         UserError: an unknown device or stage, a number that is not above zero, or a model without a readable config.

@@ -332,9 +332,13 @@ def predict_options(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument(
         "--input_format", help="what the input is, where its name does not say it (default of -: jsonl)"
     )
-    parser.add_argument("--columns", type=lambda text: text.split(","), help="copy these columns: id,sentence")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew where the output is there already")
-    parser.add_argument("--max_new_tokens", type=int, help="of a generation task (default: the task's own)")
+    parser.add_argument(
+        "--columns", type=lambda text: text.split(","), help="columns of the input to copy into the output: id,sentence"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="tokens of a generated answer, at most (default: the task's own)"
+    )
     parser.add_argument("--json", action="store_true", help="print the answer to one row as JSON")
     add_runtime_options(parser)
     return vars(parser.parse_args(arguments))

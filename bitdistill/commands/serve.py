@@ -71,15 +71,26 @@ def serve_options(arguments: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("run_or_file", help="a run directory, or a packed file")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="(default: 8000; 0 takes a free one)")
+    parser.add_argument("--port", type=int, default=8000, help="the port (default: 8000; 0 takes a free one)")
     parser.add_argument("--api_key_file", help="a file whose first line clients must send as their API key")
-    parser.add_argument("--model_name", help="what /v1/models calls it")
+    parser.add_argument("--model_name", help="the name of the model in /v1/models")
     parser.add_argument("--slots", type=int, default=16, help="answers computed at once, 1 to 16 (default: 16)")
     parser.add_argument("--max_queue", type=int, default=64, help="requests that may wait for a slot (default: 64)")
-    parser.add_argument("--max_new_tokens", type=int, default=2048, help="longest answer (default: 2048)")
-    parser.add_argument("--max_rows", type=int, default=256, help="rows of one call of /predict (default: 256)")
-    parser.add_argument("--max_body_bytes", type=int, default=1 << 20, help="largest request (default: 1 MiB)")
-    parser.add_argument("--request_seconds", type=int, default=300, help="longest time of a request (default: 300)")
-    parser.add_argument("--shutdown_seconds", type=int, default=30, help="for running answers at the end (default: 30)")
+    parser.add_argument("--max_new_tokens", type=int, default=2048, help="tokens of the longest answer (default: 2048)")
+    parser.add_argument(
+        "--max_rows", type=int, default=256, help="rows of one call of /predict, at most (default: 256)"
+    )
+    parser.add_argument(
+        "--max_body_bytes", type=int, default=1 << 20, help="size of the largest request (default: 1 MiB)"
+    )
+    parser.add_argument(
+        "--request_seconds", type=int, default=300, help="longest time of a request, waiting included (default: 300)"
+    )
+    parser.add_argument(
+        "--shutdown_seconds",
+        type=int,
+        default=30,
+        help="time for running answers to finish when the server ends (default: 30)",
+    )
     add_runtime_options(parser, context=f"the model's own limit, at most {DEFAULT_CONTEXT:,}")
     return vars(parser.parse_args(arguments))

@@ -23,10 +23,10 @@ def require_chat(runtime: "BaseRuntime") -> None:
 
 
 def conversation_ids(runtime: "BaseRuntime", messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """The tokens of a conversation, up to where the assistant starts. Texts of messages stay text, whatever they spell.
+    """The tokens of a conversation, up to where the assistant starts. Control tokens in a message stay plain text.
 
     Args:
-        runtime: of a file with a chat template.
+        runtime: a student whose file has a chat template.
         messages: "role" and "content" of each.
 
     Raises:
@@ -52,7 +52,7 @@ def fitting(
     """The messages that leave room for an answer, and their tokens: the oldest turns are left out first.
 
     Args:
-        runtime: of a file with a chat template.
+        runtime: a student whose file has a chat template.
         messages: the last is the user's; a system message at the beginning always stays.
         room: tokens for the answer.
 

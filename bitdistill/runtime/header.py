@@ -1,6 +1,6 @@
-"""What a packed file says of its student besides tensors: its task, its base, how it was trained to be used.
+"""What a packed file says about its student, besides the tensors: its task, its base, and the settings for its use.
 
-The header's `metadata` (docs/packed_format.md). Files of earlier versions have less of it, and open all the same.
+The header's `metadata` (docs/packed_format.md). Files of earlier versions have fewer entries and can still be opened.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Facts of a student; None or empty where the file does not say them.
+    """Facts about a student; None or empty where the file does not have them.
 
     Attributes:
-        setting: which of a run's settings it is, such as BitDistill. base: the name of the model that it was made of.
+        setting: which of a run's settings it is, such as BitDistill. base: the name of its base model.
         task: what it was trained for. max_length: tokens of prompt and answer in training; longer prompts are cut.
         generation: sampling settings that the base's authors recommend (`Sampling`'s names).
         scores: {"metric", "setting": {"score", "interval", "examples"}} of the run's evaluation.
@@ -34,13 +34,13 @@ class Header:
     tokenizer: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, without what is not known."""
+        """JSON values; what is not known is left out."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["task"] = None if self.task is None else self.task.to_json()
         return {name: value for name, value in values.items() if value not in (None, {})}
 
     def sampling(self, **given: Any) -> Sampling:
-        """How answers are drawn: as the base's authors recommend, but for what is given; greedy where they say nothing.
+        """Sampling settings: those given, then those that the base's authors recommend, then greedy decoding.
 
         Args:
             given: settings of `Sampling`; None is not given.

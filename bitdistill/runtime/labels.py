@@ -1,7 +1,8 @@
-"""How likely each of some answers is after a prompt, as requests that share the decoder's steps with any others.
+"""How likely each of some answers (labels) is after a prompt; computed as requests that share decoder steps with all others.
 
-The answers are a tree: each opening that some of them have in common is one request, whose logits are only looked at. The
-empty opening is the prompt itself; the others continue it where it lies, and begin when it has been computed.
+The labels form a tree of token prefixes. Each prefix of a label is one request: its logits are read, and no token
+is chosen. The empty prefix is the prompt itself; the other requests continue from the prompt's slot in the KV cache and start
+when the prompt has been computed.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ Tree = dict[tuple[int, ...], list[tuple[int, int]]]
 
 
 def label_tree(labels: Sequence[Sequence[int]]) -> Tree:
-    """Opening -> (label, its token after this opening) for each label that begins so; the empty opening comes first.
+    """{prefix: [(label, its next token)]} for all labels that begin with the prefix; the empty prefix comes first.
 
     Args:
         labels: L token lists, none empty.
@@ -28,15 +29,15 @@ def label_tree(labels: Sequence[Sequence[int]]) -> Tree:
 
 
 def label_requests(index: int, prompt: Sequence[int], tree: Tree, likelihoods: np.ndarray) -> list[Request]:
-    """One request for each opening, the prompt's own first; the others are to begin when that has ended.
+    """One request for each prefix. The prompt's own comes first; the others must start after it has ended.
 
     Args:
         index: of the prompt. prompt: its ids. tree: of `label_tree`.
         likelihoods: float64 (L,), zeros; when all have ended, ``sum_t log p(label_t | prompt, label_<t)`` of each label.
     """
     return [
-        Request(index, [*prompt, *opening], 1, _Look(likelihoods, following), prompt_tokens=len(prompt))
-        for opening, following in tree.items()
+        Request(index, [*prompt, *prefix], 1, _Look(likelihoods, following), prompt_tokens=len(prompt))
+        for prefix, following in tree.items()
     ]
 
 

@@ -1,6 +1,6 @@
-"""What a student says to rows of its task: a label with its probability, or a text. Needs no torch.
+"""A student's answers to rows of its task: a label with its probability, or a text. Needs no torch.
 
-Prompts are those of training and evaluation (`bitdistill/prompts.py`), so that the answers are the evaluation's, too.
+Prompts are made as in training and evaluation (`bitdistill/prompts.py`), so the answers equal those of the evaluation.
 """
 
 import abc
@@ -23,7 +23,7 @@ class Prediction:
 
     Attributes:
         row: its number, from 1.
-        label: classification: the likeliest label word. probability: its own; probabilities: of every word.
+        label: classification: the likeliest label word. probability: that of the label; probabilities: those of all label words.
         text: generation: the answer. stopped_by: as in `Answer`.
         truncated: the prompt was cut to the length that the student was trained with.
     """
@@ -37,7 +37,7 @@ class Prediction:
     truncated: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values: what there is of the answer; `truncated` only where it is so."""
+        """JSON values: the fields that the answer has; `truncated` only where it is true."""
         return {name: value for name, value in asdict(self).items() if value is not None and value is not False}
 
 
@@ -64,12 +64,12 @@ class Predictor(BaseRuntime, abc.ABC):
     def predict(
         self, rows: Row | Iterable[Row], max_new_tokens: int | None = None, progress: Callable = iter
     ) -> list[Prediction]:
-        """What the student says to rows of its task: a label with its probability, or a text.
+        """The student's answers to rows of its task: a label with its probability, or a text.
 
         Prompts, cuts and labels are those of the run's own evaluation.
 
         Args:
-            rows: texts, for a task of one column, or values by column (further columns are left aside); one or many.
+            rows: texts, for a task of one column, or values by column (further columns are ignored); one or many.
             max_new_tokens: of a task that generates: the longest answer; the task's by default.
             progress: wraps an iteration that takes a step for each row, such as tqdm.
 
@@ -77,7 +77,7 @@ class Predictor(BaseRuntime, abc.ABC):
 
         Raises:
             UserError: the file does not know its task or has no tokenizer, a column is missing or no text, or a template
-                is too long without its text.
+                is too long even without its text.
         """
         if max_new_tokens is not None:
             check_new_tokens(max_new_tokens)
@@ -109,8 +109,8 @@ def row_texts(task: Task, row: Row, where: str, source: str) -> dict[str, str]:
 
     Args:
         task: names the columns.
-        row: a text, for a task of one column, or values by column; further columns are left aside.
-        where: the row, for messages. source: where it is from, such as a file, for messages.
+        row: a text, for a task of one column, or values by column; further columns are ignored.
+        where: names the row in messages. source: names its origin in messages, such as a file.
 
     Raises:
         UserError: a column is missing, or its value is no text.
@@ -139,7 +139,7 @@ def row_texts(task: Task, row: Row, where: str, source: str) -> dict[str, str]:
 def task_prompts(
     runtime: Predictor, texts: Sequence[Mapping[str, str]], places: Sequence[str], max_new_tokens: int | None
 ) -> tuple[list[list[int]], list[bool]]:
-    """The prompts' tokens, as training and evaluation had them, and which of them were cut.
+    """The tokens of the prompts, as in training and evaluation, and which prompts were cut.
 
     Args:
         runtime: of a file that knows its task.
@@ -147,7 +147,7 @@ def task_prompts(
         max_new_tokens: generation: room for the answer; the task's by default.
 
     Raises:
-        UserError: the template without its text is too long, or the file has no tokenizer.
+        UserError: the template is too long even without its text, or the file has no tokenizer.
     """
     task, tokenizer = needed_task(runtime), runtime.packed_tokenizer
     length = min(runtime.header.max_length or runtime.context, runtime.context)
@@ -215,7 +215,7 @@ def label_prediction(task: Task, likelihoods: np.ndarray) -> dict[str, Any]:
 
 
 def answer_text(runtime: Predictor, token_ids: Sequence[int]) -> str:
-    """A generated answer as evaluation reads it: without special tokens, and without white space around it."""
+    """A generated answer as the evaluation reads it: without special tokens and surrounding white space."""
     assert runtime.tokenizer is not None, "it made the prompt"
     return runtime.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 

@@ -1,4 +1,4 @@
-"""What clients get: OpenAI's completions, whole and in pieces."""
+"""What clients get: completions in OpenAI's form, whole or streamed in pieces."""
 
 import time
 import uuid
@@ -15,10 +15,10 @@ FINISHED = {"eos": "stop", "stop": "stop", "length": "length", "context": "lengt
 
 
 def usage(jobs: Sequence[Job], prompts: int) -> dict[str, Any]:
-    """Tokens of a request.
+    """How many tokens a request had and got, in OpenAI's form.
 
     Args:
-        jobs: its sequences. prompts: how many different prompts they have; several answers to one count it once.
+        jobs: its sequences. prompts: how many different prompts they have; a prompt with several answers counts once.
     """
     once = jobs[:: max(len(jobs) // prompts, 1)]
     read, written = sum(job.request.prompt_tokens for job in once), sum(job.request.new_tokens for job in jobs)
@@ -29,10 +29,10 @@ def usage(jobs: Sequence[Job], prompts: int) -> dict[str, Any]:
 
 @dataclass
 class Chat:
-    """The shape of chat completions.
+    """Builds the answers of /v1/chat/completions.
 
     Args:
-        model: its name. tokenizer: for the texts of log-probabilities.
+        model: its name. tokenizer: gives the texts of tokens for log-probabilities.
     """
 
     model: str
@@ -43,26 +43,26 @@ class Chat:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def head(self, streamed: bool) -> dict[str, Any]:
-        """What every answer and every piece begins with."""
+        """The fields that every answer and every piece has in common."""
         kind = f"{self.kind}.chunk" if streamed and self.prefix == "chatcmpl" else self.kind
         return {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
     def first(self, index: int) -> dict[str, Any] | None:
-        """The choice of the piece before the first token."""
+        """The `choices` entry of the piece that comes before the first token."""
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """The choice of a piece."""
+        """The `choices` entry of a piece."""
         logprobs = self.logprobs([piece])
         return {"index": index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
 
     def last(self, index: int, end: End) -> dict[str, Any]:
-        """The choice of the last piece."""
+        """The `choices` entry of the last piece."""
         return {"index": index, "delta": {}, "logprobs": None, "finish_reason": FINISHED[end.stopped_by]}
 
     def whole(self, index: int, pieces: Sequence[Piece], end: End) -> dict[str, Any]:
-        """The choice of a whole answer."""
+        """The `choices` entry of a whole answer."""
         message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
         reason = FINISHED[end.stopped_by]
         return {"index": index, "message": message, "logprobs": self.logprobs(pieces), "finish_reason": reason}
@@ -85,25 +85,25 @@ class Chat:
 
 @dataclass
 class Text(Chat):
-    """The shape of text completions."""
+    """Builds the answers of /v1/completions."""
 
     kind: str = "text_completion"
     prefix: str = "cmpl"
 
     def first(self, index: int) -> dict[str, Any] | None:
-        """There is none."""
+        """None: text completions have no piece before the first token."""
         return None
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """The choice of a piece."""
+        """The `choices` entry of a piece."""
         return {"index": index, "text": piece.text, "logprobs": self.logprobs([piece]), "finish_reason": None}
 
     def last(self, index: int, end: End) -> dict[str, Any]:
-        """The choice of the last piece."""
+        """The `choices` entry of the last piece."""
         return {"index": index, "text": "", "logprobs": None, "finish_reason": FINISHED[end.stopped_by]}
 
     def whole(self, index: int, pieces: Sequence[Piece], end: End) -> dict[str, Any]:
-        """The choice of a whole answer."""
+        """The `choices` entry of a whole answer."""
         text = "".join(piece.text for piece in pieces)
         reason = FINISHED[end.stopped_by]
         return {"index": index, "text": text, "logprobs": self.logprobs(pieces), "finish_reason": reason}

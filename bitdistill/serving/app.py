@@ -1,9 +1,9 @@
-"""The routes.
+"""The routes of the server:
 
 POST /v1/chat/completions  /v1/completions     OpenAI's, also streamed
 GET  /v1/models                                the one model
 POST /predict                                  rows of the student's task: labels with probabilities, or texts
-GET  /info  /health  /metrics  /               facts for the page; liveness; Prometheus; the page
+GET  /info  /health  /metrics  /               facts for the page; whether the server works; numbers for Prometheus; the page
 """
 
 import asyncio
@@ -39,8 +39,8 @@ def create_app(service: Service, api_key: str | None, loopback: bool) -> FastAPI
 
     Args:
         service: the student. api_key: what clients must send, or None.
-        loopback: it listens on this machine only: then requests must name this machine, so that no page of the web that
-            points a name of its own here can ask.
+        loopback: the server listens on this machine only. Requests must then name this machine as their host, so that a
+            web page whose own name points to 127.0.0.1 cannot use the server.
     """
 
     @asynccontextmanager
@@ -122,7 +122,7 @@ async def _answered(
 
 
 async def _streamed(service: Service, jobs: Sequence[Job], shape: Chat, prompts: int) -> AsyncIterator[str]:
-    """Server-sent events of some jobs, as they come; at the end the usage, if `prompts` is not 0."""
+    """The server-sent events of some jobs, in the order in which they occur; last the usage, if `prompts` is not 0."""
     head, done = shape.head(True), 0
     merged: asyncio.Queue = asyncio.Queue()
     readers = [asyncio.ensure_future(_read(service, index, job, merged)) for index, job in enumerate(jobs)]

@@ -1,7 +1,7 @@
 """One thread that runs the decoder for all clients: their sequences share its steps, as in `runtime/batching.py`.
 
-Coroutines hand it jobs and get events back: a piece of text for each token, then the end. All events of a step cross from
-the thread to the event loop in one call, because waking the loop costs more than a token's text.
+Coroutines submit jobs to it and receive events: a `Piece` for each token, then an `End`. All events of a step are passed from
+the thread to the event loop in one call, because waking the loop costs more than making the text of a token.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a token brought: text, which may be empty, and its log-probabilities where they were asked for."""
+    """What one token adds to an answer: text, which may be empty, and log-probabilities where they were asked for."""
 
     text: str
     logprobs: TokenLogprobs | None = None
@@ -45,20 +45,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class End:
-    """A job's end. `stopped_by`: as in `Answer`, or "scored", "time", "cancelled"."""
+    """The last event of a job. `stopped_by`: as in `Answer`, or "scored", "time", "cancelled"."""
 
     stopped_by: str
 
 
 @dataclass(eq=False)
 class Job:
-    """A sequence of a client, or a prompt whose labels are looked at.
+    """One sequence that a client asked for, or one prompt whose labels are compared.
 
     Args:
         requests: the first begins; the others, if there are any, continue it when it has ended.
-        stream: makes text of its tokens; None for labels.
-        recorder: of its log-probabilities, or None.
-        deadline: `time.monotonic` at which it ends.
+        stream: turns its tokens into text; None for labels.
+        recorder: keeps its log-probabilities, or None.
+        deadline: the value of `time.monotonic` at which it is ended.
     """
 
     requests: list[Request]
@@ -75,7 +75,7 @@ class Job:
         return self.requests[0]
 
     async def pieces(self) -> AsyncIterator[Piece | End]:
-        """Its events, the `End` last.
+        """The events of the job; the last one is its `End`.
 
         Raises:
             EngineStopped: the decoder has failed.
@@ -90,10 +90,10 @@ class Job:
 
 
 class Recorder:
-    """A sampler that also keeps the log-probabilities of what it chose.
+    """A sampler that also keeps the log-probabilities of the tokens that it chose.
 
     Args:
-        sampler: that chooses. top: how many of the likeliest tokens to keep beside it.
+        sampler: chooses the tokens. top: how many of the likeliest tokens to record at each step.
     """
 
     def __init__(self, sampler: Chooser, top: int):
@@ -101,7 +101,7 @@ class Recorder:
         self.last: TokenLogprobs | None = None
 
     def choose(self, logits: np.ndarray) -> int | None:
-        """As its sampler's."""
+        """The token that its sampler chooses."""
         log_p = log_softmax(logits)
         token = self._sampler.choose(logits)
         if token is None:
@@ -113,15 +113,15 @@ class Recorder:
 
 
 class Engine:
-    """The thread.
+    """The thread that owns the decoder.
 
     Args:
-        runtime: it alone uses it from now on.
-        slots: sequences at once. max_queue: sequences that may wait.
+        runtime: from now on only this thread uses it.
+        slots: how many sequences are computed at once. max_queue: how many may wait.
 
     Attributes:
-        stats: what was done so far (`batching.Stats`), cumulative.
-        on_failure: called from the thread when it ends by itself.
+        stats: counts of everything done so far (`batching.Stats`).
+        on_failure: called by the thread when it ends because of a defect.
     """
 
     def __init__(self, runtime: Runtime, slots: int, max_queue: int):
@@ -140,18 +140,18 @@ class Engine:
     # --- for coroutines -----------------------------------------------------------------------------------------------
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begins. Args: loop: of the coroutines that wait for events."""
+        """Starts the thread. Args: loop: the event loop of the coroutines that wait for events."""
         self._loop = loop
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether it still takes jobs."""
+        """Whether the engine still accepts jobs."""
         return self._thread.is_alive() and not self._stopping
 
     @property
     def failed(self) -> bool:
-        """Whether its thread has ended by itself: a defect, which the thread has printed."""
+        """Whether the thread has ended because of a defect, which it has printed."""
         return self._failed
 
     @property
@@ -165,10 +165,10 @@ class Engine:
         return len(self._batch.waiting) + len(self._incoming)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Puts all of some jobs into the queue, or none.
+        """Puts all of these jobs into the queue, or none of them.
 
         Raises:
-            QueueFull: not all of them have room there. EngineStopped: it takes no more.
+            QueueFull: there is no room for all of them. EngineStopped: the engine accepts no more jobs.
         """
         with self._change:
             if not self.alive:
@@ -180,13 +180,13 @@ class Engine:
             self._change.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Ends jobs whose client has left; those that have ended stay as they are."""
+        """Ends jobs whose client has left; nothing happens to jobs that have already ended."""
         with self._change:
             self._cancelled += [job for job in jobs if not job.ended]
             self._change.notify()
 
     def stop(self) -> None:
-        """Takes no more jobs, ends those that run, and waits for the thread."""
+        """Accepts no more jobs, ends the running ones, and waits for the thread to end."""
         with self._change:
             self._stopping = True
             self._change.notify()
@@ -214,7 +214,7 @@ class Engine:
                 self.on_failure()
 
     def _take(self) -> bool:
-        """Waits for work, and takes it into the batch. False: it is to stop."""
+        """Waits for jobs and moves them into the batch. Returns False when the thread is to stop."""
         with self._change:
             while not (self._incoming or self._cancelled or self._batch or self._stopping):
                 self._change.wait()
@@ -235,7 +235,7 @@ class Engine:
         return [event for job in late for event in self._end(job, "time")]
 
     def _end(self, job: Job, why: str) -> list:
-        """Ends a job before its time: at once if it waits, else at the next step."""
+        """Ends a job early: at once if it is waiting, else at the next step."""
         if job.ended:
             return []
         job.left = 0

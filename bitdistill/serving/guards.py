@@ -1,4 +1,4 @@
-"""What every request passes before it is read: the key, the size, the time that a client may take to send it."""
+"""Checks of every request before it is read: its key, its size, and how long the client takes to send it."""
 
 import asyncio
 import json
@@ -16,11 +16,11 @@ OPEN = ("/", "/health", "/metrics")  # without a key: nothing there tells what c
 
 
 class Guard:
-    """An ASGI application around another one.
+    """An ASGI application that checks requests and passes them on to another one.
 
     Args:
-        app: the other one. api_key: what clients must send as a bearer token, or None.
-        limits: sizes and times. counted: is told the path and the status of every answer.
+        app: the application behind it. api_key: what clients must send as a bearer token, or None.
+        limits: sizes and times. counted: called with the path and the status of every answer.
     """
 
     def __init__(self, app: Callable, api_key: str | None, limits: Limits, counted: Callable[[str, int], None]):
@@ -75,7 +75,7 @@ class Guard:
 
 
 def _after(body: bytes, receive: Receive) -> Receive:
-    """The body in one message, then what comes after it: the news that the client has left."""
+    """Gives the application the body as one message, and after it the message that the client has left."""
     pending = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:

@@ -1,11 +1,11 @@
-"""What one server gives to its clients at most."""
+"""The limits of one server: how much its clients can ask of it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes and times.
+    """Largest sizes and longest times.
 
     Args:
         slots: sequences that are computed at once.

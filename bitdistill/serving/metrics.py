@@ -1,4 +1,4 @@
-"""What Prometheus asks for."""
+"""The numbers that Prometheus collects."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ class Metrics:
     """The counters of one server.
 
     Args:
-        running, waiting: sequences in slots, and before them, when they are asked for.
+        running, waiting: functions that return how many sequences are in slots, and how many wait for one.
     """
 
     def __init__(self, running: Callable[[], int], waiting: Callable[[], int]):

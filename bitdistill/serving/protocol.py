@@ -1,5 +1,5 @@
-"""What clients send: OpenAI's requests as far as this server knows them. What would change an answer and is not supported is
-refused, never ignored."""
+"""What clients send: the part of OpenAI's requests that this server supports. A parameter that would change an answer and is
+not supported is refused, never ignored."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -11,10 +11,10 @@ MAX_STOPS = 16
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's form of an error.
+    """An error, answered in OpenAI's form.
 
     Args:
-        status: of HTTP. message: one sentence. code: for programs. param: what was wrong in the request.
+        status: the HTTP status. message: one sentence. code: a name for programs. param: the parameter that was wrong.
     """
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None):
@@ -38,7 +38,7 @@ class StreamOptions(_Strict):
 
 
 class _Sampled(_Strict):
-    """What both kinds of completion have."""
+    """The parameters that both kinds of completion share."""
 
     model: str
     n: Annotated[int, Field(ge=1, le=16)] = 1
@@ -61,7 +61,7 @@ class _Sampled(_Strict):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     def sampling(self) -> dict[str, float | int]:
-        """The settings of `Sampling` that the client gave. A temperature of 0 needs no others."""
+        """The settings of `Sampling` that the client gave; with a temperature of 0 the others are left out."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if given.get("top_k") == 0:  # what several clients send for: all of them
@@ -86,7 +86,7 @@ class Message(_Strict):
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """Role and text, as chat templates know them."""
+        """Role and text of the message, as chat templates expect them."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -111,7 +111,7 @@ class ChatRequest(_Sampled):
     store: Literal[False] | None = None
 
     def recorded(self) -> int | None:
-        """How many likeliest tokens are wanted beside each; None: no log-probabilities."""
+        """How many of the likeliest tokens are wanted for each token; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

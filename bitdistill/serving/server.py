@@ -1,4 +1,4 @@
-"""Running the application: a socket, uvicorn, and an end that lets running answers finish."""
+"""Runs the application: opens a socket, starts uvicorn, and lets running answers finish before it ends."""
 
 import signal
 import socket
@@ -21,11 +21,11 @@ def run_server(
     """Serves until SIGTERM or Ctrl-C.
 
     Args:
-        runtime: of a file with a tokenizer.
-        host, port: where to listen; port 0 takes a free one, which is said.
+        runtime: a student whose file has a tokenizer.
+        host, port: where to listen; port 0 takes a free one and prints it.
         api_key: what clients must send, or None.
         model_name: what clients call the model, or None for the base's and the task's name.
-        limits: what clients get at most.
+        limits: the largest sizes and longest times.
 
     Returns: 0; 1 when the decoder has failed.
 

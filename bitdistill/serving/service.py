@@ -1,4 +1,4 @@
-"""From a checked request to jobs of the engine, and from their events to answers."""
+"""Turns a checked request into jobs of the engine, and their events into an answer."""
 
 import asyncio
 import secrets
@@ -23,11 +23,11 @@ from bitdistill.serving.protocol import ApiError, ChatRequest, PredictRequest, T
 
 
 class Service:
-    """One student.
+    """What the server does with its one student.
 
     Args:
-        runtime: of its file. name: what clients call it.
-        limits: of the server.
+        runtime: the student. name: the name by which clients ask for it.
+        limits: the limits of the server.
     """
 
     def __init__(self, runtime: Runtime, name: str, limits: Limits):
@@ -117,7 +117,7 @@ class Service:
             raise ApiError(503, "The server is shutting down.", "shutting_down") from None
 
     async def whole(self, job: Job) -> tuple[list[Piece], End]:
-        """All pieces of a job, and its end."""
+        """All pieces of a job, and its `End`."""
         pieces: list[Piece] = []
         async for event in self.events(job):
             if isinstance(event, End):
@@ -149,7 +149,7 @@ class Service:
         """The answers to rows of the task.
 
         Raises:
-            ApiError: too many rows, or not within the time.
+            ApiError: there are too many rows, or the time is over.
             UserError: as `Runtime.predict`.
         """
         if len(request.rows) > self.limits.max_rows:
@@ -204,10 +204,10 @@ class Service:
 
 
 async def unless_gone(work: Awaitable[Any], gone: Callable[[], Awaitable[None]]) -> Any | None:
-    """What `work` gives; None when the client has left before, and the work is cancelled then.
+    """The result of `work`, or None when the client leaves before it is there; `work` is then cancelled.
 
     Args:
-        work: the answer in the making. gone: returns when the client has left.
+        work: computes the answer. gone: returns when the client has left.
     """
     answer, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
@@ -220,7 +220,7 @@ async def unless_gone(work: Awaitable[Any], gone: Callable[[], Awaitable[None]])
 
 
 def as_api_error(error: BaseException) -> ApiError | None:
-    """The answer to a mistake of the client's; None for a defect of the server's."""
+    """The answer to a mistake of the client; None for a defect of the server."""
     if isinstance(error, ExceptionGroup):
         return as_api_error(error.exceptions[0])
     if isinstance(error, UserError):
