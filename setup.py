@@ -41,6 +41,8 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "compressed-tensors>=0.20",
+    "mlx[cpu]>=0.30; platform_system == 'Linux'",  # with mlx-lm 45 MB
+    "mlx-lm>=0.30; platform_system == 'Linux'",
 ]
 
 setup(

@@ -35,6 +35,7 @@ from bitdistill import surroundings
 
 surroundings.prepare()
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -45,8 +46,10 @@ from bitdistill.data import demo
 from bitdistill.data.corpus import token_blocks
 from bitdistill.data.tasks import load_rows, load_task
 from bitdistill.errors import UserError
+from bitdistill.export.gguf_file import write_gguf
 from bitdistill.export.write import write_packed
 from bitdistill.runtime.packed_file import config_checksum, read_packed
+from bitdistill.student.gguf_base import convert_gguf
 from bitdistill.student.loading import load_tokenizer
 from bitdistill.student.model_folder import open_model
 from bitdistill.student.refine import load_student, refine, save_student
@@ -103,6 +106,10 @@ def make_targets(folder: Path) -> dict[str, Target]:
     packed, sealed = folder / "student.safetensors", folder / "sealed.safetensors"
     for file in (packed, sealed):
         write_packed(file, model, tokenizer_json=(base / "tokenizer.json").read_bytes())
+    gguf = folder / "base.gguf"
+    stock = transformers.Qwen3ForCausalLM(config)
+    refine(stock, norms="none")
+    write_gguf(gguf, stock, tokenizer, linear_type="f16", embedding_type="f16")
     (folder / "config.txt").write_bytes(_header(packed)["config"].encode())
     (folder / "task.yaml").write_text(TASK, encoding="utf-8")
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
@@ -126,12 +133,17 @@ def make_targets(folder: Path) -> dict[str, Target]:
     def state(folder):
         return {name: _digest(tensor.numpy()) for name, tensor in load_student(folder).state_dict().items()}
 
+    def converted():
+        found = convert_gguf(gguf, folder / "converted")
+        return str(found), _digest(np.fromfile(folder / "converted" / "model.safetensors", np.uint8))
+
     text = "the cat was good"
     return {
         "packed file": Target(packed, lambda: _packed(packed), "binary", exact=True, share=16),
         "packed config, sealed again": Target(folder / "config.txt", lambda: _sealed(folder), "json", share=16),
         "base: model.safetensors": Target(base / "model.safetensors", lambda: _names(open_model(base)), "binary"),
         "base: config.json": Target(base / "config.json", lambda: _names(open_model(base)), "json"),
+        "base: GGUF file": Target(gguf, converted, "binary"),
         "tokenizer.json": Target(base / "tokenizer.json", lambda: load_tokenizer(base)(text)["input_ids"], "json"),
         "student: model.safetensors": Target(student / "model.safetensors", lambda: state(student), "binary", share=2),
         "student: config.json": Target(student / "config.json", lambda: state(student), "json", share=2),

@@ -1,7 +1,7 @@
 """What scales of rows and of groups of columns cost on a CPU: the compiled product with them, compared with one scale per
 tensor.
 
-    python bench/group_scales.py [--rounds N] [--json FILE]
+    python bench/group_scales.py [--rounds N] [--only TEXT] [--json FILE]
 
 Everything runs on one thread, and its processor time is counted. Weights are packed (base3 and 2bit); activations are
 quantized beforehand, with their sums. A call is the product of one matrix with 1 token or with 64, scaled, with its result
@@ -19,12 +19,21 @@ from pathlib import Path
 import numpy as np
 
 from bitdistill.kernels import packing
-from bitdistill.kernels.cpu.activations import quantize_activation, record_bytes
+from bitdistill.kernels.cpu.activations import quantize_activation, quantize_activation_blocks, record_bytes
 from bitdistill.kernels.cpu.elementwise import scale_accumulators
 from bitdistill.kernels.cpu.grouped import finish_grouped, finish_rows, grouped_gemm, write_group_sums
 from bitdistill.kernels.cpu.matmul import SCRATCH_BYTES, gemm
 
-KINDS = {"tensor": None, "row": 0, "group 256": 256, "group 128": 128, "group 64": 64}
+KINDS = {
+    "tensor": None,
+    "row": 0,
+    "group 256": 256,
+    "group 128": 128,
+    "group 64": 64,
+    "blocks": 0,
+    "blocks, group 64": 64,
+}
+BLOCKS = ("blocks", "blocks, group 64")  # of activations: these have a scale for each 32 columns of a token
 SHAPES = ((1024, 1024), (3072, 1024), (1024, 3072))  # out_features, in_features: Qwen3 0.6B
 MEMORY_BYTES = 128 * 2**20
 
@@ -52,8 +61,9 @@ class Product:
         for kind, size in KINDS.items():
             records = self.records[kind] = np.zeros((tokens, record_bytes(columns)), np.uint8)
             for row, record in zip(x, records, strict=True):
-                quantize_activation(row.ctypes.data, columns, record.ctypes.data)
-                if size:
+                quantize = quantize_activation_blocks if kind in BLOCKS else quantize_activation
+                quantize(row.ctypes.data, columns, record.ctypes.data)
+                if size and kind not in BLOCKS:
                     write_group_sums(record.ctypes.data, columns, size)
         self.acc, self.out = np.empty((tokens, rows), np.int32), np.empty((tokens, rows), np.float32)
         self.scratch = np.empty(SCRATCH_BYTES, np.uint8)
@@ -73,13 +83,17 @@ class Product:
             packing.row_groups(self.rows),
             self.scratch.ctypes.data,
         )
-        if size:
-            grouped_gemm(weight, self.packing, self.columns, scales, size, *shared)
+        if kind == "blocks":
+            grouped_gemm(weight, self.packing, self.columns, 0, 0, 1, *shared)
+        elif size:
+            grouped_gemm(weight, self.packing, self.columns, scales, size, int(kind in BLOCKS), *shared)
         else:
             gemm(weight, self.packing, self.columns, *shared)
         for n in range(self.tokens):
             source, target = acc + 4 * n * self.rows, self.out.ctypes.data + 4 * n * self.rows
-            if size is None:
+            if kind == "blocks":
+                finish_grouped(source, np.float32(0.01), 0, self.rows, target)
+            elif size is None:
                 scale_accumulators(source, np.float32(0.01), 0, self.rows, target)
             elif size == 0:
                 finish_rows(source, np.float32(0.01), scales, 0, self.rows, target)
@@ -112,6 +126,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="products whose name has this in it: '1 token', 'cache', 'base3'")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
     arguments = parser.parse_args()
     found = []
@@ -120,9 +135,11 @@ def main() -> None:
         for rows, columns in SHAPES:
             for packed in ("base3", "2bit"):
                 size = packing.packed_bytes(rows, columns, packed)
+                name = f"{rows} x {columns}, {tokens} token{'s' * (tokens > 1)}, {packed}, {where}"
+                if arguments.only not in name:
+                    continue
                 copies = 1 if where == "cache" else -(-MEMORY_BYTES // size)
                 result = measure(Product(rows, columns, packed, tokens, copies), copies, arguments.rounds)
-                name = f"{rows} x {columns}, {tokens} token{'s' * (tokens > 1)}, {packed}, {where}"
                 found.append({"product": name, **result})
                 cells = (f"{one['speed']:.2f} {one['microseconds']:.0f} us" for one in result.values())
                 print(f"{name:<36}" + "".join(f"{cell:>18}" for cell in cells), flush=True)

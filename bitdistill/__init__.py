@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bitdistill.runtime.sampling import Sampling as Sampling
     from bitdistill.student.loading import load_language_model as load_language_model
     from bitdistill.student.loading import load_tokenizer as load_tokenizer
+    from bitdistill.student.packed_linear import accelerate as accelerate
     from bitdistill.student.refine import load_student as load_student
     from bitdistill.student.refine import refine as refine
     from bitdistill.student.refine import save_student as save_student
@@ -51,6 +52,7 @@ _HOMES = {
     "Task": "prompts",
     "TokenStream": "data.corpus",
     "UserError": "errors",
+    "accelerate": "student.packed_linear",
     "encode": "data.tasks",
     "fit": "api",
     "freeze": "api",

@@ -11,7 +11,7 @@
     bitdistill eval RUN_OR_FILE --perplexity FILE     perplexity of a text, of all settings of a run
     bitdistill eval RUN_OR_FILE --lm_eval sst2,qnli   scores by lm-evaluation-harness
     bitdistill export RUN --format gguf        the student for llama.cpp, transformers, vLLM or mlx, proved by the tool
-    bitdistill check MODEL                     what a student of a base model can become, before it is trained
+    bitdistill check MODEL                     in which tools a student of a base model opens, before it is trained
     bitdistill plan --model MODEL --gpus 8xH200 --tokens 10e9    memory, days and cost of training it, before anything starts
     bitdistill report RUN                      writes report.html again and prints the table
     bitdistill env                             versions, for bug reports
@@ -24,8 +24,9 @@ import sys
 
 from bitdistill import console, surroundings
 from bitdistill.commands.chat import chat, chat_options
+from bitdistill.commands.check import check
 from bitdistill.commands.evaluate import evaluate
-from bitdistill.commands.export import check, export
+from bitdistill.commands.export import export
 from bitdistill.commands.generate import generate, generate_options
 from bitdistill.commands.info import info, info_options
 from bitdistill.commands.plan import plan

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from bitdistill.errors import UserError
 from bitdistill.limits import check_limits
-from bitdistill.names import STAGES
+from bitdistill.names import DEPLOY_TARGETS, STAGES
 from bitdistill.student import quantizers
 
 STAGE_CHOICES = Literal[("all", "check", *STAGES)]
@@ -87,11 +87,13 @@ class RefineConfig:
         calibration_blocks: blocks of the corpus that a calibrated gain is measured on.
         embedding: the format in which embedding and LM head are trained, also for the baseline: fp16 is full precision; int8,
             int4 and ternary are then stored in the packed file bit for bit (docs/method.md).
-        weight_quantizer: how the linears become ternary (docs/method.md); the baseline's are absmean. block and awq cannot
-            be exported; gptq and seq do not work with ZeRO-3. gptq and awq are calibrated on calibration_blocks, too.
+        weight_quantizer: how the linears become ternary (docs/method.md); the baseline's are absmean. gptq and seq
+            do not work with ZeRO-3. gptq and awq are calibrated on calibration_blocks, too; awq is for the packed file alone.
         weight_scale: what has a scale of its own: the whole tensor (the paper), each row, or each group of columns of a row
             (absmean, gptq and tequila); the baseline has one per tensor. A group costs 16 / group_size bits per weight.
         group_size: columns of a group: 64, 128 or 256.
+        act_scale: what has an int8 scale of its own among the activations: a token (the paper), or each block of 32 columns of
+            a token, as llama.cpp rounds them. With block the ternary layers train in plain PyTorch; the baseline has token.
         vocabulary: full, or trimmed to the tokens that the training texts use and those that their merges need, for teacher
             and student alike (docs/method.md). The embedding becomes smaller; other texts become more and shorter tokens.
         vocabulary_threshold: a trimmed vocabulary keeps tokens that occur more often than this.
@@ -105,12 +107,14 @@ class RefineConfig:
     weight_quantizer: Literal[*quantizers.QUANTIZERS] = "absmean"
     weight_scale: Literal["tensor", "row", "group"] = "tensor"
     group_size: Literal[64, 128, 256] = 128
+    act_scale: Literal["token", "block"] = "token"
     vocabulary: Literal["full", "trimmed"] = "full"
     vocabulary_threshold: int = 0
 
     def in_effect(self) -> dict[str, Any]:
-        """All settings but those that weight_scale leaves without effect."""
+        """All settings but those that have no effect, and those that older runs did not have."""
         without = {"tensor": {"weight_scale", "group_size"}, "row": {"group_size"}, "group": set()}[self.weight_scale]
+        without = without | ({"act_scale"} if self.act_scale == "token" else set())
         return {name: value for name, value in asdict(self).items() if name not in without}
 
 
@@ -240,6 +244,8 @@ class RunConfig:
         stage: what to run; a stage that is done and unchanged is skipped. check runs nothing: it looks for everything that
             could go wrong in a run of all stages, prints it, and ends.
         output_dir: the run directory.
+        deploy_target: the tool that the student is to run in (docs/export.md): sets what it can express of norms, scales and
+            activations, says what is given up for it, and refuses what it cannot open before anything is trained.
         model: base model, a local folder or a hub id; without one the embedded demo makes its own.
         student: the finished student of another run's stage 2 (RUN/pretrain), from which stage 3 starts; stages 1 and 2 are
             left out.
@@ -285,6 +291,7 @@ class RunConfig:
     recipe: str = "demo"
     stage: STAGE_CHOICES = "all"
     output_dir: str = "runs/demo"
+    deploy_target: Literal[*DEPLOY_TARGETS] | None = None
     model: str | None = None
     student: str | None = None
     task: str = "demo"
@@ -406,8 +413,6 @@ class RunConfig:
             )
         refine = self.refine
         quantizer = quantizers.quantizer_named(refine.weight_quantizer, refine.weight_scale, refine.group_size)
-        if self.export.enabled and self.evaluate.enabled and self.stage in ("all", "check", "export"):
-            quantizers.refuse_unpackable(quantizer)
         if self.zero == 3:
             quantizers.refuse_partitions(quantizer)
         if self.pretrain.annealing == "softmax":

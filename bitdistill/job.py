@@ -43,7 +43,17 @@ from bitdistill.training.teacher_cache import Layout
 from bitdistill.training.trainer import capped_steps, release, training_arguments
 
 FULL_PRECISION_STAGES = ("base", "teacher")
-FITTED = ("model", "teacher.model", "tokenizer", "max_length", "pretrain.block_size", "teacher.dtype")  # worth saying
+# What is worth saying.
+FITTED = (
+    "model",
+    "teacher.model",
+    "tokenizer",
+    "max_length",
+    "pretrain.block_size",
+    "teacher.dtype",
+    "deploy_target",
+)  # worth saying
+OF_TARGETS = ("norms", "weight_scale", "group_size", "act_scale")  # what deploy_target may set
 
 
 class Job:
@@ -177,7 +187,11 @@ class Job:
         if known:
             positions = min(config.max_position_embeddings for config in known)
             preflight.fit_to_model(self.config, positions, known[-1].model_type, explicit, self.report)
+        base = self.models["model"].config if "model" in self.models else self.demo_config()
+        if base is not None:
+            preflight.fit_to_target(self.config, base, explicit, self.report)
         settings = yaml.safe_load(text)
+        settings["refine"] |= {name: getattr(self.config.refine, name) for name in OF_TARGETS}
         settings["max_length"] = self.config.max_length
         settings["pretrain"]["block_size"] = self.config.pretrain.block_size
         settings["teacher"]["dtype"] = self.config.teacher.dtype
@@ -225,7 +239,7 @@ class Job:
         """A student of another run brings its quantizers with it: what these settings say must be true of it, too."""
         if self.config.student is not None:
             section = self.config.refine
-            scales = (section.weight_scale, section.group_size)
+            scales = (section.weight_scale, section.group_size, section.act_scale)
             require_quantizers(self.config.student, section.weight_quantizer, section.embedding, *scales)
 
     @property

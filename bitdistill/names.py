@@ -37,4 +37,6 @@ LAYER_NORMS = (
     "self_attn.k_norm",
 )
 
+DEPLOY_TARGETS = ("bitdistill", "llama.cpp", "ollama", "transformers", "vllm", "mlx", "onnx-genai")  # export/targets.py
+
 KV_CACHES = ("bf16", "fp32", "int8")  # how the CPU runtime keeps keys and values; the first is its default

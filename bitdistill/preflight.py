@@ -20,11 +20,13 @@ import torch
 from bitdistill.data.tasks import encode, encode_prompts, label_tokens
 from bitdistill.distributed import presets, process_group
 from bitdistill.errors import UserError
+from bitdistill.export.targets import TARGETS, Choice, settings_for, verdicts
 from bitdistill.folders import why_not_writable
 from bitdistill.planning import Setting, Shape, Work, memory_parts, shape_of
+from bitdistill.student import quantizers
 from bitdistill.student.loading import check_same_tokenizer, check_same_vocabulary, load_tokenizer, tokens_beyond
 from bitdistill.student.model_folder import read_model
-from bitdistill.student.refine import refine
+from bitdistill.student.refine import refine, student_record
 from bitdistill.training.capture import AttentionCapture
 from bitdistill.training.relations import relation_loss
 from bitdistill.training.teacher_cache import check_room
@@ -293,6 +295,40 @@ def fit_to_model(config, positions: int, teacher_type: str, explicit: set[str], 
             config.teacher.dtype = fits
 
 
+def fit_to_target(config, base, explicit: set[str], report: Report) -> None:
+    """Gives stage 1 the settings that the deploy target can express, says what they give up, and where the student opens.
+
+    Args:
+        config: the run's settings, changed; with --student, which is made already, only looked at.
+        base: configuration of the base model.
+        explicit: dotted names of the settings that the user gave, which are not changed: they may refuse the target.
+        report: takes in what was set, and a contradiction.
+    """
+    refine, name = config.refine, config.deploy_target
+    with report.part("deploy_target") as found:
+        if name is not None and config.student is None:
+            wanted = settings_for(name, base)
+            if not quantizers.QUANTIZERS[refine.weight_quantizer].granular:
+                wanted = {key: value for key, value in wanted.items() if key not in ("weight_scale", "group_size")}
+            for key, value in wanted.items():
+                if f"refine.{key}" not in explicit:
+                    setattr(refine, key, value)
+            config.validate()
+            set_ = ", ".join(f"refine.{key} {getattr(refine, key)}" for key in wanted)
+            found.append(f"{TARGETS[name].title}: {set_ or 'no settings of its own'}")
+            found += [f"given up: {what}" for what in TARGETS[name].gives_up]
+        made = vars(refine) if config.student is None else student_record(config.student)
+        fields = {field.name for field in dataclasses.fields(Choice)}
+        choice = Choice(**{key: value for key, value in made.items() if key in fields})
+        rows = {row["target"]: row for row in verdicts(base, choice)}
+        opens = [row["title"] for row in rows.values() if row["possible"]]
+        if name is not None and not rows[name]["possible"]:
+            do = "Change these settings, or choose another target; `bitdistill check MODEL` shows all of them."
+            expected = f"a student that {rows[name]['title']} opens"
+            raise UserError("deploy_target", expected=expected, got=rows[name]["why"], do=do)
+        found.append(f"the student will open in {', '.join(opens)}")
+
+
 def read_models(model: str | Path | None, teacher: str | Path | None, report: Report) -> dict[str, Any]:
     """{"model": ModelFolder, "teacher": ModelFolder}, less what could not be read; the problems go into the report."""
     found = {}
@@ -339,9 +375,8 @@ def _check_shapes(job, report: Report, stages: set[str], student, teacher) -> No
     """Surgery, teacher and relations, tried on models without numbers."""
     config = job.config
     if "refine" in stages:
-        section = {
-            name: getattr(config.refine, name) for name in ("norms", "subln_eps", "embedding", "weight_quantizer")
-        }
+        names = ("norms", "subln_eps", "embedding", "weight_quantizer", "weight_scale", "group_size", "act_scale")
+        section = {name: getattr(config.refine, name) for name in names}
         with report.part("refine") as found:
             found.append(check_surgery(student, **section))
     if config.student is not None:

@@ -24,12 +24,13 @@ from bitdistill.errors import UserError
 from bitdistill.evaluation.compare import compare_settings
 from bitdistill.evaluation.speed import sizes_and_speeds
 from bitdistill.evaluation.weight_only import CALIBRATION_TOKENS
-from bitdistill.export.pack import pack_settings
+from bitdistill.export.card import proof_of_packed, write_card
+from bitdistill.export.pack import STUDENT, pack_settings
 from bitdistill.job import Job
 from bitdistill.names import DISTILLED, FULL_PRECISION
 from bitdistill.student.layers import bit_linears, use_backward
 from bitdistill.student.loading import load_language_model, load_tokenizer, save_language_model
-from bitdistill.student.refine import load_student, refine, refine_on_corpus, save_student
+from bitdistill.student.refine import load_student, refine, refine_on_corpus, save_student, student_record
 from bitdistill.student.vocabulary import trim_folder, trim_like
 from bitdistill.training.annealing import Annealing
 from bitdistill.training.capture import attention_maps
@@ -246,4 +247,23 @@ def export_settings(job: Job) -> None:
             teacher, packed, prompts[0], section.speed_tokens, weight_only=weight_only, say=process_group.say
         )
         (folder / "speed.json").write_text(json.dumps(speeds, indent=1), encoding="utf-8")
+        _write_card(job, folder, packed[DISTILLED][1])
         facts["seconds"] = round(time.perf_counter() - started, 2)
+
+
+def _write_card(job: Job, folder: Path, sizes: dict[str, Any]) -> None:
+    """The packed student's model card."""
+    scores = job.directory.folder("evaluate") / "scores.json"
+    surgery = student_record(job.trained[DISTILLED])
+    write_card(
+        folder / "README.md",
+        format="packed",
+        file=STUDENT,
+        written=sizes,
+        base=job.config.model,
+        task=job.task.name,
+        corpus=job.config.corpus,
+        surgery={name: value for name, value in surgery.items() if name != "format_version"},
+        scores=json.loads(scores.read_text(encoding="utf-8")),
+        proof=proof_of_packed(json.loads((folder / "proof.json").read_text(encoding="utf-8"))),
+    )

@@ -11,6 +11,7 @@ Rules, pinned (docs/method.md, section 1):
 * ``act_codes = clip(round(x * (127 / m)), -128, 127)`` and ``act_scale = m / 127``, with ``m = max(max|x|, EPSILON)`` per
   token: both true divisions. (``127 / m`` written with a Python scalar is ``reciprocal(m) * 127`` in torch and differs
   in a quarter of the values: divide tensor by tensor.)
+* With activations in blocks the same rule holds for each ACT_BLOCK columns of a token, instead of for the token.
 * Products are summed in int32 (exact in fp32 too while ``127 * in_features < 2**24``), then scaled once:
   ``y = acc * (act_scale * weight_scale) + bias``.
 """
@@ -18,6 +19,8 @@ Rules, pinned (docs/method.md, section 1):
 ACT_MAX = 127  # the largest int8 activation code in magnitude; -128 is allowed by the paper's clip but never produced
 IGNORED = -100  # the label of a position that is not to be learned, as torch's cross-entropy has it
 EPSILON = 1e-5  # lower clamp of both scales before use, as in the authors' code; the paper names no value
+
+ACT_BLOCK = 32  # columns of a token that share a scale where activations are rounded in blocks; other runtimes' number
 
 MAX_SCALE = 65280.0  # the largest number that fp16 and bf16 both hold: of a row's or a group's scale
 

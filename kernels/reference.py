@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitdistill.kernels.numerics import ACT_MAX, EPSILON, MAX_EXACT_IN_FEATURES, MAX_SCALE
+from bitdistill.kernels.numerics import ACT_BLOCK, ACT_MAX, EPSILON, MAX_EXACT_IN_FEATURES, MAX_SCALE
 
 
 def weight_scale(weight: Tensor) -> Tensor:
@@ -75,9 +75,9 @@ def spread_scales(scale: Tensor, in_features: int, columns: int | None) -> Tenso
     """The scale of every column: fp32 () as it is, or (O, I) of the (O, G) scales of groups of `columns`.
 
     Args:
-        scale: fp32 () or (O, G). in_features: I. columns: of a group; None for a single scale.
+        scale: fp32 () or (O, G); also (..., G) of a token's blocks. in_features: I. columns: of a group; None for a single scale.
     """
-    return scale if columns is None else scale.repeat_interleave(columns, dim=1)[:, :in_features]
+    return scale if columns is None else scale.repeat_interleave(columns, dim=-1)[..., :in_features]
 
 
 def quantize_weight_groups(weight: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -109,6 +109,33 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, peak / torch.full_like(peak, ACT_MAX)
 
 
+def quantize_activation_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_activation` for each block of ACT_BLOCK columns of a token, as llama.cpp's Q8_0 rounds activations.
+
+    Args:
+        x: (..., I), any float dtype; arithmetic in fp32. The last block of a token may be narrower.
+
+    Returns: (codes int8 (..., I), act_scale fp32 (..., ceil(I / ACT_BLOCK))).
+    """
+    width = x.shape[-1]
+    padded = F.pad(x.detach().float(), (0, -width % ACT_BLOCK)).unflatten(-1, (-1, ACT_BLOCK))  # zeros have code 0
+    codes, scale = quantize_activation(padded)
+    return codes.flatten(-2)[..., :width], scale.squeeze(-1)
+
+
+def rounded_activation(x: Tensor, act_scale: str = "token") -> Tensor:
+    """What a layer multiplies by in place of x: ``act_codes * act_scale``, fp32 (..., I), without a gradient.
+
+    Args:
+        x: (..., I) float. act_scale: what has a scale of its own, "token" or "block".
+    """
+    if act_scale == "block":
+        codes, scale = quantize_activation_blocks(x)
+        return codes * spread_scales(scale, x.shape[-1], ACT_BLOCK)
+    codes, scale = quantize_activation(x)
+    return codes * scale
+
+
 def ternary_accumulate(act_codes: Tensor, weight_codes: Tensor) -> Tensor:
     """``acc = act_codes @ weight_codes.T`` as exact integers, int32 (..., O).
 
@@ -129,16 +156,17 @@ class _BitLinear(torch.autograd.Function):
     """Quantized forward, straight-through backward: both quantizers are the identity for the gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, out_dtype, ternary, columns):
+    def forward(ctx, x, weight, bias, out_dtype, ternary, columns, blocks):
         # Autocast off: it would round the exact integer accumulators to bf16.
         with torch.autocast(x.device.type, enabled=False):
-            act_codes, act_scale = quantize_activation(x)
+            act_codes, act_scale = quantize_activation_blocks(x) if blocks else quantize_activation(x)
             weight_codes, scale = quantize_weight(weight) if ternary is None else ternary
-            y = _scaled_product(act_codes, act_scale, weight_codes, scale, columns)
+            product = _blocked_product if blocks else _scaled_product
+            y = product(act_codes, act_scale, weight_codes, scale, columns)
             if bias is not None:
                 y = y + bias.float()
         ctx.save_for_backward(act_codes, act_scale, weight_codes, scale)
-        ctx.x_dtype, ctx.weight_dtype, ctx.columns = x.dtype, weight.dtype, columns
+        ctx.x_dtype, ctx.weight_dtype, ctx.columns, ctx.blocks = x.dtype, weight.dtype, columns, blocks
         return y.to(out_dtype)
 
     @staticmethod
@@ -156,11 +184,16 @@ class _BitLinear(torch.autograd.Function):
                         ctx.x_dtype
                     )  # exact in bf16 and fp16: scales are snapped
             if ctx.needs_input_grad[1]:
-                scaled = (grad_y.float() * act_scale).to(dtype).flatten(0, -2)
-                grad_weight = (scaled.T @ act_codes.to(dtype).flatten(0, -2)).to(ctx.weight_dtype)
+                if ctx.blocks:
+                    scaled = grad_y.flatten(0, -2)
+                    x = (act_codes * spread_scales(act_scale, act_codes.shape[-1], ACT_BLOCK)).to(dtype)
+                else:
+                    scaled = (grad_y.float() * act_scale).to(dtype).flatten(0, -2)
+                    x = act_codes.to(dtype)
+                grad_weight = (scaled.T @ x.flatten(0, -2)).to(ctx.weight_dtype)
             if ctx.needs_input_grad[2]:
                 grad_bias = grad_y.float().flatten(0, -2).sum(0).to(ctx.weight_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def _scaled_product(
@@ -178,18 +211,38 @@ def _scaled_product(
     return total * act_scale
 
 
+def _blocked_product(
+    act_codes: Tensor, act_scale: Tensor, weight_codes: Tensor, scale: Tensor, columns: int | None
+) -> Tensor:
+    """`_scaled_product` with a scale for each ACT_BLOCK columns of a token: ``act_scale`` (..., B)."""
+    grouped = columns is not None and scale.shape[1] > 1
+    total = torch.zeros(*act_codes.shape[:-1], len(weight_codes), dtype=torch.float32, device=act_codes.device)
+    blocks = zip(act_codes.split(ACT_BLOCK, dim=-1), weight_codes.split(ACT_BLOCK, dim=1), strict=True)
+    for block, (act_block, weight_block) in enumerate(blocks):
+        by = act_scale[..., block : block + 1]
+        if grouped:
+            by = by * scale[:, block * ACT_BLOCK // columns]
+        total += _accumulate_fp32(act_block, weight_block) * by
+    return total if grouped else total * (scale if columns is None else scale[:, 0])
+
+
 def bit_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     ternary: tuple[Tensor, Tensor] | None = None,
     columns: int | None = None,
+    act_scale: str = "token",
 ) -> Tensor:
     """``y = (q(x) @ q(W).T) * (act_scale * weight_scale) + bias`` with the straight-through gradient.
 
     With scales for rows the same, row by row. With scales for groups of columns the integers of each group are scaled and
     added up in fp32, the first group first: ``y = sum_g(acc_g * weight_scale_g) * act_scale + bias``. A group has at most
     256 columns, so that its product with a snapped scale is exact, and only the sum rounds.
+
+    With activations in blocks of 32 columns the integers of each block b are scaled and added up in fp32, the first block
+    first: ``y = sum_b(acc_b * act_scale_b) * weight_scale + bias``, and where groups of columns have a scale
+    ``y = sum_b(acc_b * (act_scale_b * weight_scale_g)) + bias``, g the group that block b lies in.
 
     Forward: integers exact, one fp32 scaling. Backward, with ``x~ = act_scale * act_codes`` and
     ``W~ = weight_scale * weight_codes``: ``dX = dY W~``, ``dW = dY^T x~``, ``db = sum(dY)``; matrix products in
@@ -199,6 +252,7 @@ def bit_linear(
         x: (..., I) float, at least two dimensions. weight: (O, I), the fp32 master. bias: (O,) or None.
         ternary: another quantizer's (codes int8 (O, I), weight_scale fp32 ()) of `weight`; quantize_weight's by default.
         columns: of the groups, where ternary has scales fp32 (O, G) for them; I for one scale per row.
+        act_scale: what has an activation scale of its own: "token", or "block" for each ACT_BLOCK columns of a token.
 
     Returns: (..., O) in ``x.dtype``, or in the autocast dtype under torch.autocast, as ``nn.Linear`` does.
 
@@ -209,7 +263,7 @@ def bit_linear(
         raise ValueError(f"x: expected a last dimension of {weight.shape[-1]} (in_features); got {tuple(x.shape)}")
     device = x.device.type
     out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _BitLinear.apply(x, weight, bias, out_dtype, ternary, columns)
+    return _BitLinear.apply(x, weight, bias, out_dtype, ternary, columns, act_scale == "block")
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

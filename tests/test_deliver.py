@@ -1,17 +1,22 @@
 """`bitdistill export` and `bitdistill check`: another tool's file is proved by that tool, or named unproven, or removed."""
 
+import importlib.util
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from test_gguf_file import TEXTS, byte_level, student
 
-from bitdistill.commands.export import check, export
+from bitdistill.commands.export import export
 from bitdistill.errors import UserError
 from bitdistill.export import agreement, deliver
-from bitdistill.export.agreement import compare_logits, student_logits
+from bitdistill.export.agreement import compare_answers, tool_elsewhere
+from bitdistill.export.tools import greedy, tool_answers, torch_answers
 from bitdistill.student.refine import save_student
-from tiny_students import CONFIGS
 
 
 @pytest.fixture
@@ -31,11 +36,51 @@ def run(tmp_path):
 def test_kl_by_hand():
     ours = [np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))]
     theirs = [np.log(np.array([[0.25, 0.75], [0.9, 0.1]], np.float32))]
-    found = compare_logits(ours, theirs, [[0, 1]])
+    found = compare_answers((ours, [[3, 4, 5, 6]]), (theirs, [[3, 4, 9, 6]]), [[0, 1]])
     assert found["mean_kl"] == pytest.approx(0.5 * (0.5 * np.log(2) + 0.5 * np.log(2 / 3)), abs=1e-6)
     assert found["same_top1"] == 0.5  # of 0.5 and 0.5 the first is taken, 0.75 is the second
     assert found["perplexity_ratio"] == pytest.approx(0.5 / 0.75)
     assert found["tokens"] == 2
+    assert (found["greedy_tokens"], found["same_greedy"]) == (
+        4,
+        0.5,
+    )  # the text after a difference has another beginning
+
+
+def test_greedy_takes_the_likeliest_token_each_time():
+    seen = []
+
+    def step(token):
+        seen.append(token)
+        return np.eye(5)[(token + 2) % 5]
+
+    assert greedy([7], np.eye(5)[1], 4, step) == [1, 3, 0, 2]
+    assert seen == [1, 3, 0]
+
+
+def test_answers_are_those_of_generate():
+    """Logits of a prompt and its continuation, token by token over a cache, against transformers' own loop."""
+    model, prompt = student("qwen3"), [5, 6, 7, 8]
+    (logits,), (continuation,) = torch_answers(model, [prompt], 6)
+    assert np.array_equal(logits, model(torch.tensor([prompt])).logits[0].detach().numpy())
+    model.generation_config.eos_token_id = None
+    expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6, min_new_tokens=6)
+    assert continuation == expected[0, 4:].tolist()
+
+
+def test_a_tool_in_another_environment(run):
+    """The same answers from another process, which imports nothing of the project; and what goes wrong there, in a line."""
+    deliver.deliver(run / "distill", "transformers", None, [], prove=False)
+    folder, prompts = run / "export" / "student-transformers", [[5, 6, 7], [8, 9]]
+    (logits, continuations), version = tool_elsewhere(sys.executable, "transformers", folder, prompts, 3, 1)
+    assert version == f"transformers {transformers.__version__}"
+    ours = tool_answers("transformers", folder, prompts, 3)
+    assert all(np.array_equal(a, b) for a, b in zip(logits, ours[0], strict=True))
+    assert continuations == ours[1]
+    with pytest.raises(UserError, match="tool_python: expected an interpreter; got /no/such/python"):
+        tool_elsewhere("/no/such/python", "transformers", folder, prompts, 3, 1)
+    with pytest.raises(UserError, match="tool_python: expected answers of transformers"):
+        tool_elsewhere(sys.executable, "transformers", run / "evaluate", prompts, 3, 1)
 
 
 def test_transformers_proves_what_it_opens(run):
@@ -47,10 +92,11 @@ def test_transformers_proves_what_it_opens(run):
 
 
 def test_a_file_that_disagrees_is_removed(run, monkeypatch):
-    def wrong(format, path, prompts, threads):
-        return [np.roll(logits, 1, axis=1) for logits in student_logits(student("llama"), prompts)]
+    def wrong(format, path, prompts, new_tokens, threads):
+        logits, continuations = torch_answers(student("llama"), prompts, new_tokens)
+        return [np.roll(one, 1, axis=1) for one in logits], continuations
 
-    monkeypatch.setattr(agreement, "tool_logits", wrong)
+    monkeypatch.setattr(agreement, "tool_answers", wrong)
     with pytest.raises(UserError, match=r"mean KL of at most 0\.05.*was removed"):
         deliver.deliver(run / "distill", "transformers", None, deliver.proof_texts(run))
     assert not (run / "export" / "student-transformers").exists()
@@ -61,12 +107,26 @@ def test_a_tool_that_is_not_installed_leaves_it_unproven(run, monkeypatch):
     result = deliver.deliver(run / "distill", "gguf", run / "x.gguf", deliver.proof_texts(run))
     assert result["proof"] is None
     assert result["unproven"] == "llama-cpp-python is not installed"
-    assert (run / "x.gguf").is_file()
+    assert sorted(result["files"]) == ["Modelfile", "README.md", "x.gguf"]
+    assert all(file.is_file() for file in result["files"].values())
+
+
+def python_with(module, variable):
+    """An interpreter with a tool: this one, or that of the environment which a variable names."""
+    if importlib.util.find_spec(module) is None and variable not in os.environ:
+        pytest.skip(f"{module} is not installed here; {variable}=PYTHON of an environment with it runs this")
+    return os.environ.get(variable)
 
 
 def test_llama_cpp_agrees(run):
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python compiles for minutes; pip install 'bitdistill[gguf]'")
-    result = deliver.deliver(run / "distill", "gguf", None, deliver.proof_texts(run))
+    python = python_with("llama_cpp", "BITDISTILL_LLAMA_CPP")  # compiles for minutes: pip install 'bitdistill[gguf]'
+    result = deliver.deliver(run / "distill", "gguf", None, deliver.proof_texts(run), python=python)
+    assert result["proof"]["mean_kl"] < agreement.MAX_MEAN_KL
+
+
+def test_mlx_agrees(run):
+    python = python_with("mlx_lm", "BITDISTILL_MLX")  # pip install "mlx[cpu]" mlx-lm
+    result = deliver.deliver(run / "distill", "mlx", None, deliver.proof_texts(run), python=python)
     assert result["proof"]["mean_kl"] < agreement.MAX_MEAN_KL
 
 
@@ -82,24 +142,7 @@ def test_refusals(run, options, match):
         deliver.deliver(run / "distill", texts=[], **{"output": None, **options})
 
 
-def test_check_says_what_is_possible_before_training():
-    config = CONFIGS["qwen3"]
-    rows = {row["format"]: row for row in deliver.deployability(config, "two")}
-    assert rows["packed"]["possible"]
-    assert not rows["gguf"]["possible"]
-    assert "refine.norms none" in rows["gguf"]["why"]
-    assert not rows["mlx"]["possible"]
-    assert all(row["possible"] for row in deliver.deployability(config, "none"))
-    rows = {row["format"]: row for row in deliver.deployability(CONFIGS["llama_biases"], "two")}
-    assert "biases" in rows["gguf"]["why"]
-
-
-def test_commands(run, capsys):
-    CONFIGS["llama"].save_pretrained(run)
-    check(str(run), norms="two")
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())  # the last column is folded
-    assert "LM head to the" in shown
-    assert "packed" in shown
+def test_the_command(run, capsys):
     export(str(run), format="transformers")
     shown = capsys.readouterr().out
     assert "proved by transformers" in shown

@@ -77,6 +77,13 @@ def test_blocks_by_hand():
     q2 = encode_codes(codes, scale, "q2_0")[0]
     assert q2[:3].tolist() == [0x00, 0x38, 0b01_01_00_10]  # columns 3, 2, 1, 0: 0, 0, -1, 1, each plus one
     assert q2[2 + 33 // 4] == 0b01_01_10_01
+    wide = np.zeros((1, 256), np.int8)
+    wide[0, [0, 33, 128]] = [1, -1, 1]
+    q2k = encode_codes(wide, scale, "q2_k")[0]
+    assert q2k[:16].tolist() == [0x11] * 16  # scale and offset of 16 columns: once d each
+    assert q2k[16:18].tolist() == [0b01_01_01_10, 0b01_01_00_01]  # columns 96, 64, 32, 0; 97, 65, 33, 1
+    assert q2k[16 + 32] == 0b01_01_01_10
+    assert q2k[80:].tolist() == [0x00, 0x38, 0x00, 0x38]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

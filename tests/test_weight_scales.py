@@ -314,7 +314,7 @@ def test_version_2_is_read(tmp_path):
 def test_a_gpu_takes_rows_and_refuses_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "usable_device", torch.device)
     write_packed(tmp_path / "s.safetensors", wide_student("group"))
-    with pytest.raises(UserError, match=r"device: expected .* row .*; got .* every 64 columns"):
+    with pytest.raises(UserError, match=r"device: expected .* row.*; got .* every 64 columns"):
         cuda.CudaRuntime(tmp_path / "s.safetensors", "cpu")
 
 

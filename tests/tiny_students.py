@@ -59,13 +59,22 @@ CONFIGS = Copies({
 })  # fmt: skip
 
 
-def student(name: str, norms: str = "two", seed: int = 0):
-    """A refined random model in eval mode, with sdpa attention."""
+def model(name: str, seed: int = 0):
+    """A random model in full precision, with sdpa attention."""
+    return of_config(CONFIGS[name], seed)
+
+
+def of_config(config, seed: int = 0):
+    """The same of a configuration of one's own."""
     torch.manual_seed(seed)
-    config = copy.deepcopy(CONFIGS[name])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    refine(model, norms=norms)
-    return randomize(model).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def student(name: str, norms: str = "two", seed: int = 0):
+    """A refined random model in eval mode."""
+    refined = model(name, seed)
+    refine(refined, norms=norms)
+    return randomize(refined).eval()
 
 
 def randomize(model):

@@ -2,132 +2,132 @@
 
 A packed file can be proved exactly (parity.py). Other tools round activations in other groups than training did, or not at
 all, so their answers cannot be equal; they must be as close as the bar below says. When a tool is not installed, the file
-is called "unproven".
+is called "unproven". The tool may be installed in another environment: then it is asked there (tools.py).
 """
 
-import importlib.metadata
-import importlib.util
+import json
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from bitdistill.errors import UserError
+from bitdistill.export import tools
+from bitdistill.export.tools import Answers, tool_answers, tool_version, torch_answers
 
 # On a trained student rounding in other groups, or not at all, moves the distribution of the next token by a mean KL of
 # about 0.02. A wrong file (a permutation, a norm, a scale) is off by whole nats.
 MAX_MEAN_KL = 0.05
 MIN_SAME_TOP1 = 0.85
-# format -> (the package that opens it, its name on PyPI)
-TOOLS = {
-    "gguf": ("llama_cpp", "llama-cpp-python"),
-    "transformers": ("transformers", "transformers"),
-    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
-    "mlx": ("mlx_lm", "mlx-lm"),
-}
+NEW_TOKENS = 16  # of each prompt's greedy continuation, which is compared, too
 
 
-def tool_version(format: str) -> str | None:
-    """Name and version of the tool that opens a format, or None when it is not installed here."""
-    module, package = TOOLS[format]
-    if importlib.util.find_spec(module) is None:
-        return None
-    return f"{package} {importlib.metadata.version(package)}"
-
-
-def compare_logits(ours: list[np.ndarray], theirs: list[np.ndarray], prompts: list[list[int]]) -> dict[str, Any]:
+def compare_answers(ours: Answers, theirs: Answers, prompts: list[list[int]]) -> dict[str, Any]:
     """How far two models' predictions of the next token lie apart.
 
     Args:
-        ours: float32 (T, V) logits of each prompt.
+        ours: float32 (T, V) logits of each prompt, and each greedy continuation.
         theirs: the same of the other model.
         prompts: the token ids that the logits belong to.
 
     Returns: tokens; mean_kl = mean over positions of KL(ours || theirs) in nats; same_top1, the share of positions whose
-        likeliest token is the same; perplexity_ratio = exp of the difference of the mean losses, theirs less ours.
+        likeliest token is the same; perplexity_ratio = exp of the difference of the mean losses, theirs less ours;
+        greedy_tokens, and same_greedy, the share of them that is equal up to the first difference of each continuation.
     """
     kls, same, losses = [], [], []
-    for a, b, prompt in zip(ours, theirs, prompts, strict=True):
-        log_p, log_q = (torch.from_numpy(x).double().log_softmax(-1) for x in (a, b))
-        kls.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    for a, b, prompt in zip(ours[0], theirs[0], prompts, strict=True):
+        log_p, log_q = (_log_softmax(x.astype(np.float64)) for x in (a, b))
+        kls.append((np.exp(log_p) * (log_p - log_q)).sum(-1))
         same.append(log_p.argmax(-1) == log_q.argmax(-1))
-        target = torch.tensor(prompt[1:], dtype=torch.long)[:, None]
-        losses.append(log_p[:-1].gather(1, target) - log_q[:-1].gather(1, target))
+        positions = np.arange(len(prompt) - 1)
+        losses.append(log_p[positions, prompt[1:]] - log_q[positions, prompt[1:]])
+    agreed = [_agreed(a, b) for a, b in zip(ours[1], theirs[1], strict=True)]
+    greedy_tokens = sum(len(one) for one in ours[1])
     return {
         "tokens": sum(len(prompt) for prompt in prompts),
-        "mean_kl": float(torch.cat(kls).mean()),
-        "same_top1": float(torch.cat(same).double().mean()),
-        "perplexity_ratio": float(torch.cat(losses).mean().exp()) if max(map(len, prompts)) > 1 else 1.0,
+        "mean_kl": float(np.concatenate(kls).mean()),
+        "same_top1": float(np.concatenate(same).mean()),
+        "perplexity_ratio": float(np.exp(np.concatenate(losses).mean())) if max(map(len, prompts)) > 1 else 1.0,
+        "greedy_tokens": greedy_tokens,
+        "same_greedy": sum(agreed) / greedy_tokens if greedy_tokens else 1.0,
     }
 
 
-@torch.no_grad()
-def student_logits(model: nn.Module, prompts: list[list[int]]) -> list[np.ndarray]:
-    """float32 (T, V) logits of each prompt, by a torch model in eval mode."""
-    return [model(torch.tensor([prompt], device=model.device)).logits[0].float().cpu().numpy() for prompt in prompts]
+def _agreed(a: list[int], b: list[int]) -> int:
+    """Tokens at the beginning of both that are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
-def tool_logits(format: str, path: str | Path, prompts: list[list[int]], threads: int = 1) -> list[np.ndarray]:
-    """float32 (T, V) logits of each prompt, by the tool that opens the format.
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def tool_elsewhere(
+    python: str, format: str, path: str | Path, prompts: list[list[int]], new_tokens: int, threads: int
+) -> tuple[Answers, str]:
+    """`tools.tool_answers` in another environment.
 
     Args:
-        format: a name of TOOLS.
-        path: the GGUF file, or the folder.
-        prompts: token ids of each prompt.
-        threads: CPU threads of llama.cpp.
+        python: its interpreter. format, path, prompts, new_tokens, threads: as there.
+
+    Returns: (the answers, name and version of the tool).
+
+    Raises:
+        UserError: the interpreter does not start, the tool is not installed there, or it cannot load the file.
     """
-    if format == "gguf":
-        return _llama_cpp(path, prompts, threads)
-    if format == "mlx":
-        return _mlx(path, prompts)
-    from transformers import AutoModelForCausalLM
-
-    return student_logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), prompts)
-
-
-def _llama_cpp(path: str | Path, prompts: list[list[int]], threads: int) -> list[np.ndarray]:
-    from llama_cpp import Llama
-
-    context = max(len(prompt) for prompt in prompts) + 8
-    model = Llama(str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False)
-    found = []
-    for prompt in prompts:
-        model.reset()
-        model.eval(prompt)
-        found.append(np.array(model.scores[: len(prompt)], np.float32))
-    model.close()
-    return found
-
-
-def _mlx(path: str | Path, prompts: list[list[int]]) -> list[np.ndarray]:
-    import mlx.core as mx
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(Path(path))
-    return [np.array(model(mx.array([prompt])).astype(mx.float32))[0] for prompt in prompts]
+    with tempfile.TemporaryDirectory() as folder:
+        questions, target = Path(folder) / "questions.json", Path(folder) / "answers.npz"
+        asked = {"prompts": prompts, "new_tokens": new_tokens, "threads": threads}
+        questions.write_text(json.dumps(asked), encoding="utf-8")
+        command = [python, "-P", tools.__file__, format, str(path), str(questions), str(target)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            do = "Give the python of an environment in which the tool is installed."
+            raise UserError("tool_python", expected="an interpreter", got=f"{python} ({error})", do=do) from error
+        if done.returncode != 0:
+            said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+            expected = f"answers of {tools.TOOLS[format][1]} to the file that was written for it"
+            do = "Check the environment; if the tool cannot open the file, choose another type or format."
+            raise UserError("tool_python", expected=expected, got=said[:300], do=do)
+        with np.load(target) as found:
+            logits = [found[f"arr_{i}"] for i in range(len(prompts))]
+            return (logits, found["continuations"].tolist()), str(found["version"])
 
 
 def prove_agreement(
-    format: str, path: str | Path, model: nn.Module, prompts: list[list[int]], threads: int = 1
+    format: str,
+    path: str | Path,
+    model: nn.Module,
+    prompts: list[list[int]],
+    threads: int = 1,
+    python: str | None = None,
 ) -> dict[str, Any]:
     """Compares a tool's answers with the student's.
 
     Args:
-        format: a name of TOOLS, whose tool is installed (`tool_version`).
+        format: a name of TOOLS, whose tool is installed (`tool_version`), or installed for `python`.
         path: the file or folder that was written from the student.
         model: the student, in eval mode.
         prompts: token ids of real prompts.
         threads: CPU threads of llama.cpp.
+        python: the interpreter of the environment that has the tool; this one by default.
 
-    Returns: `compare_logits` of the student against the tool, with the tool's version and the bar.
+    Returns: `compare_answers` of the student against the tool, with the tool's version and the bar.
 
     Raises:
-        UserError: below the bar. The caller removes the file.
+        UserError: below the bar, or no answers. The caller removes the file.
     """
-    proof = compare_logits(student_logits(model, prompts), tool_logits(format, path, prompts, threads), prompts)
-    proof |= {"tool": tool_version(format), "max_mean_kl": MAX_MEAN_KL, "min_same_top1": MIN_SAME_TOP1}
+    if python is None:
+        theirs, version = tool_answers(format, path, prompts, NEW_TOKENS, threads), tool_version(format)
+    else:
+        theirs, version = tool_elsewhere(python, format, path, prompts, NEW_TOKENS, threads)
+    proof = compare_answers(torch_answers(model, prompts, NEW_TOKENS), theirs, prompts)
+    proof |= {"tool": version, "max_mean_kl": MAX_MEAN_KL, "min_same_top1": MIN_SAME_TOP1}
     if not (proof["mean_kl"] <= MAX_MEAN_KL and proof["same_top1"] >= MIN_SAME_TOP1):
         raise UserError(
             "format",

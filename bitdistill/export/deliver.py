@@ -1,7 +1,8 @@
 """A student in the format of another tool: written, proved by that tool if it is installed, and removed if the proof fails.
 
 bitdistill export RUN --format gguf | transformers | compressed-tensors | mlx
-bitdistill check MODEL            what a student of a base model can become, before anything is trained
+
+A model card is written beside it, for a GGUF file an Ollama Modelfile, too.
 """
 
 import json
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill.errors import UserError
-from bitdistill.export.agreement import TOOLS, prove_agreement, tool_version
-from bitdistill.export.gguf_blocks import TYPES
-from bitdistill.export.gguf_file import AUTO, gguf_obstacles, write_gguf
-from bitdistill.export.hugging_face import FORMATS, hugging_face_obstacles, write_hugging_face
+from bitdistill.export.agreement import NEW_TOKENS, prove_agreement
+from bitdistill.export.card import proof_of_tool, write_card, write_modelfile
+from bitdistill.export.gguf_file import write_gguf
+from bitdistill.export.hugging_face import write_hugging_face
+from bitdistill.export.tools import TOOLS, tool_version
 from bitdistill.files import write_whole
 
 PROOF_TEXTS, PROOF_TOKENS = 8, 128
-NORMS = ("none", "two", "all")
 
 
 def deliver(
@@ -30,6 +31,8 @@ def deliver(
     embedding_type: str = "q8_0",
     prove: bool = True,
     threads: int = 1,
+    python: str | None = None,
+    about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a finished student in a format and proves it.
 
@@ -42,8 +45,11 @@ def deliver(
         embedding_type: for gguf: f16, q8_0 or q4_0.
         prove: let the tool answer the texts, when it is installed.
         threads: CPU threads of the tool.
+        python: the interpreter of the environment that has the tool; this one by default.
+        about: for the card: base, task, corpus and scores, as `card.write_card` takes them.
 
-    Returns: what was written (path, sizes) and "proof": its figures, or None with "unproven" saying why.
+    Returns: what was written (path, sizes), "files" (name in a repository -> file) and "proof": its figures, or None with
+        "unproven" saying why.
 
     Raises:
         UserError: the format has no place for this student, the output exists, or the proof failed.
@@ -64,26 +70,59 @@ def deliver(
     else:
         written = write_hugging_face(path, model, tokenizer, format)
     result = {"path": str(path), **written, "proof": None}
-    prompts = (
-        [ids[:PROOF_TOKENS] for ids in tokenizer(texts[:PROOF_TEXTS])["input_ids"] if len(ids) > 1] if texts else []
+    prompts = _prompts(tokenizer, texts, model.config.max_position_embeddings)
+    installed = python is not None or tool_version(format) is not None
+    if not prove:
+        result["unproven"] = "--prove false"
+    elif not prompts:
+        result["unproven"] = "no text to compare on"
+    elif not installed:
+        result["unproven"] = f"{TOOLS[format][1]} is not installed"
+    else:
+        try:
+            result["proof"] = prove_agreement(format, path, model, prompts, threads, python)
+        except UserError:
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+            raise
+    return result | {"files": _write_beside(path, format, result, model, tokenizer, about or {})}
+
+
+def _prompts(tokenizer, texts: list[str], positions: int) -> list[list[int]]:
+    """Token ids of the first texts, with room for their continuations."""
+    longest = max(2, min(PROOF_TOKENS, positions - NEW_TOKENS))
+    encoded = tokenizer(texts[:PROOF_TEXTS])["input_ids"] if texts else []
+    return [ids[:longest] for ids in encoded if len(ids) > 1]
+
+
+def _write_beside(
+    path: Path, format: str, result: dict[str, Any], model, tokenizer, about: dict[str, Any]
+) -> dict[str, Path]:
+    """Card, proof and Modelfile: in a folder, or named after a file. Returns name in a repository -> file."""
+    inside = path.is_dir()
+
+    def place(name: str) -> Path:
+        return path / name if inside else path.with_name(f"{path.name}.{name}")
+
+    if result["proof"] is not None:
+        write_whole(place("proof.json"), json.dumps(result["proof"], indent=1))
+    text = proof_of_tool(format, result["proof"], result.get("unproven", ""))
+    surgery = {key: value for key, value in model.config.bitdistill.items() if key != "format_version"}
+    empty = {"base": None, "task": None, "corpus": None, "scores": {}}
+    write_card(
+        place("README.md"),
+        format=format,
+        file=path.name,
+        written=result,
+        surgery=surgery,
+        proof=text,
+        **(empty | about),
     )
-    if not prove or tool_version(format) is None or not prompts:
-        why = (
-            "--prove false"
-            if not prove
-            else "no text to compare on"
-            if not prompts
-            else f"{TOOLS[format][1]} is not installed"
-        )
-        return result | {"unproven": why}
-    try:
-        result["proof"] = prove_agreement(format, path, model, prompts, threads)
-    except UserError:
-        path.unlink() if path.is_file() else shutil.rmtree(path)
-        raise
-    proof_path = path.with_name(f"{path.name}.proof.json") if path.is_file() else path / "proof.json"
-    write_whole(proof_path, json.dumps(result["proof"], indent=1))
-    return result
+    if format == "gguf":
+        write_modelfile(place("Modelfile"), path.name, tokenizer)
+    if inside:
+        return {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
+    beside = {name: place(name) for name in ("README.md", "Modelfile", "proof.json")}
+    return {path.name: path} | {name: file for name, file in beside.items() if file.is_file()}
 
 
 def proof_texts(run: str | Path) -> list[str]:
@@ -94,41 +133,3 @@ def proof_texts(run: str | Path) -> list[str]:
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for _, line in zip(range(PROOF_TEXTS), file, strict=False)]
     return ["\n".join(value for value in row.values() if isinstance(value, str)) for row in rows]
-
-
-def deployability(config, norms: str) -> list[dict[str, Any]]:
-    """What a student of a base model can become, format by format.
-
-    Args:
-        config: the Hugging Face config of the base model.
-        norms: refine.norms: none, two or all.
-
-    Returns: one row for each format, the packed one first: format, opens_in, possible, why (reasons against, or ""),
-        bits_per_weight of the ternary matrices, file_type.
-    """
-    columns = (config.hidden_size, config.intermediate_size)
-    auto = [next(kind for kind in AUTO if kind == "f16" or width % TYPES[kind].columns == 0) for width in columns]
-    opens = {
-        "gguf": "llama.cpp, Ollama (Q4_0), LM Studio",
-        "transformers": "transformers",
-        "compressed-tensors": "transformers, vLLM",
-        "mlx": "mlx-lm",
-    }
-    rows = [{"format": "packed", "opens_in": "bitdistill", "possible": True, "why": ""}]
-    rows[0] |= {"file_type": "base3", "bits_per_weight": 1.6}
-    for format in ("gguf", *FORMATS):
-        against = gguf_obstacles(config, norms) if format == "gguf" else hugging_face_obstacles(norms, format)
-        bits = (
-            max(TYPES[kind].bits_per_weight for kind in auto) if format == "gguf" else 2.25 if format == "mlx" else 2.0
-        )
-        rows.append(
-            {
-                "format": format,
-                "opens_in": opens[format],
-                "possible": not against,
-                "why": "; ".join(against),
-                "file_type": "/".join(dict.fromkeys(auto)) if format == "gguf" else "2 bits",
-                "bits_per_weight": bits,
-            }
-        )
-    return rows

@@ -9,6 +9,8 @@ quantizers of the tools look at the weights again and are not exact (for Q4_0 th
     Q2_0    2.25    64     fp16 scale; 16 bytes, code + 1: column 4 b + j in bits 2 j of byte b
     TQ2_0   2.06   256     64 bytes, code + 1 in 2 bits; fp16 scale
     TQ1_0   1.69   256     52 bytes, base 3; fp16 scale
+    Q2_K    2.63   256     16 bytes, scale and offset of 16 columns, all 1; 64 bytes, code + 1 in 2 bits: column 128 h + 32 j + l
+                           in bits 2 j of byte 32 h + l; fp16 scale d, and d again, which is subtracted: d * q - d
     F16    16        1     code * scale
 
 Source: ggml-common.h and ggml-quants.c of llama.cpp.
@@ -38,11 +40,17 @@ TYPES = {
     for kind in (
         BlockType("f16", 1, 1, 2),
         BlockType("q4_0", 2, 32, 18),
+        BlockType("q2_k", 10, 256, 84),
         BlockType("tq1_0", 34, 256, 54),
         BlockType("tq2_0", 35, 256, 66),
         BlockType("q2_0", 42, 64, 18),
     )
 }
+
+
+# What `auto` tries for each matrix, in this order, by what its row length allows: fast on x86 first. Q2_0 has no vector
+# code on x86 and does not load in older tools, so it is chosen by hand only.
+AUTO = ("tq2_0", "q4_0", "f16")
 
 
 def encode_codes(codes_OI: np.ndarray, scale_OG: np.ndarray, kind: str) -> np.ndarray:
@@ -75,6 +83,12 @@ def encode_codes(codes_OI: np.ndarray, scale_OG: np.ndarray, kind: str) -> np.nd
     elif kind == "q2_0":
         unsigned = (codes + 1).astype(np.uint8).reshape(-1, 16, 4)
         data = np.concatenate([scale_bytes, np.bitwise_or.reduce(unsigned << np.array([0, 2, 4, 6], np.uint8), 2)], 1)
+    elif kind == "q2_k":
+        unsigned = (codes + 1).astype(np.uint8).reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+        ones = np.full((len(codes), 16), 0x11, np.uint8)
+        data = np.concatenate(
+            [ones, np.bitwise_or.reduce(unsigned, 2).reshape(-1, 64), scale_bytes, scale_bytes], axis=1
+        )
     else:
         data = np.concatenate([_ternary_bytes(codes, kind), scale_bytes], axis=1)
     assert data.shape[1] == TYPES[kind].block_bytes

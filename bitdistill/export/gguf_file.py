@@ -18,7 +18,7 @@ import numpy as np
 from torch import nn
 
 from bitdistill.errors import UserError
-from bitdistill.export.gguf_blocks import TYPES, decode_bytes, encode_codes
+from bitdistill.export.gguf_blocks import AUTO, TYPES, decode_bytes, encode_codes
 from bitdistill.export.gguf_metadata import tokenizer_metadata
 from bitdistill.files import whole_file
 from bitdistill.student.layers import bit_linears
@@ -45,10 +45,7 @@ GEMMA_FFN_NORMS = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-# What `auto` tries for each matrix, in this order, by what its row length allows: fast on x86 first. Q2_0 has no vector
-# code on x86 and does not load in older tools, so it is chosen by hand only.
-AUTO = ("tq2_0", "q4_0", "f16")
-FILE_TYPES = {"f16": 1, "q4_0": 2, "tq1_0": 36, "tq2_0": 37, "q2_0": 41}  # llama.cpp's `general.file_type`
+FILE_TYPES = {"f16": 1, "q4_0": 2, "q2_k": 10, "tq1_0": 36, "tq2_0": 37, "q2_0": 41}  # llama.cpp's `general.file_type`
 EMBEDDINGS = ("f16", "q8_0", "q4_0")
 
 

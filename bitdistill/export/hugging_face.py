@@ -25,16 +25,54 @@ FORMATS = ("transformers", "compressed-tensors", "mlx")
 MLX_GROUPS = (128, 64, 32)
 
 
-def hugging_face_obstacles(norms: str, format: str) -> list[str]:
-    """Why a student with these norms cannot be written in a format; an empty list means that it can.
+def hugging_face_obstacles(config, norms: str, format: str) -> list[str]:
+    """Why a student of this base model and these norms cannot be written in a format; an empty list means that it can.
 
     Args:
+        config: the Hugging Face config of the base model.
         norms: refine.norms: none, two or all.
         format: a name of FORMATS.
     """
-    if norms == "none":
-        return []
-    return [f"{format} has no place for SubLN, which refine.norms {norms} puts in; train with --refine.norms none"]
+    found = []
+    if norms != "none":
+        found.append(
+            f"{format} has no place for SubLN, which refine.norms {norms} puts in; train with --refine.norms none"
+        )
+    return found + (_mlx_obstacles(config) if format == "mlx" else [])
+
+
+def _mlx_obstacles(config) -> list[str]:
+    """What mlx-lm's models take for granted and this model does otherwise."""
+    found = []
+    gemma, rope = config.model_type == "gemma3_text", _rope(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if config.model_type == "qwen2" and head_dim * config.num_attention_heads != config.hidden_size:
+        found.append(f"mlx-lm's qwen2 has heads of hidden_size / num_attention_heads, not of {head_dim}")
+    if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
+        found.append(f"RoPE scaling of kind {rope['rope_type']} is not written for mlx-lm")
+    if getattr(config, "use_sliding_window", False):
+        found.append("mlx-lm ignores the sliding window of Qwen models")
+    if not gemma and config.hidden_act != "silu":
+        found.append(f"mlx-lm's {config.model_type} computes SiLU, not {config.hidden_act}")
+    if gemma and _sliding_pattern(config) is None:
+        found.append("layer_types are no regular pattern of sliding layers and a full one, with a full one at least")
+    if gemma and config.rope_parameters["sliding_attention"].get("rope_type", "default") != "default":
+        found.append("mlx-lm has no RoPE scaling in the sliding layers")
+    return found
+
+
+def _rope(config) -> dict[str, Any]:
+    """The RoPE parameters of the layers that see the whole text."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return parameters.get("full_attention", parameters)
+
+
+def _sliding_pattern(config) -> int | None:
+    """n where every n-th layer of Gemma3 is a full one and the others slide; None where no n fits, or no layer is full."""
+    full = [kind == "full_attention" for kind in config.layer_types]
+    pattern = full.index(True) + 1 if True in full else 0
+    regular = pattern and full == [(layer + 1) % pattern == 0 for layer in range(len(full))]
+    return pattern if regular else None
 
 
 def write_hugging_face(folder: str | Path, model: nn.Module, tokenizer, format: str) -> dict[str, Any]:
@@ -58,13 +96,18 @@ def write_hugging_face(folder: str | Path, model: nn.Module, tokenizer, format: 
         raise UserError("format", expected=f"one of {', '.join(FORMATS)}", got=format, do="Choose one of these.")
     layers = bit_linears(model)
     norms = "two" if any(layer.subln is not None for layer in layers.values()) else "none"
-    obstacles = hugging_face_obstacles(norms, format)
+    obstacles = hugging_face_obstacles(model.config, norms, format)
     if obstacles:
         raise UserError(
-            "format", expected="a student without SubLN", got=obstacles[0], do="Use gguf or the packed format."
+            "format",
+            expected="a student that the tool can compute",
+            got="; ".join(obstacles),
+            do="Train with these settings, or use gguf or the packed format.",
         )
     if folder.exists() and any(folder.iterdir()):
         raise UserError("output", expected="a new or empty folder", got=str(folder), do="Give another --output.")
+    if format == "compressed-tensors":
+        _refuse_mixed(layers)
     dtype = torch.bfloat16 if model.config.model_type == "gemma3_text" else torch.float16  # Gemma overflows fp16
     tensors, codes_of, linear_bytes = {}, {}, 0
     for name, layer in layers.items():
@@ -228,11 +271,35 @@ def _write_config(folder: Path, model, format: str, dtype: torch.dtype, groups: 
         section: dict[str, Any] = {"group_size": usual, "bits": 2, "mode": "affine"}
         section |= {name: {"group_size": group, "bits": 2} for name, group in groups.items() if group != usual}
         settings["quantization"] = settings["quantization_config"] = section
-        rope = settings.get("rope_parameters") or {}
-        settings["rope_theta"] = rope.get("full_attention", rope).get("rope_theta")  # mlx-lm reads the older names
+        settings |= _older_names(model.config)
     (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def _older_names(config) -> dict[str, Any]:
+    """RoPE and sliding layers under the names that mlx-lm's models read."""
+    rope = _rope(config)
+    found: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if config.model_type == "gemma3_text":
+        found["rope_local_base_freq"] = config.rope_parameters["sliding_attention"]["rope_theta"]
+        found["sliding_window_pattern"] = _sliding_pattern(config)
+    return found
+
+
+def _refuse_mixed(layers) -> None:
+    """Raises UserError for groups of columns in some matrices and rows narrower than a group in others."""
+    narrow = [layer for layer in layers.values() if layer.in_features < (layer.quantizer.columns(layer) or 0)]
+    if narrow and any(layer.in_features > layer.quantizer.columns(layer) for layer in layers.values()):
+        size, width = narrow[0].quantizer.columns(narrow[0]), narrow[0].in_features
+        raise UserError(
+            "refine.group_size",
+            expected=f"at most {width}, the columns of the narrowest matrix, for compressed-tensors has one kind of scale",
+            got=str(size),
+            do="Train with a smaller --refine.group_size, or export another format.",
+        )
 
 
 def _compressed_tensors_section(groups: dict[str, int], model) -> dict[str, Any]:

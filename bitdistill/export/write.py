@@ -185,6 +185,7 @@ def _collect(
         linears=linears,
         weight_scale=quantizer.weight_scale,
         group_size=quantizer.group_size if quantizer.weight_scale == "group" else None,
+        act_scale=next(iter(layers.values())).act_scale,
         norms={name: norm.weight.shape[0] for name, norm in norms.items()},
     )
     return config, tensors
@@ -202,7 +203,11 @@ def _add_linear(tensors: dict[str, np.ndarray], name: str, layer, packing: str) 
     if layer.subln is not None:
         tensors[f"{name}.subln"] = _float32(f"{name}.subln", layer.subln.weight)
     rows, columns = layer.weight.shape
-    return Linear(rows, columns, bias is not None, None if layer.subln is None else layer.subln.eps)
+    divisor = layer.quantizer.input_scale(layer)
+    if divisor is not None:
+        tensors[f"{name}.input_scale"] = _float32(f"{name}.input_scale", divisor)
+    eps = None if layer.subln is None else layer.subln.eps
+    return Linear(rows, columns, bias is not None, eps, divisor is not None)
 
 
 def _norms(decoder) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import numpy as np
 
 from bitdistill.kernels.cpu.activations import quantize_activations
 from bitdistill.kernels.cpu.decoder import Layer, Model, Projection, Table
-from bitdistill.kernels.cpu.grouped import grouped_product
+from bitdistill.kernels.cpu.grouped import blocked_product, grouped_product
 from bitdistill.kernels.cpu.matmul import ternary_accumulate
 from bitdistill.runtime.decoder_parts import layer_norms, model_numbers
 from bitdistill.runtime.packed_file import PackedModel
@@ -24,9 +24,11 @@ def decoder_model(packed: PackedModel) -> Model:
             in_features=linear.in_features,
             weight_scale=tensors[f"{name}.weight_scale"],
             group_size=config.scale_columns(linear),
+            act_blocks=config.act_scale == "block",
             bias=tensors.get(f"{name}.bias"),
             subln=tensors.get(f"{name}.subln"),
             subln_eps=linear.subln_eps,
+            input_scale=tensors.get(f"{name}.input_scale"),
         )
 
     def table(name: str) -> Table:
@@ -62,13 +64,21 @@ def compiled_product(packed: PackedModel, name: str, x: np.ndarray) -> np.ndarra
 
     Numerics: bit for bit `reference.bit_linear` on a CPU.
     """
-    act_codes, act_scale = quantize_activations(x)
     linear, columns = packed.config.linears[name], packed.config.scale_columns(packed.config.linears[name])
+    if linear.input_scale:
+        x = x / packed.tensors[f"{name}.input_scale"]
     weight = (packed.tensors[f"{name}.weight_packed"], packed.config.packing, linear.out_features)
-    if columns is None or columns >= linear.in_features:
+    grouped = columns is not None and columns < linear.in_features
+    scales = packed.tensors[f"{name}.weight_scale"]
+    if packed.config.act_scale == "block":
+        y = blocked_product(x, *weight, scales if grouped else None, columns if grouped else 0)
+        y = y if grouped else y * packed.weight_scales(name).reshape(-1)
+    elif grouped:
+        act_codes, act_scale = quantize_activations(x)
+        y = grouped_product(act_codes, *weight, scales, columns) * act_scale
+    else:
+        act_codes, act_scale = quantize_activations(x)
         acc = ternary_accumulate(act_codes, *weight)
         y = acc.astype(np.float32) * (act_scale * packed.weight_scales(name).reshape(-1))
-    else:
-        y = grouped_product(act_codes, *weight, packed.tensors[f"{name}.weight_scale"], columns) * act_scale
     bias = packed.tensors.get(f"{name}.bias")
     return y if bias is None else y + bias

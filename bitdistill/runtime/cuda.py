@@ -20,6 +20,7 @@ import torch
 
 from bitdistill.errors import UserError
 from bitdistill.kernels import packing as layout
+from bitdistill.kernels.numerics import ACT_BLOCK
 from bitdistill.runtime.base import BaseRuntime, check_new_tokens
 from bitdistill.runtime.batching import Stats
 from bitdistill.runtime.decoder_parts import layer_norms, model_numbers
@@ -94,11 +95,23 @@ class CudaRuntime(BaseRuntime):
                 "kv_cache", expected=f"one of {', '.join(KV_CACHES)}", got=repr(kv_cache), do="Choose one of these."
             )
         self.model: PackedModel = read_packed(path)
-        if self.model.config.weight_scale == "group":
+        config = self.model.config
+        divided = any(linear.input_scale for linear in config.linears.values())
+        if config.weight_scale == "group" or config.act_scale == "block" or divided:
+            of_weights = f"a weight scale for every {config.group_size} columns"
+            of_activations = f"an activation scale for every {ACT_BLOCK} columns of a token"
+            found = (
+                of_weights
+                if config.weight_scale == "group"
+                else "scales of input channels"
+                if divided
+                else of_activations
+            )
             raise UserError(
                 "device",
-                expected="a student with one scale per tensor or row (the GPU kernels know no others)",
-                got=f"{path}, with a scale for every {self.model.config.group_size} columns",
+                expected="a student with one weight scale per tensor or row, and one activation scale per token (the GPU "
+                "kernels know no others)",
+                got=f"{path}, with {found}",
                 do='Use the CPU runtime (device "cpu").',
             )
         longest = self.model.config.max_position_embeddings

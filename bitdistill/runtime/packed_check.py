@@ -49,6 +49,8 @@ def config_problem(fields: Any) -> str | None:
             return f"{name} {_short(fields.get(name))}"
     if not _has_known_scales(fields):
         return f"weight_scale {_short(fields.get('weight_scale'))}, group_size {_short(fields.get('group_size'))}"
+    if fields.get("act_scale", "token") not in ("token", "block"):
+        return f"act_scale {_short(fields['act_scale'])}"
     if type(fields.get("tied")) is not bool or not _is_count(fields.get("tokenizer_bytes"), 0):
         return "tied or tokenizer_bytes of another type"
     return _layers_problem(fields) or _linears_problem(fields) or _norms_problem(fields)
@@ -91,9 +93,8 @@ def _linears_problem(fields: dict) -> str | None:
         for part, shape in shapes.items():
             linear = linears.get(f"model.layers.{index}.{part}_proj", {})
             eps = linear.get("subln_eps")
-            right = (linear.get("out_features"), linear.get("in_features")) == shape and type(
-                linear.get("bias")
-            ) is bool
+            right = (linear.get("out_features"), linear.get("in_features")) == shape
+            right = right and {type(linear.get("bias")), type(linear.get("input_scale", False))} == {bool}
             if not right or not (eps is None or (type(eps) in (int, float) and math.isfinite(eps))):
                 return f"model.layers.{index}.{part}_proj {_short(linear)}"
     return None

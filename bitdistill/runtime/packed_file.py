@@ -22,8 +22,8 @@ from bitdistill.kernels.packing import INT4_GROUP
 from bitdistill.runtime.packed_check import config_problem
 
 FORMAT = "bitdistill-packed"
-VERSION = 3
-READ = ("2", "3")  # version 2 had one scale per linear, and did not say so
+VERSION = 4
+READ = ("2", "3", "4")  # 2 had one scale per linear, 2 and 3 one activation scale per token, and did not say so
 EMBEDDINGS = layout.TABLE_FORMATS
 TOKENIZER = "tokenizer.json"
 _DTYPES = {"U8": np.uint8, "I8": np.int8, "F16": np.float16, "F32": np.float32}
@@ -31,12 +31,14 @@ _DTYPES = {"U8": np.uint8, "I8": np.int8, "F16": np.float16, "F32": np.float32}
 
 @dataclass(frozen=True)
 class Linear:
-    """One ternary projection: what tensors it has. `subln_eps` is None where there is no SubLN in front."""
+    """One ternary projection: what tensors it has. `subln_eps` is None where there is no SubLN in front; `input_scale` says
+    whether its input is divided by a vector before it is rounded."""
 
     out_features: int
     in_features: int
     bias: bool
     subln_eps: float | None
+    input_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Config:
     norms: dict[str, int]  # name -> width
     weight_scale: str = "tensor"  # of each linear: one fp32 scale | "row", "group": fp16 scales
     group_size: int | None = None  # columns of a group; the last one of a row may be narrower
+    act_scale: str = "token"  # what has an activation scale: a token | "block", 32 columns of it
 
     @classmethod
     def from_json(cls, text: str) -> "Config":
@@ -93,6 +96,8 @@ class Config:
                 expected[f"{name}.bias"] = (np.float32, (linear.out_features,))
             if linear.subln_eps is not None:
                 expected[f"{name}.subln"] = (np.float32, (linear.in_features,))
+            if linear.input_scale:
+                expected[f"{name}.input_scale"] = (np.float32, (linear.in_features,))
         for name in self.tables():
             rows, columns = self.vocab_size, self.hidden_size
             if self.embedding == "fp16":
@@ -215,7 +220,7 @@ def read_packed(path: str | Path) -> PackedModel:
     if header.get("version") not in READ:
         raise UserError(
             "RUN_OR_FILE",
-            expected=f"packed format version {' or '.join(READ)}",
+            expected=f"packed format version {', '.join(READ)}",
             got=f"{path}, version {header.get('version')}",
             do="Update bitdistill, or export the student again.",
         )

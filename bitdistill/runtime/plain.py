@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from bitdistill.kernels.numerics import ACT_MAX, EPSILON, MAX_EXACT_IN_FEATURES
+from bitdistill.kernels.numerics import ACT_BLOCK, ACT_MAX, EPSILON, MAX_EXACT_IN_FEATURES
 from bitdistill.runtime.packed_file import PackedModel
 
 TABLE_ROWS = 8192  # of an embedding or LM head are dequantized at once
@@ -84,10 +84,14 @@ def plain_product(packed: PackedModel, name: str, x_NI: np.ndarray, unrounded: b
     """One BitLinear, after its SubLN: float32 (N, I) -> (N, O). Bit for bit `reference.bit_linear` on a CPU."""
     codes_OI, weight_scale = packed.weight_codes(name), packed.weight_scales(name)
     in_features, columns = codes_OI.shape[1], packed.config.scale_columns(packed.config.linears[name])
+    if packed.config.linears[name].input_scale:
+        x_NI = x_NI / packed.tensors[f"{name}.input_scale"]
     if unrounded:
         if columns is not None:
             weight_scale = np.repeat(weight_scale, columns, axis=1)[:, :in_features]
         y = x_NI @ (codes_OI.astype(np.float32) * weight_scale).T
+    elif packed.config.act_scale == "block":
+        y = _blocked_product(x_NI, codes_OI, weight_scale, columns)
     else:
         act_codes, act_scale = quantize_activation(x_NI)
         exact = np.float32 if in_features <= MAX_EXACT_IN_FEATURES else np.float64
@@ -103,6 +107,20 @@ def plain_product(packed: PackedModel, name: str, x_NI: np.ndarray, unrounded: b
             y = y * act_scale
     bias = packed.tensors.get(f"{name}.bias")
     return y if bias is None else y + bias
+
+
+def _blocked_product(
+    x_NI: np.ndarray, codes_OI: np.ndarray, weight_scale: np.ndarray, columns: int | None
+) -> np.ndarray:
+    """`plain_product` before its bias, of activations with a scale for each ACT_BLOCK columns of a token."""
+    y = np.zeros((len(x_NI), len(codes_OI)), np.float32)
+    grouped = columns is not None and weight_scale.shape[1] > 1
+    for start in range(0, x_NI.shape[1], ACT_BLOCK):
+        part = slice(start, start + ACT_BLOCK)
+        act_codes, act_scale = quantize_activation(x_NI[:, part])
+        acc = act_codes.astype(np.float32) @ codes_OI[:, part].astype(np.float32).T
+        y += acc * (act_scale * weight_scale[:, start // columns] if grouped else act_scale)
+    return y if grouped else y * weight_scale.reshape(-1)
 
 
 def table_parts(packed: PackedModel, name: str) -> Iterator[tuple[slice, np.ndarray]]:

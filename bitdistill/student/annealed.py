@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitdistill.kernels.reference import quantize_activation, weight_scale
+from bitdistill.kernels.reference import rounded_activation, weight_scale
 
 # START minimizes E[(soft(z) - z)^2] for Gaussian weights in units of their absmean: the softest start costs the least.
 START_TEMPERATURE = 0.35
@@ -51,7 +51,14 @@ def temperature_at(annealing: float) -> float:
 
 
 def annealed_linear(
-    x: Tensor, weight: Tensor, quantized: Tensor, bias: Tensor | None, kind: str, annealing: float
+    x: Tensor,
+    weight: Tensor,
+    quantized: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    annealing: float,
+    act_scale: str = "token",
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """A linear layer on its way into ternary, as above.
 
@@ -59,6 +66,8 @@ def annealed_linear(
         x: (..., I) float. weight: (O, I), the fp32 master. bias: (O,) or None.
         quantized: (O, I), the quantized weight, differentiable in `weight`; `softmax` does not look at it.
         kind: "linear" or "softmax". annealing: l, 0 (full precision) to 1.
+        act_scale: what has an activation scale of its own, "token" or "block".
+        input_scale: (I,), by which x is divided before it is rounded, or None.
 
     Returns: (..., O), in the autocast dtype under torch.autocast, as ``nn.Linear`` does.
 
@@ -68,6 +77,9 @@ def annealed_linear(
         quantized = soft_ternary(weight, temperature_at(annealing))
         annealing = min(1.0, annealing / COMPRESSION)
     mixed = torch.lerp(weight.float(), quantized, annealing).to(weight.dtype)
-    codes, scale = quantize_activation(x)
-    x = x + (annealing * (codes * scale - x.float())).detach().to(x.dtype)
+    if input_scale is None:
+        rounded = rounded_activation(x, act_scale)
+    else:
+        rounded = rounded_activation(x / input_scale, act_scale) * input_scale
+    x = x + (annealing * (rounded - x.float())).detach().to(x.dtype)
     return F.linear(x, mixed, bias)

@@ -57,6 +57,7 @@ class BitLinear(nn.Module):
         subln: a SubLN of width I in front, or None.
         quantizer: how the weight becomes ternary, from `quantizers.quantizer_named`. What it stores beside the master is
             saved with the layer.
+        act_scale: what has an activation scale of its own: "token", or "block" for each 32 columns of a token.
 
     Attributes:
         backward: how the kernels compute gradients, "exact" or "fast" (kernels/*/bit_linear.py); `use_backward` sets it.
@@ -66,7 +67,13 @@ class BitLinear(nn.Module):
         annealing_kind: what lies between, "linear" or "softmax" (annealed.py).
     """
 
-    def __init__(self, linear: nn.Linear, subln: SubLN | None = None, quantizer: WeightQuantizer = ABSMEAN):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        subln: SubLN | None = None,
+        quantizer: WeightQuantizer = ABSMEAN,
+        act_scale: str = "token",
+    ):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight
@@ -76,7 +83,7 @@ class BitLinear(nn.Module):
         self.siblings: Siblings | None = None
         self.held: HeldCodes | None = None
         self.annealing, self.annealing_kind = 1.0, "linear"
-        self.quantizer = quantizer
+        self.quantizer, self.act_scale = quantizer, act_scale
         self._refuse_partitions()
         quantizer.attach(self)
 
@@ -117,24 +124,26 @@ class BitLinear(nn.Module):
 
     def on_reference(self) -> bool:
         """Whether it runs in PyTorch even where there are kernels."""
-        return self.annealing < 1 or not self.quantizer.on_kernels
+        return self.annealing < 1 or self.act_scale != "token" or not self.quantizer.on_kernels
 
     def _on_reference(self, x: Tensor) -> Tensor:
         self._refuse_partitions()
         if kernels_for(x.device) is not None:
-            _say_once("annealing" if self.annealing < 1 else str(self.quantizer))
+            blocks = "activation scales of blocks" if self.act_scale == "block" else str(self.quantizer)
+            _say_once("annealing" if self.annealing < 1 else blocks)
         x = x if self.subln is None else self.subln(x)
         codes, scale = self.codes()
         bias, weight = self.quantizer.bias(self, codes), self.weight
+        divisor = self.quantizer.input_scale(self)
         if self.annealing < 1:
             quantized = self.quantizer.straight_through(self, codes, scale)
-            return annealed_linear(x, weight, quantized, bias, self.annealing_kind, self.annealing)
+            kind, way = self.annealing_kind, self.annealing
+            return annealed_linear(x, weight, quantized, bias, kind, way, self.act_scale, divisor)
         if self.quantizer.learned:
             weight = self.quantizer.straight_through(self, codes, scale)
-        columns = self.quantizer.columns(self)
-        if columns is None and scale.dim():
-            return quantizers.scaled_linear(x, weight, codes * scale, bias)
-        return reference.bit_linear(x, weight, bias, (codes, scale), columns)
+        if divisor is not None:
+            x, weight = (x / divisor).to(x.dtype), weight * divisor
+        return reference.bit_linear(x, weight, bias, (codes, scale), self.quantizer.columns(self), self.act_scale)
 
     def _refuse_partitions(self) -> None:
         if hasattr(self.weight, "ds_id"):
@@ -148,20 +157,22 @@ class BitLinear(nn.Module):
         return self.quantizer.codes(self)
 
     def ternary(self) -> tuple[Tensor, Tensor]:
-        """`codes` for a packed file: (codes int8 (O, I) in {-1, 0, 1}, weight_scale fp32 () or (O, G)).
-
-        Raises:
-            UserError: a packed file has no place for its quantizer's scales.
-        """
-        quantizers.refuse_unpackable(self.quantizer)
+        """`codes` for a packed file: (codes int8 (O, I) in {-1, 0, 1}, weight_scale fp32 () or (O, G))."""
         return self.codes()
 
     def whole_groups(self) -> tuple[Tensor, Tensor]:
-        """`ternary` for formats in which every group of columns has the same size.
+        """`ternary` for formats in which every group of columns has the same size, and inputs have no scales.
 
         Raises:
-            UserError: as `ternary`, or the last group of a row is narrower than the others.
+            UserError: the last group of a row is narrower than the others, or the quantizer scales the input.
         """
+        if self.quantizer.input_scale(self) is not None:
+            raise UserError(
+                "refine.weight_quantizer",
+                expected="one without scales of the input channels, for which this format has no place",
+                got=self.quantizer.name,
+                do="Train with another --refine.weight_quantizer, or export the packed format.",
+            )
         columns = self.quantizer.columns(self)
         if columns is not None and self.in_features % columns and self.in_features > columns:
             raise UserError(
@@ -174,8 +185,7 @@ class BitLinear(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """fp32 (O, I), codes times scales, without a gradient."""
-        codes, scale = self.codes()
-        return codes * reference.spread_scales(scale, self.in_features, self.quantizer.columns(self))
+        return self.quantizer.dequantized(self, *self.codes())
 
     def ternary_bias(self) -> Tensor | None:
         """(O,) or None: the bias of the layer once it is ternary, that of its quantizer included."""
@@ -224,8 +234,8 @@ def _hooked(module: nn.Module) -> bool:
 @functools.cache
 def _say_once(what: str) -> None:
     process_group.say(
-        f"{what}: the ternary layers run on plain PyTorch; the kernels know absmean with one scale per tensor, and no "
-        "annealing"
+        f"{what}: the ternary layers run on plain PyTorch; the kernels know absmean with one scale per tensor, "
+        "activations with one per token, and no annealing"
     )
 
 

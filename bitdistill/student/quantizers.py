@@ -3,12 +3,12 @@ Plain PyTorch: on an NVIDIA GPU only the ordinary one, `absmean`, has kernels.
 
     name      codes of                                          scale             stored beside the master
     absmean   W / s, rounded to {-1, 0, 1}: kernels/reference   one, mean|W|      -
-    block     the same, in each row for 128 columns             one per block     -
+    block     the same, in each row for 128 columns             one per group     -
     gptq      W, column by column, each error passed on to      one, mean|W|      Cholesky factor (I, I)
               the columns to come, for inputs like those of
               the calibration
-    awq       W * c, c_j = mean|x_j|^alpha by input channel     one, divided by   channel scale (I,)
-              of the calibration                                c again
+    awq       W * c, c_j = mean|x_j|^alpha by input channel     one; the input    channel scale (I,)
+              of the calibration                                is divided by c
     tequila   as absmean; the weights in the dead zone          one, mean|W|      -
               make a bias: lambda * their sum
     seq       1.5 * W / a, a learned                            one, a / 1.5      a (1,)
@@ -28,15 +28,15 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bitdistill.errors import UserError
 from bitdistill.kernels.numerics import EPSILON
-from bitdistill.kernels.reference import quantize_activation, quantize_weight, quantize_weight_groups, spread_scales
+from bitdistill.kernels.reference import quantize_weight, quantize_weight_groups, spread_scales
 from bitdistill.student.calibration import InputStatistics, output_error
 from bitdistill.student.gptq import gptq_codes, gptq_factor, gptq_group_codes
 
 WEIGHT_SCALES = ("tensor", "row", "group")
+ACT_SCALES = ("token", "block")
 GROUP_SIZES = (64, 128, 256)
 BLOCK_COLUMNS = 128
 ALPHAS = 20  # steps of AWQ's search over alpha
@@ -58,7 +58,6 @@ class WeightQuantizer:
     Attributes:
         name: in the settings and in a student's config.json.
         granular: whether its scales can be those of rows or of groups of columns.
-        packable: whether a packed file has a place for its scales.
         own_weight_suffices: whether it can work under ZeRO-3, which gathers the weight of a layer and nothing beside it.
         calibrated: whether it needs statistics of the layer's inputs before training.
         has_kernels: whether the kernels of a device compute it; otherwise the layer runs in plain PyTorch.
@@ -69,7 +68,6 @@ class WeightQuantizer:
 
     name: ClassVar[str]
     granular: ClassVar[bool] = False
-    packable: ClassVar[bool] = True
     own_weight_suffices: ClassVar[bool] = True
     calibrated: ClassVar[bool] = False
     has_kernels: ClassVar[bool] = False
@@ -104,9 +102,19 @@ class WeightQuantizer:
         """(codes int8 (O, I) in {-1, 0, 1}, scale fp32), without a gradient: see `columns` for the scale's shape."""
         raise NotImplementedError
 
+    def input_scale(self, layer: nn.Module) -> Tensor | None:
+        """fp32 (I,), by which the layer's input is divided before it is rounded; None where it is taken as it is."""
+        return None
+
+    def dequantized(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> Tensor:
+        """fp32 (O, I): what the layer's own input is multiplied by, up to the rounding of that."""
+        quantized = codes * spread_scales(scale, layer.in_features, self.columns(layer))
+        divisor = self.input_scale(layer)
+        return quantized if divisor is None else quantized / divisor
+
     def straight_through(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> Tensor:
-        """``codes * scale``, fp32 (O, I), with a gradient in the master and in what is learned beside it."""
-        return straight_through(layer.weight, codes * spread_scales(scale, layer.in_features, self.columns(layer)))
+        """`dequantized`, with a gradient in the master and in what is learned beside it."""
+        return straight_through(layer.weight, self.dequantized(layer, codes, scale))
 
     def bias(self, layer: nn.Module, codes: Tensor) -> Tensor | None:
         """(O,) or None: the bias of the quantized layer."""
@@ -142,31 +150,18 @@ class _StraightThrough(torch.autograd.Function):  # the sum would round: Q itsel
 # --- block -------------------------------------------------------------------------------------------------------------
 
 
-def block_codes(weight: Tensor, columns: int = BLOCK_COLUMNS) -> tuple[Tensor, Tensor]:
-    """absmean for each row and block of columns: ``s = max(mean|block|, EPSILON)``, ``codes = clip(round(W / s), -1, 1)``.
-
-    Args:
-        weight: (O, I) float. columns: of a block; the last one of a row may be shorter.
-
-    Returns: (codes int8 (O, I), scales fp32 (O, I), each block's repeated over its columns).
+class Block(AbsMean):
+    """absmean for each row and block of 128 columns: absmean with `weight_scale` group, under the name it had before that.
 
     Source: block-wise quantization of a tensor in memory order, Dettmers et al., arXiv 2110.02861; 128 is the usual group of
     GPTQ and AWQ.
     """
-    weight = weight.detach().float()
-    parts = weight.split(columns, dim=1)
-    scales = [p.abs().mean(dim=1, keepdim=True, dtype=torch.float64).float().clamp_min(EPSILON) for p in parts]
-    scales = torch.cat([s.expand_as(p) for s, p in zip(scales, parts, strict=True)], dim=1)
-    return torch.round(weight / scales).clamp_(-1, 1).to(torch.int8), scales
 
+    name, granular, soft = "block", False, False
 
-class Block(WeightQuantizer):
-    """absmean for each row and block of 128 columns: `block_codes`."""
-
-    name, packable = "block", False
-
-    def codes(self, layer):
-        return block_codes(layer.weight)
+    def __init__(self, weight_scale: str = "tensor", group_size: int = BLOCK_COLUMNS):
+        super().__init__(weight_scale, group_size)
+        self.weight_scale, self.group_size = "group", BLOCK_COLUMNS
 
 
 # --- GPTQ --------------------------------------------------------------------------------------------------------------
@@ -226,9 +221,10 @@ def awq_codes(weight: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Awq(WeightQuantizer):
-    """Input channels that are large count more: `awq_codes`. The channel scale is saved with the layer."""
+    """Input channels that are large count more: codes and scale of ``W diag(c)``, and the input is divided by c before it is
+    rounded, so that the product stays one of integers. c is saved with the layer."""
 
-    name, packable, calibrated = "awq", False, True
+    name, calibrated = "awq", True
 
     def attach(self, layer):
         scale = torch.ones(layer.in_features, dtype=torch.float32, device=layer.weight.device)
@@ -238,7 +234,10 @@ class Awq(WeightQuantizer):
         layer.awq_scale.copy_(awq_channel_scale(layer.weight, inputs)[0])
 
     def codes(self, layer):
-        return awq_codes(layer.weight, layer.awq_scale)
+        return quantize_weight(layer.weight.detach().float() * layer.awq_scale)
+
+    def input_scale(self, layer):
+        return layer.awq_scale
 
 
 # --- Tequila -----------------------------------------------------------------------------------------------------------
@@ -337,24 +336,6 @@ class Seq(WeightQuantizer):
         return seq_weight(layer.weight, layer.seq_a, (codes, scale))
 
 
-# --- products ----------------------------------------------------------------------------------------------------------
-
-
-def scaled_linear(x: Tensor, weight: Tensor, quantized: Tensor, bias: Tensor | None) -> Tensor:
-    """int8 activations times a quantized weight with more than one scale, straight-through for both; fp32 products.
-
-    Args:
-        x: (..., I) float. weight: (O, I), the master. quantized: fp32 (O, I), codes times scales. bias: (O,) or None.
-
-    Returns: (..., O) in ``x.dtype``, or in the autocast dtype under torch.autocast.
-    """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    codes, scale = quantize_activation(x)
-    with torch.autocast(device, enabled=False):
-        return F.linear(straight_through(x, codes * scale), straight_through(weight, quantized), bias).to(dtype)
-
-
 # --- the list ----------------------------------------------------------------------------------------------------------
 
 QUANTIZERS: dict[str, type[WeightQuantizer]] = {q.name: q for q in (AbsMean, Block, Gptq, Awq, Tequila, Seq)}
@@ -406,17 +387,6 @@ def refuse_partitions(quantizer: WeightQuantizer) -> None:
             expected=f"with ZeRO-3 one that needs its own weight alone: {alternatives}",
             got=quantizer.name,
             do="Choose one of these, or --zero 2.",
-        )
-
-
-def refuse_unpackable(quantizer: WeightQuantizer) -> None:
-    """Raises UserError where a packed file has no place for the scales of a quantizer."""
-    if not quantizer.packable:
-        raise UserError(
-            "refine.weight_quantizer",
-            expected=f"one whose scales a packed file can hold: {_names(lambda other: other.packable)}",
-            got=quantizer.name,
-            do="Choose one of these, or leave the export out (--export.enabled false).",
         )
 
 

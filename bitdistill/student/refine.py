@@ -31,10 +31,11 @@ from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears
 from bitdistill.student.loading import tied_keys
 from bitdistill.student.model_folder import architecture, check_family
 from bitdistill.student.model_weights import read_json, tensors_of
-from bitdistill.student.quantizers import WeightQuantizer, quantizer_named
+from bitdistill.student.quantizers import ACT_SCALES, WeightQuantizer, quantizer_named
 from bitdistill.student.sharing import Siblings
 
-FORMAT_VERSION = 2  # 1 is read, and written where there is one scale per tensor: it knows no others
+# 1 is read, and written where there is one scale per tensor: it knows no others. 2 knows activation scales per token only.
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def refine(
     weight_scale: str = "tensor",
     group_size: int = 128,
     inputs: dict[str, InputStatistics] | None = None,
+    act_scale: str = "token",
 ) -> Refinement:
     """Converts a causal language model in place.
 
@@ -82,6 +84,7 @@ def refine(
         weight_scale: what has a scale of its own: "tensor" | "row" | "group". group_size: columns of a group.
         weight_quantizer: a name of quantizers.py. inputs: what "gptq" and "awq" are calibrated on, by layer name, from
             `calibrate_inputs`; without, the layer is absmean until its buffers are loaded.
+        act_scale: what has an activation scale of its own: "token" | "block" (32 columns of a token).
 
     Returns: the counts.
 
@@ -94,6 +97,9 @@ def refine(
             "refine.norms", expected=f"one of {', '.join(SUBLN_BEFORE)}", got=repr(norms), do="Choose one of these."
         )
     quantizer = quantizer_named(weight_quantizer, weight_scale, group_size)
+    if act_scale not in ACT_SCALES:
+        expected = f"one of {', '.join(ACT_SCALES)}"
+        raise UserError("refine.act_scale", expected=expected, got=repr(act_scale), do="Choose one of these.")
     if bit_linears(model):
         raise UserError("model", expected="a full-precision model", got="a converted one", do="Load the base model.")
     eps = model.config.rms_norm_eps if subln_eps is None else subln_eps
@@ -102,13 +108,13 @@ def refine(
     chosen = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in PROJECTIONS}
     expected = model.config.num_hidden_layers * len(PROJECTIONS)
     assert len(chosen) == expected, f"expected {expected} projections in the decoder, found {len(chosen)}"
-    sublns = [_convert(model, name, norms, gains or {}, eps, quantizer, inputs) for name in chosen]
+    sublns = [_convert(model, name, norms, gains or {}, eps, quantizer, inputs, act_scale) for name in chosen]
     _introduce_siblings(model)
     activation = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
     for name in [name for name, module in model.named_modules() if hasattr(module, "down_proj")]:
         model.set_submodule(name, GatedMLP(model.get_submodule(name), activation))
     about = {"norms": norms, "subln_eps": eps, "embedding": embedding, "weight_quantizer": weight_quantizer}
-    model.config.bitdistill = _described(about, weight_scale, group_size)
+    model.config.bitdistill = _described(about, weight_scale, group_size, act_scale)
     return Refinement(
         ternary=len(chosen),
         kept=tuple(name for name in linears if name not in chosen),
@@ -120,13 +126,17 @@ def refine(
     )
 
 
-def _described(about: dict[str, Any], weight_scale: str, group_size: int) -> dict[str, Any]:
-    """The entry `bitdistill` of a student's config.json. One scale per tensor is the default and left out, as in version 1."""
-    described = {"format_version": 1 if weight_scale == "tensor" else FORMAT_VERSION, **about}
+def _described(about: dict[str, Any], weight_scale: str, group_size: int, act_scale: str) -> dict[str, Any]:
+    """The entry `bitdistill` of a student's config.json. One scale per tensor and per token is the default and left out, as in
+    version 1."""
+    version = 3 if act_scale != "token" else 1 if weight_scale == "tensor" else 2
+    described = {"format_version": version, **about}
     if weight_scale != "tensor":
         described["weight_scale"] = weight_scale
     if weight_scale == "group":
         described["group_size"] = group_size
+    if act_scale != "token":
+        described["act_scale"] = act_scale
     return described
 
 
@@ -138,6 +148,7 @@ def _convert(
     eps: float,
     quantizer: WeightQuantizer,
     inputs: dict[str, InputStatistics] | None,
+    act_scale: str,
 ) -> bool:
     """Puts a BitLinear in the place of one linear; whether a SubLN stands before it."""
     linear, subln = model.get_submodule(name), None
@@ -145,7 +156,7 @@ def _convert(
         subln = SubLN(linear.in_features, eps, device=linear.weight.device)
         if name in gains:
             nn.init.constant_(subln.weight, gains[name])
-    layer = BitLinear(linear, subln, quantizer)
+    layer = BitLinear(linear, subln, quantizer, act_scale)
     if inputs is not None and quantizer.calibrated:
         quantizer.calibrate(layer, inputs[name])
     model.set_submodule(name, layer)
@@ -163,13 +174,14 @@ def refine_on_corpus(
     weight_quantizer: str,
     weight_scale: str = "tensor",
     group_size: int = 128,
+    act_scale: str = "token",
 ) -> tuple[Refinement, dict[str, float] | None]:
     """`refine` after the calibration that its settings ask for.
 
     Args:
         model: as in `refine`. blocks: makes the batches that are calibrated on; called for each calibration, or never.
         gain: "one", or "calibrated" by `calibrate_gains`.
-        norms, subln_eps, embedding, weight_quantizer, weight_scale, group_size: as in `refine`.
+        norms, subln_eps, embedding, weight_quantizer, weight_scale, group_size, act_scale: as in `refine`.
 
     Returns: (the counts, the calibrated gains by layer name, or None).
 
@@ -182,7 +194,7 @@ def refine_on_corpus(
     if quantizer_named(weight_quantizer).calibrated:
         inputs = calibrate_inputs(model, blocks(), norms, subln_eps)
     quantizer = (weight_quantizer, weight_scale, group_size)
-    return refine(model, norms, gains, subln_eps, embedding, *quantizer, inputs), gains
+    return refine(model, norms, gains, subln_eps, embedding, *quantizer, inputs, act_scale), gains
 
 
 def _introduce_siblings(model: nn.Module) -> None:
@@ -368,12 +380,17 @@ def student_record(folder: str | Path) -> dict:
 
 
 def require_quantizers(
-    folder: str | Path, weight_quantizer: str, embedding: str, weight_scale: str = "tensor", group_size: int = 128
+    folder: str | Path,
+    weight_quantizer: str,
+    embedding: str,
+    weight_scale: str = "tensor",
+    group_size: int = 128,
+    act_scale: str = "token",
 ) -> None:
     """Raises UserError, naming the setting, when a saved student was trained with other quantizers."""
     record = student_record(folder)
     wanted = {"weight_quantizer": ("absmean", weight_quantizer), "embedding": (FULL_PRECISION, embedding)}
-    wanted["weight_scale"] = ("tensor", weight_scale)
+    wanted |= {"weight_scale": ("tensor", weight_scale), "act_scale": ("token", act_scale)}
     if weight_scale == record.get("weight_scale") == "group":
         wanted["group_size"] = (128, group_size)
     for name, (usual, given) in wanted.items():
@@ -404,8 +421,9 @@ def load_student(folder: str | Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     embedding = written.get("embedding", FULL_PRECISION)
     weight_quantizer = written.get("weight_quantizer", "absmean")
-    scales = (written.get("weight_scale", "tensor"), written.get("group_size", 128))
-    refine(model, written["norms"], None, written["subln_eps"], embedding, weight_quantizer, *scales)
+    scales = {"weight_scale": written.get("weight_scale", "tensor"), "group_size": written.get("group_size", 128)}
+    scales["act_scale"] = written.get("act_scale", "token")
+    refine(model, written["norms"], None, written["subln_eps"], embedding, weight_quantizer, **scales)
     try:
         state = load_file(folder / "model.safetensors")
     except SafetensorError as error:

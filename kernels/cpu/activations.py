@@ -4,7 +4,8 @@
     offset 4            int32    sum of the codes: what weights stored as code + 1 add too much
     offset 48           16 zeros
     offset CODES = 64   int8     codes of the I columns, then zeros: up to a multiple of 4, and 16 more
-    group_sums_offset   int32    sums of the codes of every 32 columns (planes only)
+    group_sums_offset   int32    sums of the codes of every group of columns (planes and groups only)
+    act_scales_offset   float32  act_scale of every 32 columns (blocks only)
 
 Why the zeros: a vector of packed weights may also hold blocks of the row groups before and after (packing.py), up to four
 of them, whose products must vanish. A buffer of N tokens is N records, `record_bytes` apart or more.
@@ -33,7 +34,7 @@ from bitdistill.kernels.cpu.floats import (
 )
 from bitdistill.kernels.cpu.native import float32s, int8s, int32s
 from bitdistill.kernels.cpu.vector import repeat_byte, store_bytes
-from bitdistill.kernels.numerics import ACT_MAX, EPSILON
+from bitdistill.kernels.numerics import ACT_BLOCK, ACT_MAX, EPSILON
 
 CODES = 64
 PLANE_BASE = 255  # 2 * 127 + 1: every integer up to 255 * 127 + 127 is one 255 * hi + lo
@@ -49,10 +50,17 @@ def group_sums_offset(in_features):
 
 
 @jit
-def record_bytes(in_features):
-    """Bytes of a record, a multiple of 64."""
+def act_scales_offset(in_features):
+    """Where the scales of a record's blocks are."""
     groups = (in_features + SUM_COLUMNS - 1) // SUM_COLUMNS
     return group_sums_offset(in_features) + (4 * groups + 63) // 64 * 64
+
+
+@jit
+def record_bytes(in_features):
+    """Bytes of a record, a multiple of 64."""
+    offset = act_scales_offset(in_features)
+    return offset + (offset - group_sums_offset(in_features))  # as many scales as sums
 
 
 @jit
@@ -90,18 +98,45 @@ def quantize_activation(x, in_features, record):
     finite and the codes mean nothing.
     """
     peak = _peak(x, in_features)
-    factor = np.float32(ACT_MAX) / peak
-    factors = splat(factor)
     _clear(record, in_features)
-    total = 0
-    whole = in_features // LANES * LANES
-    for i in range(0, whole, LANES):
-        total += store_codes(record + CODES + i, multiply(load(x + 4 * i), factors))
-    values, codes = float32s(x, in_features), int8s(record + CODES, in_features)
-    for i in range(whole, in_features):
-        total += _store_code(codes, i, values[i] * factor)
+    int32s(record + 4, 1)[0] = _store_rounded(x, in_features, np.float32(ACT_MAX) / peak, record + CODES)
     float32s(record, 1)[0] = peak / np.float32(ACT_MAX)
-    int32s(record + 4, 1)[0] = total
+
+
+@jit
+def quantize_activation_blocks(x, in_features, record):
+    """`quantize_activation` for each block of ACT_BLOCK columns, with the blocks' sums and scales in their own places.
+
+    Args:
+        x: address of float32 (I,). in_features: I, at least 1. record: address of `record_bytes(I)` bytes.
+
+    Numerics: bit for bit ``kernels/reference.py:quantize_activation_blocks``. The record's own act_scale is 1.
+    """
+    _clear(record, in_features)
+    blocks = (in_features + ACT_BLOCK - 1) // ACT_BLOCK
+    float32s(record, 1)[0] = 1
+    sums = int32s(record + group_sums_offset(in_features), blocks)
+    scales = float32s(record + act_scales_offset(in_features), blocks)
+    for block in range(blocks):
+        start = block * ACT_BLOCK
+        width = min(ACT_BLOCK, in_features - start)
+        peak = _peak(x + 4 * start, width)
+        factor = np.float32(ACT_MAX) / peak
+        sums[block] = _store_rounded(x + 4 * start, width, factor, record + CODES + start)
+        scales[block] = peak / np.float32(ACT_MAX)
+
+
+@jit
+def _store_rounded(x, count, factor, codes_at):
+    """Stores ``round(x * factor)`` as int8, and returns the sum."""
+    factors, total = splat(factor), 0
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        total += store_codes(codes_at + i, multiply(load(x + 4 * i), factors))
+    values, codes = float32s(x, count), int8s(codes_at, count)
+    for i in range(whole, count):
+        total += _store_code(codes, i, values[i] * factor)
+    return total
 
 
 @jit
@@ -155,13 +190,14 @@ def quantize_planes(x, in_features, records, stride):
     int32s(low_record + 4, 1)[0] = low_total
 
 
-def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per-token absmax int8 of an array, `quantize_activation` row by row.
+def quantize_activations(x: np.ndarray, blocks: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Absmax int8 of an array, row by row: `quantize_activation`, or `quantize_activation_blocks`.
 
     Args:
-        x: float32 (N, I).
+        x: float32 (N, I). blocks: a scale for each ACT_BLOCK columns, in place of one for the token.
 
-    Returns: (act_codes int8 (N, I), act_scale float32 (N, 1)). Numerics: bit for bit the reference.
+    Returns: (act_codes int8 (N, I), act_scale float32 (N, 1) or (N, ceil(I / ACT_BLOCK))). Numerics: bit for bit the
+        reference.
 
     Raises:
         ValueError: another dtype or shape.
@@ -171,5 +207,7 @@ def quantize_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = np.ascontiguousarray(x)
     records = np.empty((len(x), record_bytes(x.shape[1])), np.uint8)
     for row, record in zip(x, records, strict=True):
-        quantize_activation(row.ctypes.data, row.size, record.ctypes.data)
-    return records[:, CODES : CODES + x.shape[1]].view(np.int8).copy(), records[:, :4].copy().view(np.float32)
+        (quantize_activation_blocks if blocks else quantize_activation)(row.ctypes.data, row.size, record.ctypes.data)
+    start, count = (act_scales_offset(x.shape[1]), -(-x.shape[1] // ACT_BLOCK)) if blocks else (0, 1)
+    scales = records[:, start : start + 4 * count].copy().view(np.float32)
+    return records[:, CODES : CODES + x.shape[1]].view(np.int8).copy(), scales

@@ -55,6 +55,8 @@ class Projection:
     subln: np.ndarray | None = None  # float32 (I,)
     subln_eps: float | None = None
     group_size: int | None = None  # columns of a row that share a scale; None for one scale, I or more for one per row
+    input_scale: np.ndarray | None = None  # float32 (I,), by which its input is divided before it is rounded
+    act_blocks: bool = False  # its activations have a scale for each 32 columns, not one for the token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,13 +352,14 @@ class Decoder:
         for name, shape in shapes.items():
             self._describe_projection(f"{where}.{name}", getattr(layer, name), shape, record[name])
         for names in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
-            plain = None  # projections without SubLN read the same codes
+            plain = None  # projections that take their input as it is read the same codes
             for fresh, name in enumerate(names):
-                if getattr(layer, name).subln is None and plain is not None:
+                as_it_is = getattr(layer, name).subln is None and getattr(layer, name).input_scale is None
+                if as_it_is and plain is not None:
                     record[name]["codes"], record[name]["own_codes"] = plain, 0
                 else:
                     record[name]["codes"], record[name]["own_codes"] = fresh, 1
-                    plain = fresh if getattr(layer, name).subln is None else plain
+                    plain = fresh if as_it_is else plain
         for name in step.NORM_NAMES:
             gain, width = getattr(layer, name), model.head_dim if name in ("q_norm", "k_norm") else hidden
             record[name] = 0 if gain is None else self._gain(f"{where}.{name}", gain, width)
@@ -374,12 +377,15 @@ class Decoder:
         record["packing"] = tables.MATRIX_FORMATS.index(projection.packing)
         record["out_features"], record["in_features"] = shape
         self._describe_scales(where, projection, record)
+        record["act_blocks"] = projection.act_blocks
         if projection.bias is not None:
             record["bias"] = self._gain(f"{where}.bias", projection.bias, shape[0])
         if projection.subln is not None:
             _check(projection.subln_eps is not None, f"{where}.subln_eps", "a number", None, "Give it.")
             record["subln"] = self._gain(f"{where}.subln", projection.subln, shape[1])
             record["subln_eps"] = projection.subln_eps
+        if projection.input_scale is not None:
+            record["input_scale"] = self._gain(f"{where}.input_scale", projection.input_scale, shape[1], 1)
 
     def _describe_scales(self, where: str, projection: Projection, record: np.void) -> None:
         if projection.group_size is None:
@@ -425,11 +431,11 @@ class Decoder:
         self._keep.append(array)
         return array.ctypes.data
 
-    def _gain(self, where: str, gain: np.ndarray, width: int) -> int:
-        """Address of a copy of a float32 vector, padded with zeros."""
+    def _gain(self, where: str, gain: np.ndarray, width: int, padding: float = 0) -> int:
+        """Address of a copy of a float32 vector, padded with zeros or another number."""
         fits = gain.dtype == np.float32 and gain.shape == (width,)
         _check(fits, where, f"float32 ({width},)", f"{gain.dtype} {gain.shape}")
-        copy = np.zeros(elementwise.padded(width), np.float32)
+        copy = np.full(elementwise.padded(width), padding, np.float32)
         copy[:width] = gain
         return self._kept(copy)
 

@@ -68,6 +68,13 @@ def add_rows(x, y, width):
 
 
 @jit
+def divide_rows(x, y, width, out):
+    """``out = x / y``. Addresses of float32 rows, padded; y with ones."""
+    for at in range(0, 4 * padded(width), ROW):
+        store(out + at, divide(load(x + at), load(y + at)))
+
+
+@jit
 def scale_row(x, factor, width):
     """``x *= factor``. Address of a float32 row, padded; a float32."""
     by = splat(factor)

@@ -7,6 +7,9 @@ become floats, are multiplied by the scales of 16 rows, and are added up. A grou
 of a row may be narrower), that is 16, 32 or 64 blocks, so its int16 sums fit. Its product with a scale of eight significant
 bits is exact in fp32; only the sum over groups rounds, in the order of the groups.
 
+Activations may have a scale for each 32 columns, too. Then the walk stops every 32 columns, and what the integers of a
+stop are multiplied by holds the activation's scale, times the 16 rows' where these change inside a row.
+
 * One token: a vector of packed bytes may hold the last blocks of one group and the first of the next. It is taken apart
   once and multiplied twice: with the activations of the one group among zeros, and then with those of the other.
 * More tokens: chunks of blocks are unpacked as in matmul.py. A tile of tokens keeps its float sums in registers while it
@@ -18,7 +21,13 @@ after the codes in a token's record (`write_group_sums`).
 
 import numpy as np
 
-from bitdistill.kernels.cpu.activations import CODES, group_sums_offset, record_bytes
+from bitdistill.kernels.cpu.activations import (
+    CODES,
+    act_scales_offset,
+    group_sums_offset,
+    quantize_activation_blocks,
+    record_bytes,
+)
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.floats import add, load, multiply, splat, store
 from bitdistill.kernels.cpu.matmul import (
@@ -35,7 +44,7 @@ from bitdistill.kernels.cpu.matmul import (
     top_digit,
     unpack_blocks,
 )
-from bitdistill.kernels.cpu.native import int8s, int32s
+from bitdistill.kernels.cpu.native import float32s, int8s, int32s
 from bitdistill.kernels.cpu.vector import (
     AVX512,
     add_ints,
@@ -56,6 +65,7 @@ from bitdistill.kernels.cpu.vector import (
     sub_ints,
     widen,
 )
+from bitdistill.kernels.numerics import ACT_BLOCK
 from bitdistill.kernels.packing import PACKINGS, packed_bytes, row_groups
 
 GROUP_COLUMNS = (64, 128, 256)
@@ -79,18 +89,30 @@ def write_group_sums(record, in_features, columns):
 
 
 @jit
-def _scaled(total, sums, act_sum, scales):
-    """total + (sums - act_sum) * scales, 16 floats."""
-    return add(total, multiply(floats_of(sub_ints(sums, repeat_int(act_sum))), scales))
+def _row_scales(scales, stop, shift):
+    """The 16 rows' weight scales at a stop, or ones; shift: log2 of the stops in a group of columns."""
+    return splat(np.float32(1)) if scales == 0 else load_halves(scales + 32 * (stop >> shift))
+
+
+@jit
+def _scaled(total, sums, at, gap, rows):
+    """total + (sums - act_sum) * (act_scale * rows), 16 floats.
+
+    Args:
+        at: address of act_sum. gap: bytes from there to the block's act_scale; 0: there is none.
+    """
+    if gap != 0:
+        rows = multiply(splat(float32s(at + gap, 1)[0]), rows)
+    return add(total, multiply(floats_of(sub_ints(sums, repeat_int(int32s(at, 1)[0]))), rows))
 
 
 # --- one token ----------------------------------------------------------------------------------------------------------
 
 
 @jit
-def _multiply_base3(weight, blocks, record, act_sums, scales, group_blocks, group):
-    """16 floats of a row group, before act_scale."""
-    groups = act_sums.size
+def _multiply_base3(weight, blocks, record, act_sums, gap, scales, shift, group_blocks, group):
+    """16 floats of a row group, before a token's act_scale."""
+    groups = (blocks + group_blocks - 1) // group_blocks
     first = group * blocks
     vector, last = first // 5, (first + blocks + 4) // 5
     source, end = weight + 64 * vector, weight + 64 * last
@@ -129,14 +151,14 @@ def _multiply_base3(weight, blocks, record, act_sums, scales, group_blocks, grou
             source += 64
             quads += 20
             block += 5
-        total = _scaled(total, widen(sums), act_sums[g], load_halves(scales + 32 * g))
+        total = _scaled(total, widen(sums), act_sums + 4 * g, gap, _row_scales(scales, g, shift))
     return total
 
 
 @jit
-def _multiply_2bit(weight, blocks, record, act_sums, scales, group_blocks, group):
-    """16 floats of a row group, before act_scale. Fields 1 and 3 stay in place, four times too large."""
-    groups = act_sums.size
+def _multiply_2bit(weight, blocks, record, act_sums, gap, scales, shift, group_blocks, group):
+    """16 floats of a row group, before a token's act_scale. Fields 1 and 3 stay in place, four times too large."""
+    groups = (blocks + group_blocks - 1) // group_blocks
     three, twelve = repeat_byte(3), repeat_byte(12)
     first = group * blocks
     vector = first // 4
@@ -179,7 +201,8 @@ def _multiply_2bit(weight, blocks, record, act_sums, scales, group_blocks, group
             quads += 16
             block += 4
         ones, fours = add_ints(widen(sums0), widen(sums2)), add_ints(widen(sums1), widen(sums3))
-        total = _scaled(total, add_ints(ones, shift_ints(fours, 2)), act_sums[g], load_halves(scales + 32 * g))
+        sums = add_ints(ones, shift_ints(fours, 2))
+        total = _scaled(total, sums, act_sums + 4 * g, gap, _row_scales(scales, g, shift))
     return total
 
 
@@ -187,7 +210,7 @@ def _multiply_2bit(weight, blocks, record, act_sums, scales, group_blocks, group
 
 
 @jit
-def _tile_8(blocks, count, group_blocks, codes, stride, act_sums, scales, acc, acc_stride):
+def _tile_8(blocks, count, group_blocks, codes, stride, act_sums, gap, scales, shift, acc, acc_stride):
     """Eight tokens with `count` unpacked blocks, group after group, onto the float sums at `acc`."""
     t0, t1, t2, t3 = load(acc), load(acc + acc_stride), load(acc + 2 * acc_stride), load(acc + 3 * acc_stride)
     t4, t5 = load(acc + 4 * acc_stride), load(acc + 5 * acc_stride)
@@ -207,15 +230,15 @@ def _tile_8(blocks, count, group_blocks, codes, stride, act_sums, scales, acc, a
             s6 = dot(s6, u, repeat_quad(quad + 6 * stride))
             s7 = dot(s7, u, repeat_quad(quad + 7 * stride))
         g = start // group_blocks
-        by, at = load_halves(scales + 32 * g), act_sums + 4 * g
-        t0 = _scaled(t0, widen(s0), int32s(at, 1)[0], by)
-        t1 = _scaled(t1, widen(s1), int32s(at + stride, 1)[0], by)
-        t2 = _scaled(t2, widen(s2), int32s(at + 2 * stride, 1)[0], by)
-        t3 = _scaled(t3, widen(s3), int32s(at + 3 * stride, 1)[0], by)
-        t4 = _scaled(t4, widen(s4), int32s(at + 4 * stride, 1)[0], by)
-        t5 = _scaled(t5, widen(s5), int32s(at + 5 * stride, 1)[0], by)
-        t6 = _scaled(t6, widen(s6), int32s(at + 6 * stride, 1)[0], by)
-        t7 = _scaled(t7, widen(s7), int32s(at + 7 * stride, 1)[0], by)
+        by, at = _row_scales(scales, g, shift), act_sums + 4 * g
+        t0 = _scaled(t0, widen(s0), at, gap, by)
+        t1 = _scaled(t1, widen(s1), at + stride, gap, by)
+        t2 = _scaled(t2, widen(s2), at + 2 * stride, gap, by)
+        t3 = _scaled(t3, widen(s3), at + 3 * stride, gap, by)
+        t4 = _scaled(t4, widen(s4), at + 4 * stride, gap, by)
+        t5 = _scaled(t5, widen(s5), at + 5 * stride, gap, by)
+        t6 = _scaled(t6, widen(s6), at + 6 * stride, gap, by)
+        t7 = _scaled(t7, widen(s7), at + 7 * stride, gap, by)
     store(acc, t0)
     store(acc + acc_stride, t1)
     store(acc + 2 * acc_stride, t2)
@@ -227,7 +250,7 @@ def _tile_8(blocks, count, group_blocks, codes, stride, act_sums, scales, acc, a
 
 
 @jit
-def _tile_4(blocks, count, group_blocks, codes, stride, act_sums, scales, acc, acc_stride):
+def _tile_4(blocks, count, group_blocks, codes, stride, act_sums, gap, scales, shift, acc, acc_stride):
     t0, t1, t2, t3 = load(acc), load(acc + acc_stride), load(acc + 2 * acc_stride), load(acc + 3 * acc_stride)
     for start in range(0, count, group_blocks):
         s0, s1, s2, s3 = no_sums(), no_sums(), no_sums(), no_sums()
@@ -239,11 +262,11 @@ def _tile_4(blocks, count, group_blocks, codes, stride, act_sums, scales, acc, a
             s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
             s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
         g = start // group_blocks
-        by, at = load_halves(scales + 32 * g), act_sums + 4 * g
-        t0 = _scaled(t0, widen(s0), int32s(at, 1)[0], by)
-        t1 = _scaled(t1, widen(s1), int32s(at + stride, 1)[0], by)
-        t2 = _scaled(t2, widen(s2), int32s(at + 2 * stride, 1)[0], by)
-        t3 = _scaled(t3, widen(s3), int32s(at + 3 * stride, 1)[0], by)
+        by, at = _row_scales(scales, g, shift), act_sums + 4 * g
+        t0 = _scaled(t0, widen(s0), at, gap, by)
+        t1 = _scaled(t1, widen(s1), at + stride, gap, by)
+        t2 = _scaled(t2, widen(s2), at + 2 * stride, gap, by)
+        t3 = _scaled(t3, widen(s3), at + 3 * stride, gap, by)
     store(acc, t0)
     store(acc + acc_stride, t1)
     store(acc + 2 * acc_stride, t2)
@@ -251,14 +274,14 @@ def _tile_4(blocks, count, group_blocks, codes, stride, act_sums, scales, acc, a
 
 
 @jit
-def _tile_1(blocks, count, group_blocks, codes, act_sums, scales, acc):
+def _tile_1(blocks, count, group_blocks, codes, act_sums, gap, scales, shift, acc):
     total = load(acc)
     for start in range(0, count, group_blocks):
         sums = no_sums()
         for block in range(start, min(count, start + group_blocks)):
             sums = dot(sums, load_bytes(blocks + 64 * block), repeat_quad(codes + 4 * block))
         g = start // group_blocks
-        total = _scaled(total, widen(sums), int32s(act_sums + 4 * g, 1)[0], load_halves(scales + 32 * g))
+        total = _scaled(total, widen(sums), act_sums + 4 * g, gap, _row_scales(scales, g, shift))
     store(acc, total)
 
 
@@ -269,6 +292,7 @@ def grouped_gemm(
     in_features,
     scales,
     columns,
+    act_blocks,
     records,
     stride,
     tokens,
@@ -283,24 +307,30 @@ def grouped_gemm(
     Args:
         weight, packing, in_features, records, stride, tokens, acc_stride, first_group, last_group, scratch: as in
             `matmul.gemm`; the records have their group sums (`write_group_sums` with the same `columns`).
-        scales: address of fp16 (ceil(O / 16), G, 16). columns: of a group: 64, 128 or 256.
+        scales: address of fp16 (ceil(O / 16), G, 16); 0 with act_blocks: none, the caller scales the sums.
+        columns: of a group: 64, 128 or 256. act_blocks: whether the records are those of `quantize_activation_blocks`: the
+            sum is then ``sum_b(acc_b * (act_scale_b * weight_scale_g))`` over their blocks.
         acc: address of float32 rows, one per token; groups of rows are written whole.
 
     Numerics: integers exact, one rounding for each group; the sum begins with the first group. Does not depend on the number
     of tokens, nor on how row groups are shared among threads.
     """
-    blocks, group_blocks = (in_features + 3) // 4, columns // 4
-    groups = (in_features + columns - 1) // columns
-    sums_at = group_sums_offset(in_features)
+    blocks = (in_features + 3) // 4
+    groups = 0 if scales == 0 else (in_features + columns - 1) // columns
+    group_blocks, shift, gap, sums_at = columns // 4, 0, 0, group_sums_offset(in_features)
+    if act_blocks:
+        group_blocks, gap = ACT_BLOCK // 4, act_scales_offset(in_features) - sums_at
+        while scales != 0 and ACT_BLOCK << shift < columns:
+            shift += 1
     if tokens <= 2:  # the second one finds the packed bytes in the first-level cache
         for group in range(first_group, last_group):
             for n in range(tokens):
                 record = records + n * stride
-                act_sums, by = int32s(record + sums_at, groups), scales + 32 * groups * group
+                sums, by = record + sums_at, scales + 32 * groups * group
                 if packing == TWO_BIT:
-                    y = _multiply_2bit(weight, blocks, record, act_sums, by, group_blocks, group)
+                    y = _multiply_2bit(weight, blocks, record, sums, gap, by, shift, group_blocks, group)
                 else:
-                    y = _multiply_base3(weight, blocks, record, act_sums, by, group_blocks, group)
+                    y = _multiply_base3(weight, blocks, record, sums, gap, by, shift, group_blocks, group)
                 store(acc + 4 * n * acc_stride + 64 * group, y)
         return
     for group in range(first_group, last_group):
@@ -318,15 +348,17 @@ def grouped_gemm(
                 width = 8 if AVX512 and tokens - n >= 8 else 4 if tokens - n >= 4 else 1
                 for slot in range(slots):
                     source = scratch + slot * SLOT + MARGIN
-                    by = scales + 32 * (groups * (group + slot) + chunk // group_blocks)
+                    by = scales
+                    if scales != 0:
+                        by += 32 * (groups * (group + slot) + (chunk // group_blocks >> shift))
                     out = acc + 4 * n * acc_stride + 64 * (group + slot)
                     at, sums = quads + n * stride, sums_here + n * stride
                     if AVX512 and width == 8:
-                        _tile_8(source, count, group_blocks, at, stride, sums, by, out, 4 * acc_stride)
+                        _tile_8(source, count, group_blocks, at, stride, sums, gap, by, shift, out, 4 * acc_stride)
                     elif width == 4:
-                        _tile_4(source, count, group_blocks, at, stride, sums, by, out, 4 * acc_stride)
+                        _tile_4(source, count, group_blocks, at, stride, sums, gap, by, shift, out, 4 * acc_stride)
                     else:
-                        _tile_1(source, count, group_blocks, at, sums, by, out)
+                        _tile_1(source, count, group_blocks, at, sums, gap, by, shift, out)
                 n += width
 
 
@@ -358,6 +390,35 @@ def finish_rows(acc, act_scale, scales, bias, width, out):
         store(out + 4 * at, y if bias == 0 else add(y, load(bias + 4 * at)))
 
 
+@jit
+def finish_float_rows(acc, scales, bias, width, out):
+    """``out = acc * weight_scale + bias`` with a weight_scale for each row, product and sum rounded one by one.
+
+    Args:
+        acc, bias, out: as in `finish_grouped`. scales: address of fp16 (width,). width: numbers in a row.
+    """
+    for at in range(0, width, 16):
+        y = multiply(load(acc + 4 * at), load_halves(scales + 2 * at))
+        store(out + 4 * at, y if bias == 0 else add(y, load(bias + 4 * at)))
+
+
+def blocked_product(
+    x: np.ndarray, weight: np.ndarray, packing: str, out_features: int, scales: np.ndarray | None, columns: int
+) -> np.ndarray:
+    """`grouped_product` of activations that are rounded in blocks: ``sum_b(acc_b * (act_scale_b * weight_scale_g))``.
+
+    Args:
+        x: float32 (N, I). weight, packing, out_features, columns: as there. scales: as there, or None: all are 1.
+
+    Returns: float32 (N, O). Numerics: bit for bit the reference.
+    """
+    tokens, in_features = x.shape
+    x, records = np.ascontiguousarray(x), np.empty((tokens, record_bytes(in_features)), np.uint8)
+    for row, record in zip(x, records, strict=True):
+        quantize_activation_blocks(row.ctypes.data, in_features, record.ctypes.data)
+    return _product(records, in_features, weight, packing, out_features, scales, columns, True)
+
+
 def grouped_product(
     act_codes: np.ndarray, weight: np.ndarray, packing: str, out_features: int, scales: np.ndarray, columns: int
 ) -> np.ndarray:
@@ -387,10 +448,26 @@ def grouped_product(
     records[:, CODES : CODES + in_features] = act_codes.view(np.uint8)
     for record in records:
         write_group_sums(record.ctypes.data, in_features, columns)
-    acc = np.empty((tokens, 16 * shape[0]), np.float32)
+    return _product(records, in_features, weight, packing, out_features, scales, columns, False)
+
+
+def _product(
+    records: np.ndarray,
+    in_features: int,
+    weight: np.ndarray,
+    packing: str,
+    out_features: int,
+    scales: np.ndarray | None,
+    columns: int,
+    act_blocks: bool,
+) -> np.ndarray:
+    """`grouped_gemm` of all rows on arrays: float32 (N, O)."""
+    tokens, groups = len(records), row_groups(out_features)
+    acc = np.empty((tokens, 16 * groups), np.float32)
     scratch = np.empty(SCRATCH_BYTES, np.uint8)
     grouped_gemm(
-        weight.ctypes.data, PACKINGS.index(packing), in_features, scales.ctypes.data, columns, records.ctypes.data,
-        records.shape[1], tokens, acc.ctypes.data, acc.shape[1], 0, shape[0], scratch.ctypes.data,
+        weight.ctypes.data, PACKINGS.index(packing), in_features, 0 if scales is None else scales.ctypes.data, columns,
+        int(act_blocks), records.ctypes.data, records.shape[1], tokens, acc.ctypes.data, acc.shape[1], 0, groups,
+        scratch.ctypes.data,
     )  # fmt: skip
     return acc[:, :out_features]

@@ -18,12 +18,13 @@ results depend neither on the number of threads nor on which rows are computed t
 
 import numpy as np
 
-from bitdistill.kernels.cpu.activations import quantize_activation, quantize_planes
+from bitdistill.kernels.cpu.activations import quantize_activation, quantize_activation_blocks, quantize_planes
 from bitdistill.kernels.cpu.attention import attend, tile_rows, write_position
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.elementwise import (
     add_rows,
     copy_floats,
+    divide_rows,
     gated_activation,
     padded,
     rms_norm,
@@ -32,7 +33,13 @@ from bitdistill.kernels.cpu.elementwise import (
     scale_accumulators,
     scale_row,
 )
-from bitdistill.kernels.cpu.grouped import finish_grouped, finish_rows, grouped_gemm, write_group_sums
+from bitdistill.kernels.cpu.grouped import (
+    finish_float_rows,
+    finish_grouped,
+    finish_rows,
+    grouped_gemm,
+    write_group_sums,
+)
 from bitdistill.kernels.cpu.matmul import gemm
 from bitdistill.kernels.cpu.native import float32s, int64s, view_of
 from bitdistill.kernels.cpu.tables import FP16, table_logits, table_row
@@ -53,10 +60,12 @@ PROJECTION = np.dtype(
         ("in_features", _INT),
         ("bias", _INT),
         ("subln", _INT),
+        ("input_scale", _INT),
         ("codes", _INT),  # which of the layer's quantized inputs it reads: 0, 1 or 2
         ("own_codes", _INT),  # 1: it is the first to read them, so they are made for it
         ("scales", _INT),  # of rows or groups; 0 where weight_scale is the only one
         ("group_size", _INT),  # columns that share one of these; 0 for a whole row
+        ("act_blocks", _INT),  # 1: its activations have a scale for each 32 columns, not one for the token
         ("weight_scale", _FLOAT),
         ("subln_eps", _FLOAT),
     ],
@@ -110,7 +119,7 @@ SCRATCH = np.dtype(
 )  # fmt: skip
 
 _models, _calls, _scratches = view_of(MODEL, "_models"), view_of(CALL, "_calls"), view_of(SCRATCH, "_scratches")
-_layers = view_of(LAYER, "_layers")
+_layers, _projections = view_of(LAYER, "_layers"), view_of(PROJECTION, "_projections")
 
 
 @jit
@@ -126,31 +135,53 @@ def _lap(counter, since):
 @jit
 def _product(projection, tokens, records, record_bytes, out, out_stride, first, last, acc, scratch):
     """Row groups first .. last - 1 of ``(act_codes @ weight_codes.T) * (act_scale * weight_scale) + bias``."""
+    act_blocks = projection["act_blocks"]
     at_once = max(1, ACC_WORDS // (GROUP * tokens))
     bias, scales, columns = projection["bias"], projection["scales"], projection["group_size"]
     for group in range(first, last, at_once):
         count = GROUP * min(at_once, last - group)
         row = GROUP * group
-        if columns == 0:
+        if columns == 0 and act_blocks == 0:
             gemm(
                 projection["weight"], projection["packing"], projection["in_features"], records, record_bytes, tokens,
                 acc - 4 * row, count, group, group + count // GROUP, scratch,
             )  # fmt: skip
         else:
             grouped_gemm(
-                projection["weight"], projection["packing"], projection["in_features"], scales, columns, records,
-                record_bytes, tokens, acc - 4 * row, count, group, group + count // GROUP, scratch,
+                projection["weight"], projection["packing"], projection["in_features"], 0 if columns == 0 else scales,
+                columns, act_blocks, records, record_bytes, tokens, acc - 4 * row, count, group, group + count // GROUP,
+                scratch,
             )  # fmt: skip
         for token in range(tokens):
             act_scale = float32s(records + token * record_bytes, 1)[0]
             source, target = acc + 4 * token * count, out + 4 * (token * out_stride + row)
             bias_at = bias + 4 * row if bias != 0 else 0
-            if scales == 0:
+            if act_blocks != 0 and scales != 0 and columns == 0:
+                finish_float_rows(source, scales + 2 * row, bias_at, count, target)
+            elif act_blocks != 0:
+                whole = projection["weight_scale"] if scales == 0 else act_scale  # which is 1
+                finish_grouped(source, whole, bias_at, count, target)
+            elif scales == 0:
                 scale_accumulators(source, act_scale * projection["weight_scale"], bias_at, count, target)
             elif columns == 0:
                 finish_rows(source, act_scale, scales + 2 * row, bias_at, count, target)
             else:
                 finish_grouped(source, act_scale, bias_at, count, target)
+
+
+@jit
+def product(projection_at, tokens, records, record_bytes, out, out_stride, first, last, acc, scratch):
+    """`_product` of one projection alone, in the calling thread.
+
+    Args:
+        projection_at: address of a PROJECTION record. tokens: how many. records, record_bytes: address of their quantized
+            inputs, and bytes from one to the next. out, out_stride: address of float32 rows, and numbers from one to the next;
+            row groups are written whole.
+        first, last: row groups first .. last - 1. acc: address of max(ACC_WORDS, GROUP * tokens) int32. scratch: address of
+            matmul.SCRATCH_BYTES bytes.
+    """
+    projection = _projections(projection_at, 1)[0]
+    _product(projection, tokens, records, record_bytes, out, out_stride, first, last, acc, scratch)
 
 
 @jit
@@ -162,6 +193,12 @@ def _quantize_input(projection, row, row2, record):
     if projection["subln"] != 0:
         rms_norm(row, projection["subln"], projection["subln_eps"], width, row2)
         row = row2
+    if projection["input_scale"] != 0:
+        divide_rows(row, projection["input_scale"], width, row2)
+        row = row2
+    if projection["act_blocks"] != 0:
+        quantize_activation_blocks(row, width, record)
+        return
     quantize_activation(row, width, record)
     if projection["group_size"] != 0:
         write_group_sums(record, width, projection["group_size"])

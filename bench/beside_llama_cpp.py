@@ -1,0 +1,239 @@
+"""The same students in llama.cpp and in our runtime: size, speed of decoding and of reading a prompt, distance from the student.
+
+    python bench/beside_llama_cpp.py --llama_cpp PYTHON [--student FOLDER ...] [--shapes 0.6B] [--rounds 3] [--json FILE]
+
+PYTHON is the interpreter of an environment with llama-cpp-python (bench/foreign_tools.py says how to make one). FOLDER is a
+student as a stage leaves it, or a base model's, which is made ternary without training; --shapes are Qwen3 students of real
+size with random weights. A student that is made here has activations in blocks of 32 and scales of groups of 64 columns
+("group 64"), or one of the tensor for the types with blocks of 256 ("tensor"). One thread; every kind takes its turn in each
+round; printed is the median. Decoding: one token after another behind 64; prompt: 256 tokens at once.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CONTEXT, DECODED, PROMPT = 64, 32, 256
+KINDS = (
+    ("packed", "base3"),
+    ("packed", "2bit"),
+    ("gguf", "q4_0"),
+    ("gguf", "tq2_0"),
+    ("gguf", "q2_k"),
+    ("gguf", "tq1_0"),
+)
+
+
+def serve(kind: str, path: str) -> None:
+    """A worker: says that it is ready, then answers each line with the seconds of decoding and of a prompt."""
+    run = (_ours if kind == "packed" else _llama_cpp)(path)
+    prompt = [(7 * i + 11) % 500 for i in range(PROMPT)]
+    run(prompt[:CONTEXT], DECODED // 4)  # compiles, warms the caches
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        _, decode = run(prompt[:CONTEXT], DECODED)
+        read, _ = run(prompt, 0)
+        print(json.dumps({"decode": decode / DECODED, "prompt": read / PROMPT}), flush=True)
+
+
+def _ours(path: str):
+    from bitdistill.runtime.cpu import Runtime
+
+    runtime = Runtime(path, threads=1)
+
+    def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        cache, started = runtime.new_cache(PROMPT + DECODED), time.perf_counter()
+        token = int(runtime.logits(prompt, last_only=True, cache=cache)[-1].argmax())
+        read, started = time.perf_counter() - started, time.perf_counter()
+        for _ in range(new_tokens):
+            token = int(runtime.logits([token], cache=cache)[-1].argmax())
+        return read, time.perf_counter() - started
+
+    return run
+
+
+def _llama_cpp(path: str):
+    from llama_cpp import Llama
+
+    model = Llama(path, n_ctx=PROMPT + DECODED + 8, n_threads=1, n_threads_batch=1, verbose=False)
+
+    def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        model.reset()
+        started = time.perf_counter()
+        model.eval(prompt)
+        read, started = time.perf_counter() - started, time.perf_counter()
+        for _ in range(new_tokens):
+            model.eval([11])
+        return read, time.perf_counter() - started
+
+    return run
+
+
+class Worker:
+    """A runtime with a file, in a process of its own."""
+
+    def __init__(self, python: str, kind: str, path: Path):
+        command = [python, "-P", __file__, "--serve", kind, str(path)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._line()
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("the worker ended: see its error above")
+        return line
+
+    def ask(self) -> dict[str, float]:
+        """Seconds a token of decoding and of a prompt."""
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return json.loads(self._line())
+
+    def close(self) -> None:
+        """Ends it."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def make_students(arguments):
+    """(name, scales, model, tokenizer) of every student, one after the other."""
+    import torch
+    import transformers
+    from foreign_tools import TEXTS
+
+    from bitdistill.data import demo
+    from bitdistill.student.loading import load_language_model, load_tokenizer
+    from bitdistill.student.refine import load_student, refine
+    from random_models import SHAPES
+
+    scales = {"group 64": {"weight_scale": "group", "group_size": 64}, "tensor": {}}
+    for folder in arguments.student:
+        if "bitdistill" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+            yield folder.name, "as trained", load_student(folder).eval(), load_tokenizer(folder)
+            continue
+        for name, settings in scales.items():
+            model = load_language_model(folder)
+            refine(model, norms="none", act_scale="block", **settings)
+            yield folder.name, name, model.eval(), load_tokenizer(folder)
+    for wanted in arguments.shapes:
+        shape, tokenizer = SHAPES[wanted], demo.train_tokenizer(TEXTS * 20)
+        config = transformers.Qwen3Config(
+            vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim, tie_word_embeddings=True, max_position_embeddings=512,
+        )  # fmt: skip
+        for name, settings in scales.items():
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            refine(model, norms="none", act_scale="block", **settings)
+            yield f"Qwen3 {wanted}, random", name, model.eval(), tokenizer
+
+
+def write_files(folder: Path, name: str, scales: str, model, tokenizer, python: str) -> list[dict]:
+    """Every kind of file of a student that fits it, with its size and its distance from the student."""
+    from foreign_tools import TEXTS
+
+    from bitdistill.errors import UserError
+    from bitdistill.export.agreement import compare_answers, tool_elsewhere
+    from bitdistill.export.gguf_file import write_gguf
+    from bitdistill.export.tools import torch_answers
+    from bitdistill.export.write import write_packed
+    from bitdistill.runtime.cpu import Runtime
+
+    prompts = [tokenizer(text)["input_ids"][:24] for text in TEXTS]
+    ours, found = torch_answers(model, prompts), []
+    for format, kind in KINDS:
+        path = folder / f"{len(list(folder.iterdir()))}-{kind}.{'safetensors' if format == 'packed' else 'gguf'}"
+        try:
+            if format == "packed":
+                sizes = write_packed(path, model, packing=kind, embedding="int8")
+                runtime = Runtime(path, threads=1)
+                theirs = [runtime.logits(prompt) for prompt in prompts], [[]] * len(prompts)
+            else:
+                sizes = write_gguf(path, model, tokenizer, linear_type=kind)
+                theirs, _ = tool_elsewhere(python, "gguf", path, prompts, 0, 1)
+        except UserError as error:
+            print(f"{name}, {scales}, {kind}: {error}"[:150], file=sys.stderr)
+            continue
+        kl = compare_answers(ours, theirs, prompts)["mean_kl"]
+        row = {
+            "student": name,
+            "scales": scales,
+            "runtime": "ours" if format == "packed" else "llama.cpp",
+            "type": kind,
+        }
+        found.append(
+            row | {"path": str(path), "bytes": sizes["file_bytes"], "bits": sizes["bits_per_weight"], "kl": kl}
+        )
+    return found
+
+
+def main() -> None:
+    """Writes the files, measures in rounds, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--llama_cpp", metavar="PYTHON", default=sys.executable)
+    parser.add_argument("--student", type=Path, nargs="*", default=[], metavar="FOLDER")
+    parser.add_argument("--shapes", nargs="*", default=["0.6B"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--folder", type=Path, help="where the files are written and kept; a temporary folder by default"
+    )
+    parser.add_argument("--only_write", action="store_true", help="write and compare, measure no speed")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures there, too; read there what is written"
+    )
+    parser.add_argument("--serve", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(*arguments.serve)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        if arguments.json and arguments.json.is_file():
+            rows = json.loads(arguments.json.read_text(encoding="utf-8"))
+        else:
+            rows = []
+            for name, scales, model, tokenizer in make_students(arguments):
+                rows += write_files(folder, name, scales, model, tokenizer, arguments.llama_cpp)
+                del model
+        if not arguments.only_write:
+            measure(rows, arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    print(
+        "| student, scales | runtime, type | bits/weight | file, MB | decode, tokens/s | prompt, tokens/s | mean KL |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        speeds = " | ".join(f"{1 / row[part]:.0f}" if part in row else "" for part in ("decode", "prompt"))
+        label = f"| {row['student']}, {row['scales']} | {row['runtime']}, {row['type']}"
+        print(f"{label} | {row['bits']:.2f} | {row['bytes'] / 1e6:.0f} | {speeds} | {row['kl']:.1e} |")
+
+
+def measure(rows: list[dict], arguments) -> None:
+    """Adds the median seconds a token of decoding and of a prompt to every row: one round after the other."""
+    workers = []
+    for row in rows:
+        python = sys.executable if row["runtime"] == "ours" else arguments.llama_cpp
+        workers.append(Worker(python, "packed" if row["runtime"] == "ours" else "gguf", Path(row["path"])))
+    rounds: list[list[dict[str, float]]] = [[] for _ in rows]
+    for _ in range(arguments.rounds):
+        for found, worker in zip(rounds, workers, strict=True):
+            found.append(worker.ask())
+    for row, found, worker in zip(rows, rounds, workers, strict=True):
+        worker.close()
+        row |= {part: statistics.median(one[part] for one in found) for part in ("decode", "prompt")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""`bitdistill check`: where a student of a base model can run, before anything is trained."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal
+
+from bitdistill.errors import UserError
+from bitdistill.names import DEPLOY_TARGETS
+
+
+def check(
+    model: str,
+    deploy_target: Literal[*DEPLOY_TARGETS] | None = None,
+    norms: Literal["none", "two", "all"] | None = None,
+    weight_scale: Literal["tensor", "row", "group"] | None = None,
+    group_size: Literal[64, 128, 256] | None = None,
+    act_scale: Literal["token", "block"] | None = None,
+) -> None:
+    """Prints in which tools a student of a base model opens, as what, and why not in the others.
+
+    Args:
+        model: a base model, a local folder or a hub id; only its config.json is read.
+        deploy_target: a tool: the student has the settings that --deploy_target would give it.
+        norms: refine.norms of the student; as the target wants it, else two.
+        weight_scale: refine.weight_scale; as the target wants it, else tensor.
+        group_size: refine.group_size; as the target wants it, else 128.
+        act_scale: refine.act_scale; as the target wants it, else token.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from bitdistill.export.targets import TARGETS, Choice, settings_for, verdicts
+
+    config = _read_config(model)
+    given = {"norms": norms, "weight_scale": weight_scale, "group_size": group_size, "act_scale": act_scale}
+    settings = settings_for(deploy_target, config) if deploy_target else {}
+    choice = Choice(**settings | {name: value for name, value in given.items() if value is not None})
+    shown = [field.name for field in fields(choice) if field.name != "subln_eps"]
+    if choice.weight_scale != "group":
+        shown.remove("group_size")
+    table = Table(title=f"{model}, " + ", ".join(f"refine.{name} {getattr(choice, name)}" for name in shown))
+    for column in ("tool", "opens", "export --format", "type", "bits/weight", "size", "tokens/s", "why not"):
+        table.add_column(column, overflow="fold")
+    for row in verdicts(config, choice):
+        if row["possible"]:
+            speed = "not measured" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}"
+            bits, size = f"{row['bits_per_weight']:.2f}", f"{row['file_bytes'] / 1e6:,.0f} MB"
+            table.add_row(row["title"], "yes", row["format"], row["file_type"], bits, size, speed, "")
+        else:
+            table.add_row(row["title"], "no", row["format"] or "", "", "", "", "", row["why"])
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    console.print("tokens/s: expected of one core of a server with AVX-512, from docs/performance.md.", highlight=False)
+    for what in TARGETS[deploy_target].gives_up if deploy_target else ():
+        console.print(f"given up for {TARGETS[deploy_target].title}: {what}", highlight=False)
+
+
+def _read_config(model: str):
+    """The configuration of a base model of a family that this project knows.
+
+    Raises:
+        UserError: there is none, or it is of another family.
+    """
+    from transformers import AutoConfig
+
+    from bitdistill.student.model_folder import check_family
+
+    try:
+        config = AutoConfig.from_pretrained(str(Path(model).expanduser()))
+    except (OSError, ValueError) as error:
+        got = f"{model} ({str(error).strip().splitlines()[0]})"
+        do = "Give a local Hugging Face folder, or a hub id when the hub can be reached."
+        raise UserError("model", expected="a folder or hub id with a config.json", got=got, do=do) from error
+    check_family(config)
+    return config
