@@ -118,7 +118,7 @@ def test_subln_is_refused(format, tmp_path):
         ("qwen2", {"head_dim": 32}, "heads of hidden_size / num_attention_heads, not of 32"),
         ("qwen2", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 6}, "ignores the sliding window"),
         ("qwen3", {"hidden_act": "gelu_pytorch_tanh"}, "computes SiLU"),
-        ("gemma3", {}, "no regular pattern"),
+        ("gemma3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "no regular pattern"),
     ],
 )
 def test_what_mlx_computes_otherwise_is_refused(name, changes, match, tmp_path):
