@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import tiny_students
-from bitdistill.config import RefineConfig, parse_config
+from bitdistill.command_line import parse_config
+from bitdistill.config import RefineConfig
 from bitdistill.errors import UserError
 from bitdistill.export.parity import prove_parity
 from bitdistill.export.write import write_packed

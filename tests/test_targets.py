@@ -8,8 +8,8 @@ from test_gguf_file import byte_level
 
 import tiny_students
 from bitdistill import preflight
+from bitdistill.command_line import parse_config
 from bitdistill.commands.check import check
-from bitdistill.config import parse_config
 from bitdistill.errors import UserError
 from bitdistill.export.gguf_file import write_gguf
 from bitdistill.export.hugging_face import FORMATS, write_hugging_face
