@@ -95,7 +95,7 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path):
     assert '"verdict"' in outputs[1]
     assert "BitDistill" in outputs[3]
     assert (tmp_path / "runs/verdicts/report.html").is_file()
-    assert outputs[4].startswith("Review: The music was lovely.\nVerdict:")
+    assert re.fullmatch(r"(good|bad)  [\d.]+%   \((good|bad) [\d.]+%\)\n", outputs[4])
     assert [json.loads(line)["prompt"] for line in outputs[5].splitlines()] == ["The music was", "The dinner was so"]
     assert "accuracy" in outputs[6]
     assert "'linears': 56" in outputs[8]
