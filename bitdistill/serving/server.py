@@ -32,7 +32,8 @@ def run_server(
     Raises:
         UserError: the file has no tokenizer, or the port is taken.
     """
-    runtime.encode("a")  # refuses a file without a tokenizer
+    # Refuses a file without a tokenizer; and what is compiled once on a machine is compiled before the first client waits.
+    runtime.logits(runtime.encode("a"), last_only=True)
     service = Service(runtime, model_name or default_name(runtime), limits)
     app = create_app(service, api_key, host in LOOPBACK)
     listening = _listen(host, port)
