@@ -84,6 +84,9 @@ def test_file_types_and_sizes_by_hand():
     weights = sum(matrix_sizes(base).values())
     assert rows["llama.cpp"]["file_bytes"] == int((weights * 2.0625 + 320 * 256 * 8.5) / 8)
     assert rows["llama.cpp"]["bits_per_weight"] == pytest.approx(2.0625)
+    read = rows["llama.cpp"]["file_bytes"]  # tied: all of it, at 19.6 GB/s
+    assert rows["llama.cpp"]["tokens_per_second"] == pytest.approx(19.6e9 / read, rel=1e-3)
+    assert rows["mlx"]["tokens_per_second"] is None
 
 
 @pytest.mark.parametrize("weight_scale", ["tensor", "row", "group"])

@@ -12,11 +12,10 @@ from bitdistill.export.gguf_file import gguf_obstacles
 from bitdistill.export.hugging_face import MLX_GROUPS, hugging_face_obstacles
 from bitdistill.names import PROJECTIONS
 
-# Format -> how embedding and LM head are stored by default, with bits per weight; everything else keeps 16 bits.
-TABLES = {"packed": ("int8", 8.0), "gguf": ("q8_0", 8.5)}
-# Decoding on one core of a server with AVX-512 (docs/performance.md, "Beside llama.cpp"): billions of weights a second.
-# The rate of a file type hardly depends on the model; a GPU, an Apple or an ARM processor has others.
-RATES: dict[str, float] = {}
+TABLE_BITS = {"packed": 8.0, "gguf": 8.5}  # of embedding and LM head by default: int8, Q8_0; everything else keeps 16
+# Gigabytes of weights that decoding reads per second, by file type: Qwen3-0.6B on two cores of an AMD EPYC with AVX2 and
+# 29.6 GB/s of memory bandwidth (docs/performance.md, bench/peers.py). Types that are not here were not measured.
+DECODE_GIGABYTES = {"base3": 25.5, "f16": 30.5, "q4_0": 23.2, "tq2_0": 19.6, "tq1_0": 12.3}
 
 
 @dataclass(frozen=True)
@@ -182,8 +181,8 @@ def verdicts(config, choice: Choice) -> list[dict[str, Any]]:
         config: the Hugging Face config of the base model. choice: the settings of stage 1.
 
     Returns: one row for each of TARGETS: target, title, format, possible, why (reasons against, or ""), and where it is
-        possible file_type, bits_per_weight of the ternary matrices, file_bytes (about), tokens_per_second (expected of one
-        core, or None where it was never measured).
+        possible file_type, bits_per_weight of the ternary matrices, file_bytes (about), tokens_per_second (of decoding, on
+        the machine of DECODE_GIGABYTES; None where the type was not measured).
     """
     sizes = matrix_sizes(config)
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
@@ -197,16 +196,19 @@ def verdicts(config, choice: Choice) -> list[dict[str, Any]]:
             bits = {width: types[width][1] * weights for width, weights in sizes.items()}
             row["file_type"] = "/".join(dict.fromkeys(kind for kind, _ in types.values()))
             row["bits_per_weight"] = sum(bits.values()) / sum(sizes.values())
-            table, table_bits = TABLES.get(target.format, ("f16", 16.0))
+            table_bits = TABLE_BITS.get(target.format, 16.0)
             row["file_bytes"] = int((sum(bits.values()) + tables * table_bits) / 8)
-            read = [(types[width][0], weights) for width, weights in sizes.items()]
-            row["tokens_per_second"] = _speed([*read, (table, config.vocab_size * config.hidden_size)])
+            head = config.vocab_size * config.hidden_size * table_bits
+            row["tokens_per_second"] = _speed(types, bits, head)
         rows.append(row)
     return rows
 
 
-def _speed(read: list[tuple[str, int]]) -> float | None:
-    """Tokens a second of one core that reads so many weights of each type; None where one of them was not measured."""
-    if any(kind not in RATES for kind, _ in read):
+def _speed(types: dict[int, tuple[str, float]], bits: dict[int, float], head_bits: float) -> float | None:
+    """Tokens a second on the machine of DECODE_GIGABYTES; None where a type was not measured. The head is read as fast as the
+    matrices of the commonest type."""
+    kinds = {width: kind for width, (kind, _) in types.items()}
+    if any(kind not in DECODE_GIGABYTES for kind in kinds.values()):
         return None
-    return 1 / sum(weights / (1e9 * RATES[kind]) for kind, weights in read)
+    seconds = sum(bits[width] / 8e9 / DECODE_GIGABYTES[kinds[width]] for width in bits)
+    return 1 / (seconds + head_bits / 8e9 / DECODE_GIGABYTES[kinds[max(bits, key=lambda width: bits[width])]])
