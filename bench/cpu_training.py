@@ -50,15 +50,15 @@ MASKS = {
 CLOCKS = {"wall": "perf_counter", "cpu": "process_time"}
 STEPS: dict[str, dict[str, Any]] = {
     "before": {"engine": "deepspeed", "kernels": "reference"},
-    "exact": {"backward": "exact", "head": "bf16"},
-    "fast": {"backward": "fast", "head": "bf16"},
+    "exact": {"backward": "exact", "head": "auto"},
+    "fast": {"backward": "fast", "head": "auto"},
     "full fp32": {
         "ternary": False,
-        "head": "bf16",
+        "head": "auto",
     },  # the better head is a part of the best full-precision training, too
     "full bf16": {"ternary": False, "precision": "bf16"},
     "task before": {"stage": "distill", "engine": "deepspeed", "kernels": "reference"},
-    "task": {"stage": "distill", "backward": "fast", "head": "bf16"},
+    "task": {"stage": "distill", "backward": "fast", "head": "auto"},
 }
 # (instruction set, what, figure of which variant over which, at least)
 TARGETS = [
@@ -131,8 +131,6 @@ class Measured:
         environment = dict(MASKS[isa])
         if spec.get("engine") == "deepspeed" and self.before:
             environment |= self.before
-        if isa in (AVX2, "AVX512_CORE_VNNI"):
-            spec["head"] = None  # no bf16 products
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             return child("training_step.py", spec | {"folder": folder}, environment, self.arguments.threads)
 
@@ -163,7 +161,7 @@ class Measured:
         """Median of a variant's seconds or bytes, or of the layers' seconds."""
         of = self.found.get(isa, {})
         if kind == "layer":
-            values = [value for one in of.get("layer", []) for value in one[variant]]
+            values = [value for one in of.get("layer", []) for value in one.get(variant, [])]
         elif kind == "seconds":
             seconds = "cpu_seconds" if self.arguments.clock == "cpu" else "seconds"
             values = [value for one in of.get(variant, []) for value in one[seconds]]
@@ -212,7 +210,8 @@ def show_medians(measured: Measured) -> str:
                 tokens = "" if name.startswith("task") else f"{1024 / seconds:.0f}"
                 lines.append([name, isa, f"{seconds:.2f}", tokens, f"{peak / 1e6:,.0f}"])
         for name in ("linear fp32", "linear bf16", "exact", "fast"):
-            lines.append([f"layer, {name}", isa, f"{measured.figure(isa, 'layer', name):.4f}", "", ""])
+            seconds = measured.figure(isa, "layer", name)
+            lines.append([f"layer, {name}", isa, "-" if seconds is None else f"{seconds:.4f}", "", ""])
     return table(lines, "<<>>>")
 
 

@@ -3,15 +3,19 @@
     python bench/layer_step.py '{"rounds": 7, "tokens": 1024}'
 
 It runs the seven projections of a layer of SmolLM2-135M's shape in turn, with every gradient, on 1,024 tokens. It prints
-JSON: the seconds of each round for nn.Linear in fp32 and bf16, and for BitLinear "exact" and "fast", timed alternately.
+JSON: the seconds of each round for nn.Linear in fp32 and, where there are instructions for it, in bf16, and for BitLinear
+"exact" and "fast", timed alternately.
 """
 
 import json
+import os
 import sys
 import time
 
 import torch
 
+from bitdistill.kernels.cpu.bf16 import WITHOUT_BF16
+from bitdistill.kernels.cpu.choices import ISA
 from bitdistill.student.layers import BitLinear, use_backward
 from bitdistill.student.sharing import WeightCodes
 
@@ -56,7 +60,10 @@ def work(kind: str, tokens: int):
 
 def measure(rounds: int, tokens: int, clock) -> dict[str, list[float]]:
     """Seconds of each round, by `clock`."""
-    works = {kind: work(kind, tokens) for kind in ("linear fp32", "linear bf16", "exact", "fast")}
+    kinds = ["linear fp32", "linear bf16", "exact", "fast"]
+    if os.environ.get(ISA, "").upper() in WITHOUT_BF16:
+        kinds.remove("linear bf16")  # without instructions for it: seconds
+    works = {kind: work(kind, tokens) for kind in kinds}
     found: dict[str, list[float]] = {kind: [] for kind in works}
     for run in works.values():
         run()

@@ -43,7 +43,8 @@ class Spec:
         ternary: the refined model, or the full-precision one as it is.
         backward: of the ternary layers, "exact" or "fast". kernels: "auto" or "reference".
         engine: "torch", or "deepspeed" at a ZeRO stage, on the ranks that this is started on.
-        zero: the ZeRO stage. precision: "fp32" or "bf16" of all products. head: of the LM head's.
+        zero: the ZeRO stage. precision: "fp32" or "bf16" of all products.
+        head: of the LM head's, or "auto", the faster one; a teacher's products are as the head's.
         steps: timed ones, after one that is not. blocks: of a step of stage 2. corpus: text for stage 2.
         profile: seconds of each part as well, by the clock "perf_counter" or "process_time".
     """
@@ -126,6 +127,15 @@ def watched_parts(clock: Callable[[], float]) -> Parts:
     return parts
 
 
+def head_of(spec: Spec) -> str | None:
+    """The precision of the LM head's products; older commits leave it to `precision`."""
+    if spec.head != "auto":
+        return spec.head
+    from bitdistill.kernels.cpu.bf16 import has_bf16_products
+
+    return "bf16" if has_bf16_products() else None
+
+
 def arguments_of(spec: Spec):
     """The stage's arguments as train.py makes them; an older commit knows neither autocast_dtype nor head_dtype."""
     from bitdistill.distributed import presets
@@ -137,8 +147,8 @@ def arguments_of(spec: Spec):
         numerics["deepspeed"] = presets.deepspeed_config(spec.zero, precision=spec.precision, device="cpu")
     elif names[spec.precision] is not None:
         numerics["autocast_dtype"] = names[spec.precision]
-    if names[spec.head] is not None:
-        numerics["head_dtype"] = names[spec.head]
+    if names[head_of(spec)] is not None:
+        numerics["head_dtype"] = names[head_of(spec)]
     return training_arguments(
         Path(spec.folder) / "checkpoints",
         seed=0,
@@ -190,7 +200,9 @@ def prepared(spec: Spec) -> Callable[[], object]:
     if spec.stage == "pretrain":
         stream = TokenStream(spec.corpus, tokenizer, BLOCK_SIZE)
         return functools.partial(pretrain, model, stream, **shared)
-    dtype = torch.bfloat16 if spec.head == "bf16" and "products" in inspect.signature(load_teacher).parameters else None
+    dtype = (
+        torch.bfloat16 if head_of(spec) == "bf16" and "products" in inspect.signature(load_teacher).parameters else None
+    )
     teacher = load_teacher(spec.model, dtype=torch.float32, device="cpu", **({"products": dtype} if dtype else {}))
     objective = Distillation(
         model, teacher, lambda_logits=10.0, kd_temperature=5.0, kd_tau_squared=False, kd_tokens="response",

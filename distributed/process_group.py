@@ -32,6 +32,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from bitdistill.cpus import available_cpus
+from bitdistill.distributed import allocator
 from bitdistill.errors import UserError
 
 # How long a rank waits for the others: rank 0 may tokenize a corpus in that time. A *failed* rank is noticed by the
@@ -65,6 +66,8 @@ def initialize(device: str, alone: bool = False) -> None:
     assert device in ("cpu", "cuda"), device
     assert not dist.is_initialized(), "initialize() is called once, before everything else"
     local_rank, local_ranks = _find_place()
+    if device == "cpu":
+        allocator.keep_freed_memory()
     if alone:
         assert (device, ranks_started()) == ("cpu", 1), "only one rank on a CPU can be alone"
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # accelerate would make a process group of them

@@ -370,7 +370,10 @@ def chunked_losses(
                 ce_N, kl_N = dense_rows(z, t, targets[of], *weights)
             total += torch.stack([ce_N.sum(dtype=torch.float64), kl_N.sum(dtype=torch.float64)])
             if grad_x:
-                dx[of] = _product_fp32(z, w)
+                if dx.dtype == dtype == torch.float32:
+                    torch.mm(z, w, out=dx[of])
+                else:
+                    dx[of] = _product_fp32(z, w)
             if grad_weight:
                 _add_product_(dw, z, x_of[of], first=begin == 0)
     return total.float(), dx, dw.to(weight.dtype)

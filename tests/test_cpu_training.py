@@ -1,12 +1,14 @@
 """The CPU's training kernels against the reference: codes, scales and integers bit for bit, gradients as good as PyTorch's."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from bitdistill.kernels import reference
-from bitdistill.kernels.cpu import bit_linear, rows, training_products
+from bitdistill.kernels.cpu import bf16, bit_linear, choices, rows, training_products
 
 SHAPES = [(6, 48), (2, 3, 48), (1, 16), (0, 48), (7, 575), (3, 1), (130, 80), (5, 17)]
 
@@ -139,8 +141,8 @@ def test_products_bit_for_bit(method, kind, threads):
 
 
 def test_the_choice_is_kept_for_this_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(training_products, "cache_folder", lambda: tmp_path)
-    training_products._known.cache_clear()
+    monkeypatch.setattr(choices, "cache_folder", lambda: tmp_path)
+    choices._known.cache_clear()
     timed = []
     for name, method in training_products.METHODS.items():
         monkeypatch.setitem(
@@ -150,18 +152,44 @@ def test_the_choice_is_kept_for_this_machine(monkeypatch, tmp_path):
     codes = torch.randint(-127, 128, (9, 64), dtype=torch.int8)
     try:
         first = training_products.ternary_product("forward", codes, ternary)
-        assert all(timed.count(name) > training_products.TRIALS for name in training_products.METHODS)
+        assert all(timed.count(name) > choices.TRIALS for name in training_products.METHODS)
         for again in range(2):  # known to the process, then read from the file
             timed.clear()
             assert torch.equal(training_products.ternary_product("forward", codes, ternary), first)
             assert len(timed) == 1
             if again == 0:
-                training_products._known.cache_clear()
-        (tmp_path / "products.json").write_text("broken")
-        training_products._known.cache_clear()
+                choices._known.cache_clear()
+        (tmp_path / "choices.json").write_text("broken")
+        choices._known.cache_clear()
         assert torch.equal(training_products.ternary_product("forward", codes, ternary), first)
     finally:
-        training_products._known.cache_clear()
+        choices._known.cache_clear()
+
+
+def test_bf16_products_only_where_they_are_faster(monkeypatch, tmp_path):
+    monkeypatch.setattr(choices, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    products = torch.mm
+
+    def slow(dtype):
+        def mm(a, b):
+            if a.dtype == dtype:
+                time.sleep(0.02)
+            return products(a, b)
+
+        return mm
+
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(torch, "mm", slow(dtype))
+        choices._known.cache_clear()
+        bf16.has_bf16_products.cache_clear()
+        (tmp_path / "choices.json").unlink(missing_ok=True)
+        assert bf16.has_bf16_products() == (dtype == torch.float32)
+    bf16.has_bf16_products.cache_clear()
+    monkeypatch.setenv(choices.ISA, "avx2")
+    assert not bf16.has_bf16_products()
+    bf16.has_bf16_products.cache_clear()
+    choices._known.cache_clear()
 
 
 # --- the linear ----------------------------------------------------------------------------------------------------------
@@ -183,10 +211,17 @@ def test_forward_bit_for_bit(shape, bias, threads):
     assert torch.equal(linear(x, weights, biases, "exact"), torch.cat(expected, -1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "way"), [(torch.float32, "floats"), (torch.float32, "digits"), (torch.bfloat16, "floats")]
+)
 @pytest.mark.parametrize("shape", [(6, 48), (2, 65, 575), (0, 48), (1, 16)])
-def test_exact_gradients_are_as_good_as_pytorchs(shape, dtype, threads):
-    """Of input, weights and biases, against float64: at most twice the reference's error."""
+@pytest.mark.parametrize("uneven", [False, True])
+def test_exact_gradients_are_as_good_as_pytorchs(shape, dtype, way, uneven, threads, monkeypatch):
+    """Of input, weights and biases, against float64: at most twice the reference's error, also where some gradients are far
+    larger than others."""
+    if way == "digits" and not training_products.dense_products_are_exact():
+        pytest.skip("int8 times int8 is not exact on this machine")
+    monkeypatch.setattr(bit_linear, "fastest", lambda what, ways: way)
     torch.manual_seed(0)
     x = torch.randn(shape).to(dtype).requires_grad_()
     weights, biases = (
@@ -196,7 +231,10 @@ def test_exact_gradients_are_as_good_as_pytorchs(shape, dtype, threads):
     biases = [bias.requires_grad_() for bias in biases]
     inputs = [x, *weights, *biases]
     y = linear(x, weights, biases, "exact", dtype)
-    dy = torch.randn(y.shape).to(dtype)
+    dy = torch.randn(y.shape)
+    if uneven:
+        dy *= torch.rand(y.shape[:-1])[..., None] ** 6 * torch.rand(y.shape[-1]) ** 6
+    dy = dy.to(dtype)
     ours = torch.autograd.grad(y, inputs, dy)
     plain = torch.cat([reference.bit_linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
     theirs = torch.autograd.grad(plain, inputs, dy)
@@ -235,6 +273,22 @@ def test_fast_gradients_are_close(dense, threads, monkeypatch):
     (only_weight,) = torch.autograd.grad(linear(x.detach(), [weight], [], "fast"), [weight], torch.ones(150, 40))
     assert only_x.shape == x.shape
     assert only_weight.shape == weight.shape
+
+
+@pytest.mark.parametrize("way", ["floats", "digits"])
+def test_exact_gradients_show_what_is_not_finite(way, monkeypatch):
+    if way == "digits" and not training_products.dense_products_are_exact():
+        pytest.skip("int8 times int8 is not exact on this machine")
+    monkeypatch.setattr(bit_linear, "fastest", lambda what, ways: way)
+    x, weight = torch.randn(70, 33, requires_grad=True), torch.randn(40, 33, requires_grad=True)
+    for bad in (float("nan"), float("inf")):
+        dy = torch.randn(70, 40)
+        dy[4, 6] = bad
+        dx, dw = torch.autograd.grad(linear(x, [weight], [], "exact"), [x, weight], dy)
+        assert not dx[4].isfinite().any()
+        assert not dw[6].isfinite().any()
+        assert dx[:4].isfinite().all()
+        assert dw[:6].isfinite().all()
 
 
 def test_more_tokens_than_an_int32_sum_holds(monkeypatch):

@@ -156,8 +156,9 @@ def test_a_gated_mlp_is_one_operation_before_its_down_projection(activation, cou
 
 
 @pytest.mark.parametrize("name", tiny_students.CONFIGS)
-def test_a_student_against_the_reference(name, counted, in_pytorch):
+def test_a_student_against_the_reference(name, counted, in_pytorch, monkeypatch):
     """Loss and every gradient, with gradient checkpointing."""
+    monkeypatch.setattr(bit_linear, "fastest", lambda what, ways: "floats")  # so that only forward passes are counted
     student = tiny_students.student(name).train()
     tokens = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
     with in_pytorch():

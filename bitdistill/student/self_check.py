@@ -135,6 +135,18 @@ def _gradients(backward: str, bound: float) -> Callable:
     return check
 
 
+def _gradients_by_digits(kernels, device):
+    from bitdistill.kernels.cpu.training_products import dense_products_are_exact
+
+    for x, weight, _, _, dy in _tensors(device):
+        if dense_products_are_exact():
+            activation = kernels.quantize_input(x)
+            ours = kernels.digit_gradients(dy, *activation, kernels.ternarize([weight]))
+            theirs = torch.autograd.grad(reference.bit_linear(x, weight), [x, weight], dy)
+            for name, a, b in zip(("dX", "dW"), ours, theirs, strict=True):
+                _near(name, a, b, 1e-5)
+
+
 def _product(method: str) -> Callable:
     def check(kernels, device):
         from bitdistill.kernels.cpu import training_products as products
@@ -157,6 +169,7 @@ def checks_of(device: torch.device) -> dict[str, Callable]:
         from bitdistill.kernels.cpu.training_products import METHODS
 
         checks = {f"product {method}": _product(method) for method in METHODS}
+        checks["gradients by digits"] = _gradients_by_digits
     return checks | {
         "quantize_input": _quantize_input,
         "ternarize": _ternarize,

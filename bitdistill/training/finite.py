@@ -4,6 +4,7 @@ A loss is checked before its backward pass (trainer.py), gradients before the st
 as complete. So the last complete checkpoint is always a good one.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -68,13 +69,15 @@ class FiniteSteps(TrainerCallback):
 
     Args:
         stage: for messages. rows: gives the numbers of the rows, or blocks of the corpus, of the current step, in words.
+        norm: gives the norm of all gradients of the step, or None where it is not known: a finite one says all.
     """
 
-    def __init__(self, stage: str, rows: Callable[[], str]):
-        self.stage, self.rows = stage, rows
+    def __init__(self, stage: str, rows: Callable[[], str], norm: Callable[[], float | None] = lambda: None):
+        self.stage, self.rows, self.norm = stage, rows, norm
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        wrong = gradients_not_finite(model)
+        norm = self.norm()
+        wrong = [] if norm is not None and math.isfinite(norm) else gradients_not_finite(model)
         if wrong:
             got = f"NaN or infinity in {len(wrong)} of its parameters, nearest to the loss {wrong[0]}"
             got += f", in stage {self.stage} at step {state.global_step + 1} ({self.rows()})"

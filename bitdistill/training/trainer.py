@@ -30,6 +30,7 @@ from bitdistill.files import append_line, write_whole
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.layers import assert_fp32_masters
 from bitdistill.student.norms import fuse_norms, unfuse_norms
+from bitdistill.student.rotary import fuse_rotary, unfuse_rotary
 from bitdistill.student.sharing import WeightCodes
 from bitdistill.training.annealing import Annealing
 from bitdistill.training.finite import DO, FiniteSteps, where_not_finite
@@ -172,8 +173,10 @@ class StageTrainer(Trainer):
         assert_fp32_masters(self.model)
         self.objective, self.stage, self.stream, self.annealing = objective, stage, stream, annealing
         self.weight_codes = WeightCodes(self.model)
+        self._gradient_norm: float | None = None
         if self.args.device.type == "cpu":
             fuse_norms(self.model)
+            fuse_rotary(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is normalized over the whole step: no division by micro-steps
         if hasattr(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = True
@@ -187,7 +190,8 @@ class StageTrainer(Trainer):
             self.remove_callback(callback)
         if annealing is not None:
             self.add_callback(annealing)
-        self.add_callback(FiniteSteps(stage, self._rows_in_words))  # before _Files, which completes a checkpoint
+        # Before _Files, which completes a checkpoint.
+        self.add_callback(FiniteSteps(stage, self._rows_in_words, lambda: self._gradient_norm))
         self.add_callback(_Files(self, run_dir / "metrics.jsonl"))
         if process_group.is_main():
             self.add_callback(_ProgressBar(stage))
@@ -218,6 +222,11 @@ class StageTrainer(Trainer):
     def training_step(self, *args, **kwargs):
         with self.weight_codes.hold(step=self.state.global_step):
             return super().training_step(*args, **kwargs)
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        self._gradient_norm = None if norm is None else float(norm)
+        return norm
 
     def compute_loss_context_manager(self):
         dtype, head_dtype = self.args.autocast_dtype, self.args.head_dtype
@@ -451,6 +460,7 @@ def release(trainer: StageTrainer) -> None:
         engine.destroy()
     trainer.weight_codes = None
     unfuse_norms(trainer.model)
+    unfuse_rotary(trainer.model)
     trainer.model = trainer.model_wrapped = trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state()

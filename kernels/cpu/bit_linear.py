@@ -12,7 +12,8 @@ which it reads only the shape. After a fused norm x does not exist; an *anchor* 
 
 Saved for backward: act_codes, act_scale, weight_codes, weight_scale; for a norm x, or gate and up, and one number per row.
  backward="exact":  float products of dY with int8 operands turned into floats: dX = dY W~, dW = dY^T x~, in fp32; in bf16
-                    where dY is bf16 and the processor multiplies bf16.
+                    where dY is bf16 and such products are fast here (bf16.py). A float32 dY is taken apart into three int8
+                    digits where their three int8 products, as accurate, are faster (choices.py).
  backward="fast":   int8 products of dY rounded to the nearest code (training_quantize.py). Where int8 times int8 is not exact
                     (training_products.py) dW stays a float product.
 
@@ -20,7 +21,7 @@ torch.compile leaves these functions alone: its graph is broken around them.
 Suffixes: N tokens, I in_features, O out_features, S linears that share an input.
 """
 
-import os
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,8 @@ from torch.nn import functional as F
 
 from bitdistill.kernels import reference
 from bitdistill.kernels.cpu import training_norms, training_quantize
-from bitdistill.kernels.cpu.compilation import CPU_FEATURES
+from bitdistill.kernels.cpu.bf16 import has_bf16_products
+from bitdistill.kernels.cpu.choices import fastest
 from bitdistill.kernels.cpu.rows import BLOCK, share_rows
 from bitdistill.kernels.cpu.training_products import (
     Ternary,
@@ -44,9 +46,11 @@ from bitdistill.kernels.cpu.training_products import (
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON
 
 PIECE = 1 << 16  # weights that are quantized at a time
+DIGITS = 3  # planes of int8 codes that are as good as a float32
 TOKENS_OF_A_SUM = 1 << 17  # of int8 times int8, in int32
 _COMPILED = (torch.float32, torch.bfloat16)
 __all__ = [
+    "digit_gradients",
     "gated_quantize_input",
     "has_products",
     "leave_out_products",
@@ -64,14 +68,6 @@ class Activation(NamedTuple):
 
     act_codes: Tensor  # int8 (..., I)
     act_scale: Tensor  # fp32 (..., 1)
-
-
-def multiplies_bf16() -> bool:
-    """Whether the processor has bf16 products, and oneDNN may use them; elsewhere they run at a tenth of fp32's speed."""
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    return bool({"avx512bf16", "amx-bf16"} & CPU_FEATURES) and any(
-        word in allowed for word in ("ALL", "BF16", "AMX", "DEFAULT")
-    )
 
 
 # --- quantizers ----------------------------------------------------------------------------------------------------------
@@ -356,40 +352,89 @@ class _TernaryLinear(torch.autograd.Function):
 
 
 def _exact_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
-    """(dX, dW), products in dY's dtype."""
-    if dy.dtype not in _COMPILED or not multiplies_bf16():
+    """(dX, dW) in dY's dtype: float products, or int8 products of all digits of a float32 dY where these are faster."""
+    if dy.dtype not in _COMPILED or not has_bf16_products():
         dy = dy.float()
     dx = dw = None
+    work = (dy, codes, act_scale, ternary)
     if needs_x:
-        dx = dy @ ternary.weight_codes.to(dy.dtype).mul_(ternary.of_columns().view(-1, 1))
+        dx = _exact_product("dX", _float_dx, _digit_dx, *work)
     if needs_weight:
-        dw = dy.t() @ codes.to(dy.dtype).mul_(act_scale.view(-1, 1))
+        dw = _exact_product("dW", _float_dw, _digit_dw, *work)
     return dx, dw
+
+
+def _float_dx(dy, _codes, _act_scale, ternary):
+    return dy @ ternary.weight_codes.to(dy.dtype).mul_(ternary.of_columns().view(-1, 1))
+
+
+def _float_dw(dy, codes, act_scale, _ternary):
+    return dy.t() @ codes.to(dy.dtype).mul_(act_scale.view(-1, 1))
+
+
+def digit_gradients(
+    dy: Tensor, codes: Tensor, act_scale: Tensor, ternary: Ternary, needs_x: bool = True, needs_weight: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """``(dY W~, dY^T x~)`` by int8 products of three digits of dY, where `dense_products_are_exact`.
+
+    Args:
+        dy: float32 (N, O). codes: int8 (N, I). act_scale: fp32 (N, 1). ternary: of the weight (O, I).
+        needs_x, needs_weight: which of the two.
+
+    Returns: fp32 (N, I) and (O, I). Numerics: the integers are exact; dY is rounded to 2^-24 of the largest magnitude in its row,
+    and in its column for the second, scales included.
+    """
+    return _in_parts(dy, codes, act_scale, ternary, needs_x, needs_weight, DIGITS)
+
+
+def _digit_dx(*work):
+    return digit_gradients(*work, needs_weight=False)[0]
+
+
+def _digit_dw(*work):
+    return digit_gradients(*work, needs_x=False)[1]
+
+
+def _exact_product(name, of_floats, of_digits, dy, codes, act_scale, ternary):
+    """One of the two by the faster way, of which this machine is asked once for a shape."""
+    work = (dy, codes, act_scale, ternary)
+    if dy.dtype != torch.float32 or not len(dy) or not dense_products_are_exact():
+        return of_floats(*work)
+    ways = {"floats": functools.partial(of_floats, *work), "digits": functools.partial(of_digits, *work)}
+    shape = f"{len(dy).bit_length()} bits, {'x'.join(map(str, ternary.weight_codes.shape))}"
+    return ways[fastest(f"exact {name} {shape}", ways)]()
 
 
 def _fast_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
     """(dX, dW) fp32, int8 products; dW in floats where int8 times int8 is not exact."""
     dense = needs_weight and dense_products_are_exact()
+    dx, dw = _in_parts(dy, codes, act_scale, ternary, needs_x, dense, 1)
+    if needs_weight and not dense:
+        dw = _exact_gradients(dy, codes, act_scale, ternary, False, True)[1]
+    return dx, dw
+
+
+def _in_parts(dy, codes, act_scale, ternary, needs_x, needs_weight, planes):
+    """(dX, dW) fp32 from int8 codes of dY, of as many tokens at a time as an int32 can sum."""
     dxs, dw = [], None
     for part in range(0, max(1, len(dy)), TOKENS_OF_A_SUM):
         tokens = slice(part, part + TOKENS_OF_A_SUM)
-        dx, add = _quantized_gradients(dy[tokens], codes[tokens], act_scale.view(-1)[tokens], ternary, needs_x, dense)
+        rest = (ternary, needs_x, needs_weight, planes)
+        dx, add = _quantized_gradients(dy[tokens], codes[tokens], act_scale.view(-1)[tokens], *rest)
         dxs.append(dx)
         dw = add if dw is None else dw.add_(add)
-    if needs_weight and not dense:
-        dw = _exact_gradients(dy, codes, act_scale, ternary, False, True)[1]
     return (torch.cat(dxs) if len(dxs) > 1 else dxs[0]), dw
 
 
-def _quantized_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
+def _quantized_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight, planes):
     rows, address, stride, half = _rows(dy)
     N, O = rows.shape
     dx = dw = row_codes = column_codes = factor = None
     row_scale = torch.empty(N, dtype=torch.float32)
     if needs_x:
-        row_codes = torch.empty((N, O), dtype=torch.int8)
+        row_codes = torch.empty((planes * N, O), dtype=torch.int8)
     if needs_weight:
-        column_codes = torch.empty((N, O), dtype=torch.int8)
+        column_codes = torch.empty((N, planes * O), dtype=torch.int8)
         peaks = torch.zeros((-(-N // BLOCK), O), dtype=torch.float32)
         share_rows(
             training_quantize.gradient_peaks, N, O, address, stride, half, O, act_scale.data_ptr(), peaks.data_ptr()
@@ -397,14 +442,26 @@ def _quantized_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
         peak = peaks.amax(0).clamp_min_(float(training_quantize.TINY)) if N else peaks.new_zeros(O)
         factor, column_scale = torch.full_like(peak, ACT_MAX) / peak, peak / ACT_MAX
     pointers = [0 if t is None else t.data_ptr() for t in (row_codes, row_scale, act_scale, factor, column_codes)]
-    work = (address, stride, half, O, ternary.of_columns().data_ptr(), *pointers)
+    work = (address, stride, half, O, ternary.of_columns().data_ptr(), *pointers, N, planes)
     share_rows(training_quantize.gradient_codes, N, O, *work)
     if needs_x:
-        dx = _scaled(ternary_product("backward", row_codes, ternary), row_scale, None, None, torch.float32)
+        dx = _joined(ternary_product("backward", row_codes, ternary), row_scale, planes)
     if needs_weight:
-        acc = dense_product(column_codes.t(), codes) if N else torch.zeros((O, codes.shape[1]), dtype=torch.int32)
-        dw = _scaled(acc, column_scale, None, None, torch.float32)
+        width = codes.shape[1]
+        acc = dense_product(column_codes.t(), codes) if N else torch.zeros((planes * O, width), dtype=torch.int32)
+        dw = _joined(acc, column_scale, planes)
     return dx, dw
+
+
+def _joined(acc: Tensor, row_scale: Tensor, planes: int) -> Tensor:
+    """The fp32 product from the int32 ones of all planes, one below the other."""
+    if planes == 1:
+        return _scaled(acc, row_scale, None, None, torch.float32)
+    rows, width = len(acc) // planes, acc.shape[1]
+    out = torch.empty((rows, width), dtype=torch.float32)
+    work = (acc.data_ptr(), 4 * rows * width, width, row_scale.data_ptr(), out.data_ptr())
+    share_rows(training_quantize.join_rows, rows, width, *work)
+    return out
 
 
 @torch.compiler.disable

@@ -30,7 +30,7 @@ from bitdistill.kernels.cpu.floats import (
 )
 
 BLOCK = 64  # rows
-LEAST = 1 << 15  # elements a thread, below which waking it costs more than it saves
+LEAST = 1 << 19  # elements a thread, below which waking it costs more than it saves
 
 
 @jit

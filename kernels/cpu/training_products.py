@@ -9,16 +9,11 @@ never get that large, but with +-127 on both sides they do. So `dense` products 
 `dense_products_are_exact` has found them to be exact.
 
 **Choice.** METHODS are timed on the first product of a kind, width and number of tokens (rounded to a power of two), with
-the given operands. The fastest is kept for this machine in ``products.json`` beside the compiled kernels, under torch's
-version, oneDNN's instruction set and the number of threads. All methods give the same integers, so the choice affects time
-only.
+the given operands, and the fastest is known from then on (choices.py). All methods give the same integers, so the choice
+affects time only.
 """
 
 import functools
-import json
-import os
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,10 +21,8 @@ import torch
 from torch import Tensor
 
 from bitdistill.kernels.cpu import training_blocks
-from bitdistill.kernels.cpu.compilation import cache_folder
+from bitdistill.kernels.cpu.choices import fastest
 from bitdistill.kernels.cpu.rows import share_rows
-
-TRIALS = 7  # the least of so many is right on a busy machine, too
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,46 +146,15 @@ def dense_products_are_exact() -> bool:
 # --- which one -----------------------------------------------------------------------------------------------------------
 
 
-def _file():
-    return cache_folder() / "products.json"
-
-
-@functools.cache
-def _known() -> dict[str, str]:
-    """Choices made on this machine before."""
-    try:
-        return {key: name for key, name in json.loads(_file().read_text(encoding="utf-8")).items() if name in METHODS}
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-
-
-def _keep(key: str, name: str) -> None:
-    """Adds a choice, also in the file; processes that write side by side may lose each other's, not the file."""
-    _known()[key] = name
-    with tempfile.NamedTemporaryFile("w", dir=cache_folder(), delete=False) as written:
-        json.dump(_known(), written, indent=1)
-    os.replace(written.name, _file())
+def _with_layout(name: str, kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
+    """A product that lays out the weight itself: that is a part of its time."""
+    METHODS[name](kind, codes, Ternary(ternary.weight_codes, ternary.weight_scale, ternary.sizes), out)
 
 
 def _fastest(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> str:
     names = possible(codes, out.shape[1])
     if len(names) == 1:
         return names[0]
-    (N, K), isa = codes.shape, os.environ.get("ONEDNN_MAX_CPU_ISA", "")
-    key = (
-        f"{torch.__version__} {isa} {torch.get_num_threads()} threads: {kind} {K}x{out.shape[1]}, {N.bit_length()} bits"
-    )
-    if _known().get(key) not in names:
-        seconds = dict.fromkeys(names, float("inf"))
-        for name in names:  # compiles, and wakes the threads
-            METHODS[name](kind, codes, ternary, out)
-        for _ in range(TRIALS):
-            for name in names:
-                again = Ternary(
-                    ternary.weight_codes, ternary.weight_scale, ternary.sizes
-                )  # laying it out is part of it
-                start = time.perf_counter()
-                METHODS[name](kind, codes, again, out)
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
-        _keep(key, min(seconds, key=seconds.get))
-    return _known()[key]
+    (N, K), work = codes.shape, (kind, codes, ternary, out)
+    ways = {name: functools.partial(_with_layout, name, *work) for name in names}
+    return fastest(f"{kind} {K}x{out.shape[1]}, {N.bit_length()} bits", ways)

@@ -1,0 +1,62 @@
+"""Which of several ways to compute the same is the fastest on this machine: timed once, then known.
+
+The answers are kept in ``choices.json`` beside the compiled kernels, by a key that says what was timed, torch's version,
+oneDNN's instruction set and the number of threads. So a run that goes on computes as it began.
+"""
+
+import functools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bitdistill.kernels.cpu.compilation import cache_folder
+
+ISA = "ONEDNN_MAX_CPU_ISA"  # oneDNN, torch's library of products, obeys it; read once, when it is loaded
+TRIALS = 7  # the least of so many is right on a busy machine, too
+
+
+def fastest(what: str, ways: dict[str, Callable[[], object]]) -> str:
+    """The name of the way that takes the least time.
+
+    Args:
+        what: was computed, with its shapes.
+        ways: by name; each is called TRIALS + 1 times if the answer is not known yet.
+    """
+    key = f"{torch.__version__} {os.environ.get(ISA, '')} {torch.get_num_threads()} threads: {what}"
+    if _known().get(key) not in ways:
+        seconds = dict.fromkeys(ways, float("inf"))
+        for way in ways.values():  # compiles, and wakes the threads
+            way()
+        for _ in range(TRIALS):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way()
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+        _keep(key, min(seconds, key=seconds.get))
+    return _known()[key]
+
+
+def _file() -> Path:
+    return cache_folder() / "choices.json"
+
+
+@functools.cache
+def _known() -> dict[str, str]:
+    """Choices made on this machine before."""
+    try:
+        return dict(json.loads(_file().read_text(encoding="utf-8")))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _keep(key: str, name: str) -> None:
+    """Adds a choice, also in the file; processes that write side by side may lose each other's, not the file."""
+    _known()[key] = name
+    with tempfile.NamedTemporaryFile("w", dir=cache_folder(), delete=False) as written:
+        json.dump(_known(), written, indent=1)
+    os.replace(written.name, _file())
