@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bitdistill.distributed import openmp
+from bitdistill.distributed import allocator, openmp
 
 openmp.wait_briefly()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +40,14 @@ def _let_triton_3_6_count() -> None:
 
 if not CUDA and importlib.util.find_spec("triton") and importlib.metadata.version("triton").startswith("3.6."):
     _let_triton_3_6_count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def malloc_as_it_is():
+    """A test that starts a rank in this process leaves its allocator alone: other tests measure memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(allocator, "keep_freed_memory", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")
