@@ -8,11 +8,13 @@ processor over all threads), the loss of each, the most resident memory of a ste
 part. It also runs on older commits, whose package then comes first on PYTHONPATH.
 """
 
+import importlib
+
 try:  # isort: skip -- an older commit has no openmp.py
     from bitdistill.distributed.process_group import initialize, is_main
 except ImportError:  # an older commit's names
-    from bitdistill.distributed.launch import initialise as initialize
-    from bitdistill.distributed.launch import is_main
+    _launch = importlib.import_module("bitdistill.distributed.launch")
+    initialize, is_main = _launch.initialise, _launch.is_main
 
 import functools
 import inspect
