@@ -1,5 +1,6 @@
 """`bitdistill plan`: what training a model takes, before anything starts."""
 
+import dataclasses
 import math
 
 from bitdistill.errors import UserError
@@ -51,38 +52,27 @@ def plan(
     """
     from bitdistill.student.model_folder import read_config
 
-    if model is None:
-        do = "Give --model: a folder with config.json, or a hub id."
-        raise UserError("model", expected="a model to plan for", got="none", do=do)
-    if stage not in ("pretrain", "distill"):
-        do = "Choose the stage that you plan; the other stages need less."
-        raise UserError("stage", expected="pretrain or distill", got=repr(stage), do=do)
+    _check(
+        model,
+        stage,
+        tokens=tokens,
+        block_size=block_size,
+        per_device_batch_size=per_device_batch_size,
+        tokens_per_step=tokens_per_step,
+        tokens_per_second=tokens_per_second,
+        memory_gb=memory_gb,
+        host_memory_gb=host_memory_gb,
+        flop_per_second=flop_per_second,
+        link_gb_per_second=link_gb_per_second,
+        price_per_hour=price_per_hour,
+    )
     count, name = devices_of(gpus)
-    numbers = {
-        "tokens": tokens,
-        "block_size": block_size,
-        "per_device_batch_size": per_device_batch_size,
-        "tokens_per_step": tokens_per_step,
-        "tokens_per_second": tokens_per_second,
-        "memory_gb": memory_gb,
-        "host_memory_gb": host_memory_gb,
-        "flop_per_second": flop_per_second,
-        "link_gb_per_second": link_gb_per_second,
-        "price_per_hour": price_per_hour,
-    }
-    for option, value in numbers.items():
-        if value is not None and not 0 < value < math.inf:
-            do = f"Give --{option} a positive number."
-            raise UserError(option, expected="a number above zero", got=f"{value:g}", do=do)
-    given = {
-        "memory_bytes": memory_gb and memory_gb * 1e9,
-        "flop_per_second": flop_per_second,
-        "link_bytes_per_second": link_gb_per_second and link_gb_per_second * 1e9,
-        "price_per_hour": price_per_hour,
-    }
-    known = DEVICES[name]
-    device = Device(
-        known.kind, **{field: getattr(known, field) if value is None else value for field, value in given.items()}
+    device = _changed(
+        DEVICES[name],
+        memory_bytes=memory_gb and memory_gb * 1e9,
+        flop_per_second=flop_per_second,
+        link_bytes_per_second=link_gb_per_second and link_gb_per_second * 1e9,
+        price_per_hour=price_per_hour,
     )
     per_micro_step = block_size * per_device_batch_size
     smallest = per_micro_step * count
@@ -99,6 +89,24 @@ def plan(
     )
     rate = {"tokens_per_second": tokens_per_second, "host_bytes_per_rank": host_memory_gb * 1e9}
     _show(plans(work, device, count, **rate), work, device, f"{count} x {name}", model)
+
+
+def _check(model: str | None, stage: str, **numbers: float | None) -> None:
+    if model is None:
+        do = "Give --model: a folder with config.json, or a hub id."
+        raise UserError("model", expected="a model to plan for", got="none", do=do)
+    if stage not in ("pretrain", "distill"):
+        do = "Choose the stage that you plan; the other stages need less."
+        raise UserError("stage", expected="pretrain or distill", got=repr(stage), do=do)
+    for option, value in numbers.items():
+        if value is not None and not 0 < value < math.inf:
+            do = f"Give --{option} a positive number."
+            raise UserError(option, expected="a number above zero", got=f"{value:g}", do=do)
+
+
+def _changed(device: Device, **given: float | None) -> Device:
+    """The device with the values that were given; None is a value that was not."""
+    return dataclasses.replace(device, **{field: value for field, value in given.items() if value is not None})
 
 
 def _show(found: list[Plan], work: Work, device: Device, devices: str, model: str) -> None:
