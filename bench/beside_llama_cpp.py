@@ -5,8 +5,8 @@
 PYTHON is the interpreter of an environment with llama-cpp-python (bench/foreign_tools.py says how to make one). FOLDER is a
 student as a stage leaves it, or a base model's, which is made ternary without training; --shapes are Qwen3 students of real
 size with random weights. A student that is made here has activations in blocks of 32 and scales of groups of 64 columns
-("group 64"), or one of the tensor for the types with blocks of 256 ("tensor"). One thread; every kind takes its turn in each
-round; printed is the median. Decoding: one token after another behind 64; prompt: 256 tokens at once.
+("group 64"), or one of the tensor for the types with blocks of 256 ("tensor"). One thread; every kind is measured once
+in each round, and the medians are printed. Decoding: one token at a time after 64 tokens; prompt: 256 tokens at once.
 """
 
 import argparse
@@ -93,13 +93,13 @@ class Worker:
         return line
 
     def ask(self) -> dict[str, float]:
-        """Seconds a token of decoding and of a prompt."""
+        """Seconds per token of decoding and of a prompt."""
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return json.loads(self._line())
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         self.process.stdin.close()
         self.process.wait()
 
@@ -221,7 +221,7 @@ def main() -> None:
 
 
 def measure(rows: list[dict], arguments) -> None:
-    """Adds the median seconds a token of decoding and of a prompt to every row: one round after the other."""
+    """Adds the median seconds per token of decoding and of a prompt to every row: one round after the other."""
     workers = []
     for row in rows:
         python = sys.executable if row["runtime"] == "ours" else arguments.llama_cpp

@@ -11,7 +11,7 @@ Students: random ones of the four families with biases, head norms and sliding w
 scales; and --student, a folder as stage 1, 2 or 3 leaves it (RUN/distill), or a base model's, which becomes ternary without any
 training. Compared on texts: mean KL(student || tool), same likeliest token, perplexity of the tool over the student's, and
 greedy continuations. "rounding" is the student against itself with activations rounded in the other way (in blocks of 32 where
-it has them per token, per token where it has blocks): what the rounding of activations alone moves.
+it has them per token, per token where it has blocks): how much the rounding of activations alone changes.
 """
 
 import argparse

@@ -21,11 +21,11 @@ def check(
 
     Args:
         model: a base model, a local folder or a hub id; only its config.json is read.
-        deploy_target: a tool: the student has the settings that --deploy_target would give it.
-        norms: refine.norms of the student; as the target wants it, else two.
-        weight_scale: refine.weight_scale; as the target wants it, else tensor.
-        group_size: refine.group_size; as the target wants it, else 128.
-        act_scale: refine.act_scale; as the target wants it, else token.
+        deploy_target: a tool; the student then has the settings that --deploy_target of training would choose.
+        norms: refine.norms of the student; what the target needs, else two.
+        weight_scale: refine.weight_scale; what the target needs, else tensor.
+        group_size: refine.group_size; what the target needs, else 128.
+        act_scale: refine.act_scale; what the target needs, else token.
     """
     from rich.console import Console
     from rich.table import Table

@@ -2,7 +2,7 @@
 
 bitdistill export RUN --format gguf | transformers | compressed-tensors | mlx
 
-A model card is written beside it, for a GGUF file an Ollama Modelfile, too.
+A model card is written beside it, and an Ollama Modelfile beside a GGUF file.
 """
 
 import json

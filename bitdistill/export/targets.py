@@ -1,6 +1,6 @@
-"""Where a student can run: one row for each tool that people have, decided from configurations alone, before any training.
+"""Where a student can run: one row for each common tool, decided before any training from the configuration alone.
 
-`--deploy_target NAME` chooses the settings that leave the tool's door open (`settings_for`); `verdicts` says for every tool
+`--deploy_target NAME` chooses settings with which the student opens in that tool (`settings_for`); `verdicts` says for every tool
 whether a student with given settings opens there, as what, and how large it is. The facts: docs/export.md.
 """
 
@@ -78,7 +78,7 @@ def settings_for(name: str, config) -> dict[str, Any]:
     Args:
         name: of TARGETS. config: the Hugging Face config of the base model.
 
-    Returns: settings by name; none for this project's own runtime, which has no wishes.
+    Returns: settings by name; none for this project's own runtime, which opens every student.
     """
     if name == "bitdistill":
         return {}
@@ -205,7 +205,7 @@ def verdicts(config, choice: Choice) -> list[dict[str, Any]]:
 
 
 def _speed(types: dict[int, tuple[str, float]], bits: dict[int, float], head_bits: float) -> float | None:
-    """Tokens a second on the machine of DECODE_GIGABYTES; None where a type was not measured. The head is read as fast as the
+    """Tokens per second on the machine of DECODE_GIGABYTES; None where a type was not measured. The head is read as fast as the
     matrices of the commonest type."""
     kinds = {width: kind for width, (kind, _) in types.items()}
     if any(kind not in DECODE_GIGABYTES for kind in kinds.values()):

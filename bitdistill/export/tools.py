@@ -1,4 +1,4 @@
-"""What other tools say to prompts: each tool loads a file that was written for it and answers.
+"""The answers of other tools to prompts: each tool loads a file that was written for it, and answers.
 
 This file imports nothing of the project and, at its top, nothing but numpy, because a tool may live in an environment of its
 own. Then this file is run there as a script:
@@ -40,7 +40,7 @@ def tool_version(format: str) -> str | None:
 def tool_answers(
     format: str, path: str | Path, prompts: list[list[int]], new_tokens: int = 0, threads: int = 1
 ) -> Answers:
-    """The logits of each prompt, and what the tool says next, by the tool that opens the format.
+    """The logits of each prompt, and the continuation, by the tool that opens the format.
 
     Args:
         format: a name of TOOLS. path: the GGUF file, or the folder.
@@ -128,7 +128,7 @@ def torch_answers(model, prompts: list[list[int]], new_tokens: int = 0) -> Answe
     """`tool_answers` of a causal language model of transformers that is loaded already, in eval mode.
 
     Args:
-        model: it. prompts, new_tokens: as in `tool_answers`.
+        model: the model. prompts, new_tokens: as in `tool_answers`.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Our compiled CPU products inside a model of transformers: each ternary projection by a module on packed weights.
+"""Our compiled CPU products inside a model of transformers: a module on packed weights replaces each ternary projection.
 
 `accelerate(model)` takes a student as it was trained, or one that transformers has loaded from an export
 (`bitdistill export --format transformers`, or any other model whose projections hold one value, its negative and zero in each
@@ -97,11 +97,11 @@ class PackedLinear(nn.Module):
         return out[:, : self.out_features].reshape(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def takes_gated(self) -> bool:
-        """Whether it computes the gate of an MLP, which layers.GatedMLP asks: it does not."""
+        """False: this module does not compute the gate of an MLP; layers.GatedMLP asks for it."""
         return False
 
     def _record(self) -> np.ndarray:
-        """What the kernels want to know, with the addresses of now: a module may have been moved or copied."""
+        """The record that the kernels read, with current addresses, because a module may have been moved or copied."""
         record = np.zeros(1, step.PROJECTION)
         one_scale = self.weight_scale.dim() == 0
         record["weight"], record["packing"] = self.weight_packed.data_ptr(), packing.PACKINGS.index(self.kind)
