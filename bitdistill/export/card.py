@@ -1,7 +1,8 @@
 """The model card beside an export, an Ollama Modelfile beside a GGUF file, and the upload of both to the Hugging Face hub.
 
 A card says what a user needs to know: what the model was made from and on, under which license, how good it is (with
-intervals), how large, what was proved of this file, and how to run it in each tool that opens it. What is not known is said, never guessed.
+intervals), how large, what was proved of this file, and how to run it in each tool that
+opens it. What is not known is said, never guessed.
 """
 
 import json
