@@ -33,6 +33,7 @@ class Chat:
 
     Args:
         model: its name. tokenizer: gives the texts of tokens for log-probabilities.
+        kind, prefix: the type of the answer, and how its id begins. created, id: when it was begun, and its own name.
     """
 
     model: str

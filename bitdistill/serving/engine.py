@@ -59,6 +59,8 @@ class Job:
         stream: turns its tokens into text; None for labels.
         recorder: keeps its log-probabilities, or None.
         deadline: the value of `time.monotonic` at which it is ended.
+        events: what the engine reports, until `pieces` takes it. started: when its first token came, for the metrics.
+        ended: whether it has ended. left: how many of its requests have not ended.
     """
 
     requests: list[Request]
