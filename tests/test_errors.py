@@ -49,6 +49,7 @@ FAR = {
     "predict.py: f'{source}: {column}'": "a column of the rows",
     "predict.py: field": "what an error of rows.py names, with the file as the user gave it",
     "options.py: option": "what the command calls its option",
+    "plan.py: option": "the numbers that `bitdistill plan` takes, as it calls them",
     "write.py: name": "a tensor",
     "limits.py: name": "the settings, walked",
     "text_files.py: field": "the setting or option that the file was given as",
