@@ -10,7 +10,7 @@ nesting; and values of other types in JSON. Each is drawn from a seed of its own
     same      what was read equals what the valid file gives
     other     something else was read, which the format cannot tell from a valid file (a changed letter of a text)
     refused   a UserError: one line that names the field and says what to do
-    FAULT     anything else: another exception, more than SECONDS, or more than MEGABYTES of further memory
+    FAULT     anything else: another exception, more than SECONDS of the processor, or more than MEGABYTES of further memory
 
 A packed file has checksums, so for it `other` is a fault, too.
 """
@@ -84,6 +84,7 @@ class Result:
     """What became of a target's mutations."""
 
     outcomes: Counter = field(default_factory=Counter)
+    seconds: float = 0.0
     slowest: float = 0.0
     faults: list[str] = field(default_factory=list)
 
@@ -338,12 +339,13 @@ def run(targets: dict[str, Target], mutations: int, seed: int, say: Callable[[st
         for case in range(max(1, mutations * target.share // whole)):
             outcome, seconds, error = try_case(name, target, seed, case)
             result.outcomes[outcome] += 1
+            result.seconds += seconds
             result.slowest = max(result.slowest, seconds)
             if outcome == "FAULT":
                 result.faults.append(f"{name}, case {case}: {error.strip().splitlines()[-1][:200]}")
                 say(result.faults[-1])
         target.path.write_bytes(target.valid)
-        say(f"{name}: {dict(result.outcomes)}, slowest {result.slowest:.2f} s")
+        say(f"{name}: {dict(result.outcomes)}, {result.seconds:.1f} s, slowest {result.slowest:.2f} s")
     return results
 
 
@@ -351,7 +353,7 @@ def try_case(name: str, target: Target, seed: int, case: int) -> tuple[str, floa
     """(outcome, seconds, traceback of a fault) of one mutation."""
     draw = random.Random(f"{name} {seed} {case}")
     target.path.write_bytes(mutate(target.valid, target.kind, draw))
-    before, started, outcome, error = _peak(), time.perf_counter(), "FAULT", ""
+    before, started, outcome, error = _peak(), time.process_time(), "FAULT", ""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             outcome = "same" if repr(target.read()) == target.right else "FAULT" if target.exact else "other"
@@ -362,7 +364,7 @@ def try_case(name: str, target: Target, seed: int, case: int) -> tuple[str, floa
         if isinstance(wrong, KeyboardInterrupt):
             raise
         error = traceback.format_exc()
-    seconds, grown = time.perf_counter() - started, _peak() - before
+    seconds, grown = time.process_time() - started, _peak() - before
     if seconds > SECONDS or grown > MEGABYTES:
         outcome, error = "FAULT", f"{error}\n{seconds:.1f} s and {grown:,.0f} MB"
     return outcome, seconds, error

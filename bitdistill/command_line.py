@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from bitdistill import console, folders
@@ -110,6 +111,10 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
         raise UserError("config", expected="a YAML file of settings", got=str(error), do=do) from error
     namespace.pop("config", None)
     namespace.pop("__default_config__", None)
+    for section in fields(RunConfig):
+        if is_dataclass(section.default_factory) and namespace.get(section.name) is None:
+            do = "Write settings there, or leave the name out."
+            raise UserError("config", expected=f"settings below `{section.name}:`", got="nothing", do=do)
     _settle_paths(namespace)
     config = parser.instantiate_classes(namespace)
     namespace.restart = False  # the file says what the run is; run again, it goes on

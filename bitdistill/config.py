@@ -276,6 +276,8 @@ class RunConfig:
         offload: where ZeRO keeps the optimizer state and, at stage 3, the parameters.
         teacher_offload: where the frozen teacher's parameters are kept instead of on the device.
         nvme_path: a folder on a fast disk, for nvme.
+        rank_timeout: how many seconds several ranks may train without progress, before one that stands still is named and the run
+            ends. It must be longer than a checkpoint takes to be written.
         report: write report.html and its figures at the end.
         report_to: experiment trackers, as in transformers: tensorboard, wandb, mlflow, ...
         base: training of the embedded demo's own base model.
@@ -313,6 +315,7 @@ class RunConfig:
     offload: Literal["none", "cpu", "nvme"] = "none"
     teacher_offload: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
+    rank_timeout: float = 1800.0
     report: bool = True
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     base: TrainingConfig = field(default_factory=TrainingConfig)

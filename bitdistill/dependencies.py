@@ -4,12 +4,12 @@ A stage runs again when one of those that it reads has changed (stages.py compar
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from bitdistill.config import RunConfig, TrainingConfig
 from bitdistill.data.sources import Sources
 from bitdistill.data.tasks import Task
-from bitdistill.stages import file_identity
 from bitdistill.student.quantizers import quantizer_named
 
 DOES_NOT_CHANGE_THE_RESULT = ("logging_steps", "save_steps", "health_steps")
@@ -23,12 +23,19 @@ def optimization(section: TrainingConfig) -> dict[str, Any]:
 
 
 def known_settings(
-    config: RunConfig, sources: Sources, task: Task, *, stage_2_blocks: int, trimming_blocks: int
+    config: RunConfig,
+    sources: Sources,
+    task: Task,
+    identity: Callable[[str | None], Any],
+    *,
+    stage_2_blocks: int,
+    trimming_blocks: int,
 ) -> dict[str, dict[str, Any]]:
     """The groups of settings that the table's column `reads` names, as done.json keeps them.
 
     Args:
         config: the run's settings. sources: its files. task: what config.task names.
+        identity: what a local file or folder holds, in a few words (identity.py).
         stage_2_blocks: blocks of the corpus that stage 2 sees. trimming_blocks: those that a trimmed vocabulary is made for.
     """
     names = ("base", "teacher", "refine", "pretrain", "distill", "baseline", "evaluate", "export")
@@ -45,11 +52,11 @@ def known_settings(
     }
     kept = {"blocks": stage_2_blocks, "block_size": config.pretrain.block_size}
     kept |= {"top_k": config.pretrain.kd_top_k, "temperature": config.pretrain.kd_temperature}
-    corpus = {"corpus": {"source": file_identity(sources.corpus), "column": config.corpus_column}}
-    rows = {"train": {"file": file_identity(sources.train_file), "max_rows": config.max_train_rows}}
-    validation = {"validation_file": file_identity(sources.validation_file)}
+    corpus = {"corpus": {"source": identity(sources.corpus), "column": config.corpus_column}}
+    rows = {"train": {"file": identity(sources.train_file), "max_rows": config.max_train_rows}}
+    validation = {"validation_file": identity(sources.validation_file)}
     if extra := config.extra_validation_files:
-        validation["extra_validation_files"] = {split: file_identity(file) for split, file in extra.items()}
+        validation["extra_validation_files"] = {split: identity(file) for split, file in extra.items()}
     task_settings = dataclasses.asdict(task)
     calibrated = config.refine.gain == "calibrated" or quantizer_named(config.refine.weight_quantizer).calibrated
     return groups | {
@@ -61,9 +68,9 @@ def known_settings(
         "corpus": corpus,
         "calibration": corpus if calibrated else {},
         "trimming": {"refine": trimming, "blocks": trimming_blocks, "block_size": config.pretrain.block_size},
-        "model": {} if config.model is None else {"model": file_identity(config.model)},
-        "teacher model": {"teacher_model": file_identity(config.teacher.model)},
-        "student": {"student": file_identity(config.student)} if config.student else {},
+        "model": {} if config.model is None else {"model": identity(config.model)},
+        "teacher model": {"teacher_model": identity(config.teacher.model)},
+        "student": {"student": identity(config.student)} if config.student else {},
         "task": {"task": task_settings | {"labels": str(task_settings["labels"])}, "max_length": config.max_length},
         "train rows": rows,
         "validation rows": validation,

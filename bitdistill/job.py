@@ -28,12 +28,13 @@ from bitdistill.distributed import presets, process_group
 from bitdistill.distributed.checkpoint import full_state_dict
 from bitdistill.errors import UserError
 from bitdistill.files import remove_leftovers, write_whole
+from bitdistill.identity import Identities
 from bitdistill.kernels.cpu.bf16 import has_bf16_products
 from bitdistill.lock import lock_folder
 from bitdistill.names import SETTINGS
 from bitdistill.reporting.versions import versions
 from bitdistill.runtime.header import Header
-from bitdistill.stages import NOT_RUN, RunDirectory, Stage, file_identity
+from bitdistill.stages import NOT_RUN, RunDirectory, Stage
 from bitdistill.student.backend import choose_kernels
 from bitdistill.student.gguf_base import convert_gguf, is_gguf
 from bitdistill.student.loading import embedding_rows
@@ -85,6 +86,7 @@ class Job:
         self._refuse_impossible()
         process_group.say(self._engine())
         preflight.check_folder(self.root)
+        self.identities = Identities(self.root / ".digests.json", keep=process_group.is_main())
         self.report = preflight.Report()
         self.model, self.teacher = (self._as_folder(source) for source in (config.model, config.teacher.model))
         self.full_tokenizer_folder = self.model
@@ -168,7 +170,7 @@ class Job:
             return source
         path = Path(source).expanduser().resolve()
         folder = self.root / "gguf" / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-        marker, identity = folder.with_name(f"{folder.name}.json"), json.dumps(file_identity(source))
+        marker, identity = folder.with_name(f"{folder.name}.json"), json.dumps(self.identities.of(source))
         if process_group.is_main() and not (
             folder.is_dir() and marker.is_file() and marker.read_text(encoding="utf-8") == identity
         ):
@@ -318,7 +320,7 @@ class Job:
     def settings(self, stage: str) -> dict[str, Any]:
         """Everything that the result of a stage depends on, besides the results of the stages it depends on."""
         blocks = {"stage_2_blocks": self.stage_2_blocks, "trimming_blocks": self.trimming_blocks}
-        known = known_settings(self.config, self.sources, self.task, **blocks)
+        known = known_settings(self.config, self.sources, self.task, self.identities.of, **blocks)
         return {name: value for group in self.stages[stage].reads for name, value in known[group].items()}
 
     def reason_to_run(self, stage: str) -> str | None:
@@ -347,6 +349,7 @@ class Job:
         arguments = training_arguments(
             checkpoints,
             **self._numerics(stage),
+            rank_timeout=self.config.rank_timeout,
             seed=self.config.seed,
             report_to=self.config.report_to,
             steps_cap=self.config.max_steps,

@@ -68,6 +68,7 @@ LIMITS = {
     "per_device_eval_batch_size": COUNT,
     "per_device_train_batch_size": COUNT,
     "proof_rows": COUNT,
+    "rank_timeout": POSITIVE,
     "relation_layers": Limit("decoder layers by number; negative ones count from the end", -LARGEST, LARGEST),
     "relation_temperature": POSITIVE,
     "save_steps": COUNT_OR_NONE,

@@ -36,15 +36,6 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def file_identity(source: str | Path | None) -> Any:
-    """What changes when a local file or folder changes (names, sizes, modification times); a hub id stands for itself."""
-    if source is None or not Path(source).expanduser().exists():
-        return None if source is None else str(source)
-    path = Path(source).expanduser().resolve()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files if file.is_file()]
-
-
 @dataclass(frozen=True)
 class Stage:
     """One row of the table in train.py.

@@ -123,7 +123,8 @@ def run(job: Job) -> None:
 
 
 def main() -> int:
-    """Parses and runs. Returns the exit status of `console.run`; 143 after SIGTERM, when a checkpoint was saved."""
+    """Parses and runs. Returns the exit status of `console.run`; 143 after SIGTERM and 130 after Ctrl-C, when a checkpoint
+    was saved."""
 
     def body() -> None:
         termination.listen()
@@ -131,7 +132,8 @@ def main() -> int:
         with disk_errors_said(Path(config.output_dir)):
             job = Job(config, text, STAGES, explicit_settings())
         if config.stage != "check":
-            run(job)
+            with termination.lost_ranks_said():
+                run(job)
         process_group.shutdown()
 
     return console.run(body)

@@ -26,6 +26,7 @@ import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -232,7 +233,16 @@ def all_reduce_sum(value: float | Tensor) -> float | Tensor:
         if dist.is_initialized():
             dist.all_reduce(total)
         return total
-    return float(all_reduce_sum(torch.tensor(value, dtype=torch.float64, device=_device())))
+    return float(all_reduce_sum(torch.tensor(value, dtype=torch.float64, device=device())))
+
+
+def gather(value: Any) -> list[Any]:
+    """What each rank gives, in the order of the ranks; the same on every rank. For messages: small, and seldom."""
+    if not dist.is_initialized():
+        return [value]
+    found = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def require_nvme(nvme_path: str | Path) -> None:
@@ -259,7 +269,8 @@ def require_nvme(nvme_path: str | Path) -> None:
         )
 
 
-def _device() -> str:
+def device() -> str:
+    """Where the tensors lie that ranks exchange: "cuda" with nccl, else "cpu"."""
     return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 

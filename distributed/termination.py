@@ -1,43 +1,52 @@
-"""SIGTERM, which a cluster sends before it takes a machine away: trained work is saved, and the process ends in time.
+"""SIGTERM, which a cluster sends before it takes a machine away, and Ctrl-C: trained work is saved, and the process ends in time.
 
 While a stage trains, the signal is only noted: the trainer finishes its step, saves a checkpoint and ends the run. Anywhere
-else the run ends at once, for only a stage that can be repeated in minutes is lost. Either way the exit status is
-`STATUS`, at the latest `PATIENCE_SECONDS` after the signal.
+else the run ends at once, for only a stage that can be repeated in minutes is lost. Either way the exit status is 128 and the
+number of the signal, as shells have it (143, 130), at the latest `PATIENCE_SECONDS` after it. A second Ctrl-C ends at once.
 
 DeepSpeed's command (`deepspeed train.py`) does not hand the signal on: it dies, and its ranks would go on without it. So each
-rank watches whether the command is still there, and takes its end for the signal.
+rank watches whether the command is still there, and takes its end for the signal. Where the end of the command is the end of
+everything, as in a container, start.py takes its place.
 """
 
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-STATUS = 143  # 128 + SIGTERM's number, as shells have it
+import torch
+
 PATIENCE_SECONDS = 25  # clusters kill after 30
 WATCH_SECONDS = 1.0
+CONTINUES = "The same command continues."
 
 
 class Stopped(SystemExit):
-    """The run ends because it was asked to; nothing is wrong."""
+    """The run ends because it was asked to; nothing is wrong.
 
-    def __init__(self, text: str):
-        super().__init__(STATUS)
-        print(f"bitdistill: {text} The same command continues.", file=sys.stderr, flush=True)
+    Args:
+        where: what is saved, in words, for the message.
+    """
+
+    def __init__(self, where: str = ""):
+        super().__init__(_status())
+        if os.environ.get("RANK", "0") == "0":
+            _say(f"stopped by {_name()}{where}. {CONTINUES}")
 
 
 class _State:
-    requested = False
+    signal = 0  # the first that came
     deferred = False
 
 
 def listen() -> None:
-    """From now on SIGTERM ends the run in good order. Call it once, in the main thread."""
-    signal.signal(signal.SIGTERM, lambda *_: _request())
+    """From now on SIGTERM and Ctrl-C end the run in good order. Call it once, in the main thread."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in a background job
+            signal.signal(number, lambda number, _frame: _request(number))
     launcher = _launcher()
     if launcher is not None:
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
@@ -45,18 +54,18 @@ def listen() -> None:
 
 def requested() -> bool:
     """Whether this process has been asked to end."""
-    return _State.requested
+    return _State.signal > 0
 
 
 def end_if_requested() -> None:
     """Raises Stopped when this process was asked to end while it could not."""
-    if _State.requested:
-        raise Stopped("stopped by SIGTERM.")
+    if requested():
+        raise Stopped
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, SIGTERM is noted (`requested`) instead of ending the run."""
+    """Inside, a signal is noted (`requested`) instead of ending the run."""
     _State.deferred = True
     try:
         yield
@@ -64,21 +73,59 @@ def deferred() -> Iterator[None]:
         _State.deferred = False
 
 
-def _request() -> None:
-    if _State.requested:
+@contextlib.contextmanager
+def lost_ranks_said() -> Iterator[None]:
+    """Inside, the loss of another rank, which a collective notices, ends this one in one line instead of a traceback.
+
+    The launcher hands on the exit status of the rank that it sees end first: this one gives it the time to see the other's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+            raise
+        if not requested():
+            _say(f"rank {os.environ.get('RANK')}: another rank has ended; what it said is above or below. {CONTINUES}")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(3 * WATCH_SECONDS)
+        raise SystemExit(_status() if requested() else 1) from error
+
+
+def give_up(text: str) -> None:
+    """Says why, and ends this process at once, from whatever thread: status 1."""
+    _say(f"{text}. {CONTINUES}")
+    os._exit(1)
+
+
+def _request(number: int) -> None:
+    if _State.signal:
+        if number == signal.SIGINT:
+            _end("interrupted twice: ended at once; the last complete checkpoint is untouched")
         return
-    _State.requested = True
-    timer = threading.Timer(PATIENCE_SECONDS, _give_up)
+    _State.signal = number
+    timer = threading.Timer(PATIENCE_SECONDS, _end, [f"{PATIENCE_SECONDS} s after {{}} no checkpoint was saved yet"])
     timer.daemon = True
     timer.start()
     if not _State.deferred:
-        raise Stopped("stopped by SIGTERM.")
+        raise Stopped
 
 
-def _give_up() -> None:
-    text = f"stopped by SIGTERM {PATIENCE_SECONDS} s ago, before a checkpoint was saved; the one before it is complete."
-    os.write(2, f"bitdistill: {text} The same command continues.\n".encode())
-    os._exit(STATUS)
+def _end(text: str) -> None:
+    _say(f"{text.format(_name())}. {CONTINUES}")
+    os._exit(_status())
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"bitdistill: {text}\n".encode())
+
+
+def _status() -> int:
+    return 128 + (_State.signal or signal.SIGTERM)
+
+
+def _name() -> str:
+    return "Ctrl-C" if _State.signal == signal.SIGINT else "SIGTERM"
 
 
 def _launcher() -> tuple[int, int] | None:

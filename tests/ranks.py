@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def run(
     env: dict[str, str] | None = None,
     threads: int | None = 1,
     check: bool = True,
+    launcher: Sequence[str] = (str(Path(sys.executable).with_name("deepspeed")),),
+    meanwhile: Callable[[subprocess.Popen], None] = lambda process: None,
 ) -> Outcome:
     """Starts `script` (source text) on `ranks` ranks; None means plain `python` and no launcher.
 
@@ -50,14 +53,14 @@ def run(
         threads: of each rank; None leaves them to the script. Fixed because the machine may be shared, and because
             sums must not depend on how many cores it has.
         check: fail unless the exit code is 0.
+        launcher: the command that starts the ranks. meanwhile: called with its process once it has started.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source, findings = folder / "script.py", folder / "found.json"
     source.write_text(script)
     command = [sys.executable]
     if ranks is not None:
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command += [str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        command += [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port())]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     environment |= {"PYTHONPATH": str(Path(__file__).parent)} | (env or {})  # so that scripts can import this module
@@ -72,6 +75,7 @@ def run(
         start_new_session=True,
     )
     try:
+        meanwhile(process)
         stdout, stderr = process.communicate(timeout=limit_seconds)
     finally:
         kill_group(process)

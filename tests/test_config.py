@@ -86,6 +86,12 @@ def test_a_null_overrides_a_recipes_value(tmp_path):
     assert parse_config(["--config", str(file), "--recipe", "paper"])[0].corpus_column is None
 
 
+def test_a_section_without_settings_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: 3\ndistill:\n")
+    with pytest.raises(UserError, match=r"^config: expected settings below `distill:`; got nothing"):
+        parse_config(["--config", str(tmp_path / "run.yaml")])
+
+
 def test_print_config(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_config(["--print_config"])

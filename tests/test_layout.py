@@ -63,6 +63,7 @@ ALLOWED = {
     "names": set(),
     "files": {"errors"},
     "lock": {"errors"},
+    "identity": LEAVES,
     "cpus": set(),
     "folders": set(),
     "console": LEAVES,

@@ -150,6 +150,14 @@ def test_loading_refuses_what_is_wrong(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "bitdistill"}))
     with pytest.raises(UserError, match="foreign checkpoint"):
         load_student(tmp_path)
+    for name in ("norms", "embedding", "weight_quantizer", "weight_scale"):
+        damaged = config | {"bitdistill": config["bitdistill"] | {name: [[]]}}
+        (tmp_path / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="what stage 1 writes"):
+            load_student(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_types": []}))
+    with pytest.raises(UserError, match="describes a model"):
+        load_student(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="JSON"):
         load_student(tmp_path)

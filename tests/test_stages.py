@@ -5,7 +5,7 @@ import pytest
 from bitdistill import names, train
 from bitdistill.command_line import parse_config
 from bitdistill.errors import UserError
-from bitdistill.stages import RunDirectory, file_identity, flatten
+from bitdistill.stages import RunDirectory, flatten
 
 STAGES = ("teacher", "refine", "pretrain", "distill")
 DEPENDS_ON = {name: stage.depends_on for name, stage in train.STAGES.items()}
@@ -107,16 +107,8 @@ def test_which_stages_a_run_has(tmp_path, arguments, stages):
     assert [name for name, stage in train.STAGES.items() if stage.part_of_run(config)] == stages.split()
 
 
-def test_flatten_and_identity(tmp_path):
+def test_flatten():
     assert flatten({"a": {"b": 1, "c": {"d": [1]}}, "e": None}) == {"a.b": 1, "a.c.d": [1], "e": None}
-    assert file_identity(None) is None
-    assert file_identity("some/hub-id") == "some/hub-id"
-    file = tmp_path / "x.jsonl"
-    file.write_text("1")
-    one = file_identity(file)
-    file.write_text("22")
-    assert file_identity(file) != one
-    assert len(file_identity(tmp_path)) == 1
 
 
 def unfinished(directory, stage, settings, name="checkpoint-4"):

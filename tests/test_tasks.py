@@ -383,9 +383,10 @@ def test_task_files(tmp_path):
     path.write_text("- a\n")
     with pytest.raises(UserError, match="keys and values"):
         tasks.load_task(str(path))
-    path.write_text("a: [")
-    with pytest.raises(UserError, match="YAML"):
-        tasks.load_task(str(path))
+    for damaged in ("a: [", "[" * 3000 + "]" * 3000, "- " * 600 + "1"):  # the last two are nested too deeply
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"YAML|keys and values"):
+            tasks.load_task(str(path))
     with pytest.raises(UserError, match="cnndm, mnli, qnli, sst2"):
         tasks.load_task("sst3")
 

@@ -6,6 +6,7 @@ One reference run is made once; the tests look at it, disturb copies of it, and 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -192,8 +193,8 @@ def test_resolved_config_runs_again(reference, tmp_path):
     assert result.stdout.count("done and unchanged, skipped") == 7
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "distill"])
-def test_killed_and_resumed_reaches_the_same_weights(world, reference, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "number"), [("pretrain", signal.SIGKILL), ("distill", signal.SIGTERM)])
+def test_ended_by_a_signal_and_resumed_reaches_the_same_weights(world, reference, tmp_path, stage, number):
     run = tmp_path / "run"
     shutil.copytree(reference[0], run)
     shutil.rmtree(run / stage)
@@ -201,17 +202,23 @@ def test_killed_and_resumed_reaches_the_same_weights(world, reference, tmp_path,
         command(world, run, "--stage", stage),
         cwd=world,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
     checkpoint = run / "checkpoints" / stage / "checkpoint-8" / "complete.json"
     deadline = time.monotonic() + 300
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
     assert checkpoint.exists()
     assert not (run / stage).exists(), "the stage finished before it was killed"
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert re.search(
+            r"bitdistill: stopped by SIGTERM; distill: checkpoint-\d+ is saved\. The same command continues", said
+        )
     output = job(world, run, "--stage", stage, "--resume")
     assert f"{stage}: continues at checkpoint-" in output
     ours, theirs = (load_file(folder / stage / "model.safetensors") for folder in (run, reference[0]))

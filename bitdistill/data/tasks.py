@@ -67,11 +67,14 @@ def load_task(name_or_path: str) -> Task:
             "task", expected=f"one of {known}, or a YAML file", got=name_or_path, do="Check the name or path."
         )
     try:
-        settings = yaml.safe_load(read_text(path, "task"))
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"task file {path}", expected="YAML", got=str(error), do="Correct the syntax at that place."
-        ) from None
+        return _read_task(path)
+    except (yaml.YAMLError, RecursionError) as error:
+        do = "Mend the file; recipes/tasks has examples."
+        raise UserError(f"task file {path}", expected="YAML with keys and values", got=str(error), do=do) from None
+
+
+def _read_task(path: Path) -> Task:
+    settings = yaml.safe_load(read_text(path, "task"))
     if not isinstance(settings, dict):
         raise UserError(f"task file {path}", expected="keys and values", got=repr(settings), do="See recipes/tasks.")
     settings.setdefault("name", path.stem)

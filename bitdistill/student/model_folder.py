@@ -43,7 +43,7 @@ QUANTIZED_KEYS = ("quantization_config", "quantization", "compression_config")
 QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # What is fetched of a hub repository: no pickle, no code.
 SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
-_NOT_A_CONFIG = (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ArithmeticError)
+_NOT_A_CONFIG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, ArithmeticError)
 
 
 @dataclass

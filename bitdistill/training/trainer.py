@@ -9,10 +9,9 @@ undoes that.
 
 import contextlib
 import json
-import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from bitdistill.distributed import process_group, termination
+from bitdistill.distributed import process_group, stall, termination
 from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete
-from bitdistill.errors import UserError
 from bitdistill.files import append_line, write_whole
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.layers import assert_fp32_masters
@@ -33,7 +31,7 @@ from bitdistill.student.norms import fuse_norms, unfuse_norms
 from bitdistill.student.rotary import fuse_rotary, unfuse_rotary
 from bitdistill.student.sharing import WeightCodes
 from bitdistill.training.annealing import Annealing
-from bitdistill.training.finite import DO, FiniteSteps, where_not_finite
+from bitdistill.training.finite import FiniteSteps
 from bitdistill.training.head import head_products
 
 EXTRA_STATE = "bitdistill_state.json"
@@ -48,10 +46,12 @@ class StageArguments(TrainingArguments):
     Args:
         autocast_dtype: in which matrix products run where DeepSpeed does not decide it; None leaves them in fp32.
         head_dtype: in which the products of the LM head run, where the rest stays in fp32; None as the rest.
+        rank_timeout: seconds without progress after which a rank that stands still is named, and the run ends; None waits.
     """
 
     autocast_dtype: str | None = None
     head_dtype: str | None = None
+    rank_timeout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def training_arguments(
     steps_cap: int | None = None,
     autocast_dtype: str | None = None,
     head_dtype: str | None = None,
+    rank_timeout: float | None = None,
     health_steps: int = 0,  # read by the caller; accepted so that a whole section of settings can be passed
     save_steps: int = 0,
     max_steps: int = -1,
@@ -111,7 +112,7 @@ def training_arguments(
     Args:
         folder: for checkpoints.
         deepspeed: from distributed.presets; None trains in PyTorch alone, on one rank.
-        autocast_dtype, head_dtype: as in StageArguments; with DeepSpeed the first is part of its section.
+        autocast_dtype, head_dtype, rank_timeout: as in StageArguments; with DeepSpeed the first is part of its section.
         steps_cap: upper bound on max_steps, for smoke runs.
         hugging_face: learning_rate, per_device_train_batch_size, ... verbatim.
         seed: of weights, data order and dropout. report_to: trackers, as in transformers.
@@ -142,6 +143,7 @@ def training_arguments(
         optim="adamw_torch" if torch.cuda.is_available() else "adamw_torch_fused",
         autocast_dtype=autocast_dtype,
         head_dtype=head_dtype,
+        rank_timeout=rank_timeout,
         **hugging_face,
     )
 
@@ -190,8 +192,8 @@ class StageTrainer(Trainer):
             self.remove_callback(callback)
         if annealing is not None:
             self.add_callback(annealing)
-        # Before _Files, which completes a checkpoint.
-        self.add_callback(FiniteSteps(stage, self._rows_in_words, lambda: self._gradient_norm))
+        self._finite = FiniteSteps(stage, self._rows_in_words, self._models)
+        self.add_callback(self._finite)  # before _Files, which completes a checkpoint
         self.add_callback(_Files(self, run_dir / "metrics.jsonl"))
         if process_group.is_main():
             self.add_callback(_ProgressBar(stage))
@@ -201,6 +203,9 @@ class StageTrainer(Trainer):
         return [name for name, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device=None):
+        if self.state.global_step >= self.state.max_steps:  # resumed at the end: the Trainer would take one step more
+            self.control.should_training_stop = True
+            return [], 0
         batches = []
         for _ in range(num_batches):
             try:
@@ -212,9 +217,8 @@ class StageTrainer(Trainer):
         positions = sum(batch["labels"].numel() for batch in batches)
         self._rows_are = "blocks of the corpus" if batches and "block" in batches[0] else "training rows, from 0,"
         self._rows = [i for batch in batches for i in batch.get("block", batch.get("row", torch.empty(0))).tolist()]
-        here = torch.tensor([answers, tokens, positions, termination.requested()], device=self.args.device)
-        *totals, stops = process_group.all_reduce_sum(here).tolist()
-        self._counts, self.stop_wanted = Counts(*totals, step=self.state.global_step), stops > 0
+        here = torch.tensor([answers, tokens, positions], device=self.args.device)
+        self._counts = Counts(*process_group.all_reduce_sum(here).tolist(), step=self.state.global_step)
         self._steps_summed += 1
         self._tokens_summed += self._counts.tokens
         return batches, self._counts.answer_tokens
@@ -242,34 +246,16 @@ class StageTrainer(Trainer):
         total = 0.0
         for name, (weight, loss) in self.objective(model, inputs, self._counts).items():
             value = loss.item()
-            if not math.isfinite(value):
-                self._refuse_loss(name, value, inputs)
+            self._finite.see_loss(name, value, inputs)
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._sums[TOTAL] = self._sums.get(TOTAL, 0.0) + float(weight) * value
             total = total + weight * loss
         return total * process_group.world_size()
 
-    def _refuse_loss(self, name: str, value: float, batch: dict[str, Tensor]) -> None:
-        """Says which term of the loss is not finite, which layer it comes from, and in which rows."""
-        found = None
-        if process_group.world_size() == 1:  # others would wait for a rank that looks for the layer
-            models = {
-                "student": self.model,
-                "teacher": getattr(getattr(self.objective, "teacher", None), "module", None),
-            }
-            places = {
-                who: where_not_finite(model, batch["input_ids"], batch["attention_mask"])
-                for who, model in models.items()
-                if model is not None
-            }
-            found = next((f"{place} of the {who}" for who, place in places.items() if place), None)
-        raise UserError(
-            f"metrics.jsonl: loss_{name}",
-            expected="a finite number",
-            got=f"{value} in stage {self.stage} at step {self.state.global_step + 1} ({self._rows_in_words()})"
-            + (f", from {found}" if found else ""),
-            do=DO,
-        )
+    def _models(self) -> dict[str, nn.Module]:
+        """The models that the losses are computed from, by what a message calls them."""
+        teacher = getattr(getattr(self.objective, "teacher", None), "module", None)
+        return {"model": self.model} if teacher is None else {"student": self.model, "teacher": teacher}
 
     def _rows_in_words(self) -> str:
         """The rows of the current optimizer step on this rank, or its blocks of the corpus."""
@@ -327,18 +313,29 @@ class StageTrainer(Trainer):
         elif resume:
             process_group.say(f"{self.stage}: no complete checkpoint to continue from, starts at step 0")
         started = time.perf_counter()
-        with termination.deferred():
+        with termination.deferred(), self._watched():
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self.stop_wanted and self.state.global_step < self.state.max_steps:
-            raise termination.Stopped(
-                f"stopped by SIGTERM; {self.stage}: checkpoint-{self.state.global_step} is saved."
-            )
+            raise termination.Stopped(f"; {self.stage}: checkpoint-{self.state.global_step} is saved")
         return {
             "seconds": round(time.perf_counter() - started, 2),
             "steps": self.state.global_step,
             "engine": "deepspeed" if self.is_deepspeed_enabled else "torch",
             "resumed_from": checkpoint.name if checkpoint else None,
         }
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Inside, a rank that stands still ends the run."""
+        if process_group.world_size() == 1 or self.args.rank_timeout is None:
+            yield
+            return
+        watch = stall.watch(self.args.rank_timeout, termination.give_up)
+        self._finite.beat = watch.beat
+        try:
+            yield
+        finally:
+            watch.stop()
 
     def step_rows(self) -> int:
         """Rows that one optimizer step consumes over all ranks."""
@@ -369,6 +366,7 @@ class _Files(TrainerCallback):
             append_line(self.path, json.dumps(line))
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.stop_wanted = process_group.all_reduce_sum(float(termination.requested())) > 0
         if self.trainer.stop_wanted:
             control.should_save = control.should_training_stop = True
 
