@@ -20,9 +20,11 @@ Each command is a function in commands/. The main job is its own entry: `deepspe
 `deepspeed --module bitdistill.train` without a checkout.
 """
 
+import inspect
 import sys
 
 from bitdistill import console, surroundings
+from bitdistill.argument_errors import did_you_mean, refused
 from bitdistill.commands.chat import chat, chat_options
 from bitdistill.commands.check import check
 from bitdistill.commands.evaluate import evaluate
@@ -62,7 +64,7 @@ PARSERS = {
 def _run_command(arguments: list[str]) -> int | None:
     name = arguments[0] if arguments else "--help"
     if name not in (*COMMANDS, "-h", "--help"):
-        do = "See bitdistill --help."
+        do = did_you_mean(name, COMMANDS) + "See bitdistill --help."
         raise UserError("COMMAND", expected=f"one of {', '.join(COMMANDS)}", got=repr(name), do=do)
     if name in PARSERS:
         return _run_quick(name, arguments[1:])
@@ -70,12 +72,12 @@ def _run_command(arguments: list[str]) -> int | None:
 
     for argument in arguments:
         console.require_utf8("command line", argument)
+        console.refuse_secrets("command line", argument)
     try:
-        auto_cli(COMMANDS, args=arguments, as_positional=True, exit_on_error=False)
+        auto_cli(COMMANDS, args=arguments, as_positional=True, exit_on_error=False, allow_abbrev=False)
     except ArgumentError as error:
-        command = " ".join(["bitdistill", *arguments[:1]])
-        do = f"See {command} --help."
-        raise UserError("command line", expected=f"options of {command}", got=str(error), do=do) from error
+        names = inspect.signature(COMMANDS[name]).parameters if name in COMMANDS else COMMANDS
+        raise refused(" ".join(str(error).split()), names, f"bitdistill {name}") from error
     return None
 
 
@@ -101,8 +103,8 @@ def main() -> int:
         except ModuleNotFoundError as error:
             if (error.name or "bitdistill").startswith("bitdistill"):
                 raise
-            extra = "eval" if error.name == "lm_eval" else "train"
-            do = f"Install it: pip install 'bitdistill[{extra}]'."
+            extras = {"lm_eval": "[eval]"} | dict.fromkeys(("numba", "numpy", "safetensors", "tokenizers"), "")
+            do = f"Install it: pip install 'bitdistill{extras.get(error.name, '[train]')}'."
             raise UserError("COMMAND", expected=f"the library {error.name}", got="none installed", do=do) from error
 
     return console.run(body)

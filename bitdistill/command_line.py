@@ -1,26 +1,30 @@
 """From the main job's command line to its settings: recipes, --config files, options, and errors in the settings' own names."""
 
-import re
+import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from bitdistill import console, folders
+from bitdistill.argument_errors import refused
 from bitdistill.config import RunConfig
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
+from bitdistill.text_files import user_path
+from bitdistill.yaml_files import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def _refused(text: str) -> UserError:
-    """What jsonargparse says about a value or a name, under the setting's own name where it says that."""
-    found = re.match(r'Parser key "([\w.]+)": (.*)', text)
-    field, got = found.groups() if found else ("command line", text)
-    do = f"See --help for {field}." if found else "See --help for the settings that there are."
-    expected = "a value of its kind" if found else "known settings"
-    return UserError(field, expected=expected, got=f"an error: {got}", do=do)
+def settings_named(kind: type = RunConfig, prefix: str = "") -> list[str]:
+    """Dotted names of all settings and sections."""
+    names = []
+    for setting in dataclasses.fields(kind):
+        name, section = f"{prefix}{setting.name}", setting.default_factory
+        names += [name, *(settings_named(section, f"{name}.") if dataclasses.is_dataclass(section) else [])]
+    return names
 
 
 def _chosen_recipe(arguments: Sequence[str]) -> str:
@@ -38,8 +42,15 @@ def _chosen_recipe(arguments: Sequence[str]) -> str:
     return "standard" if torch.cuda.is_available() else "laptop"
 
 
+def _files_of_settings(arguments: Sequence[str]) -> list[str]:
+    """What --config names."""
+    after = [value for name, value in pairwise(arguments) if name == "--config"]
+    return after + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+
+
+@functools.cache
 def build_parser(recipe: str):
-    """A jsonargparse parser whose defaults are those of a recipe."""
+    """A jsonargparse parser whose defaults are those of a recipe, made once: it takes longer than to parse."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     path = RECIPES / f"{recipe}.yaml"
@@ -53,6 +64,7 @@ def build_parser(recipe: str):
         description="BitNet Distillation: makes a 1.58-bit student of a full-precision model for a task.",
         default_config_files=[str(path)],
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of settings, such as RUN/config.yaml.")
     parser.add_class_arguments(RunConfig, as_group=False)
@@ -99,22 +111,24 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
     arguments = process_group.without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     for argument in arguments:
         console.require_utf8("command line", argument)
+        console.refuse_secrets("command line", argument)
     switches = ("--resume", "--restart")
     arguments = [f"{argument}=true" if argument in switches else argument for argument in arguments]
     parser = build_parser(_chosen_recipe(arguments))
+    for file in _files_of_settings(arguments):  # says more than the parser does of a file that is wrong as a whole
+        read_yaml(user_path(file, "config"), "config")
     try:
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise _refused(" ".join(str(error).split())) from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        do = "Write the file again, as text in UTF-8."
-        raise UserError("config", expected="a YAML file of settings", got=str(error), do=do) from error
+        raise refused(" ".join(str(error).split()), settings_named(), "train.py") from error
     namespace.pop("config", None)
     namespace.pop("__default_config__", None)
-    for section in fields(RunConfig):
-        if is_dataclass(section.default_factory) and namespace.get(section.name) is None:
+    for section in dataclasses.fields(RunConfig):
+        if dataclasses.is_dataclass(section.default_factory) and namespace.get(section.name) is None:
             do = "Write settings there, or leave the name out."
             raise UserError("config", expected=f"settings below `{section.name}:`", got="nothing", do=do)
+    for name, value in namespace.items():
+        console.refuse_secrets(name, str(value))
     _settle_paths(namespace)
     config = parser.instantiate_classes(namespace)
     namespace.restart = False  # the file says what the run is; run again, it goes on

@@ -330,7 +330,8 @@ class RunConfig:
     def validate(self) -> None:
         """Raises UserError for a value or a combination that cannot run; called before anything is loaded."""
         check_limits(self)
-        for check in (self._check_training, self._check_layers, self._check_model, self._check_formats):
+        checks = (self._check_training, self._check_layers, self._check_model, self._check_folders, self._check_formats)
+        for check in checks:
             check()
 
     def _check_training(self) -> None:
@@ -405,6 +406,35 @@ class RunConfig:
                 got="trimmed",
                 do="Leave one of the two out.",
             )
+
+    def _check_folders(self) -> None:
+        """What the run reads does not lie where it writes, nor the other way round."""
+        run, brought = Path(self.output_dir).resolve(), ("refine", "pretrain") if self.student else ()
+        read = {
+            "model": self.model,
+            "teacher.model": self.teacher.model,
+            "student": self.student,
+            "corpus": self.corpus,
+        }
+        for name, source in read.items():
+            folder = Path(source or "").resolve()
+            if source is None or not folder.is_dir():
+                continue
+            if folder == run or folder in run.parents:
+                raise UserError(
+                    "output_dir",
+                    expected=f"a folder of its own, outside {name}",
+                    got=f"{self.output_dir}, which is or lies in {source}",
+                    do="Give the run another --output_dir: it writes there, and would change what it reads.",
+                )
+            inside = folder.relative_to(run).parts[0] if run in folder.parents else None
+            if inside in STAGES and inside not in brought:
+                raise UserError(
+                    name,
+                    expected="a folder that this run does not write to",
+                    got=f"{source}, the result of a stage in output_dir",
+                    do="Give the run another --output_dir.",
+                )
 
     def _check_formats(self) -> None:
         if self.refine.embedding != "fp16" and self.export.embedding not in (None, self.refine.embedding):

@@ -3,6 +3,7 @@ ends quietly when a pipe is closed."""
 
 import errno
 import os
+import re
 import select
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from bitdistill.errors import UserError
 
 USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses; 128 + the number of the signal, as shells have it
 LONGEST_MESSAGE = 4000  # characters
+# Tokens of the hub, and passwords in addresses.
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s@'\"]+(?=@)")
 # What the system says about files, disks and rights. A file that is not there is not among them: whoever opens one says more.
 SYSTEM = {
     errno.ENOSPC: "Free some space, or name a folder on another disk.",
@@ -60,7 +63,8 @@ def run(body: Callable[[], int | None]) -> int:
 
 def system_error(error: OSError) -> UserError:
     """What the system said, as a UserError about the file that it was said of."""
-    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "disk"
+    name = error.filename2 or error.filename  # of two names that of the file that was to be
+    name = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else "disk"
     return UserError(name, expected="a system that allows it", got=str(error.strerror), do=SYSTEM[error.errno])
 
 
@@ -74,8 +78,8 @@ def complain(error: UserError) -> int:
 
 
 def one_line(text: str) -> str:
-    """`text` without line ends and control characters, cut in the middle where it is absurdly long."""
-    text = " ".join(text.split())
+    """`text` without line ends, control characters and secrets, cut in the middle where it is absurdly long."""
+    text = SECRET.sub("***", " ".join(text.split()))
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     if len(text) > LONGEST_MESSAGE:
         text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
@@ -114,6 +118,18 @@ def require_utf8(field: str, value: str | None) -> None:
         shown = os.fsencode(value).decode("utf-8", errors="backslashreplace")
         do = "Convert it, or set the terminal to UTF-8."
         raise UserError(field, expected="text in UTF-8", got=shown, do=do) from None
+
+
+def refuse_secrets(field: str, value: str) -> None:
+    """Checks a setting, which is written into config.yaml and the report.
+
+    Raises:
+        UserError: it holds a token of the hub, or a password in an address; it is not repeated.
+    """
+    if SECRET.search(value):
+        do = "Take it out; a token of the hub is read from the variable HF_TOKEN, or from `hf auth login`."
+        got = f"one in {SECRET.sub('***', value)}"
+        raise UserError(field, expected="no token or password in a setting", got=got, do=do)
 
 
 def _reader_is_gone(stream) -> bool:

@@ -59,6 +59,7 @@ def known_settings(
         validation["extra_validation_files"] = {split: identity(file) for split, file in extra.items()}
     task_settings = dataclasses.asdict(task)
     calibrated = config.refine.gain == "calibrated" or quantizer_named(config.refine.weight_quantizer).calibrated
+    blocks = {"corpus blocks": {"block_size": config.pretrain.block_size, "seed": config.seed}}
     return groups | {
         "training": {"seed": config.seed, "precision": config.precision, "max_steps_cap": config.max_steps},
         "seed": {"seed": config.seed},
@@ -66,7 +67,8 @@ def known_settings(
         "embedding": {"embedding": config.refine.embedding},
         "cache": {"cache": kept},
         "corpus": corpus,
-        "calibration": corpus if calibrated else {},
+        "blocks": blocks,
+        "calibration": corpus | blocks if calibrated else {},
         "trimming": {"refine": trimming, "blocks": trimming_blocks, "block_size": config.pretrain.block_size},
         "model": {} if config.model is None else {"model": identity(config.model)},
         "teacher model": {"teacher_model": identity(config.teacher.model)},

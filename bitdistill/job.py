@@ -117,9 +117,9 @@ class Job:
             device = {"device": self.device, "nvme_path": config.nvme_path}
             precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.teacher_dtype]
             presets.teacher_config(config.teacher_offload, precision=precision, **device)
+        self._numerics("pretrain")
         if "nvme" in (config.offload, config.teacher_offload):
             process_group.require_nvme(config.nvme_path)
-        self._numerics("pretrain")
 
     def _products(self, stage: str) -> tuple[str, str | None]:
         """The precision of a stage's products, and that of its LM head where it differs."""
@@ -213,6 +213,10 @@ class Job:
                 if subject in FITTED and state == "ok" and found:
                     process_group.say(f"{subject}: {found}")
         report.require()
+
+    def check_trimmed(self) -> None:
+        """After the stage `trim`: raises UserError where a row does not fit any more."""
+        preflight.check_trimmed(self)
 
     def stages_to_run(self) -> list[str]:
         """The stages that this run will not skip: those with a reason to run, and those that depend on them."""

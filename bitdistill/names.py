@@ -40,3 +40,6 @@ LAYER_NORMS = (
 DEPLOY_TARGETS = ("bitdistill", "llama.cpp", "ollama", "transformers", "vllm", "mlx", "onnx-genai")  # export/targets.py
 
 KV_CACHES = ("bf16", "fp32", "int8")  # how the CPU runtime keeps keys and values; the first is its default
+
+# How transformers opens a model folder here: no pickle, no code of the folder's, no network.
+FROM_DISK = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}

@@ -10,14 +10,14 @@ after training has begun, that is a bug of this file.
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bitdistill.data.tasks import encode, encode_prompts, label_tokens
+from bitdistill.data.tasks import encode_prompts, label_tokens
 from bitdistill.distributed import presets, process_group
 from bitdistill.errors import UserError
 from bitdistill.export.targets import TARGETS, Choice, settings_for, verdicts
@@ -354,18 +354,21 @@ def check_run(job) -> Report:
     """
     config, report, stages = job.config, job.report, set(job.stages_to_run())
     tokenizer, model = None, job.models.get("model")
+    trimmed = "trim" in job.directory.stages and "trim" not in stages  # what the next stages will see
+    folder = job.directory.folder("trim") if trimmed else job.full_tokenizer_folder
     if job.embedded or model is not None:
         with report.part("tokenizer") as found:
-            tokenizer = load_tokenizer(job.full_tokenizer_folder)
-            found.append(f"{len(tokenizer):,} tokens")
-            if beyond := tokens_beyond(job.full_tokenizer_folder):
+            tokenizer = load_tokenizer(folder)
+            found.append(f"{len(tokenizer):,} tokens" + ", as trimmed" * trimmed)
+            if beyond := tokens_beyond(folder):
                 found.append(f"taken out, for the model has no row for them: {', '.join(beyond[:5])}")
     student = model.config if model is not None else job.demo_config()
     teacher = job.models["teacher"].config if "teacher" in job.models else student
     if student is not None:
         _check_shapes(job, report, stages, student, teacher)
     _check_settings(config, report, stages)
-    _check_data(job, report, stages, tokenizer, student)
+    _check_rows(job, report, stages, tokenizer, len(tokenizer) if trimmed else student and student.vocab_size)
+    _check_corpus(job, report, stages, tokenizer)
     if student is not None:
         _check_room(job, report, stages, student, teacher)
     return report
@@ -413,33 +416,53 @@ def _check_settings(config, report: Report, stages: set[str]) -> None:
             found.append(", ".join(config.report_to) or "none")
 
 
-def _check_data(job, report: Report, stages: set[str], tokenizer, student) -> None:
-    """Rows of every split as they will be read, and as tokens; the beginning of the corpus."""
+def check_trimmed(job) -> None:
+    """The rows once more, as tokens of the vocabulary that `trim` has just made: more and smaller pieces than before it.
+
+    Raises:
+        UserError: all that does not fit now, before anything is trained.
+    """
+    report, tokenizer = Report(), load_tokenizer(job.directory.folder("trim"))
+    _check_rows(job, report, set(job.directory.stages), tokenizer, len(tokenizer))
+    report.require()
+
+
+def _check_rows(job, report: Report, stages: set[str], tokenizer, vocabulary: int | None) -> None:
+    """Rows of every split as they will be read, and as tokens."""
     sources, config = job.sources, job.config
-    splits: dict[str, Callable[[], dict[str, Any]]] = {}
     if stages & {"teacher", "distill", "baseline"}:
-        splits["training rows"] = lambda: {"train": sources.train_rows()}
-    if stages & {"evaluate", "export"}:
-        splits["validation rows"] = sources.validation_rows
-    for subject, read in splits.items():
-        with report.part(subject) as found:
-            rows = read()
-            found.append(", ".join(f"{len(one):,} {split}" for split, one in rows.items()))
+        with report.part("training rows") as found:
             if tokenizer is None:
-                continue
-            if job.task.kind == "classification":
-                label_tokens(job.task, tokenizer)
-            for split, one in rows.items():
-                if split == "train":
-                    counts = encode(job.task, one, tokenizer, config.max_length, student and student.vocab_size)[1]
-                    found.append(f"{counts['tokens']:,} tokens, {counts['truncated']:,} cut to {config.max_length}")
-                else:
+                found.append(f"{len(sources.train_rows()):,} train")
+            else:
+                _check_labels(job.task, tokenizer)
+                counts = sources.encoded_rows(tokenizer, vocabulary)[1]
+                found.append(f"{counts['rows']:,} train")
+                found.append(f"{counts['tokens']:,} tokens, {counts['truncated']:,} cut to {config.max_length}")
+    if stages & {"evaluate", "export"}:
+        with report.part("validation rows") as found:
+            rows = sources.validation_rows()
+            found.append(", ".join(f"{len(one):,} {split}" for split, one in rows.items()))
+            if tokenizer is not None:
+                _check_labels(job.task, tokenizer)
+                for one in rows.values():
                     encode_prompts(job.task, one, tokenizer, config.max_length)
+
+
+def _check_labels(task, tokenizer) -> None:
+    if task.kind == "classification":
+        label_tokens(task, tokenizer)
+
+
+def _check_corpus(job, report: Report, stages: set[str], tokenizer) -> None:
+    """Blocks of the corpus, then its local files to their ends, and how much of it stage 2 reads."""
+    sources, config = job.sources, job.config
     calibrated = "refine" in stages and job.calibrates
     if tokenizer is not None and (stages & {"base", "cache", "pretrain"} or calibrated):
         with report.part("corpus") as found:
             next(iter(sources.corpus_stream(tokenizer, config.pretrain.block_size)))
             found.append(f"{sources.corpus}, blocks of {config.pretrain.block_size}")
+            found += filter(None, [sources.check_corpus()])
     if "pretrain" in stages:
         with report.part("pretrain.max_steps") as found:
             job.require_steps()

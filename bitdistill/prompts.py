@@ -57,6 +57,7 @@ class Task:
     def _rules(self):
         """(field, what is expected of it, whether it is so, what to do), one by one: each may rely on those before."""
         kinds = ("classification", "generation")
+        yield "name", "a text", isinstance(self.name, str) and self.name.strip(), "Write one in quotes."
         yield "kind", " or ".join(kinds), self.kind in kinds, "Choose one."
         plain = isinstance(self.prompt, str) and _placeholders(self.prompt)
         yield (
@@ -67,15 +68,19 @@ class Task:
         )
         bare = self.prompt == self.prompt.rstrip()
         yield "prompt", "no white space at its end: the answer brings its own", bare, "Remove the white space."
-        known = self.truncate_column in self.columns
+        known = _texts(self.truncate_column) and self.truncate_column in self.columns
         yield "truncate_column", f"one of the prompt's {self.columns}", known, "Name the column with the long text."
-        yield "splits", "split: name on the hub", isinstance(self.splits, dict), "Write {train: train}."
+        named = isinstance(self.splits, dict) and _texts(*self.splits, *self.splits.values())
+        yield "splits", "split: name on the hub", named, "Write {train: train}."
+        hub = all(one is None or _texts(one) for one in (self.dataset, self.config))
+        yield "dataset", "names of the hub, or none", hub, "Write them in quotes: dataset and config."
+        yield "chat", "true or false", isinstance(self.chat, bool), "Write chat: true, or leave it out."
         if self.kind == "generation":
-            yield "target_column", "a column", self.target_column, "Name the column to be written."
+            yield "target_column", "a column", _texts(self.target_column), "Name the column to be written."
             positive = type(self.max_new_tokens) is int and self.max_new_tokens > 0
             yield "max_new_tokens", "a positive number", positive, "Say how long an answer may be."
             return
-        yield "label_column", "a column", self.label_column, "Name the column of the labels."
+        yield "label_column", "a column", _texts(self.label_column), "Name the column of the labels."
         yield "labels", "value: word", isinstance(self.labels, dict), "Write {0: bad, 1: good}."
         words = all(isinstance(word, str) and word.strip() for word in self.labels.values())
         yield "labels", "a word for each value", words, 'Quote words that YAML takes for something else: "yes".'
@@ -145,6 +150,11 @@ def label_tokens(task: Task, tokenizer) -> list[list[int]]:
                     got=f"{word!r} {ids} and {other!r} {longer}", do="Choose other words.",
                 )  # fmt: skip
     return tokens
+
+
+def _texts(*values) -> bool:
+    """Whether all of them are texts, and none is blank."""
+    return all(isinstance(value, str) and value.strip() for value in values)
 
 
 def _placeholders(template: str) -> list[str]:

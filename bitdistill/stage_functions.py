@@ -61,6 +61,7 @@ def trim_vocabulary(job: Job) -> None:
         facts |= {name: value for name, value in vars(done).items() if name != "kept"}
         facts["seconds"] = round(time.perf_counter() - started, 2)
     process_group.say(f"trim: {done}")
+    job.check_trimmed()
 
 
 def train_teacher(job: Job) -> None:

@@ -24,6 +24,8 @@ from bitdistill.files import write_whole
 MORE_IS_ENOUGH = ("cache.blocks",)
 # Stages that leave nothing to do in their place when a run does not have them.
 WITHOUT_SUBSTITUTE = ("cache",)
+# Settings that results of earlier versions do not name: they count as unchanged where nothing is written down.
+ADDED_LATER = ("corpus blocks.block_size", "corpus blocks.seed")
 NOT_RUN = "not run yet"
 BELONGS_TO = "settings.json"  # in a folder of checkpoints: the settings and inputs that they belong to
 
@@ -107,6 +109,7 @@ class RunDirectory:
             name
             for name in sorted(before.keys() | now.keys())
             if before.get(name) != now.get(name)
+            and not (name in ADDED_LATER and name not in before)
             and not (name in MORE_IS_ENOUGH and before.get(name, 0) > now.get(name, 0))
         ]
         if changed:

@@ -4,13 +4,15 @@ All of it is passed to the libraries in environment variables, which they read w
 user has set stay as they are.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
-from bitdistill import folders
+from bitdistill import console, folders
 from bitdistill.cpus import available_cpus
 from bitdistill.distributed import openmp
+from bitdistill.errors import UserError
 
 # Libraries that keep a cache below the home: variable -> the folder below ~/.cache or ~ that it stands for.
 CACHES = {
@@ -19,7 +21,11 @@ CACHES = {
     "MPLCONFIGDIR": ".config/matplotlib",
     "TRITON_CACHE_DIR": ".triton/cache",
 }
+# What the main job imports sooner or later, some of it only for the report at the end.
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numba", "numpy", "scipy")
+LIBRARIES += ("jsonargparse", "yaml", "rich", "tqdm", "matplotlib", "jinja2")
 SILENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+SAFE = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}  # torch.load runs no code of a file, also where a library asks it to
 
 
 def prepare() -> None:
@@ -28,13 +34,24 @@ def prepare() -> None:
     * OpenMP's waiting threads sleep soon (openmp.py).
     * A user without a home (no HOME and no passwd entry) gets a folder among the temporary files as home; a home that cannot
       be written to stays, and the caches of the libraries move to such a folder. Both are said on stderr.
-    * Libraries send no usage statistics.
+    * Libraries send no usage statistics, and unpickle nothing but plain data.
     """
     openmp.wait_briefly()
-    for name, value in SILENT.items():
+    for name, value in (SILENT | SAFE).items():
         os.environ.setdefault(name, value)
     _settle_home()
     _name_user()
+
+
+def require_libraries() -> None:
+    """Ends the process with status 2 and one line where a library is missing that the main job needs, now or at its end."""
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        do = "Install them: pip install 'bitdistill[train]'."
+        error = UserError(
+            "command line", expected="the libraries that training needs", got=f"no {', '.join(missing)}", do=do
+        )
+        sys.exit(console.complain(error))
 
 
 def limit_threads() -> None:

@@ -24,7 +24,14 @@ _MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-_OTHER_KINDS = {b"PK\x03\x04": "a zip archive or an office document", b"PAR1": "a Parquet file", b"%PDF": "a PDF"}
+_POINTER = b"version https://git-lfs"
+_OTHER_KINDS = {  # first bytes -> (what such a file is, what to do)
+    b"PK\x03\x04": ("a zip archive or an office document", "Unpack or export it as text."),
+    b"PAR1": ("a Parquet file", "Name it .parquet, or export it as text."),
+    b"%PDF": ("a PDF", "Export it as text."),
+    _POINTER: ("a Git LFS pointer in place of the file", "Fetch the file itself: git lfs pull."),
+}
+_WEB_PAGE = ("a web page in place of the file", "Download the file itself, not the page that shows it.")
 _SAMPLE = 4096
 
 
@@ -89,14 +96,13 @@ def decode(data: bytes, field: str, name: str) -> str:
     try:
         return io.TextIOWrapper(io.BytesIO(data), encoding).read()
     except UnicodeDecodeError as error:
-        do = "Convert it to UTF-8, for example with iconv."
-        raise UserError(field, expected="text in UTF-8", got=f"{name} ({error})", do=do) from None
+        do, line = "Convert it to UTF-8, for example with iconv.", data[: error.start].count(b"\n") + 1
+        raise UserError(field, expected="text in UTF-8", got=f"{name} ({error}, line {line})", do=do) from None
 
 
 def _open(path: Path, field: str) -> BinaryIO:
     """The file's bytes, decompressed, with `peek`."""
-    with path.open("rb") as file:
-        start = file.read(8)
+    start = _first_bytes(path)
     if start.startswith(b"\x1f\x8b"):
         return gzip.open(path)
     if start.startswith(b"BZh"):
@@ -110,10 +116,23 @@ def _open(path: Path, field: str) -> BinaryIO:
             do = "Install it (pip install pyarrow), or unpack the file."
             raise UserError(f"{field} {path}", expected="the library pyarrow", got="none installed", do=do) from error
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    for mark, kind in _OTHER_KINDS.items():
+    for mark, (kind, do) in _OTHER_KINDS.items():
         if start.startswith(mark):
-            raise UserError(f"{field} {path}", expected="a text file", got=kind, do="Unpack or export it as text.")
+            raise UserError(f"{field} {path}", expected="a text file", got=kind, do=do)
     return path.open("rb")
+
+
+def download_gone_wrong(path: Path) -> tuple[str, str] | None:
+    """(what lies in place of a file that cannot be read, what to do): a Git LFS pointer, a web page; else None."""
+    start = _first_bytes(path)
+    if start.startswith(_POINTER):
+        return _OTHER_KINDS[_POINTER]
+    return _WEB_PAGE if start.lstrip().lower().startswith((b"<!doctype html", b"<html")) else None
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(32)
 
 
 def _encoding(file: BinaryIO, path: Path, field: str) -> str:

@@ -20,6 +20,7 @@ same path; rank 0 prints and writes.
 from bitdistill import surroundings
 
 surroundings.prepare()  # before anything loads torch
+surroundings.require_libraries()
 
 import sys
 from pathlib import Path
@@ -68,7 +69,7 @@ TASK = ("task", "train rows")
 STAGES = {  #      depends on                         is part of a run when
             #          reads                                                                          is done by
     "base":     Stage((),                                lambda config: config.model is None,
-                      ("base", "training", "corpus"),                                                  train_base),
+                      ("base", "training", "corpus", "blocks"),                                                  train_base),
     "trim":     Stage(("base",),                         lambda config: config.refine.vocabulary == "trimmed",
                       ("trimming", "seed", "model", "corpus", *TASK),                                  trim_vocabulary),
     "teacher":  Stage(("trim",),                         always,

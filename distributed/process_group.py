@@ -101,6 +101,7 @@ def _use_gpu(local_rank: int, local_ranks: int) -> None:
 def _join_group(device: str) -> None:
     import deepspeed
 
+    _let_checkpoints_in()
     if device == "cpu":
         import deepspeed.ops
 
@@ -119,6 +120,15 @@ def _join_group(device: str) -> None:
             got=f"one that another run may be using ({str(error).splitlines()[0]})",
             do="Give this run its own: deepspeed --master_port 29600 bitdistill/train.py ...",
         ) from error
+
+
+def _let_checkpoints_in() -> None:
+    """DeepSpeed's checkpoints hold these objects of its own beside tensors: torch.load may make them, and no others."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 
 
 def shutdown() -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from bitdistill.distributed import presets, process_group
+from bitdistill.names import FROM_DISK
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -84,7 +85,7 @@ def load_teacher(
 
     if offload == "none":
         with _deepspeed_while_loading(None):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **FROM_DISK)
         model = _frozen(model).to(device)
         if products is not None:
             _round_linears(model, products)
@@ -98,7 +99,7 @@ def load_teacher(
     import deepspeed
 
     with _deepspeed_while_loading(config):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **FROM_DISK)
     engine = deepspeed.initialize(model=_frozen(model), config=config)[0]
     engine.eval()
     _recompute_rope(engine.module, engine.device)

@@ -4,6 +4,7 @@ import functools
 import os
 from pathlib import Path
 
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -94,6 +95,51 @@ def made(kind: str, bos: bool = True, eos: bool = False, chat: bool = False) -> 
     if chat:
         tokenizer.chat_template = CHATML
     return tokenizer
+
+
+@st.composite
+def generated(draw) -> PreTrainedTokenizerFast:
+    """A tokenizer that nobody has: bytes, sentencepiece with byte fallback or characters, with drawn merges, special tokens,
+    their flags, BOS before and EOS after a text or not, and no padding token."""
+    kind = draw(st.sampled_from(("bytes", "sentencepiece", "characters")))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "bytes" else ["▁", *ALPHABET]
+    special = draw(st.lists(st.sampled_from(SPECIAL[1:]), min_size=1, unique=True))
+    words = ["<unk>", *special, *(f"<0x{byte:02X}>" for byte in range(256 * (kind == "sentencepiece"))), *letters]
+    merges, pieces = [], [letter for letter in letters if letter != " "]
+    for _ in range(draw(st.integers(0, 8)) if kind != "characters" else 0):
+        pair = tuple(draw(st.sampled_from(pieces)) for _ in range(2))
+        if "".join(pair) not in words:
+            merges.append(pair)
+            words.append("".join(pair))
+            pieces.append("".join(pair))
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    fallback = kind == "sentencepiece"
+    inner = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=None if kind == "bytes" else "<unk>", byte_fallback=fallback)
+    )
+    if kind == "bytes":
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=draw(st.booleans()), use_regex=draw(st.booleans())
+        )
+        inner.decoder = decoders.ByteLevel()
+    elif kind == "sentencepiece":
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(
+            prepend_scheme=draw(st.sampled_from(("first", "never", "always")))
+        )
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        inner.decoder = decoders.Sequence(steps)
+    else:
+        inner.decoder = decoders.Fuse()
+    if draw(st.booleans()):
+        inner.normalizer = normalizers.NFKC()
+    flags = st.fixed_dictionaries({name: st.booleans() for name in ("lstrip", "rstrip", "normalized", "single_word")})
+    inner.add_special_tokens([AddedToken(text, special=True, **draw(flags)) for text in special])
+    first, last = special[0], special[-1]
+    frame = [first] * draw(st.booleans()) + ["$A"] + [last] * draw(st.booleans())
+    ids = [(text, vocabulary[text]) for text in {first, last}]
+    inner.post_processor = processors.TemplateProcessing(single=frame, special_tokens=ids)
+    names = {"bos_token": first} if draw(st.booleans()) else {}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=last, unk_token="<unk>", **names)
 
 
 @functools.cache

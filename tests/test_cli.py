@@ -118,7 +118,7 @@ def test_eval_scores_splits_and_perplexity(file, tmp_path, monkeypatch):
 
     runtime = Runtime(file, 1)
     (tmp_path / "text.txt").write_text("boats on a river. " * 20)
-    options = ["--perplexity", tmp_path / "text.txt", "--block_size", 80, "--json_file", tmp_path / "out.json"]
+    options = ["--perplexity", tmp_path / "text.txt", "--block_size", 60, "--json_file", tmp_path / "out.json"]
     refused = evaluate(file, *options, check=2)  # byte_tokenizer has no end-of-text token, which ends a document
     assert "bitdistill: tokenizer: expected an EOS token" in refused.stderr
     blocks = torch.tensor([[*b"boats on a river. " * 3], [*b"a river with boats" * 3]])

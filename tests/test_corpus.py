@@ -272,7 +272,11 @@ def test_empty_documents_are_skipped_and_counted(tmp_path):
         ("c.jsonl", "\n", "no row"),
         ("c.jsonl", '{"text": ""}\n', "no text"),
         ("c.jsonl", '{"text": "short"}\n', "at least 16 tokens; got 6 tokens"),
-        ("c.jsonl", '{"body": "x", "id": 1}\n', "text_column.*got columns body, id"),
+        (
+            "c.jsonl",
+            '{"body": "x", "id": 1}\n',
+            "column: expected text; got columns body, id. Name one of them: --corpus_column",
+        ),
         ("c.jsonl", '{"text": 5}\n', "expected texts; got 5"),
         ("c.jsonl", '{"text": \n', "read as json; got .* in row 1"),
         ("c.txt", "", "empty files"),
@@ -418,8 +422,31 @@ def test_file_and_row_of_bad_text_are_named(tmp_path, name, content, match):
 def test_a_file_without_the_column_is_named(tmp_path):
     write(tmp_path / "a", "jsonl", ["aaaa"])
     (tmp_path / "b.jsonl").write_text('{"body": "bbbb"}\n')
-    with pytest.raises(UserError, match="text_column: expected text; got a file with columns body"):
+    with pytest.raises(UserError, match=r"column: expected text; got columns body in row 1 of .*b\.jsonl"):
         next(iter(TokenStream(str(tmp_path), byte_tokenizer(), 16)))
+
+
+def test_files_are_checked_to_their_ends_without_tokens(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo é\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("")
+    assert corpus.check_corpus(str(tmp_path)) == "all 10 characters of 2 documents checked"
+    assert corpus.check_corpus("somebody/a-dataset") is None
+    (tmp_path / "c.txt").write_text("fine\n" * 100_000 + "x\0y\n")
+    with pytest.raises(UserError, match=r"c\.txt: expected text; got a NUL character in line 100001"):
+        corpus.check_corpus(str(tmp_path))
+    (tmp_path / "rows").mkdir()
+    write(tmp_path / "rows" / "a", "jsonl", ["text"] * 3)
+    (tmp_path / "rows" / "b.jsonl").write_text('{"text": null}\n{"text": "last"}\n')
+    assert corpus.check_corpus(str(tmp_path / "rows")) == "all 16 characters of 5 documents checked"
+
+
+def test_a_huge_corpus_is_checked_for_a_time(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 7}\n')
+    assert (
+        corpus.check_corpus(str(tmp_path), seconds=0) == "the first 4 characters checked; the rest is when it is read"
+    )
+    with pytest.raises(UserError, match="7 in row 2"):
+        corpus.check_corpus(str(tmp_path))
 
 
 def test_a_replaced_file_is_another_corpus(tmp_path):

@@ -33,14 +33,15 @@ PARTS = (
     "memory",
     "disk",
     "text",
-    "refine.vocabulary",
-)  # a model's tokenizer files, the machine
+)  # of a tokenizer, a request, the machine
 FILES = r"(.*/)?[\w.*-]+\.(json|jsonl|yaml|safetensors|gguf|model|jinja)"
 VARIABLES = r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|SLURM_LOCALID)"
 VERBS = "correct|fix|check|mend|repair|see|change|clear|convert|add|remove|lower|raise|choose"
 # Fields that come from further away than this test can follow -> where from.
 FAR = {
-    "command_line.py: field": "jsonargparse's message, which names a setting",
+    "argument_errors.py: name": "the parser's message, which names a setting or an option",
+    "argument_errors.py: option['name']": "the parser's message, which names a setting or an option",
+    "config.py: name": "the settings, walked",
     "console.py: name": "the file that the system names",
     "console.py: field": "an option of the command that is run",
     "tasks.py: option": "--train_file, --validation_file or --extra_validation_files",

@@ -55,7 +55,7 @@ GRAPH = {name: imports(path, FILES) for name, path in FILES.items()}
 # (errors, names, stages) are a room each.
 # Rooms that import nothing of the project; every room may import them.
 LEAVES = {"errors", "names", "cpus", "folders", "files", "lock"}
-GROUND = LEAVES | {"text_files", "text_tokens", "prompts", "kernels", "distributed"}
+GROUND = LEAVES | {"argument_errors", "text_files", "yaml_files", "text_tokens", "prompts", "kernels", "distributed"}
 ALLOWED = {
     "kernels": LEAVES,
     "distributed": LEAVES,
@@ -67,8 +67,10 @@ ALLOWED = {
     "cpus": set(),
     "folders": set(),
     "console": LEAVES,
-    "surroundings": GROUND,
+    "surroundings": GROUND | {"console"},
+    "argument_errors": {"errors"},
     "text_files": {"errors"},
+    "yaml_files": {"errors", "text_files"},
     "text_tokens": {"errors"},
     "prompts": {"errors", "text_tokens"},
     "stages": GROUND,

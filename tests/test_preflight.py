@@ -138,6 +138,33 @@ def files(tmp_path) -> list[str]:
     return [f"--{name}={tmp_path / value}" for name, value in named.items()]
 
 
+def test_rows_become_tokens_once_for_all_stages(tmp_path, monkeypatch):
+    """Preflight and three stages ask for the same tokens; another tokenizer, or many tokens, are encoded anew."""
+    from test_loading import tokenizer
+    from tiny_gguf import MERGES, TOKENS
+
+    from bitdistill.data import sources
+
+    (tmp_path / "rows.jsonl").write_text('{"text": "the thing", "label": 1}\n{"text": "in", "label": 0}\n')
+    task = {"kind": "classification", "prompt": "{text}\nIt was", "truncate_column": "text", "label_column": "label"}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task | {"labels": {0: "bad", 1: "good"}}))
+    calls, encode = [], sources.encode
+    monkeypatch.setattr(sources, "encode", lambda *given: calls.append(given) or encode(*given))
+    ours = sources.Sources(str(tmp_path / "task.yaml"), str(tmp_path / "rows.jsonl"))
+    first = ours.encoded_rows(tokenizer(), 300)
+    assert ours.encoded_rows(tokenizer(), 300) is first
+    assert ours.training_tokens(tokenizer(), 300, tmp_path / "example.txt") is first[0]
+    assert len(calls) == 1
+    fewer = ours.encoded_rows(tokenizer(TOKENS, MERGES[:1]), 300)
+    assert len(calls) == 2
+    assert fewer[1]["tokens"] > first[1]["tokens"]
+    monkeypatch.setattr(sources, "KEPT_TOKENS", 3)
+    other = sources.Sources(str(tmp_path / "task.yaml"), str(tmp_path / "rows.jsonl"))
+    assert other.encoded_rows(tokenizer(), 300)[0].to_list() == first[0].to_list()
+    other.encoded_rows(tokenizer(), 300)
+    assert len(calls) == 4
+
+
 @pytest.mark.slow
 def test_stage_check_prints_every_problem_and_trains_nothing(files, tmp_path):
     wrong = ["--stage=check", "--max_length=200", "--pretrain.lr_scheduler_type=cosin", "--report_to=[neptune]"]

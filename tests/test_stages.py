@@ -44,6 +44,21 @@ def test_new_and_removed_settings_count(directory):
     assert "and 1 more" in directory.reason_to_run("refine", {"refine": {"a": 1}})
 
 
+def test_settings_that_earlier_versions_did_not_write_down_rerun_nothing(directory):
+    now = {"refine": {"learning_rate": 1e-3}, "corpus blocks": {"block_size": 64, "seed": 0}}
+    assert directory.reason_to_run("refine", now) is None
+    finish(directory, "refine", now)
+    now["corpus blocks"]["block_size"] = 32
+    assert directory.reason_to_run("refine", now) == "corpus blocks.block_size changed from 64 to 32"
+
+
+def test_stages_that_read_the_corpus_depend_on_its_blocks():
+    """What stage 1 is calibrated on and what the demo's base model is trained on changes with the length of a block."""
+    for stage, reads in ((name, stage.reads) for name, stage in train.STAGES.items()):
+        takes_blocks = "corpus" in reads or "calibration" in reads
+        assert not takes_blocks or {"blocks", "calibration", "pretrain", "cache", "trimming"} & set(reads), stage
+
+
 def test_an_error_leaves_the_old_result(directory):
     before = directory.done("refine")["id"]
 

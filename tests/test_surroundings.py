@@ -343,6 +343,29 @@ def test_arguments_that_are_not_utf8(file, option):
     assert b"\\xe9" in result.stderr
 
 
+def test_libraries_of_training_that_are_missing_are_all_named():
+    """Also those that only the report at the end needs; and what needs no torch does without it."""
+    script = (
+        "import importlib.util, runpy, sys; found = importlib.util.find_spec; gone = ('torch', 'matplotlib')\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name in gone else found(name, *rest)\n"
+        "sys.modules['torch'] = None; sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__')"
+    )
+
+    def call(*arguments):
+        command = [sys.executable, "-c", script, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    refused = call("bitdistill.train", "--stage", "check")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == (
+        "bitdistill: command line: expected the libraries that training needs; got no torch, matplotlib. "
+        "Install them: pip install 'bitdistill[train]'."
+    )
+    shown = call("bitdistill.cli", "env")
+    assert shown.returncode == 0, shown.stderr
+    assert "no torch" in shown.stdout
+
+
 def test_settings_that_are_not_utf8():
     with pytest.raises(UserError, match=r"command line: expected text in UTF-8; got --output_dir=caf\\xe9"):
         parse_config(["--output_dir=caf\udce9"])

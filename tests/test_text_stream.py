@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from many_tokenizers import ALPHABET, KINDS, REAL, made, real
+from many_tokenizers import ALPHABET, KINDS, REAL, generated, made, real
 from tokenizers import Tokenizer
 
 from bitdistill.runtime.text_stream import TextStream
@@ -56,6 +56,15 @@ def test_any_ids_give_text(kind, data):
     text.encode("utf-8")
     if kind == "byte_level":
         assert text == tokenizer.decode(ids), "bytes that are broken, as the library reads them"
+
+
+@settings(max_examples=100, deadline=None)
+@given(generated(), st.data())
+def test_any_ids_of_tokenizers_that_nobody_has(tokenizer, data):
+    """Broken bytes among them: never an exception, and never half a character."""
+    inner = tokenizer.backend_tokenizer
+    ids = data.draw(st.lists(st.integers(0, inner.get_vocab_size() + 1), max_size=14))
+    streamed(inner, ids[:2], ids[2:]).encode("utf-8")
 
 
 @pytest.mark.parametrize("name", REAL)

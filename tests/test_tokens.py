@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from many_tokenizers import ALPHABET, KINDS, REAL, SPECIAL, made, real
+from many_tokenizers import ALPHABET, KINDS, REAL, SPECIAL, generated, made, real
 from tokenizers import Tokenizer
 
 from bitdistill.data import tasks
@@ -77,6 +77,33 @@ def test_tokens_agree_under_real_tokenizers(name):
         check_agreement(tokenizer, text)
 
     check()
+
+
+@settings(max_examples=60, deadline=None)
+@given(generated(), st.one_of(ANY, KNOWN))
+def test_tokens_agree_under_tokenizers_that_nobody_has(tokenizer, text):
+    check_agreement(tokenizer, text)
+
+
+@settings(max_examples=15, deadline=None)
+@given(generated(), KNOWN, st.integers(0, 2))
+def test_a_tokenizer_comes_through_a_model_folder(tmp_path_factory, tokenizer, text, beyond):
+    """A missing padding token is replaced, added tokens beyond the embedding are taken out, and the ids stay what they were."""
+    from bitdistill.student.loading import load_tokenizer
+
+    folder, rows = tmp_path_factory.mktemp("base"), len(tokenizer)
+    before = packed(tokenizer).encode([text])[0]
+    tokenizer.add_tokens([f"<beyond {number}>" for number in range(beyond)])
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": rows}))
+    loaded = load_tokenizer(folder)
+    assert loaded.pad_token_id is not None
+    assert tasks.pad_token(loaded, rows) < rows
+    assert loaded.eos_token_id == tokenizer.eos_token_id
+    tokens = TextTokens(loaded.backend_tokenizer)
+    assert tokens.encode([text])[0] == before
+    assert max(tokens.encode([f"{text}<beyond 0> a"])[0], default=0) < rows
+    assert packed(loaded).encode_prompt(text) == tokens.encode_prompt(text) == [*tokens.prefix, *before]
 
 
 @settings(max_examples=60, deadline=None)

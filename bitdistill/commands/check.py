@@ -2,10 +2,9 @@
 
 import sys
 from dataclasses import fields
-from pathlib import Path
 from typing import Literal
 
-from bitdistill.errors import UserError
+from bitdistill import folders
 from bitdistill.names import DEPLOY_TARGETS
 
 
@@ -31,8 +30,9 @@ def check(
     from rich.table import Table
 
     from bitdistill.export.targets import TARGETS, Choice, settings_for, verdicts
+    from bitdistill.student.model_folder import read_config
 
-    config = _read_config(model)
+    config = read_config(folders.local_path(model))
     given = {"norms": norms, "weight_scale": weight_scale, "group_size": group_size, "act_scale": act_scale}
     settings = settings_for(deploy_target, config) if deploy_target else {}
     choice = Choice(**settings | {name: value for name, value in given.items() if value is not None})
@@ -56,23 +56,3 @@ def check(
     )
     for what in TARGETS[deploy_target].gives_up if deploy_target else ():
         console.print(f"given up for {TARGETS[deploy_target].title}: {what}", highlight=False)
-
-
-def _read_config(model: str):
-    """The configuration of a base model of a family that this project knows.
-
-    Raises:
-        UserError: there is none, or it is of another family.
-    """
-    from transformers import AutoConfig
-
-    from bitdistill.student.model_folder import check_family
-
-    try:
-        config = AutoConfig.from_pretrained(str(Path(model).expanduser()))
-    except (OSError, ValueError) as error:
-        got = f"{model} ({str(error).strip().splitlines()[0]})"
-        do = "Give a local Hugging Face folder, or a hub id when the hub can be reached."
-        raise UserError("model", expected="a folder or hub id with a config.json", got=got, do=do) from error
-    check_family(config)
-    return config

@@ -11,6 +11,8 @@ from bitdistill.commands.options import require_at_least, require_writable
 from bitdistill.errors import UserError
 from bitdistill.files import write_whole
 
+DEFAULT_TOKENS = 512  # of a prompt with its answer, or of a block of text, where neither the user nor a run says
+
 
 def evaluate(
     run_or_file: str,
@@ -21,7 +23,7 @@ def evaluate(
     max_rows: int | None = None,
     max_length: int | None = None,
     perplexity: str | None = None,
-    block_size: int = 512,
+    block_size: int | None = None,
     lm_eval: str | None = None,
     threads: int | None = None,
     json_file: str | None = None,
@@ -35,10 +37,11 @@ def evaluate(
         validation_file: a file of rows in place of the hub's.
         extra_validation_files: files of further validation splits: --extra_validation_files.validation_mismatched FILE.
         max_rows: the most rows that are scored, chosen by seed 0; all by default.
-        max_length: the most tokens of prompt and answer; the run's, or 512, by default.
+        max_length: the most tokens of prompt and answer; by default the run's, or 512, or the model's positions.
         perplexity: a text file (or .jsonl, .parquet, a folder) that is scored in place of a task: the exponential of the mean
             loss of its next tokens.
-        block_size: tokens of a block of that text; max_rows limits the number of blocks.
+        block_size: tokens of a block of that text, 512 or the model's positions by default; max_rows limits the number of
+            blocks.
         lm_eval: names of tasks, separated by commas, that lm-evaluation-harness scores instead: tasks of ours (sst2, a YAML
             file) with our prompt and with the harness's own, others on the harness's data.
         threads: CPU threads of the packed runtime; all by default.
@@ -89,29 +92,41 @@ def _task_options(
         "task": task or known.get("task"),
         "validation_file": file or known.get("validation_file"),
         "extra_validation_files": extra_files or known.get("extra_validation_files") or {},
-        "max_length": max_length or known.get("max_length") or 512,
+        "max_length": max_length or known.get("max_length"),
     }
 
 
 def _run_defaults(run: Path) -> dict:
     """Task, rows and length of a run directory, from its config.yaml; nothing for a file."""
-    import yaml
-
-    if not (run / "config.yaml").is_file():
+    file = run / "config.yaml"
+    if not file.is_file():
         return {}
-    try:
-        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        do = "Copy the file from a backup, or run the training command again, which writes it."
-        raise UserError(f"{run / 'config.yaml'}", expected="the settings of a run", got=str(error), do=do) from error
-    if not isinstance(settings, dict) or "max_length" not in settings:
-        do = "Name a folder that bitdistill/train.py has written."
-        raise UserError(f"{run / 'config.yaml'}", expected="the settings of a run", got="other content", do=do)
+    from bitdistill.yaml_files import read_yaml
+
+    settings = read_yaml(file, "RUN_OR_FILE")
+    names = {"task": str, "validation_file": str | None, "extra_validation_files": dict | None, "max_length": int}
+    wrong = [name for name, kind in names.items() if not isinstance(settings.get(name), kind)]
+    if wrong and ("max_length" in wrong or settings.get("model") is not None):
+        got = f"{wrong[0]} {settings.get(wrong[0])!r:.60}"
+        do = "Name a folder that bitdistill/train.py has written; the training command, given again, writes the file anew."
+        raise UserError(f"{file}", expected="the settings of a run", got=got, do=do)
     if settings.get("model") is None:
         files = {"task": str(run / "demo" / "task.yaml"), "validation_file": str(run / "demo" / "validation.jsonl")}
         return files | {"max_length": settings["max_length"]}
-    names = ("task", "validation_file", "extra_validation_files", "max_length")
     return {name: settings.get(name) for name in names}
+
+
+def _fitted(option: str, tokens: int | None, model) -> int:
+    """A number of tokens that a model, or a runtime, has positions for; 512 by default, where there are as many.
+
+    Raises:
+        UserError: more are wanted than there are.
+    """
+    most = model.context if hasattr(model, "context") else model.config.max_position_embeddings
+    if tokens is not None and tokens > most:
+        do = f"Give --{option} {most} or less."
+        raise UserError(option, expected=f"at most {most}, the model's positions", got=str(tokens), do=do)
+    return tokens or min(DEFAULT_TOKENS, most)
 
 
 def _subject(run_or_file: str, setting: str | None, threads: int | None):
@@ -125,6 +140,10 @@ def _subject(run_or_file: str, setting: str | None, threads: int | None):
         if not run.is_dir():
             do = "Give the run directory, or leave --setting out."
             raise UserError("setting", expected="a run directory for it", got=run_or_file, do=do)
+        trained = "teacher/model.safetensors" if setting == "FP16-SFT" else "export/baseline.safetensors"
+        if not (run / trained).is_file():
+            do = "Score another setting, or train this one: --stage all."
+            raise UserError("setting", expected=f"a run that has {setting}", got=f"{run} without {trained}", do=do)
         if setting == "FP16-SFT":
             return setting, load_language_model(run / "teacher"), load_tokenizer(run / "teacher")
         run_or_file = str(run / "export" / "baseline.safetensors")
@@ -144,7 +163,7 @@ def _task_score(
         print(f"[{split} is not scored; --extra_validation_files.{split} FILE adds it]", file=sys.stderr)
     name, model, tokenizer = _subject(run_or_file, setting, threads)
     started = time.perf_counter()
-    rows_at_a_time = {"max_length": options["max_length"], "batch_size": 32}
+    rows_at_a_time = {"max_length": _fitted("max_length", options["max_length"], model), "batch_size": 32}
     scores = score_splits(model, task, splits, tokenizer, name=name, **rows_at_a_time)
     result = {"task": task.name, "setting": name, "metric": metric_of(task)}
     for split, score in scores.items():
@@ -161,7 +180,12 @@ def _task_score(
 
 
 def _perplexity(
-    run_or_file: str, setting: str | None, text: str, block_size: int, max_blocks: int | None, threads: int | None
+    run_or_file: str,
+    setting: str | None,
+    text: str,
+    block_size: int | None,
+    max_blocks: int | None,
+    threads: int | None,
 ) -> dict:
     from bitdistill.data.corpus import token_blocks
     from bitdistill.evaluation.score import text_perplexity
@@ -173,11 +197,12 @@ def _perplexity(
     results = {}
     for wanted in settings:
         name, model, tokenizer = _subject(run_or_file, wanted, threads)
-        blocks = token_blocks(text, tokenizer, block_size, max_blocks)
+        size = _fitted("block_size", block_size, model)
+        blocks = token_blocks(text, tokenizer, size, max_blocks)
         found = results[name] = text_perplexity(model, blocks, name)
         print(
             f"{Path(text).name}: {name} perplexity {found['perplexity']:.2f} [{found['low']:.2f}, {found['high']:.2f}] on "
-            f"{found['tokens']:,} tokens in blocks of {block_size}"
+            f"{found['tokens']:,} tokens in blocks of {size}"
         )
     return results
 
@@ -188,7 +213,7 @@ def _lm_eval(
     names: str,
     file: str | None,
     files: dict[str, str],
-    max_length: int,
+    max_length: int | None,
     max_rows: int | None,
     threads: int | None,
 ) -> dict:
@@ -216,6 +241,7 @@ def _lm_eval(
             continue
         task = load_task(wanted)
         rows = load_rows(task, "validation", file or files.get(wanted), max_rows)
+        max_length = _fitted("max_length", max_length, model)
         _, cut = encode_prompts(task, rows, tokenizer, max_length)
         if cut:
             print(f"[{cut:,} prompts exceed {max_length} tokens; the harness does not cut them]", file=sys.stderr)

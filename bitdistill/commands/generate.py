@@ -103,6 +103,11 @@ def _generate_lines(
         print(f"[{blank} blank lines left out]", file=sys.stderr)
     finished, following, escaped = {}, 0, not console.takes_unicode(sys.stdout)
     ids = [runtime.encode(prompt, special_tokens) for prompt in prompts]
+    numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, tokens in zip(numbers, ids, strict=True):
+        if len(tokens) > runtime.context:
+            got, do = f"{len(tokens)} in line {number}", "Shorten the prompt, or leave it out."
+            raise UserError("prompts_file", expected=f"at most {runtime.context} tokens a prompt", got=got, do=do)
     for answer in runtime.generate_batch(ids, max_new_tokens, sampling, stop, slots):
         finished[answer.index] = answer
         while following in finished:

@@ -3,14 +3,18 @@
 import argparse
 from pathlib import Path
 
+from bitdistill.argument_errors import refused
 from bitdistill.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
     """argparse's, with a mistake as a UserError."""
 
+    def __init__(self, **settings):
+        super().__init__(**settings, allow_abbrev=False)
+
     def error(self, message):
-        raise UserError("command line", expected=f"options of {self.prog}", got=message, do=f"See {self.prog} --help.")
+        raise refused(message, [action.dest for action in self._actions], self.prog)
 
 
 def add_runtime_options(parser: Parser, context: str = "the model's own limit") -> None:

@@ -21,6 +21,7 @@
 
 import glob
 import hashlib
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
+from tqdm.auto import tqdm
 
 from bitdistill.data.rows import Literal, RowFile
 from bitdistill.data.tasks import load_hub
@@ -43,6 +45,8 @@ PIECE_CHARACTERS = 1 << 15  # a long .txt is tokenized in pieces of about this s
 BATCH_CHARACTERS = 1 << 17  # documents are tokenized together until they have so many characters
 BATCH_DOCUMENTS = 256
 READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".txt": "txt"}
+OPTION = ": --corpus_column, or text_column of a TokenStream"  # where a column is named
+CHECK_SECONDS = 60.0  # some gigabytes of text
 IDENTITY_BYTES = 1 << 16  # of the beginning and the end of each file, by which one corpus is told from another
 
 
@@ -177,15 +181,7 @@ class TokenStream(IterableDataset):
         self._documents.load_state_dict(position)
         batch, characters, before = [], 0, position
         for row in _readable(self._documents, self._source):
-            if self._column not in row:
-                do = "Name a column that all files have with text_column, or choose files with a glob."
-                got = f"a file with columns {', '.join(row)}"
-                raise UserError(f"corpus {self._source}: text_column", expected=self._column, got=got, do=do)
-            text = row[self._column]
-            if text is not None and (not isinstance(text, str) or isinstance(text, Literal)):
-                do = "Name a column of texts with text_column."
-                got = f"{text!r}"[:80] + (f" in {row['_place']}" if "_place" in row else "")
-                raise UserError(f"corpus {self._source}: {self._column}", expected="texts", got=got, do=do)
+            text = _text_of(row, self._column, self._source)
             if text:
                 batch.append(row)
                 characters += len(text)
@@ -217,6 +213,48 @@ def token_blocks(source: str, tokenizer, block_size: int, limit: int | None = No
             break
         blocks.append(block["input_ids"])
     return torch.stack(blocks)
+
+
+def check_corpus(source: str, text_column: str | None = None, seconds: float = CHECK_SECONDS) -> str | None:
+    """Reads the local files of a corpus as `TokenStream` will, without making tokens of them.
+
+    Args:
+        source: a file, a folder or a glob; anything else is a data set of the hub. text_column: as for `TokenStream`.
+        seconds: after so many it ends; what comes later is checked when it is read.
+
+    Returns: how much was read, in words; None for a data set of the hub, which is not looked at.
+
+    Raises:
+        UserError: a file that is no text in UTF-8, a NUL character in a text file, a row that is none or has no text, with
+            file and line.
+    """
+    files, _ = corpus_files(user_path(source, "corpus"))
+    column, until, documents, characters = text_column or "text", time.monotonic() + seconds, 0, 0
+    with tqdm(desc="corpus: checked", unit=" characters", unit_scale=True, delay=3, leave=False) as bar:
+        for file in (str(file) for file in files if file.stat().st_size):
+            is_text = READERS[kind_of(Path(file))] == "txt"
+            for row in _pieces([file]) if is_text else _rows([file], [column]):
+                size = len(_text_of(row, "text" if is_text else column, source) or "")
+                documents, characters = documents + row.get("_ends", True), characters + size
+                bar.update(size)
+                if time.monotonic() > until:
+                    return f"the first {characters:,} characters checked; the rest is when it is read"
+    return f"all {characters:,} characters of {documents:,} documents checked" if files else None
+
+
+def _text_of(row: dict, column: str, source: str) -> str | None:
+    """The text of a document, None where it is null."""
+    where = f" in {row['_place']}" if "_place" in row else ""
+    if column not in row:
+        do = f"Name a column that all files have{OPTION}, or choose files with a glob."
+        got = f"columns {_columns(row)}{where}"
+        raise UserError(f"corpus {source}: column", expected=column, got=got, do=do)
+    text = row[column]
+    if text is not None and (not isinstance(text, str) or isinstance(text, Literal)):
+        do = f"Name a column of texts{OPTION}."
+        got = f"{text!r}"[:80] + where
+        raise UserError(f"corpus {source}: {column}", expected="texts", got=got, do=do)
+    return text
 
 
 def _after(start: dict, blocks: int, **changes) -> dict:
@@ -292,7 +330,7 @@ def _rows(files: list[str], column: list[str]) -> Iterator[dict]:
         rows = RowFile(Path(file), "corpus", [name])
         for row in rows:
             if name not in rows.names:  # what other columns there are is for the message
-                yield dict.fromkeys(rows.names)
+                yield dict.fromkeys(rows.names) | {"_place": f"{row.place} of {file}"}
                 continue
             text = row.values.get(name)
             if isinstance(text, str) and not isinstance(text, Literal):
@@ -304,7 +342,10 @@ def _pieces(files: list[str]) -> Iterator[dict]:
     """The documents of .txt files, in pieces: text, and whether it begins and ends its document."""
     for file in files:
         piece, size, begins = [], 0, True
-        for line in read_lines(Path(file), "corpus"):
+        for number, line in enumerate(read_lines(Path(file), "corpus"), start=1):
+            if "\0" in line:
+                do = "Leave the file out, or mend it: it is no text, or a disk or a copy damaged it."
+                raise UserError(f"corpus {file}", expected="text", got=f"a NUL character in line {number}", do=do)
             ends = line.strip() == SEPARATOR
             if piece and (ends or size >= PIECE_CHARACTERS):
                 yield {"text": "".join(piece), "_begins": begins, "_ends": ends}
@@ -334,6 +375,10 @@ def _text_column(documents: datasets.IterableDataset, source: str, wanted: str |
         raise UserError(f"corpus {source}", expected="some text", got="no row", do="Give files with text.")
     column = wanted or "text"
     if column not in row:
-        do = "Name one of them with text_column."
-        raise UserError(f"corpus {source}: text_column", expected=column, got=f"columns {', '.join(row)}", do=do)
+        got, do = f"columns {_columns(row)}", f"Name one of them{OPTION}."
+        raise UserError(f"corpus {source}: column", expected=column, got=got, do=do)
     return column
+
+
+def _columns(row: dict) -> str:
+    return ", ".join(name for name in row if name not in ("_place", "_begins", "_ends"))

@@ -12,13 +12,14 @@ All but Parquet may be compressed (see `text_files.py`).
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitdistill.errors import UserError
-from bitdistill.text_files import kind_of, read_lines
+from bitdistill.text_files import download_gone_wrong, kind_of, read_lines
 
 READERS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"
@@ -77,7 +78,7 @@ class RowFile:
     # --- JSON ---------------------------------------------------------------------------------------------------------
 
     def _json(self) -> Iterator[Row]:
-        numbers = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), Literal)
+        numbers = dict.fromkeys(("parse_int", "parse_float"), Literal) | {"parse_constant": _constant}
         decoder = json.JSONDecoder(**numbers, object_pairs_hook=_pairs, strict=False)  # a raw tab in a text is meant
         lines, number = enumerate(read_lines(self.path, self.option, newline="\n"), start=1), 0
         for line, text in lines:
@@ -186,7 +187,8 @@ class RowFile:
                     number += 1
                     yield Row(values, number)
         except (pyarrow.ArrowException, OSError) as error:
-            raise self._bad(str(error).splitlines()[0], "Make the file again.") from None
+            got, do = download_gone_wrong(self.path) or (str(error).splitlines()[0], "Make the file again.")
+            raise self._bad(got, do) from None
 
 
 def typed_rows(batch, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -209,6 +211,11 @@ def typed_rows(batch, columns: Sequence[str]) -> list[dict[str, Any]]:
     return [dict(zip(wanted, values, strict=True)) for values in zip(*wanted.values(), strict=True)] or [
         {} for _ in range(batch.num_rows)
     ]
+
+
+def _constant(name: str) -> Any:
+    """NaN is what pandas writes where nothing stands; the infinities are as they are written."""
+    return math.nan if name == "NaN" else Literal(name)
 
 
 _TWICE = object()  # the key under which `_pairs` says which name came twice

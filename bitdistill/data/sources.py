@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdistill.data.corpus import TokenStream
+from bitdistill.data.corpus import TokenStream, check_corpus
 from bitdistill.data.tasks import encode, encode_prompts, load_rows, load_task, load_validation, show_example
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 from bitdistill.files import write_whole
-from bitdistill.prompts import Task
+from bitdistill.prompts import Task, text_tokens
+
+KEPT_TOKENS = 20_000_000  # of encoded rows that stay in memory between the stages: 160 MB
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,40 @@ class Sources:
             process_group.say(f"{task.name}: {split} is not scored; --extra_validation_files.{split} FILE adds it")
         return rows
 
+    @cached_property
+    def _kept(self) -> dict[tuple, tuple]:
+        """What `encoded_rows` returned last, under what it depends on."""
+        return {}
+
+    def encoded_rows(self, tokenizer, vocabulary: int | None) -> tuple[Any, dict[str, int], dict[str, Any]]:
+        """The training rows as tokens, kept for the next stage with the same tokenizer while they are few.
+
+        Args:
+            tokenizer: of the model. vocabulary: rows of its embedding; None does not check the ids against it.
+
+        Returns: the rows and the counts of `encode`, and the first row as it was read.
+        """
+        text_tokens(tokenizer)  # switches off what it leaves behind in the tokenizer
+        key = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), tokenizer.eos_token, vocabulary)
+        if key not in self._kept:
+            self._kept.clear()
+            rows = self.train_rows()
+            found = (*encode(self.loaded_task, rows, tokenizer, self.max_length, vocabulary), rows[0])
+            if found[1]["tokens"] > KEPT_TOKENS:
+                return found
+            self._kept[key] = found
+        return self._kept[key]
+
     def training_tokens(self, tokenizer, vocabulary: int, example_file: Path):
         """The training rows as tokens below `vocabulary`; their counts are said, and one row is shown in `example_file`."""
-        task, rows = self.loaded_task, self.train_rows()
-        encoded, counts = encode(task, rows, tokenizer, self.max_length, vocabulary)
+        task = self.loaded_task
+        encoded, counts, first = self.encoded_rows(tokenizer, vocabulary)
         process_group.say(
             f"{task.name}: {counts['rows']:,} training rows, {counts['tokens']:,} tokens, longest "
             f"{counts['longest_tokens']}; {counts['truncated']:,} prompts cut to {self.max_length} tokens"
         )
         if process_group.is_main():
-            write_whole(example_file, show_example(task, rows[0], tokenizer, self.max_length) + "\n")
+            write_whole(example_file, show_example(task, first, tokenizer, self.max_length) + "\n")
         return encoded
 
     def training_prompts(self, tokenizer, tokens: int) -> list[list[int]]:
@@ -105,6 +131,12 @@ class Sources:
             named = ", ".join(stream.left_out[:3]) + (", ..." if len(stream.left_out) > 3 else "")
             process_group.say(f"corpus: {len(stream.left_out)} files left out, hidden or of another kind: {named}")
         return stream
+
+    def check_corpus(self) -> str | None:
+        """Reads the corpus without making tokens of it: `corpus.check_corpus`. Rank 0 alone, for every rank sees the same."""
+        if self.corpus is None or not process_group.is_main():
+            return None
+        return check_corpus(self.corpus, self.corpus_column)
 
     def training_texts(self, tokenizer, blocks: int, block_size: int) -> "TrainingTexts":
         """All that stages 2 and 3 will train on, as texts: the first blocks of the corpus and the training rows.

@@ -36,16 +36,17 @@ from typing import Any
 import datasets
 import pyarrow
 import torch
-import yaml
 from datasets import Dataset
 from huggingface_hub.errors import HTTPError
 from torch import Tensor
 
+from bitdistill.argument_errors import did_you_mean
 from bitdistill.data.rows import READERS, Literal, Row, RowFile
 from bitdistill.errors import UserError
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.prompts import Task, Unfit, answer_tokens, fit_prompts, label_tokens, row_text, text_of
-from bitdistill.text_files import COMPRESSED, kind_of, read_text, user_path
+from bitdistill.text_files import COMPRESSED, kind_of, user_path
+from bitdistill.yaml_files import read_yaml
 
 BUILT_IN = Path(__file__).parent.parent / "recipes" / "tasks"
 MAX_PROBLEMS = 10  # of one file's rows that are named; the rest are of the same kind
@@ -63,20 +64,9 @@ def load_task(name_or_path: str) -> Task:
         path = user_path(name_or_path, "task")
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.yaml")))
-        raise UserError(
-            "task", expected=f"one of {known}, or a YAML file", got=name_or_path, do="Check the name or path."
-        )
-    try:
-        return _read_task(path)
-    except (yaml.YAMLError, RecursionError) as error:
-        do = "Mend the file; recipes/tasks has examples."
-        raise UserError(f"task file {path}", expected="YAML with keys and values", got=str(error), do=do) from None
-
-
-def _read_task(path: Path) -> Task:
-    settings = yaml.safe_load(read_text(path, "task"))
-    if not isinstance(settings, dict):
-        raise UserError(f"task file {path}", expected="keys and values", got=repr(settings), do="See recipes/tasks.")
+        do = f"{did_you_mean(name_or_path, [p.stem for p in BUILT_IN.glob('*.yaml')])}Check the name or path."
+        raise UserError("task", expected=f"one of {known}, or a YAML file", got=name_or_path, do=do)
+    settings = read_yaml(path, "task")
     settings.setdefault("name", path.stem)
     fields = {field.name: field for field in dataclasses.fields(Task)}
     if unknown := [str(key) for key in settings if key not in fields]:
@@ -84,7 +74,7 @@ def _read_task(path: Path) -> Task:
             f"task file {path}",
             expected=f"keys among {', '.join(fields)}",
             got=", ".join(unknown),
-            do="Remove or rename.",
+            do=f"{did_you_mean(unknown[0], fields)}Remove or rename it.",
         )
     needed = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [key for key in needed if key not in settings]:

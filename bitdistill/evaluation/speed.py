@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bitdistill.evaluation.weight_only import weight_only_size
-from bitdistill.names import DISTILLED, FULL_PRECISION, PROJECTIONS, WEIGHT_ONLY
+from bitdistill.names import DISTILLED, FROM_DISK, FULL_PRECISION, PROJECTIONS, WEIGHT_ONLY
 from bitdistill.runtime.cpu import Runtime
 from bitdistill.runtime.packed_file import read_packed
 
@@ -77,7 +77,9 @@ def full_precision_speed(folder: str | Path, prompt: list[int], tokens: int) -> 
 
     best: dict[str, Any] = {"tokens_per_second": 0.0}
     for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", **FROM_DISK
+        ).eval()
 
         def decode(count: int, model=model) -> float:
             output = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)

@@ -130,6 +130,10 @@ def proof_texts(run: str | Path) -> list[str]:
     path = Path(run) / "evaluate" / "predictions.jsonl"
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for _, line in zip(range(PROOF_TEXTS), file, strict=False)]
-    return ["\n".join(value for value in row.values() if isinstance(value, str)) for row in rows]
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for _, line in zip(range(PROOF_TEXTS), file, strict=False)]
+        return ["\n".join(value for value in row.values() if isinstance(value, str)) for row in rows]
+    except (ValueError, AttributeError) as error:  # AttributeError: a row that is no object
+        do = "Run --stage evaluate again, which writes it; or remove it: the file is unproven then."
+        raise UserError(f"{path}", expected="a JSON object a line", got=str(error), do=do) from error

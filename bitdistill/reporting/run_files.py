@@ -10,6 +10,7 @@ import numpy as np
 
 from bitdistill.errors import UserError
 from bitdistill.names import STAGES
+from bitdistill.reporting.shapes import SHAPES, fits, fits_file
 from bitdistill.reporting.texts import plural
 
 
@@ -51,7 +52,10 @@ def read_run(run_dir: str | Path) -> Run:
     if (path / "config.yaml").is_file():
         run.config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
     run.metrics, run.health = (_read_lines(run, name) for name in ("metrics.jsonl", "health.jsonl"))
-    run.health = {stage: [line for line in lines if line.get("layers")] for stage, lines in run.health.items()}
+    run.health = {
+        stage: [line for line in lines if line.get("layers") and fits(line, SHAPES["health"])]
+        for stage, lines in run.health.items()
+    }
     run.health = {stage: lines for stage, lines in run.health.items() if lines}
     run.warnings = _read_warnings(run)
     run.versions, run.scores, run.speed, run.proof = (
@@ -62,7 +66,7 @@ def read_run(run_dir: str | Path) -> Run:
     run.weights = {
         stage: content
         for stage in ("refine", "pretrain", "distill")
-        if (content := _read_json(run, f"{stage}/weights.json")) and content.get("layers")
+        if (content := _read_json(run, f"{stage}/weights.json")) and content["layers"]
     }
     if (path / "evaluate/attention.npz").is_file():
         try:
@@ -83,11 +87,14 @@ def _read_json(run: Run, name: str) -> dict | None:
         return None
     try:
         content = json.loads((run.path / name).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         run.remarks.append(f"{name} cannot be read and is left out: {error}")
         return None
     if not isinstance(content, dict):
         run.remarks.append(f"{name} holds no JSON object and is left out.")
+        return None
+    if not fits_file(content, name):
+        run.remarks.append(f"{name} holds something else than this version writes and is left out.")
         return None
     return content
 

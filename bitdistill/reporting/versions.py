@@ -1,6 +1,7 @@
 """What a run was made with: for versions.json, the report, and bug reports (`bitdistill env`)."""
 
 import importlib.metadata
+import importlib.util
 import platform
 import subprocess
 import sys
@@ -35,6 +36,8 @@ def _commit() -> str:
 
 
 def _gpu() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "unknown: no torch"
     import torch
 
     if not torch.cuda.is_available():

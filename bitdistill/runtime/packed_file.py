@@ -20,6 +20,7 @@ from bitdistill.errors import UserError
 from bitdistill.kernels import packing as layout
 from bitdistill.kernels.packing import INT4_GROUP
 from bitdistill.runtime.packed_check import config_problem
+from bitdistill.text_files import download_gone_wrong
 
 FORMAT = "bitdistill-packed"
 VERSION = 4
@@ -204,12 +205,10 @@ def read_packed(path: str | Path) -> PackedModel:
         with safe_open(path, framework="np") as file:  # validates the header and that the file is as long as it says
             header = file.metadata() or {}
     except SafetensorError as error:
-        raise UserError(
-            "RUN_OR_FILE",
-            expected="a whole safetensors file",
-            got=f"{path}, which is another kind of file or truncated ({error})",
-            do="Copy or export it again.",
-        ) from error
+        known = download_gone_wrong(path)
+        kind, do = known or (f"another kind of file or truncated ({error})", "Copy or export it again.")
+        got = f"{path}, which is {kind}"
+        raise UserError("RUN_OR_FILE", expected="a whole safetensors file", got=got, do=do) from error
     if header.get("format") != FORMAT:
         raise UserError(
             "RUN_OR_FILE",

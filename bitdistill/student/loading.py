@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bitdistill.errors import UserError
+from bitdistill.names import FROM_DISK
 from bitdistill.student.model_folder import SMALL_FILES, local_folder, open_model
 from bitdistill.student.model_weights import read_json
 
@@ -34,9 +35,7 @@ def load_language_model(name_or_path: str | Path, dtype: torch.dtype | str = tor
         dtype=dtype,
         attn_implementation="sdpa",
         output_loading_info=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
+        **FROM_DISK,
     )
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     assert not wrong, f"the headers promised every tensor, and transformers found {wrong}"

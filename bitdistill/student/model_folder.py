@@ -112,6 +112,7 @@ def read_model(name_or_path: str | Path, setting: str = "model") -> tuple[ModelF
         if problems:
             return None, problems
         config, expected = architecture(path, written, setting)
+        _check_generation(path)
     except UserError as problem:
         return None, [problem]
     tensors = with_prefix(tensors)
@@ -170,6 +171,9 @@ def runtime_problems(config) -> Iterator[UserError]:
                 got=got,
                 do="Take another base model.",
             )
+    if config.max_position_embeddings < 2:
+        got, do = str(config.max_position_embeddings), "Copy config.json again from the model's repository."
+        yield UserError("config.json: max_position_embeddings", expected="two positions or more", got=got, do=do)
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in ACTIVATIONS:
         expected = f"one of {', '.join(ACTIVATIONS)}"
@@ -278,7 +282,7 @@ def architecture(path: Path, written: dict[str, Any], setting: str) -> tuple[Any
             do="Write the file again as transformers saves it, or download the model again.",
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (*_NOT_A_CONFIG, StrictDataclassError, OSError) as error:
@@ -287,6 +291,21 @@ def architecture(path: Path, written: dict[str, Any], setting: str) -> tuple[Any
         do = "Correct config.json, or copy it again from the model's repository."
         raise UserError(setting, expected="a config.json that describes a model", got=got, do=do) from error
     return config, {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+
+
+def _check_generation(path: Path) -> None:
+    """Raises UserError for a generation_config.json that transformers would refuse while it loads the weights."""
+    from transformers import GenerationConfig
+
+    if not (path / "generation_config.json").is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(path, local_files_only=True).validate()
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        got, do = " ".join(str(error).split())[:200], "Correct it, or remove the file: training does not need it."
+        raise UserError(
+            f"{path / 'generation_config.json'}", expected="settings of generation", got=got, do=do
+        ) from error
 
 
 def _special_tokens(path: Path, written: dict[str, Any], setting: str) -> Iterator[UserError]:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bitdistill.errors import UserError
+from bitdistill.text_files import download_gone_wrong
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names; any other type is somebody's codes
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -26,12 +27,18 @@ def read_json(file: Path, setting: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        got = f"{file} ({' '.join(str(error).split())[:160]})"
-        raise UserError(setting, expected=f"a {file.name} in JSON", got=got, do="Copy the model again.") from error
+        got, do = _unreadable(file, error, "Copy the model again.")
+        raise UserError(setting, expected=f"a {file.name} in JSON", got=got, do=do) from error
     if not isinstance(content, dict):
         got = f"{file} with a {type(content).__name__}"
         raise UserError(setting, expected=f"a {file.name} with keys and values", got=got, do="Copy the model again.")
     return content
+
+
+def _unreadable(file: Path, error: Exception, do: str) -> tuple[str, str]:
+    """What a file of a model is in place of what its name says, and what to do about it."""
+    kind, do = (file.is_file() and download_gone_wrong(file)) or (" ".join(str(error).split())[:160], do)
+    return f"{file} ({kind})", do
 
 
 def tensors_of(path: Path, setting: str) -> Tensors:
@@ -78,8 +85,8 @@ def _header(file: Path, setting: str) -> Tensors:
             slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
             return {name: (file, tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        got = f"{file} ({' '.join(str(error).split())[:120]})"
-        raise UserError(setting, expected="whole safetensors files", got=got, do="Copy the file again.") from error
+        got, do = _unreadable(file, error, "Copy the file again.")
+        raise UserError(setting, expected="whole safetensors files", got=got, do=do) from error
 
 
 def quantized_tensors(path: Path, tensors: dict, setting: str) -> Iterator[UserError]:
