@@ -22,6 +22,8 @@ TOOLS = {
     "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
     "mlx": ("mlx_lm", "mlx-lm"),
 }
+# As everywhere here: no pickle, no code of the folder's, no network (bitdistill/names.py, which a tool's environment lacks).
+ONLY_FROM_DISK = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
 Answers = tuple[list[np.ndarray], list[list[int]]]  # float32 (T, V) logits of each prompt; its greedy continuation
 
 
