@@ -123,7 +123,8 @@ def _transformers(path, prompts: list[list[int]], new_tokens: int, threads: int)
     import torch
     from transformers import AutoModelForCausalLM
 
-    return torch_answers(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **ONLY_FROM_DISK).eval(), prompts, new_tokens)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **ONLY_FROM_DISK)
+    return torch_answers(model.eval(), prompts, new_tokens)
 
 
 def torch_answers(model, prompts: list[list[int]], new_tokens: int = 0) -> Answers:
