@@ -216,7 +216,6 @@ COMMAND_LINE = [
     Case("length groups of blocks", "train --pretrain.train_sampling_strategy group_by_length", "random|group_by_length"),
     Case("finished teacher without one", "train --teacher.finetuned true", "teacher.finetuned|teacher.model"),
     Case("two formats of an embedding", "train --refine.embedding int8 --export.embedding int4", "export.embedding|int8"),
-    Case("quantizer that cannot be packed", "train --refine.weight_quantizer block", "weight_quantizer|block"),
     Case("quantizer that cannot be partitioned", "train --refine.weight_quantizer seq --zero 3", "weight_quantizer"),
     Case("groups of a quantizer without them", "train --refine.weight_quantizer seq --refine.weight_scale group", "weight_scale"),
     Case("offload without partitions", "train --zero 0 --offload cpu", "offload|zero"),

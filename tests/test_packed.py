@@ -247,7 +247,7 @@ def test_reading_refuses_other_files(tmp_path, qwen3):
     refused("RUN_OR_FILE", lambda: read_packed(tmp_path / "text"))
     save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "foreign")
     assert "something else" in refused("RUN_OR_FILE", lambda: read_packed(tmp_path / "foreign"))
-    for version in ("1", "4"):
+    for version in ("1", "5"):
         rewritten(path, version=version)
         assert "Update bitdistill, or export the student again" in refused("RUN_OR_FILE", lambda: read_packed(path))
 

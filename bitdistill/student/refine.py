@@ -371,11 +371,12 @@ def student_record(folder: str | Path) -> dict:
             do="Update bitdistill.",
         )
     eps, size = written.get("subln_eps"), written.get("group_size", 128)
-    words = [written.get(name, "") for name in ("norms", "embedding", "weight_quantizer", "weight_scale")]
-    right = all(isinstance(word, str) for word in words) and words[0] in SUBLN_BEFORE
+    words = {name: written.get(name, "") for name in ("norms", "embedding", "weight_quantizer", "weight_scale")}
+    right = all(isinstance(word, str) for word in words.values()) and words["norms"] in SUBLN_BEFORE
     right = right and isinstance(eps, float | int) and 0 <= eps < 1
     if not right or not isinstance(size, int | None):
-        got = f"{folder} with {', '.join(f'{word!r:.40}' for word in words)}, subln_eps {eps!r:.40}, group_size {size!r:.40}"
+        record = words | {"subln_eps": eps, "group_size": size}
+        got = f"{folder} with {', '.join(f'{name} {value!r:.40}' for name, value in record.items())}"
         do = "Run the stage again, or copy the folder again."
         raise UserError("config.json: bitdistill", expected="what stage 1 writes", got=got, do=do)
     return written
