@@ -145,7 +145,7 @@ def test_loading_refuses_what_is_wrong(tmp_path):
     path.write_bytes(whole)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"bitdistill": {"format_version": 99}}))
-    with pytest.raises(UserError, match="format_version 2 or less; got 99"):
+    with pytest.raises(UserError, match="format_version 3 or less; got 99"):
         load_student(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "bitdistill"}))
     with pytest.raises(UserError, match="foreign checkpoint"):

@@ -135,7 +135,9 @@ def test_logprobs(client, runtime):
     )
     entries = got.choices[0].logprobs.content
     assert len(entries) == 3
-    assert "".join(entry.token for entry in entries) == got.choices[0].message.content
+    # this student's likeliest tokens may be control tokens, which are listed and are no part of the text
+    said = [entry.token for entry in entries if not entry.token.startswith("<|")]
+    assert "".join(said) == got.choices[0].message.content
     ids = conversation_ids(runtime, [{"role": "user", "content": "x"}])
     [likelihoods] = runtime.classify([ids], [[token] for token in range(97)])
     assert entries[0].logprob == pytest.approx(likelihoods.max(), abs=1e-9)
