@@ -48,6 +48,7 @@ FAR = {
     "tasks.py: column": "a column of the rows",
     "prompts.py: column": "a column of the rows",
     "predict.py: f'{source}: {column}'": "a column of the rows",
+    "predict.py: source": "--input, with the file as the user gave it",
     "predict.py: field": "what an error of rows.py names, with the file as the user gave it",
     "options.py: option": "what the command calls its option",
     "plan.py: option": "the numbers that `bitdistill plan` takes, as it calls them",
