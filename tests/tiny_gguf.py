@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qw
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from bitdistill.student.gguf_base import BLOCK, GEMMA_BLOCK, TOP
+from tiny_students import Copies
 
 LETTERS = [*bytes_to_unicode().values()]
 MERGES = ["Ġ 1", "t h", "th e", "i n", "Ġ the", "1 2", "12 3"]
@@ -35,38 +36,40 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-CONFIGS = {
-    "llama": LlamaConfig(**COMMON, head_dim=16, tie_word_embeddings=False),
-    "llama with llama3 RoPE and biases": LlamaConfig(
-        **COMMON, head_dim=16, rope_parameters=LLAMA3, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
-    ),
-    "qwen2": Qwen2Config(
-        **COMMON, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
-    ),
-    "qwen2 with yarn": Qwen2Config(
-        **COMMON,
-        tie_word_embeddings=False,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 1e6,
-            "factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    ),
-    "qwen3": Qwen3Config(**COMMON, head_dim=32, tie_word_embeddings=True),
-    "gemma3": Gemma3TextConfig(
-        **COMMON | {"num_hidden_layers": 6},
-        head_dim=32,
-        query_pre_attn_scalar=32,
-        sliding_window=16,
-        tie_word_embeddings=True,
-        layer_types=[*["sliding_attention"] * 5, "full_attention"],
-        rope_parameters={
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-        },
-    ),
-}
+CONFIGS = Copies(
+    {
+        "llama": LlamaConfig(**COMMON, head_dim=16, tie_word_embeddings=False),
+        "llama with llama3 RoPE and biases": LlamaConfig(
+            **COMMON, head_dim=16, rope_parameters=LLAMA3, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+        ),
+        "qwen2": Qwen2Config(
+            **COMMON, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
+        ),
+        "qwen2 with yarn": Qwen2Config(
+            **COMMON,
+            tie_word_embeddings=False,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+        "qwen3": Qwen3Config(**COMMON, head_dim=32, tie_word_embeddings=True),
+        "gemma3": Gemma3TextConfig(
+            **COMMON | {"num_hidden_layers": 6},
+            head_dim=32,
+            query_pre_attn_scalar=32,
+            sliding_window=16,
+            tie_word_embeddings=True,
+            layer_types=[*["sliding_attention"] * 5, "full_attention"],
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        ),
+    }
+)
 
 
 def model_of(name: str):

@@ -26,6 +26,9 @@ class Copies(dict):
     def __getitem__(self, name):
         return copy.deepcopy(super().__getitem__(name))
 
+    def values(self):
+        return [self[name] for name in self]
+
 
 CONFIGS = Copies({
     # widths that neither 4 nor 5 divides, so that packed rows and the last base-3 byte have padding
