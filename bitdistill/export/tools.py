@@ -23,7 +23,7 @@ TOOLS = {
     "mlx": ("mlx_lm", "mlx-lm"),
 }
 # As everywhere here: no pickle, no code of the folder's, no network (bitdistill/names.py, which a tool's environment lacks).
-ONLY_FROM_DISK = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+FROM_DISK = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
 Answers = tuple[list[np.ndarray], list[list[int]]]  # float32 (T, V) logits of each prompt; its greedy continuation
 
 
@@ -123,7 +123,7 @@ def _transformers(path, prompts: list[list[int]], new_tokens: int, threads: int)
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **ONLY_FROM_DISK)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **FROM_DISK)
     return torch_answers(model.eval(), prompts, new_tokens)
 
 
