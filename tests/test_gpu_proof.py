@@ -158,7 +158,9 @@ def test_sections_that_break_or_have_no_time_are_named():
         raise KeyError("of the bench itself")
 
     with pytest.raises(KeyError):
-        gpu_proof.run_sections(SimpleNamespace(deadline=Deadline(1, Clock()), skipped=[]), [(mistaken, 1)], (ValueError,), print)
+        gpu_proof.run_sections(
+            SimpleNamespace(deadline=Deadline(1, Clock()), skipped=[]), [(mistaken, 1)], (ValueError,), print
+        )
 
 
 class Device:
