@@ -31,7 +31,6 @@ from bitdistill.errors import UserError
 
 GIB = 2**30
 FILLED = 0.90  # share of a device's memory that a plan uses: allocators fragment
-LOGIT_CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**27}  # as kernels/vocabulary.py cuts the rows
 PROCESS_BYTES = {"cuda": 1.5 * GIB, "cpu": 0.75 * GIB}
 DEEPSPEED_BYTES = 0.25 * GIB  # the library and its buckets, on a CPU
 PCIE_BYTES_PER_SECOND = 25e9
@@ -212,6 +211,9 @@ def memory_parts(work: Work, setting: Setting, world_size: int, kind: str) -> tu
     Args:
         work: what is trained. setting: ZeRO, offload and checkpointing. world_size: ranks. kind: "cuda" or "cpu".
     """
+    # Imported here because it loads PyTorch.
+    from bitdistill.kernels.vocabulary import CHUNK_BYTES
+
     student, teacher = work.student, work.teacher
     shares = {0: (1, 1, 1), 1: (1, 1, world_size), 2: (1, world_size, world_size), 3: (world_size,) * 3}[setting.zero]
     names = ("weights", "gradients", "optimizer")
@@ -241,7 +243,7 @@ def memory_parts(work: Work, setting: Setting, world_size: int, kind: str) -> tu
             parts["teacher"] = float(stored)
     how = {"ternary": work.ternary, "checkpointing": setting.checkpointing}
     parts["activations"] = activation_bytes(student, work.tokens_per_micro_step, kind, **how)
-    chunk = min(LOGIT_CHUNK_BYTES[kind], 12.0 * work.tokens_per_micro_step * student.vocabulary)
+    chunk = min(CHUNK_BYTES[kind], 12.0 * work.tokens_per_micro_step * student.vocabulary)
     parts["logits"] = chunk + 2.0 * student.vocabulary * student.hidden  # and the head in half precision
     alone = kind == "cpu" and world_size == 1 and setting.zero == 0  # then the main job does without DeepSpeed
     parts["process"] = PROCESS_BYTES[kind] + (DEEPSPEED_BYTES if kind == "cpu" and not alone else 0.0)

@@ -22,7 +22,7 @@ from bitdistill.distributed import presets, process_group
 from bitdistill.errors import UserError
 from bitdistill.export.targets import TARGETS, Choice, settings_for, verdicts
 from bitdistill.folders import why_not_writable
-from bitdistill.planning import Setting, Shape, Work, memory_parts, shape_of
+from bitdistill.planning import CHECKPOINTS_ON_DISK, Setting, Shape, Work, memory_parts, shape_of
 from bitdistill.student import quantizers
 from bitdistill.student.loading import check_same_tokenizer, check_same_vocabulary, load_tokenizer, tokens_beyond
 from bitdistill.student.model_folder import read_model
@@ -33,7 +33,6 @@ from bitdistill.training.teacher_cache import check_room
 from bitdistill.training.trainer import capped_steps
 
 MASTER, ADAM = 4, 8  # bytes of a parameter in a checkpoint: fp32, and AdamW's two moments
-CHECKPOINTS = 3  # two are kept while a third is written
 FINISHED_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 OVERFLOW_FLOAT16 = ("gemma3_text",)  # families whose activations exceed float16's largest number, 65,504
 
@@ -525,7 +524,9 @@ def _check_room(job, report: Report, stages: set[str], student, teacher) -> None
             section = getattr(config, "distill" if stage == "baseline" else stage)
             steps = capped_steps(getattr(section, "max_steps", 0), config.max_steps)
             every = getattr(section, "save_steps", 0)
-            count = 0 if not every else CHECKPOINTS if steps < 0 else min(CHECKPOINTS, math.floor(steps / every))
+            count = 0
+            if every:
+                count = CHECKPOINTS_ON_DISK if steps < 0 else min(CHECKPOINTS_ON_DISK, math.floor(steps / every))
             trained = of_teacher if stage == "teacher" else parameters
             replaced = sum(file.stat().st_size for file in job.directory.folder(stage).rglob("*") if file.is_file())
             planned.append((count * trained * (MASTER + ADAM), numbers[stage], replaced))

@@ -74,7 +74,7 @@ ALLOWED = {
     "text_tokens": {"errors"},
     "prompts": {"errors", "text_tokens"},
     "stages": GROUND,
-    "planning": {"errors"},
+    "planning": {"errors", "kernels"},
     "student": GROUND,
     "data": GROUND,
     "runtime": GROUND,

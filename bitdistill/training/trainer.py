@@ -175,7 +175,6 @@ class StageTrainer(Trainer):
         assert_fp32_masters(self.model)
         self.objective, self.stage, self.stream, self.annealing = objective, stage, stream, annealing
         self.weight_codes = WeightCodes(self.model)
-        self._gradient_norm: float | None = None
         if self.args.device.type == "cpu":
             fuse_norms(self.model)
             fuse_rotary(self.model)
@@ -226,11 +225,6 @@ class StageTrainer(Trainer):
     def training_step(self, *args, **kwargs):
         with self.weight_codes.hold(step=self.state.global_step):
             return super().training_step(*args, **kwargs)
-
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
-        self._gradient_norm = None if norm is None else float(norm)
-        return norm
 
     def compute_loss_context_manager(self):
         dtype, head_dtype = self.args.autocast_dtype, self.args.head_dtype
