@@ -22,11 +22,13 @@ from bitdistill.export.parity import prove_parity
 from bitdistill.export.write import write_packed
 from bitdistill.kernels import packing
 from bitdistill.kernels.cpu.grouped import grouped_product
-from bitdistill.kernels.numerics import EPSILON, MAX_SCALE
+from bitdistill.kernels.numerics import ACT_BLOCK, EPSILON, MAX_SCALE
 from bitdistill.kernels.reference import (
     bit_linear,
     group_scales,
     quantize_activation,
+    quantize_activation_blocks,
+    quantize_weight,
     quantize_weight_groups,
     snapped_scale,
     spread_scales,
@@ -78,26 +80,26 @@ def test_product_by_hand():
     assert y.tolist() == [[254.5]]
 
 
-@pytest.mark.parametrize("columns", [64, 128, 256, 600])
+@pytest.mark.parametrize("columns", [None, 64, 128, 256, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_product_and_straight_through_gradient(columns, dtype):
+@pytest.mark.parametrize("act_scale", ["token", "block"])
+def test_product_and_straight_through_gradient(columns, dtype, act_scale):
     """y = x~ W~^T + b, dX = dY W~, dW = dY^T x~; in float64, against which only the sums of fp32 round."""
     torch.manual_seed(0)
     weight = (torch.randn(24, 600) * torch.logspace(-1, 1, 600)).requires_grad_()
     bias = torch.randn(24, requires_grad=True)
     x = torch.randn(5, 7, 600, dtype=dtype, requires_grad=True)
-    ternary = quantize_weight_groups(weight, columns)
+    ternary = quantize_weight(weight) if columns is None else quantize_weight_groups(weight, columns)
     quantized = (ternary[0] * spread_scales(ternary[1], 600, columns)).double()
-    act_codes, act_scale = quantize_activation(x)
-    y = bit_linear(x, weight, bias, ternary, columns)
-    expected = F.linear(act_codes.double() * act_scale.double(), quantized, bias.double())
+    act_codes, scale = quantize_activation(x) if act_scale == "token" else quantize_activation_blocks(x)
+    rounded = act_codes.double() * (scale if act_scale == "token" else spread_scales(scale, 600, ACT_BLOCK)).double()
+    y = bit_linear(x, weight, bias, ternary, columns, act_scale)
     tolerance = {"rtol": 1e-2, "atol": 0.5} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-3}
-    torch.testing.assert_close(y.double(), expected, **tolerance)
+    torch.testing.assert_close(y.double(), F.linear(rounded, quantized, bias.double()), **tolerance)
     dy = torch.randn(5, 7, 24, dtype=dtype)
     y.backward(dy)
     torch.testing.assert_close(x.grad.double(), dy.double() @ quantized, **tolerance)
-    expected = torch.einsum("bto,bti->oi", dy.double(), act_codes.double() * act_scale.double())
-    torch.testing.assert_close(weight.grad.double(), expected, **tolerance)
+    torch.testing.assert_close(weight.grad.double(), torch.einsum("bto,bti->oi", dy.double(), rounded), **tolerance)
     torch.testing.assert_close(bias.grad.double(), dy.double().sum((0, 1)), rtol=1e-5, atol=1e-5)
 
 
