@@ -182,7 +182,7 @@ def stages_to_run(job: dict[str, Any]) -> list[str]:
     if score == "distill":
         return ["all"]
     stages = [] if "model" in settings else ["base"]
-    cached = settings.get("pretrain.lambda_logits", 0) > 0
+    cached = settings.get("pretrain.lambda_logits", 0) > 0 and not settings.get("pretrain.lambda_hidden", 0) > 0
     return stages + [stage for stage in study_report.BEHIND[score] if stage != "cache" or cached]
 
 

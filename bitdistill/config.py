@@ -120,7 +120,8 @@ class RefineConfig:
 
 @dataclass
 class PretrainConfig(TrainingConfig):
-    """Stage 2, continued pre-training of the ternary student on a corpus: CE + lambda_logits * logits KL.
+    """Stage 2, continued pre-training of the ternary student on a corpus: CE + lambda_logits * logits KL + lambda_hidden *
+    distance of the hidden states.
 
     Args:
         enabled: False leaves stage 2 out: stage 3 starts from the refined base model.
@@ -135,7 +136,9 @@ class PretrainConfig(TrainingConfig):
         kd_temperature: its softmax temperature, for teacher and student. The KL is not multiplied by its square.
         kd_top_k: the number of words of each position whose logits are cached; all other words are counted as one. The
             cache takes 4 bytes per word and token (6 for vocabularies above 65,536 words), and 4 more per token: for 32
-            words, 132 (196) bytes per token.
+            words, 132 (196) bytes per token. Not used with lambda_hidden, where the KL is that of all words.
+        lambda_hidden: weight of the distance between the hidden states of student and base model after each layer (ours;
+            docs/method.md). If it is above 0, the base model runs beside the student, and nothing is cached.
     """
 
     enabled: bool = True
@@ -146,6 +149,7 @@ class PretrainConfig(TrainingConfig):
     lambda_logits: float = 0.0
     kd_temperature: float = 1.0
     kd_top_k: int = 32
+    lambda_hidden: float = 0.0
 
 
 @dataclass
@@ -167,6 +171,8 @@ class DistillConfig(TrainingConfig):
             losses| / |gradient of the relation loss|.
         gamma_rho: the gradient ratio that `balanced` aims at.
         gamma_every: steps between measurements of that ratio.
+        lambda_hidden: weight of the distance between the hidden states of student and teacher after each layer (ours;
+            docs/method.md); 0, as in the paper, turns it off. The teacher must be as wide as the student.
     """
 
     lambda_logits: float = 10.0
@@ -182,6 +188,7 @@ class DistillConfig(TrainingConfig):
     gamma_attention: float | Literal["balanced"] = "balanced"
     gamma_rho: float = 1.0
     gamma_every: int = 10
+    lambda_hidden: float = 0.0
 
 
 @dataclass

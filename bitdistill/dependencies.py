@@ -14,7 +14,7 @@ from bitdistill.student.quantizers import quantizer_named
 
 DOES_NOT_CHANGE_THE_RESULT = ("logging_steps", "save_steps", "health_steps")
 OF_TRIMMING = ("vocabulary", "vocabulary_threshold")  # a stage of their own, not part of stage 1
-OF_STAGE_2_DISTILLATION = ("lambda_logits", "kd_temperature", "kd_top_k")  # read only where lambda_logits is above 0
+OF_STAGE_2_LOGITS = ("lambda_logits", "kd_temperature", "kd_top_k")  # read only where lambda_logits is above 0
 
 
 def optimization(section: TrainingConfig) -> dict[str, Any]:
@@ -41,8 +41,11 @@ def known_settings(
     names = ("base", "teacher", "refine", "pretrain", "distill", "baseline", "evaluate", "export")
     sections = {name: dataclasses.asdict(getattr(config, name)) for name in names}
     if not config.pretrain.lambda_logits > 0:
-        for name in OF_STAGE_2_DISTILLATION:
+        for name in OF_STAGE_2_LOGITS:
             del sections["pretrain"][name]
+    for name in ("pretrain", "distill"):
+        if not sections[name]["lambda_hidden"] > 0:  # results of earlier versions do not name it
+            del sections[name]["lambda_hidden"]
     sections["refine"] = config.refine.in_effect()
     trimming = {name: sections["refine"].pop(name) for name in OF_TRIMMING}
     sections["distill steps"] = optimization(config.distill)

@@ -56,6 +56,7 @@ LIMITS = {
     "health_steps": COUNT_OR_NONE,
     "kd_temperature": POSITIVE,
     "kd_top_k": COUNT,
+    "lambda_hidden": NOT_NEGATIVE,
     "lambda_logits": NOT_NEGATIVE,
     "learning_rate": POSITIVE,
     "logging_steps": COUNT,

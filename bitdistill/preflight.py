@@ -28,6 +28,7 @@ from bitdistill.student.loading import check_same_tokenizer, check_same_vocabula
 from bitdistill.student.model_folder import read_model
 from bitdistill.student.refine import refine, student_record
 from bitdistill.training.capture import AttentionCapture
+from bitdistill.training.hidden import check_hidden_sizes
 from bitdistill.training.relations import relation_loss
 from bitdistill.training.teacher_cache import check_room
 from bitdistill.training.trainer import capped_steps
@@ -387,6 +388,9 @@ def _check_shapes(job, report: Report, stages: set[str], student, teacher) -> No
     if "teacher" in job.models and "teacher" in stages:
         with report.part("teacher.model"):
             check_teacher(job.models["teacher"].path, teacher, job.full_tokenizer_folder, student)
+    if "distill" in stages and config.distill.lambda_hidden > 0:
+        with report.part("distill.lambda_hidden"):
+            check_hidden_sizes(teacher, student)
     if "distill" in stages and config.distill.relation != "none":
         section = config.distill
         settings = {"convention": section.relation, "split_heads": section.split_heads}
@@ -479,6 +483,7 @@ def _memory_of_stages(job, stages: set[str], student: Shape, teacher: Shape) -> 
     if config.refine.vocabulary == "trimmed":
         without = {"parameters": student.parameters - student.vocabulary * student.hidden, "vocabulary": 0}
         student = teacher = dataclasses.replace(student, **without)
+    beside = {"distill": teacher} | ({"pretrain": student} if config.pretrain.lambda_hidden > 0 else {})
     found = {}
     for stage in sorted(stages & {"base", "teacher", "pretrain", "distill", "baseline"}):
         section = getattr(config, "distill" if stage == "baseline" else stage)
@@ -488,7 +493,7 @@ def _memory_of_stages(job, stages: set[str], student: Shape, teacher: Shape) -> 
             total_tokens=1.0,
             tokens_per_micro_step=tokens,
             tokens_per_step=tokens,
-            teacher=teacher if stage == "distill" else None,
+            teacher=beside.get(stage),
             ternary=stage not in ("base", "teacher"),
         )
         setting = Setting(

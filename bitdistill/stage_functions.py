@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bitdistill.data.demo import demo_model
 from bitdistill.dependencies import OF_TRIMMING, optimization
 from bitdistill.distributed import process_group
-from bitdistill.distributed.teacher import load_teacher
+from bitdistill.distributed.teacher import Teacher, load_teacher
 from bitdistill.errors import UserError
 from bitdistill.evaluation.compare import compare_settings
 from bitdistill.evaluation.speed import sizes_and_speeds
@@ -36,8 +36,9 @@ from bitdistill.training.annealing import Annealing
 from bitdistill.training.capture import attention_maps
 from bitdistill.training.distill import Distillation, fine_tune
 from bitdistill.training.health import weight_histograms
-from bitdistill.training.pretrain import pretrain
+from bitdistill.training.pretrain import NextTokenAndStates, NextTokenDistillation, pretrain
 from bitdistill.training.teacher_cache import TeacherCache, check_room, finish_cache, write_shards
+from bitdistill.training.trainer import Objective
 
 
 def train_base(job: Job) -> None:
@@ -137,9 +138,26 @@ def pretrain_student(job: Job) -> None:
         stream=job.sources.corpus_stream(load_tokenizer(job.tokenizer_folder), section.block_size),
         health_steps=section.health_steps,
         annealing=annealing,
-        cache=_teacher_cache(job, model.config.vocab_size),
-        lambda_logits=section.lambda_logits,
+        objective=_stage_2_objective(job, model),
     )
+
+
+def _stage_2_objective(job: Job, model: nn.Module) -> Objective | None:
+    """What stage 2 minimizes beside or instead of the cross-entropy, if it has a teacher."""
+    section = job.config.pretrain
+    if section.lambda_hidden > 0:
+        teacher = _load_teacher(job, job.base_folder)
+        weights = {"lambda_logits": section.lambda_logits, "lambda_hidden": section.lambda_hidden}
+        return NextTokenAndStates(model, teacher, temperature=section.kd_temperature, **weights)
+    cache = _teacher_cache(job, model.config.vocab_size)
+    return cache and NextTokenDistillation(model, cache, section.lambda_logits)
+
+
+def _load_teacher(job: Job, folder: Path) -> Teacher:
+    """A frozen model beside the student, as the run's settings say."""
+    where = {"device": job.device, "offload": job.config.teacher_offload, "nvme_path": job.config.nvme_path}
+    products = job.inference_products if job.config.teacher_offload == "none" else None
+    return load_teacher(folder, dtype=job.teacher_dtype, products=products, **where)
 
 
 def _teacher_cache(job: Job, vocabulary: int) -> TeacherCache | None:
@@ -164,9 +182,7 @@ def distill_student(job: Job) -> None:
     job.require_same_student()
     tokenizer, model = load_tokenizer(job.student_folder), load_student(job.student_folder)
     use_backward(model, job.config.bit_linear_backward)
-    where = {"device": job.device, "offload": job.config.teacher_offload, "nvme_path": job.config.nvme_path}
-    products = job.inference_products if job.config.teacher_offload == "none" else None
-    teacher = load_teacher(job.directory.folder("teacher"), dtype=job.teacher_dtype, products=products, **where)
+    teacher = _load_teacher(job, job.directory.folder("teacher"))
     losses = {name: value for name, value in dataclasses.asdict(section).items() if name not in optimization(section)}
     job.train(
         "distill",

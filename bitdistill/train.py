@@ -63,6 +63,11 @@ def pretrains(config: RunConfig) -> bool:
     return brings_no_student(config) and config.pretrain.enabled
 
 
+def caches_logits(config: RunConfig) -> bool:
+    """Stage 2 distills from the base model's logits, and from nothing for which that model must run beside the student."""
+    return pretrains(config) and config.pretrain.lambda_logits > 0 and not config.pretrain.lambda_hidden > 0
+
+
 # fmt: off
 TASK = ("task", "train rows")
 # What a stage reads is named as in dependencies.known_settings: a section of the settings, or a group that several stages share.
@@ -76,7 +81,7 @@ STAGES = {  #      depends on                         is part of a run when
                       ("teacher", "training", "model", *TASK, "teacher model"),                        train_teacher),
     "refine":   Stage(("trim",),                         brings_no_student,
                       ("refine", "model", "calibration"),                                              refine_base),
-    "cache":    Stage(("trim",),                         lambda config: pretrains(config) and config.pretrain.lambda_logits > 0,
+    "cache":    Stage(("trim",),                         caches_logits,
                       ("cache", "seed", "model", "corpus"),                                            cache_teacher_logits),
     "pretrain": Stage(("refine", "cache"),               pretrains,
                       ("pretrain", "training", "backward", "corpus"),                                  pretrain_student),

@@ -379,7 +379,7 @@ process_group.initialize("cpu")
 import torch
 from test_corpus import byte_tokenizer
 from bitdistill.data.corpus import TokenStream
-from bitdistill.training.pretrain import pretrain
+from bitdistill.training.pretrain import NextTokenDistillation, pretrain
 from bitdistill.training.teacher_cache import Layout, TeacherCache, finish_cache, write_shards
 from bitdistill.training.trainer import release, training_arguments
 from test_teacher_cache import big_model
@@ -422,8 +422,9 @@ for name, zero, resume in (("2", 2, False), ("2 resumed", 2, True), ("3", 3, Fal
         process_group.barrier()
     run = out.parent / name
     run.mkdir(exist_ok=True)
-    trainer, facts = pretrain(big_model(1), stream(), arguments, stage="pretrain", run_dir=run, resume=resume,
-                              cache=reader, lambda_logits=3.0)
+    student = big_model(1)
+    trainer, facts = pretrain(student, stream(), arguments, stage="pretrain", run_dir=run, resume=resume,
+                              objective=NextTokenDistillation(student, reader, lambda_logits=3.0))
     lines = [line for line in trainer.state.log_history if "loss_ce" in line]
     found[f"{name} losses"] = [[line["loss_ce"], line["loss_logits"], line["loss"]] for line in lines]
     found[f"{name} from"] = facts["resumed_from"]

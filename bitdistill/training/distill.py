@@ -1,9 +1,10 @@
 """Stage 3, distillation fine-tuning: the ternary student learns the task from labels and from its teacher.
 
-    L = L_CE + lambda * L_LD + gamma * L_AD
+    L = L_CE + lambda * L_LD + gamma * L_AD (+ lambda_hidden * L_HS)
 
 L_CE is the cross-entropy on the answer's tokens. L_LD is the KL of the student's next-word distribution from the teacher's.
-L_AD is the KL between the relations of Q, K and V in a chosen layer (relations.py). The teacher is the full-precision model
+L_AD is the KL between the relations of Q, K and V in a chosen layer (relations.py). L_HS, which the paper does not have, is
+the distance of the hidden states of all layers (hidden.py). The teacher is the full-precision model
 fine-tuned on the same task. `fine_tune` below makes it (FP16-SFT), and it makes the ternary baseline (BitNet-SFT) with the
 same loop.
 
@@ -11,7 +12,7 @@ Source: BitNet Distillation, arXiv 2510.13998, section 3.3.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from bitdistill.training.head import (
     instead_of_logits,
 )
 from bitdistill.training.health import HealthLog
+from bitdistill.training.hidden import HiddenStates, check_hidden_sizes, hidden_state_loss, teacher_layers
 from bitdistill.training.losses import next_tokens
 from bitdistill.training.relations import relation_loss
 from bitdistill.training.trainer import Counts, Objective, StageTrainer
@@ -86,6 +88,7 @@ class Distillation(Objective):
         gamma_attention: a number, or "balanced" with gamma_rho. Either way the gradients of the relations and of the rest
             are measured every gamma_every steps; balanced follows them.
         gamma_rho: the gradient ratio that "balanced" aims at. gamma_every: optimizer steps between measurements.
+        lambda_hidden: weight of the hidden-state loss over all layers; 0 turns it off.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Distillation(Objective):
         gamma_attention: float | str = "balanced",
         gamma_rho: float = 1.0,
         gamma_every: int = 10,
+        lambda_hidden: float = 0.0,
     ):
         check_same_vocabulary(teacher.module.config, student.config)
         self.student, self.teacher, self.depth = student, teacher, student.config.num_hidden_layers
@@ -113,6 +117,12 @@ class Distillation(Objective):
         self.everywhere = lambda_logits > 0 and kd_tokens == "all"
         self.kd_settings = {"temperature": kd_temperature, "tau_squared": kd_tau_squared}
         self.relation, self.gamma_every = relation, gamma_every
+        self.lambda_hidden = lambda_hidden
+        self.student_states = self.teacher_states = None
+        if lambda_hidden > 0:
+            check_hidden_sizes(teacher.module.config, student.config)
+            of_teacher = teacher_layers(self.depth, teacher.module.config.num_hidden_layers)
+            self.student_states, self.teacher_states = HiddenStates(student), HiddenStates(teacher.module, of_teacher)
         self.student_capture = self.teacher_capture = None
         if relation == "none":
             self.gamma = 0.0
@@ -163,8 +173,11 @@ class Distillation(Objective):
             inputs["logits_to_keep"], targets_BP = answer_positions(batch["labels"])
             rows_BP, items = targets_BP != IGNORED, counts.answer_tokens
         teacher_hidden = None
-        if self.lambda_logits > 0 or self.teacher_capture is not None:
-            with self.teacher_capture or nullcontext(), instead_of_logits(self.teacher.module, hidden_states):
+        watched = [one for one in (self.teacher_capture, self.teacher_states) if one is not None]
+        if self.lambda_logits > 0 or watched:
+            with ExitStack() as stack:
+                for one in (*watched, instead_of_logits(self.teacher.module, hidden_states)):
+                    stack.enter_context(one)
                 teacher_hidden = self.teacher(**inputs).logits
 
         def compute(hidden_BPH: Tensor, weight_VH: Tensor) -> tuple[Tensor, ...]:
@@ -184,11 +197,15 @@ class Distillation(Objective):
                     **self.kd_settings,
                 )
 
-        with self.student_capture or nullcontext(), instead_of_logits(self.student, compute):
+        states = self.student_states or nullcontext()
+        with self.student_capture or nullcontext(), states, instead_of_logits(self.student, compute):
             ce, *logits = model(**inputs).logits
         terms = {"ce": (1.0, ce)}
         if logits:
             terms["logits"] = (self.lambda_logits, logits[0])
+        if self.student_states:
+            pair = self.teacher_states.states, self.student_states.states
+            terms["hidden"] = (self.lambda_hidden, hidden_state_loss(*pair, mask_BT, counts.tokens))
         if self.student_capture:
             terms["attention"] = self._relations(ce, mask_BT, counts)
         return terms

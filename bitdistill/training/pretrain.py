@@ -1,10 +1,11 @@
 """Stage 2, continued pre-training: next-token cross-entropy of the ternary student on a general corpus.
 
-    L = L_CE + lambda * KL(teacher || student)
+    L = L_CE + lambda_logits * KL(teacher || student) + lambda_hidden * L_HS
 
-The paper has no distillation in this stage, and lambda is 0 by default. The teacher is the full-precision base model. It is
-run beforehand, and its logits come from a file (teacher_cache.py). The same loop without them also trains the embedded
-demo's own base model from scratch.
+The paper has no distillation in this stage, and both lambdas are 0 by default. The teacher is the full-precision base model. For
+the logits alone it is run beforehand, and they come from a file (teacher_cache.py); for the hidden states (hidden.py), which
+are a hundred times larger, it runs beside the student. The same loop without a teacher also trains the embedded demo's own
+base model from scratch.
 
 Source: BitNet Distillation, arXiv 2510.13998, section 3.2.
 """
@@ -17,9 +18,18 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from bitdistill.data.corpus import TokenStream
+from bitdistill.distributed.teacher import Teacher
 from bitdistill.training.annealing import Annealing
-from bitdistill.training.head import head_cross_entropy, head_distillation_top_k, instead_of_logits
+from bitdistill.training.head import (
+    head_cross_entropy,
+    head_distillation,
+    head_distillation_top_k,
+    head_weight,
+    hidden_states,
+    instead_of_logits,
+)
 from bitdistill.training.health import HealthLog
+from bitdistill.training.hidden import HiddenStates, hidden_state_loss
 from bitdistill.training.losses import next_tokens
 from bitdistill.training.teacher_cache import TeacherCache
 from bitdistill.training.trainer import Counts, Objective, StageTrainer, collate_blocks
@@ -75,6 +85,56 @@ class NextTokenDistillation(Objective):
         return {"ce": (1.0, ce), "logits": (self.lambda_logits, kl)}
 
 
+class NextTokenAndStates(Objective):
+    """``L = CE + lambda_logits * KL(teacher || student) + lambda_hidden * L_HS``, the teacher running beside the student.
+
+    Both terms of the teacher are averaged over every position of every block. The KL is that of the whole vocabulary.
+
+    Args:
+        student: the model inside whatever DeepSpeed wraps around it.
+        teacher: the base model, frozen.
+        lambda_logits, temperature: weight of the KL, 0 without it, and its temperature.
+        lambda_hidden: weight of the hidden-state loss, above 0.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: Teacher, *, lambda_logits: float, temperature: float, lambda_hidden: float
+    ):
+        self.student, self.teacher, self.temperature = student, teacher, temperature
+        self.lambda_logits, self.lambda_hidden = lambda_logits, lambda_hidden
+        self.of_student, self.of_teacher = HiddenStates(student), HiddenStates(teacher.module)
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
+        targets_BT, mask_BT = next_tokens(batch["labels"]), batch["attention_mask"]
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask_BT, "use_cache": False}
+        with self.of_teacher, instead_of_logits(self.teacher.module, hidden_states):
+            teacher_BTH = self.teacher(**inputs).logits
+
+        def compute(hidden_BTH: Tensor, weight_VH: Tensor) -> tuple[Tensor, ...]:
+            if not self.lambda_logits > 0:
+                return (head_cross_entropy(hidden_BTH, weight_VH, targets_BT, counts.answer_tokens),)
+            with head_weight(self.teacher.module) as teacher_weight_VH:
+                return head_distillation(
+                    hidden_BTH,
+                    weight_VH,
+                    targets_BT,
+                    mask_BT.bool(),
+                    teacher_BTH,
+                    teacher_weight_VH,
+                    lambda_logits=self.lambda_logits,
+                    temperature=self.temperature,
+                    tau_squared=False,
+                    ce_items=counts.answer_tokens,
+                    kl_items=counts.tokens,
+                )
+
+        with self.of_student, instead_of_logits(self.student, compute):
+            ce, *kl = model(**inputs).logits
+        hidden = hidden_state_loss(self.of_teacher.states, self.of_student.states, mask_BT, counts.tokens)
+        terms = {"ce": (1.0, ce), "hidden": (self.lambda_hidden, hidden)}
+        return terms | ({"logits": (self.lambda_logits, kl[0])} if kl else {})
+
+
 def pretrain(
     model: nn.Module,
     stream: TokenStream,
@@ -85,8 +145,7 @@ def pretrain(
     resume: bool,
     health_steps: int = 0,
     annealing: Annealing | None = None,
-    cache: TeacherCache | None = None,
-    lambda_logits: float = 0.0,
+    objective: Objective | None = None,
 ) -> tuple[StageTrainer, dict[str, Any]]:
     """Trains on a token stream.
 
@@ -97,14 +156,13 @@ def pretrain(
         stage: its name in the logs. run_dir: RUN. resume: continue from the last complete checkpoint.
         health_steps: steps between measurements of zeros and flips; 0 for a model without BitLinear.
         annealing: goes from full precision to ternary in the course of the stage; ternary from the first step without.
-        cache: the teacher's logits for every block up to the last step; None trains on cross-entropy alone.
-        lambda_logits: as in NextTokenDistillation.
+        objective: what is minimized; the cross-entropy of every next token by default.
 
     Returns: the trainer, whose `model_wrapped` holds the result, and facts for done.json.
     """
     callbacks = [HealthLog(run_dir / "health.jsonl", stage, health_steps)] if health_steps else []
     trainer = StageTrainer(
-        objective=NextToken(model) if cache is None else NextTokenDistillation(model, cache, lambda_logits),
+        objective=objective or NextToken(model),
         stage=stage,
         run_dir=run_dir,
         stream=stream,
