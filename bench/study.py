@@ -128,12 +128,7 @@ def run_cell(job: dict[str, Any]) -> dict[str, Any]:
     started = time.time()
     folder, shared, settings, seed = Path(job["folder"]), Path(job["shared"]), job["settings"], job["seed"]
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in IRRELEVANT:
-        source = shared / share_key(stage, settings, seed)
-        if source.is_dir() and not (folder / stage).exists():
-            link_tree(source, folder / stage)
-            if stage == "demo":
-                link_tree(source.with_suffix(".json"), folder / "demo.json")
+    borrow(shared, folder, settings, seed)
     log = (folder / "log.txt").open("w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -144,23 +139,46 @@ def run_cell(job: dict[str, Any]) -> dict[str, Any]:
         if process.exitcode:
             raise RuntimeError(f"stage {stage}: {(folder / 'log.txt').read_text().strip().splitlines()[-1]}")
     result = perplexity_of(folder, job) if job["perplexity"] else accuracy_of(folder, job)
-    for stage in IRRELEVANT:  # the first to finish a stage lends it to the others
-        target = shared / share_key(stage, settings, seed)
-        if (folder / stage).is_dir() and not target.exists():
-            new = target.with_name(f"{target.name}.{os.getpid()}")
-            link_tree(folder / stage, new)
-            if stage == "demo" and not target.with_suffix(".json").exists():
-                link_tree(folder / "demo.json", target.with_suffix(".json"))
-            try:
-                new.rename(target)
-            except OSError:  # somebody else was faster
-                shutil.rmtree(new)
+    lend(shared, folder, settings, seed)
     done = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/done.json")}
     result["stages"] = {
         name: {key: facts[key] for key in ("seconds", "steps", "tokens", "rows") if key in facts}
         for name, facts in done.items()
     }
     return result | {"wall_seconds": round(time.time() - started, 1)}
+
+
+def borrow(shared: Path, folder: Path, settings: dict[str, Any], seed: int) -> None:
+    """Gives a cell the results of stages that other cells have lent: of two results of one stage, made side by side, the one
+    that the later stages were made from."""
+    needed: dict[str, str] = {}
+    for stage in reversed(IRRELEVANT):
+        own, lent = folder / stage, shared / share_key(stage, settings, seed)
+        fitting = [one for one in sorted(lent.glob("[!.]*")) if one.name == needed.get(stage, one.name)]
+        if fitting and not own.exists():
+            link_tree(fitting[0], own)
+            if stage == "demo":
+                (own / "demo.json").rename(folder / "demo.json")
+        if (own / "done.json").is_file():
+            needed |= json.loads((own / "done.json").read_text())["inputs"]
+
+
+def lend(shared: Path, folder: Path, settings: dict[str, Any], seed: int) -> None:
+    """Puts the results of a cell's stages where others find them, each under the id that it got when it was finished."""
+    for stage in IRRELEVANT:
+        if not (folder / stage).is_dir():
+            continue
+        name = "demo" if stage == "demo" else json.loads((folder / stage / "done.json").read_text())["id"]
+        target = shared / share_key(stage, settings, seed) / name
+        if not target.exists():
+            new = target.with_name(f".{name}.{os.getpid()}")
+            link_tree(folder / stage, new)
+            if stage == "demo":
+                os.link(folder / "demo.json", new / "demo.json")
+            try:
+                new.rename(target)
+            except OSError:  # somebody else was faster
+                shutil.rmtree(new)
 
 
 def run_stage(job: dict[str, Any], stage: str) -> None:

@@ -209,6 +209,37 @@ def test_a_page_without_an_end_is_refused(tmp_path):
     assert filled == "x\n<!-- study: a -->\nNot run yet.\n<!-- end of study -->\ny"
 
 
+def stage_result(folder, stage, name, **inputs):
+    (folder / stage).mkdir(parents=True)
+    (folder / stage / "done.json").write_text(json.dumps({"id": name, "inputs": inputs}))
+
+
+def ids(folder):
+    return {path.parent.name: json.loads(path.read_text())["id"] for path in folder.glob("*/done.json")}
+
+
+def test_cells_that_ran_side_by_side_lend_results_that_belong_together(tmp_path):
+    """Two cells made `refine` at the same time, each its own; a third one gets the one that its stage 2 was made from."""
+    shared = tmp_path / "shared"
+    for cell, rate in (("a", 1), ("b", 2)):
+        stage_result(tmp_path / cell, "refine", f"refine-{cell}")
+        stage_result(tmp_path / cell, "pretrain", f"pretrain-{cell}", refine=f"refine-{cell}")
+        study.lend(shared, tmp_path / cell, {"pretrain.learning_rate": rate}, 0)
+    for cell, rate in (("a", 1), ("b", 2)):
+        third = tmp_path / f"third {cell}"
+        third.mkdir()
+        study.borrow(shared, third, {"pretrain.learning_rate": rate, "distill.max_steps": 3}, 0)
+        assert ids(third) == {"refine": f"refine-{cell}", "pretrain": f"pretrain-{cell}"}
+    other = tmp_path / "another seed"
+    other.mkdir()
+    study.borrow(shared, other, {"pretrain.learning_rate": 1}, 1)
+    assert ids(other) == {}
+    begun = tmp_path / "begun"  # a cell that goes on keeps what it has, and gets what that was made from
+    stage_result(begun, "pretrain", "pretrain-b", refine="refine-b")
+    study.borrow(shared, begun, {"pretrain.learning_rate": 1}, 0)
+    assert ids(begun) == {"refine": "refine-b", "pretrain": "pretrain-b"}
+
+
 @pytest.mark.slow
 def test_a_study_runs_shares_and_resumes(tmp_path):
     path = write(
