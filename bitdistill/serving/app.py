@@ -107,8 +107,7 @@ async def _answered(
     service.begin(jobs)
     if body.stream:
         counted = body.stream_options is not None and body.stream_options.include_usage
-        stream = _streamed(service, jobs, shape, prompts if counted else 0)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return _Stream(service, jobs, _streamed(service, jobs, shape, prompts if counted else 0))
     try:
         everything = asyncio.gather(*(service.whole(job) for job in jobs))
         found = await unless_gone(everything, lambda: _gone(request))
@@ -119,6 +118,23 @@ async def _answered(
         return Response(status_code=CLIENT_LEFT)
     choices = [shape.whole(index, pieces, end) for index, (pieces, end) in enumerate(found)]
     return JSONResponse(shape.head(False) | {"choices": choices, "usage": usage(jobs, prompts)})
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events of jobs that are cancelled when the response ends, even if it never got to its first event: a client may
+    leave before that, and a generator that was not begun has no end."""
+
+    def __init__(self, service: Service, jobs: Sequence[Job], events: AsyncIterator[str]):
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self.service, self.jobs = service, jobs
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if any(not job.ended for job in self.jobs):
+                self.service.metrics.cancelled.inc()
+            self.service.engine.cancel(self.jobs)
 
 
 async def _streamed(service: Service, jobs: Sequence[Job], shape: Chat, prompts: int) -> AsyncIterator[str]:
@@ -147,9 +163,6 @@ async def _streamed(service: Service, jobs: Sequence[Job], shape: Chat, prompts:
     finally:
         for reader in readers:
             reader.cancel()
-        if done < len(jobs):
-            service.metrics.cancelled.inc()
-            service.engine.cancel(jobs)
 
 
 async def _read(service: Service, index: int, job: Job, merged: asyncio.Queue) -> None:

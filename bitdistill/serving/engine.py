@@ -124,6 +124,7 @@ class Engine:
     Attributes:
         stats: counts of everything done so far (`batching.Stats`).
         on_failure: called by the thread when it ends because of a defect.
+        on_end: called in the event loop with each job that ends, also with one whose client has left, and why it ended.
     """
 
     def __init__(self, runtime: Runtime, slots: int, max_queue: int):
@@ -136,6 +137,7 @@ class Engine:
         self._jobs: dict[Request, Job] = {}
         self._stopping = self._failed = False
         self.on_failure: Callable[[], None] = lambda: None
+        self.on_end: Callable[[Job, str], None] = lambda job, why: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="bitdistill-engine", daemon=True)
 
@@ -228,8 +230,7 @@ class Engine:
                 job.left = len(job.requests)
                 self._jobs[job.request] = job
                 self._batch.waiting.append(job.request)
-        for job in cancelled:
-            self._end(job, "cancelled")
+        self._hand_over([event for job in cancelled for event in self._end(job, "cancelled")])
         return True
 
     def _overdue(self, now: float) -> list:
@@ -281,11 +282,12 @@ class Engine:
         loop = self._loop
         if not events or loop is None or loop.is_closed():
             return
-        loop.call_soon_threadsafe(_deliver, events)
+        loop.call_soon_threadsafe(self._deliver, events)
 
-
-def _deliver(events: list) -> None:
-    for job, event in events:
-        if isinstance(event, End) and job.stream is not None and (rest := job.stream.finish()):
-            job.events.put_nowait(Piece(rest))
-        job.events.put_nowait(event)
+    def _deliver(self, events: list) -> None:
+        for job, event in events:
+            if isinstance(event, End):
+                self.on_end(job, event.stopped_by)
+                if job.stream is not None and (rest := job.stream.finish()):
+                    job.events.put_nowait(Piece(rest))
+            job.events.put_nowait(event)

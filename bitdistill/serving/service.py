@@ -34,6 +34,7 @@ class Service:
         self.runtime, self.name, self.limits = runtime, name, limits
         self.engine = Engine(runtime, limits.slots, limits.max_queue)
         self.metrics = Metrics(lambda: self.engine.running, lambda: self.engine.waiting)
+        self.engine.on_end = self._count
         self.created = int(time.time())
 
     def facts(self) -> dict[str, Any]:
@@ -126,21 +127,21 @@ class Service:
         raise AssertionError("a job ends with its end")
 
     async def events(self, job: Job) -> AsyncIterator[Piece | End]:
-        """A job's events, counted. Raises: ApiError: the decoder has failed (503)."""
-        asked = job.deadline - self.limits.request_seconds
+        """A job's events. Raises: ApiError: the decoder has failed (503)."""
         try:
             async for event in job.pieces():
-                if isinstance(event, End):
-                    self._count(job, asked)
                 yield event
         except EngineStopped:
             raise ApiError(503, "The server has stopped.", "stopped") from None
 
-    def _count(self, job: Job, asked: float) -> None:
-        request, metrics = job.request, self.metrics
+    def _count(self, job: Job, why: str) -> None:
+        """What a job has cost, also when nobody waits for its answer any more; times are those of whole answers."""
+        request, metrics, asked = job.request, self.metrics, job.deadline - self.limits.request_seconds
         metrics.prompt_tokens.inc(request.prompt_tokens)
         metrics.cached_tokens.inc(request.cached_tokens)
         metrics.new_tokens.inc(request.new_tokens)
+        if why == "cancelled":
+            return
         metrics.seconds.observe(time.monotonic() - asked)
         if job.started is not None:
             metrics.first_token.observe(job.started - asked)
