@@ -173,6 +173,12 @@ class DistillConfig(TrainingConfig):
         gamma_every: steps between measurements of that ratio.
         lambda_hidden: weight of the distance between the hidden states of student and teacher after each layer (ours;
             docs/method.md); 0, as in the paper, turns it off. The teacher must be as wide as the student.
+        teacher_cache: run the teacher once over all training rows, in a stage of its own (teacher_cache), and train from what it
+            said, read from disk, without it. The loss is that of the live teacher to rounding. It pays from the second epoch on,
+            for several trainings with one teacher, and where the teacher does not fit beside the student (docs/scaling.md).
+        cache_top_k: how many of the largest logits of each position that cache keeps; all other words are then counted as one,
+            which makes the loss smaller, much so at a high kd_temperature. When absent, it keeps the final hidden states and
+            the teacher's LM head, from which all logits follow.
     """
 
     lambda_logits: float = 10.0
@@ -189,6 +195,8 @@ class DistillConfig(TrainingConfig):
     gamma_rho: float = 1.0
     gamma_every: int = 10
     lambda_hidden: float = 0.0
+    teacher_cache: bool = False
+    cache_top_k: int | None = None
 
 
 @dataclass
@@ -361,6 +369,13 @@ class RunConfig:
             )
 
     def _check_layers(self) -> None:
+        if self.distill.teacher_cache and self.distill.lambda_hidden > 0:
+            raise UserError(
+                "distill.teacher_cache",
+                expected="false with distill.lambda_hidden, for the hidden states of all layers are not kept on disk",
+                got="true",
+                do="Leave one of the two out.",
+            )
         ours, teachers = self.distill.relation_layers, self.distill.teacher_relation_layers
         if self.distill.relation == "none":
             return

@@ -7,19 +7,28 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from bitdistill.config import RunConfig, TrainingConfig
+from bitdistill.config import DistillConfig, RunConfig, TrainingConfig
 from bitdistill.data.sources import Sources
 from bitdistill.data.tasks import Task
 from bitdistill.student.quantizers import quantizer_named
+from bitdistill.training.row_layout import what_is_kept
 
 DOES_NOT_CHANGE_THE_RESULT = ("logging_steps", "save_steps", "health_steps")
 OF_TRIMMING = ("vocabulary", "vocabulary_threshold")  # a stage of their own, not part of stage 1
 OF_STAGE_2_LOGITS = ("lambda_logits", "kd_temperature", "kd_top_k")  # read only where lambda_logits is above 0
+OF_TEACHER_CACHE = ("teacher_cache", "cache_top_k")  # read only where there is one
 
 
 def optimization(section: TrainingConfig) -> dict[str, Any]:
     """The part of a stage's settings that is about optimization: what TrainingConfig itself has."""
     return {field.name: getattr(section, field.name) for field in dataclasses.fields(TrainingConfig)}
+
+
+def said_by_teacher(section: DistillConfig) -> dict[str, Any]:
+    """What stage 3 needs to hear of its teacher, as `row_layout.row_layout` takes it, by the settings of stage 3."""
+    names = ("lambda_logits", "kd_tokens", "kd_temperature", "relation", "split_heads")
+    given = section.relation_layers if section.teacher_relation_layers is None else section.teacher_relation_layers
+    return {name: getattr(section, name) for name in names} | {"top_k": section.cache_top_k, "layers": list(given)}
 
 
 def known_settings(
@@ -46,6 +55,9 @@ def known_settings(
     for name in ("pretrain", "distill"):
         if not sections[name]["lambda_hidden"] > 0:  # results of earlier versions do not name it
             del sections[name]["lambda_hidden"]
+    if not config.distill.teacher_cache:
+        for name in OF_TEACHER_CACHE:
+            del sections["distill"][name]
     sections["refine"] = config.refine.in_effect()
     trimming = {name: sections["refine"].pop(name) for name in OF_TRIMMING}
     sections["distill steps"] = optimization(config.distill)
@@ -69,6 +81,9 @@ def known_settings(
         "backward": {"bit_linear_backward": config.bit_linear_backward},
         "embedding": {"embedding": config.refine.embedding},
         "cache": {"cache": kept},
+        "teacher cache": {
+            "teacher_cache": what_is_kept(**said_by_teacher(config.distill)) | {"precision": config.precision}
+        },
         "corpus": corpus,
         "blocks": blocks,
         "calibration": corpus | blocks if calibrated else {},

@@ -23,7 +23,7 @@ from bitdistill.config import RunConfig, TrainingConfig
 from bitdistill.data.demo import demo_of_run
 from bitdistill.data.sources import Sources
 from bitdistill.data.tasks import pad_token
-from bitdistill.dependencies import known_settings, optimization
+from bitdistill.dependencies import known_settings, optimization, said_by_teacher
 from bitdistill.distributed import presets, process_group
 from bitdistill.distributed.checkpoint import full_state_dict
 from bitdistill.errors import UserError
@@ -37,9 +37,9 @@ from bitdistill.runtime.header import Header
 from bitdistill.stages import NOT_RUN, RunDirectory, Stage
 from bitdistill.student.backend import choose_kernels
 from bitdistill.student.gguf_base import convert_gguf, is_gguf
-from bitdistill.student.loading import embedding_rows
 from bitdistill.student.quantizers import quantizer_named
 from bitdistill.student.refine import require_quantizers
+from bitdistill.training.row_layout import RowLayout, row_layout
 from bitdistill.training.teacher_cache import Layout
 from bitdistill.training.trainer import capped_steps, release, training_arguments
 
@@ -260,6 +260,11 @@ class Job:
         return self.directory.folder("trim") if trimmed else self.full_tokenizer_folder
 
     @property
+    def student_tokenizer_folder(self) -> str | Path:
+        """The tokenizer of stage 3, before its student is there."""
+        return self.config.student or self.tokenizer_folder
+
+    @property
     def full_base_folder(self) -> str | Path:
         """The base model as it came: the demo's own, or --model."""
         return self.directory.folder("base") if self.embedded else self.model
@@ -302,9 +307,15 @@ class Job:
         section = self.config.pretrain
         return Layout(self.stage_2_blocks, section.block_size, section.kd_top_k, section.kd_temperature, vocabulary)
 
-    def task_rows(self, tokenizer, model) -> dict[str, Any]:
-        """The training rows as tokens that the model has, and what they are padded with, for `fine_tune`."""
-        vocabulary = embedding_rows(model)  # one of the rows is shown in RUN/example.txt
+    def row_layout(self, teacher, rows) -> RowLayout:
+        """What stage 3 needs to hear of a teacher with this configuration about the training rows."""
+        return row_layout(teacher, rows, **said_by_teacher(self.config.distill))
+
+    def task_rows(self, tokenizer, vocabulary: int) -> dict[str, Any]:
+        """The training rows as tokens below `vocabulary`, the model's, and what they are padded with, for `fine_tune`.
+
+        One of the rows is shown in RUN/example.txt.
+        """
         rows = self.sources.training_tokens(tokenizer, vocabulary, self.root / "example.txt")
         return {"rows": rows, "pad_token_id": pad_token(tokenizer, vocabulary)}
 

@@ -47,6 +47,7 @@ LIMITS = {
     "annealing_end": DECAY,
     "annealing_start": DECAY,
     "block_size": TOKENS,
+    "cache_top_k": COUNT,
     "calibration_blocks": COUNT,
     "gamma_attention": NOT_NEGATIVE,
     "gamma_every": COUNT,

@@ -12,6 +12,7 @@ STAGES = {
     "refine": "stage 1: surgery, SubLN",
     "cache": "the base model's logits for stage 2",
     "pretrain": "stage 2: continued pre-training, ternary",
+    "teacher_cache": "what the teacher says to every training row, for stage 3",
     "distill": "stage 3: distillation fine-tuning (BitDistill)",
     "baseline": "a ternary model that is only fine-tuned (BitNet-SFT)",
     "evaluate": "scores on the task's validation rows",

@@ -9,7 +9,8 @@ parameters, W ranks and N tokens in a micro-step of one rank, the bytes on a ran
     DeepSpeed's copy 4 P / W    of a rank's share of the weights, flat, from ZeRO 1 on
     gathered         ZeRO 3     whole weights and gradients of a layer and of the vocabulary, while they are needed
     weight codes     L          int8, made once per optimizer step
-    teacher          2 P_t      in stage 3, in half precision (4 P_t on a CPU); offloaded: divided by W, in the host's memory
+    teacher          2 P_t      in stage 3, in half precision (4 P_t on a CPU); offloaded: divided by W, in the host's memory;
+                                with --distill.teacher_cache its LM head alone
     activations      N x (the bytes that the backward pass reads per token, see `activation_bytes`)
     logits           one chunk of rows of the LM head with its temporaries (kernels/vocabulary.py)
     process          Python, PyTorch and the libraries; on a GPU the CUDA context, NCCL's buffers and the allocator's fragments
@@ -114,6 +115,7 @@ class Work:
 
     Args:
         student: its shape. teacher: the teacher's in stage 3, else None. ternary: False for full-precision fine-tuning.
+        teacher_cached: whether what the teacher says is read from disk; then its LM head alone is in memory.
         total_tokens: of the whole stage. tokens_per_micro_step: of one rank. tokens_per_step: of all ranks in an optimizer step.
     """
 
@@ -123,6 +125,7 @@ class Work:
     tokens_per_step: int
     teacher: Shape | None = None
     ternary: bool = True
+    teacher_cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,8 +238,9 @@ def memory_parts(work: Work, setting: Setting, world_size: int, kind: str) -> tu
             3 * student.linear_weights / student.layers + 3 * student.vocabulary * student.hidden
         )
     if teacher is not None:
-        stored = {"cuda": 2, "cpu": 4}[kind] * teacher.parameters
-        if setting.teacher_offload:
+        kept = teacher.vocabulary * teacher.hidden if work.teacher_cached else teacher.parameters
+        stored = {"cuda": 2, "cpu": 4}[kind] * kept
+        if setting.teacher_offload and not work.teacher_cached:
             host += stored / world_size
             parts["teacher"] = 2 * stored / teacher.layers
         else:
@@ -274,7 +278,8 @@ def plans(
             raise UserError(
                 name, expected="a number above zero", got=f"{value:g}", do=f"Give --{name} a positive number."
             )
-    teacher_offloads = (False, True) if work.teacher is not None and device.kind == "cuda" else (False,)
+    runs_along = work.teacher is not None and not work.teacher_cached
+    teacher_offloads = (False, True) if runs_along and device.kind == "cuda" else (False,)
     offloads = (False, True) if device.kind == "cuda" else (False,)
     found = []
     for zero, offload, teacher_offload, checkpointing in product(
@@ -302,7 +307,9 @@ def _step(
     moved = 2 * 8 * student.parameters / world_size / PCIE_BYTES_PER_SECOND if setting.offload else 0.0
     if tokens_per_second is None:
         flop = (8 if setting.checkpointing else 6) * student.matrix_weights
-        flop += 2 * work.teacher.matrix_weights if work.teacher is not None else 0
+        if work.teacher is not None:  # read from disk, its LM head alone
+            head = work.teacher.vocabulary * work.teacher.hidden
+            flop += 2 * (head if work.teacher_cached else work.teacher.matrix_weights)
         computing = flop * work.tokens_per_step / (device.flop_per_second * world_size)
     else:
         computing = work.tokens_per_step / (tokens_per_second * world_size) * (4 / 3 if setting.checkpointing else 1)

@@ -30,6 +30,7 @@ from bitdistill.student.refine import refine, student_record
 from bitdistill.training.capture import AttentionCapture
 from bitdistill.training.hidden import check_hidden_sizes
 from bitdistill.training.relations import relation_loss
+from bitdistill.training.row_layout import check_room as check_room_for_rows
 from bitdistill.training.teacher_cache import check_room
 from bitdistill.training.trainer import capped_steps
 
@@ -370,7 +371,7 @@ def check_run(job) -> Report:
     _check_rows(job, report, stages, tokenizer, len(tokenizer) if trimmed else student and student.vocab_size)
     _check_corpus(job, report, stages, tokenizer)
     if student is not None:
-        _check_room(job, report, stages, student, teacher)
+        _check_room(job, report, stages, student, teacher, tokenizer, trimmed)
     return report
 
 
@@ -433,7 +434,7 @@ def check_trimmed(job) -> None:
 def _check_rows(job, report: Report, stages: set[str], tokenizer, vocabulary: int | None) -> None:
     """Rows of every split as they will be read, and as tokens."""
     sources, config = job.sources, job.config
-    if stages & {"teacher", "distill", "baseline"}:
+    if stages & {"teacher", "teacher_cache", "distill", "baseline"}:
         with report.part("training rows") as found:
             if tokenizer is None:
                 found.append(f"{len(sources.train_rows()):,} train")
@@ -494,6 +495,7 @@ def _memory_of_stages(job, stages: set[str], student: Shape, teacher: Shape) -> 
             tokens_per_micro_step=tokens,
             tokens_per_step=tokens,
             teacher=beside.get(stage),
+            teacher_cached=stage == "distill" and config.distill.teacher_cache,
             ternary=stage not in ("base", "teacher"),
         )
         setting = Setting(
@@ -507,7 +509,7 @@ def _memory_of_stages(job, stages: set[str], student: Shape, teacher: Shape) -> 
     return found
 
 
-def _check_room(job, report: Report, stages: set[str], student, teacher) -> None:
+def _check_room(job, report: Report, stages: set[str], student, teacher, tokenizer, trimmed: bool) -> None:
     """Memory and disk."""
     config = job.config
     shapes = [shape_of(one) for one in (student, teacher)]
@@ -537,6 +539,12 @@ def _check_room(job, report: Report, stages: set[str], student, teacher) -> None
             planned.append((count * trained * (MASTER + ADAM), numbers[stage], replaced))
     with report.part("disk") as found:
         found.append(check_disk(job.root, peak_on_disk(planned)))
+    if "teacher_cache" in stages and tokenizer is not None:
+        with report.part("teacher_cache") as found:
+            vocabulary = len(tokenizer) if trimmed else student.vocab_size
+            layout = job.row_layout(teacher, job.sources.encoded_rows(tokenizer, vocabulary)[0])
+            check_room_for_rows(job.root, layout)
+            found.append(str(layout))
     if "cache" in stages:
         with report.part("cache") as found:
             layout = job.cache_layout(student.vocab_size)

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from bitdistill.data.demo import demo_model
-from bitdistill.dependencies import OF_TRIMMING, optimization
+from bitdistill.dependencies import OF_TEACHER_CACHE, OF_TRIMMING, optimization
 from bitdistill.distributed import process_group
 from bitdistill.distributed.teacher import Teacher, load_teacher
 from bitdistill.errors import UserError
@@ -29,7 +30,7 @@ from bitdistill.export.pack import STUDENT, pack_settings
 from bitdistill.job import Job
 from bitdistill.names import DISTILLED, FULL_PRECISION
 from bitdistill.student.layers import bit_linears, use_backward
-from bitdistill.student.loading import load_language_model, load_tokenizer, save_language_model
+from bitdistill.student.loading import embedding_rows, load_language_model, load_tokenizer, save_language_model
 from bitdistill.student.refine import load_student, refine, refine_on_corpus, save_student, student_record
 from bitdistill.student.vocabulary import trim_folder, trim_like
 from bitdistill.training.annealing import Annealing
@@ -37,6 +38,8 @@ from bitdistill.training.capture import attention_maps
 from bitdistill.training.distill import Distillation, fine_tune
 from bitdistill.training.health import weight_histograms
 from bitdistill.training.pretrain import NextTokenAndStates, NextTokenDistillation, pretrain
+from bitdistill.training.row_cache import CachedTeacher, finish_rows, write_rows
+from bitdistill.training.row_layout import check_room as check_room_for_rows
 from bitdistill.training.teacher_cache import TeacherCache, check_room, finish_cache, write_shards
 from bitdistill.training.trainer import Objective
 
@@ -77,7 +80,9 @@ def train_teacher(job: Job) -> None:
             with job.result("teacher", {"steps": 0}) as folder:
                 save(folder, model, model.state_dict())
         return
-    job.train("teacher", job.config.teacher, fine_tune, save, model=model, **job.task_rows(tokenizer, model))
+    job.train(
+        "teacher", job.config.teacher, fine_tune, save, model=model, **job.task_rows(tokenizer, embedding_rows(model))
+    )
 
 
 def refine_base(job: Job) -> None:
@@ -176,21 +181,67 @@ def _teacher_cache(job: Job, vocabulary: int) -> TeacherCache | None:
     return TeacherCache(folder, blocks=job.stage_2_blocks, block_size=block_size, vocabulary=vocabulary)
 
 
+def cache_teacher_rows(job: Job) -> None:
+    """What the teacher of stage 3 says to every training row, on disk."""
+    started, section = time.perf_counter(), job.config.distill
+    config = AutoConfig.from_pretrained(job.directory.folder("teacher"))
+    task_rows = job.task_rows(load_tokenizer(job.student_tokenizer_folder), config.vocab_size)
+    layout = job.row_layout(config, task_rows["rows"])
+    process_group.say(f"teacher_cache: {layout}")
+    job.prepare_checkpoints("teacher_cache")
+    shards = job.directory.checkpoints("teacher_cache")
+    if process_group.is_main():
+        check_room_for_rows(shards, layout)
+    teacher = _load_teacher(job, job.directory.folder("teacher"))
+    write_rows(shards, teacher, layout=layout, batch_size=section.per_device_train_batch_size, **task_rows)
+    if hasattr(teacher.forward, "destroy"):
+        teacher.forward.destroy()
+    del teacher
+    gc.collect()
+    process_group.barrier()
+    if process_group.is_main():
+        facts: dict[str, Any] = {"rows": layout.rows}
+        with job.result("teacher_cache", facts) as folder:
+            facts["bytes"] = finish_rows(shards, folder, layout)
+            facts["seconds"] = round(time.perf_counter() - started, 2)
+        process_group.say(f"teacher_cache: {facts['bytes'] / 1e9:.3g} GB on disk")
+        shutil.rmtree(shards)
+
+
+def _cached_teacher(job: Job, rows) -> CachedTeacher:
+    """What the stage `teacher_cache` made; refused when it was made for other rows, settings or another teacher."""
+    folder, reason = job.directory.folder("teacher_cache"), job.reason_to_run("teacher_cache")
+    if reason is not None:
+        raise UserError(
+            "stage",
+            expected="what the teacher says, for these settings, before `distill`",
+            got=f"{folder}, but {reason}",
+            do="Run --stage teacher_cache first, or --stage all.",
+        )
+    config = AutoConfig.from_pretrained(job.directory.folder("teacher"))
+    return CachedTeacher(folder, job.row_layout(config, rows), dtype=job.teacher_dtype, device=job.device)
+
+
 def distill_student(job: Job) -> None:
     """Stage 3, distillation fine-tuning."""
     section = job.config.distill
     job.require_same_student()
     tokenizer, model = load_tokenizer(job.student_folder), load_student(job.student_folder)
     use_backward(model, job.config.bit_linear_backward)
-    teacher = _load_teacher(job, job.directory.folder("teacher"))
-    losses = {name: value for name, value in dataclasses.asdict(section).items() if name not in optimization(section)}
+    without = (*optimization(section), *OF_TEACHER_CACHE)
+    losses = {name: value for name, value in dataclasses.asdict(section).items() if name not in without}
+    task_rows = job.task_rows(tokenizer, embedding_rows(model))
+    if section.teacher_cache:
+        teacher = _cached_teacher(job, task_rows["rows"])
+    else:
+        teacher = _load_teacher(job, job.directory.folder("teacher"))
     job.train(
         "distill",
         section,
         fine_tune,
         partial(save_ternary, tokenizer=tokenizer),
         model=model,
-        **job.task_rows(tokenizer, model),
+        **task_rows,
         objective=Distillation(model, teacher, **losses),
         health_steps=section.health_steps,
     )
@@ -210,7 +261,7 @@ def train_baseline(job: Job) -> None:
         fine_tune,
         partial(save_ternary, tokenizer=tokenizer),
         model=model,
-        **job.task_rows(tokenizer, model),
+        **job.task_rows(tokenizer, embedding_rows(model)),
         health_steps=section.health_steps,
     )
 

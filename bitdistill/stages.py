@@ -23,7 +23,7 @@ from bitdistill.files import write_whole
 # Settings of which a finished stage may hold more than is wanted: a cache of more blocks serves a run that needs fewer.
 MORE_IS_ENOUGH = ("cache.blocks",)
 # Stages that leave nothing to do in their place when a run does not have them.
-WITHOUT_SUBSTITUTE = ("cache",)
+WITHOUT_SUBSTITUTE = ("cache", "teacher_cache")
 # Settings that results of earlier versions do not name: they count as unchanged where nothing is written down.
 ADDED_LATER = ("corpus blocks.block_size", "corpus blocks.seed")
 NOT_RUN = "not run yet"

@@ -6,7 +6,7 @@
 A run is a list of stages:
 
     base -> trim -> all others            (trim: base model and tokenizer with a smaller vocabulary, if wanted)
-    base -> teacher ------------------\\
+    base -> teacher -> teacher_cache -\\                               (teacher_cache: what the teacher says, if wanted)
     base -> refine -> pretrain -> distill -> evaluate -> export        (base: the embedded demo's own base model)
     base -> cache ----/              /                                 (cache: teacher logits for stage 2, if wanted)
     base -> baseline ----------------/
@@ -35,6 +35,7 @@ from bitdistill.job import Job
 from bitdistill.reporting.report import show_report
 from bitdistill.stage_functions import (
     cache_teacher_logits,
+    cache_teacher_rows,
     distill_student,
     evaluate_settings,
     export_settings,
@@ -85,7 +86,9 @@ STAGES = {  #      depends on                         is part of a run when
                       ("cache", "seed", "model", "corpus"),                                            cache_teacher_logits),
     "pretrain": Stage(("refine", "cache"),               pretrains,
                       ("pretrain", "training", "backward", "corpus"),                                  pretrain_student),
-    "distill":  Stage(("pretrain", "teacher"),           always,
+    "teacher_cache": Stage(("teacher",),                 lambda config: config.distill.teacher_cache,
+                      ("teacher cache", *TASK, "student"),                                             cache_teacher_rows),
+    "distill":  Stage(("pretrain", "teacher", "teacher_cache"), always,
                       ("distill", "training", "backward", *TASK, "student"),                           distill_student),
     "baseline": Stage(("trim",),                         lambda config: config.baseline.enabled,
                       ("baseline", "distill steps", "training", "backward", "model", *TASK, "embedding"), train_baseline),

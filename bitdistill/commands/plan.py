@@ -16,6 +16,7 @@ def plan(
     tokens: float = 1e9,
     stage: str = "pretrain",
     teacher: str | None = None,
+    teacher_cache: bool = False,
     block_size: int = 1024,
     per_device_batch_size: int = 8,
     tokens_per_step: int | None = None,
@@ -37,6 +38,7 @@ def plan(
         tokens: how many tokens the whole stage trains on.
         stage: pretrain (stage 2), or distill (stage 3, with a teacher in memory).
         teacher: the teacher of stage 3, a folder or hub id; the model itself by default.
+        teacher_cache: whether stage 3 reads what the teacher says from disk (--distill.teacher_cache true).
         block_size: tokens per sequence.
         per_device_batch_size: sequences of a micro-step on each rank.
         tokens_per_step: tokens of an optimizer step on all ranks; one micro-step of each rank by default.
@@ -86,6 +88,7 @@ def plan(
         tokens_per_micro_step=per_micro_step,
         tokens_per_step=tokens_per_step or smallest,
         teacher=shape_of(read_config(teacher or model, "teacher")) if stage == "distill" else None,
+        teacher_cached=teacher_cache,
     )
     rate = {"tokens_per_second": tokens_per_second, "host_bytes_per_rank": host_memory_gb * 1e9}
     _show(plans(work, device, count, **rate), work, device, f"{count} x {name}", model)

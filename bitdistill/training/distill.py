@@ -12,7 +12,7 @@ Source: BitNet Distillation, arXiv 2510.13998, section 3.3.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,15 @@ from bitdistill.training.gamma import BalancedGamma
 from bitdistill.training.head import (
     head_cross_entropy,
     head_distillation,
-    head_weight,
-    hidden_states,
+    head_distillation_top_k,
     instead_of_logits,
 )
 from bitdistill.training.health import HealthLog
-from bitdistill.training.hidden import HiddenStates, check_hidden_sizes, hidden_state_loss, teacher_layers
+from bitdistill.training.hidden import HiddenStates, hidden_state_loss
 from bitdistill.training.losses import next_tokens
 from bitdistill.training.relations import relation_loss
+from bitdistill.training.row_cache import CachedTeacher
+from bitdistill.training.teachers import LiveTeacher, Said
 from bitdistill.training.trainer import Counts, Objective, StageTrainer
 
 
@@ -81,7 +82,7 @@ class Distillation(Objective):
 
     Args:
         student: the model inside whatever DeepSpeed wraps around it.
-        teacher: frozen.
+        teacher: frozen; or what it said to every row, read from disk.
         lambda_logits, kd_temperature, kd_tau_squared, kd_tokens: logits distillation; lambda 0 turns it off.
         relation: convention, or "none". relation_layers: of the student; teacher_relation_layers: of the teacher.
         split_heads, relation_temperature, relation_causal: of the relations.
@@ -94,7 +95,7 @@ class Distillation(Objective):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher,
+        teacher: Teacher | CachedTeacher,
         *,
         lambda_logits: float = 10.0,
         kd_temperature: float = 5.0,
@@ -111,19 +112,24 @@ class Distillation(Objective):
         gamma_every: int = 10,
         lambda_hidden: float = 0.0,
     ):
-        check_same_vocabulary(teacher.module.config, student.config)
         self.student, self.teacher, self.depth = student, teacher, student.config.num_hidden_layers
+        self.student_layers = relation_layers if relation != "none" else ()
+        given = relation_layers if teacher_relation_layers is None else teacher_relation_layers
+        self.teacher_layers = given if relation != "none" else ()
+        if isinstance(teacher, CachedTeacher):
+            assert not lambda_hidden > 0, "a cache keeps no hidden states of layers"
+            self.said_by = teacher
+        else:
+            states_of = student.config if lambda_hidden > 0 else None
+            self.said_by = LiveTeacher(teacher, self.teacher_layers, states_of)
+        check_same_vocabulary(self.said_by, student.config)
         self.lambda_logits = lambda_logits
         self.everywhere = lambda_logits > 0 and kd_tokens == "all"
         self.kd_settings = {"temperature": kd_temperature, "tau_squared": kd_tau_squared}
         self.relation, self.gamma_every = relation, gamma_every
         self.lambda_hidden = lambda_hidden
-        self.student_states = self.teacher_states = None
-        if lambda_hidden > 0:
-            check_hidden_sizes(teacher.module.config, student.config)
-            of_teacher = teacher_layers(self.depth, teacher.module.config.num_hidden_layers)
-            self.student_states, self.teacher_states = HiddenStates(student), HiddenStates(teacher.module, of_teacher)
-        self.student_capture = self.teacher_capture = None
+        self.student_states = HiddenStates(student) if lambda_hidden > 0 else None
+        self.student_capture = None
         if relation == "none":
             self.gamma = 0.0
             return
@@ -131,10 +137,7 @@ class Distillation(Objective):
         self.measured = BalancedGamma(gamma_rho if balanced else 1.0)
         self.gamma = self.measured if balanced else gamma_attention
         self.gamma_used = 0.0  # in the step that is being logged; the balanced one has moved on by then
-        self.student_layers = relation_layers
-        self.teacher_layers = relation_layers if teacher_relation_layers is None else teacher_relation_layers
         self.student_capture = AttentionCapture(student, relation_layers, require_grad=True)
-        self.teacher_capture = AttentionCapture(teacher.module, self.teacher_layers)
         options = {} if split_heads is None else {"split_heads": split_heads}
         if relation in ("alg1", "attention_maps"):
             options["temperature"] = relation_temperature
@@ -172,30 +175,19 @@ class Distillation(Objective):
         else:
             inputs["logits_to_keep"], targets_BP = answer_positions(batch["labels"])
             rows_BP, items = targets_BP != IGNORED, counts.answer_tokens
-        teacher_hidden = None
-        watched = [one for one in (self.teacher_capture, self.teacher_states) if one is not None]
-        if self.lambda_logits > 0 or watched:
-            with ExitStack() as stack:
-                for one in (*watched, instead_of_logits(self.teacher.module, hidden_states)):
-                    stack.enter_context(one)
-                teacher_hidden = self.teacher(**inputs).logits
+        said = None
+        if self.lambda_logits > 0 or self.student_capture is not None or self.student_states is not None:
+            said = self.said_by.look(batch, rows_BP, inputs)
+        weights = {"lambda_logits": self.lambda_logits, "ce_items": counts.answer_tokens, "kl_items": items}
 
         def compute(hidden_BPH: Tensor, weight_VH: Tensor) -> tuple[Tensor, ...]:
             if not self.lambda_logits > 0:
                 return (head_cross_entropy(hidden_BPH, weight_VH, targets_BP, counts.answer_tokens),)
-            with head_weight(self.teacher.module) as teacher_weight_VG:
-                return head_distillation(
-                    hidden_BPH,
-                    weight_VH,
-                    targets_BP,
-                    rows_BP,
-                    teacher_hidden,
-                    teacher_weight_VG,
-                    lambda_logits=self.lambda_logits,
-                    ce_items=counts.answer_tokens,
-                    kl_items=items,
-                    **self.kd_settings,
-                )
+            ours, options = (hidden_BPH, weight_VH, targets_BP), weights | self.kd_settings
+            if said.top_k is not None:
+                return head_distillation_top_k(*ours, *said.top_k, rows_BP=rows_BP, **options)
+            with self.said_by.head() as teacher_weight_VG:
+                return head_distillation(*ours, rows_BP, said.hidden, teacher_weight_VG, **options)
 
         states = self.student_states or nullcontext()
         with self.student_capture or nullcontext(), states, instead_of_logits(self.student, compute):
@@ -204,18 +196,16 @@ class Distillation(Objective):
         if logits:
             terms["logits"] = (self.lambda_logits, logits[0])
         if self.student_states:
-            pair = self.teacher_states.states, self.student_states.states
-            terms["hidden"] = (self.lambda_hidden, hidden_state_loss(*pair, mask_BT, counts.tokens))
+            loss = hidden_state_loss(said.states, self.student_states.states, mask_BT, counts.tokens)
+            terms["hidden"] = (self.lambda_hidden, loss)
         if self.student_capture:
-            terms["attention"] = self._relations(ce, mask_BT, counts)
+            terms["attention"] = self._relations(ce, said, mask_BT, counts)
         return terms
 
-    def _relations(self, ce: Tensor, mask_BT: Tensor, counts: Counts) -> tuple[float, Tensor]:
+    def _relations(self, ce: Tensor, said: Said, mask_BT: Tensor, counts: Counts) -> tuple[float, Tensor]:
         items = counts.positions if self.relation == "pr382" else counts.tokens
         attention = sum(
-            self.relation_loss(
-                self.teacher_capture.qkv[of_teacher], self.student_capture.qkv[of_student], mask_BT, num_items=items
-            )
+            self.relation_loss(said.qkv[of_teacher], self.student_capture.qkv[of_student], mask_BT, num_items=items)
             for of_teacher, of_student in zip(self.teacher_layers, self.student_layers, strict=True)
         )
         if counts.step % self.gamma_every == 0:

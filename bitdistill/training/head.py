@@ -167,35 +167,44 @@ def head_distillation_top_k(
     *,
     lambda_logits: float,
     temperature: float,
+    tau_squared: bool = False,
+    rows_BP: Tensor | None = None,
     ce_items: int,
     kl_items: int,
 ) -> tuple[Tensor, Tensor]:
-    """``(cross-entropy, KL_K of the teacher to the student)``, for ``CE + lambda_logits * KL_K``; every position counts.
+    """``(cross-entropy, KL_K of the teacher to the student)``, for ``CE + lambda_logits * KL_K``.
 
     Args:
         hidden_BPH, weight_VH, targets_BP: as in head_cross_entropy.
         indices_BPK, values_BPK, log_rest_BP: the teacher's K largest logits and the rest, as in
-            vocabulary.linear_distillation_top_k.
+            vocabulary.linear_distillation_top_k. With ``rows_BP``, of the chosen rows alone: (N, K) and (N,).
         lambda_logits: as in head_distillation: a backward pass with another weight gets NaN.
-        temperature: of the KL, which is not multiplied by its square.
-        ce_items, kl_items: targets, and positions, over all ranks and accumulation steps.
+        temperature, tau_squared: as in losses.logits_distillation.
+        rows_BP: bool, the positions to distil on; every one when None. A target outside is an error.
+        ce_items, kl_items: targets, and rows to distil on, over all ranks and accumulation steps.
 
     Returns: two fp32 scalars, each with its own place in the graph.
     """
-    x_NH, rows = hidden_BPH.flatten(0, 1), hidden_BPH.shape[0] * hidden_BPH.shape[1]
-    ce_items, kl_items = max(ce_items, 1), _count(kl_items, rows)
+    if rows_BP is None:
+        x_NH, targets_N = hidden_BPH.flatten(0, 1), targets_BP.flatten()
+        indices_BPK, values_BPK, log_rest_BP = (x.flatten(0, 1) for x in (indices_BPK, values_BPK, log_rest_BP))
+    else:
+        assert bool((targets_BP[~rows_BP] == IGNORED).all()), "a target outside the rows that are distilled on"
+        x_NH, targets_N = _chosen(rows_BP, hidden_BPH, targets_BP)
+    ce_items, kl_items = max(ce_items, 1), _count(kl_items, len(x_NH))
+    factor = temperature**2 if tau_squared else 1.0
     ce, kl = linear_distillation_top_k(
         x_NH,
         weight_VH,
-        targets_BP.flatten(),
-        indices_BPK.flatten(0, 1),
-        values_BPK.flatten(0, 1),
-        log_rest_BP.flatten(),
+        targets_N,
+        indices_BPK,
+        values_BPK,
+        log_rest_BP,
         temperature=temperature,
         ce_weight=1 / ce_items,
-        kl_weight=lambda_logits / kl_items,
+        kl_weight=lambda_logits * factor / kl_items,
     )
-    return ce / ce_items, kl / kl_items
+    return ce / ce_items, kl * (factor / kl_items)
 
 
 def _chosen(rows_BP: Tensor, *tensors: Tensor) -> list[Tensor]:

@@ -1,0 +1,195 @@
+"""What the cache of stage 3 holds of each training row, and how many bytes that is, before anything is written (row_cache.py)."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitdistill.errors import UserError
+from bitdistill.kernels.numerics import IGNORED
+from bitdistill.training.relation_states import StateShape, state_shape
+from bitdistill.training.teacher_cache import LEAST_SHARDS, SHARD_BYTES
+
+OVERHEAD_BYTES = 24 + 20  # of a row: offset, hash and checksum, and a zstd frame around what cannot be made smaller
+LABEL_FREE = "none"  # kd_tokens of a stage without logits distillation
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """What a cache holds. Sizes follow from it and from the rows, before anything is written.
+
+    Args:
+        rows: how many. row_bytes: of all rows together, before compression. longest: tokens of the longest row.
+        distilled: "response", "all" (every token) or "none": where logits are distilled.
+        hidden: the teacher's hidden size where final hidden states are kept, else 0.
+        top_k: words whose logits are kept, else 0. vocabulary: rows of the LM head. temperature: for which the rest holds.
+        layers: decoder layers whose relations are kept. states: what is kept of each, None for none.
+        padded: whether the states of padding count, too (pr382): each row is kept as long as the longest.
+    """
+
+    rows: int
+    row_bytes: int
+    longest: int
+    distilled: str
+    hidden: int
+    top_k: int
+    vocabulary: int
+    temperature: float
+    layers: tuple[int, ...]
+    states: StateShape | None
+    padded: bool
+
+    def bytes_of(self, lengths: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Bytes of rows before compression: int64 (n,).
+
+        Args:
+            lengths, positions: int64 (n,), tokens, and positions that logits are distilled on.
+        """
+        size = OVERHEAD_BYTES + positions * sum(np.dtype(d).itemsize * w for d, w in self.logits())
+        if self.states is not None:
+            lengths = np.full_like(lengths, self.longest) if self.padded else lengths
+            size = size + len(self.layers) * sum(2 * numbers + 2 for numbers in self.states.numbers(lengths))
+        return size + (2 if self.hidden else 0)
+
+    def logits(self) -> list[tuple[str, int]]:
+        """(dtype, numbers) of the arrays that are kept of each distilled position."""
+        if self.distilled == LABEL_FREE:
+            return []
+        if self.hidden:
+            return [("<f2", self.hidden)]
+        return [("<u2" if self.vocabulary <= 2**16 else "<u4", self.top_k), ("<f2", self.top_k), ("<f4", 1)]
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the LM head, in half precision."""
+        return 2 * self.hidden * self.vocabulary
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the whole cache, before compression."""
+        return self.row_bytes + self.head_bytes
+
+    @property
+    def rows_per_shard(self) -> int:
+        fitting = max(1, SHARD_BYTES // max(1, self.row_bytes // max(1, self.rows)))
+        return max(1, min(fitting, -(-self.rows // LEAST_SHARDS)))
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.rows_per_shard)
+
+    def __str__(self) -> str:
+        kept = {"final hidden states": self.hidden, f"the {self.top_k} largest logits": self.top_k}
+        parts = [name for name, there in kept.items() if there and self.distilled != LABEL_FREE]
+        if self.states is not None:
+            parts.append(f"relations of layer{'s' * (len(self.layers) > 1)} {', '.join(map(str, self.layers))}")
+        return (
+            f"{self.rows:,} rows, {' and '.join(parts) or 'nothing'}: {self.row_bytes / max(1, self.rows):,.0f} bytes per row, "
+            f"{self.total_bytes / 1e9:.3g} GB at most, before compression"
+        )
+
+
+def row_sizes(rows, distilled: str) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, positions that logits are distilled on) of each training row, int64 (n,).
+
+    Args:
+        rows: a data set from tasks.encode. distilled: as in RowLayout.
+    """
+    table = rows.with_format("arrow")[:]
+    labels = table["labels"].combine_chunks()
+    ends = labels.offsets.to_numpy().astype(np.int64)
+    lengths = np.diff(ends)
+    answers = np.concatenate([[0], np.cumsum(labels.values.to_numpy(zero_copy_only=False) != IGNORED)])
+    first = (labels.values.to_numpy(zero_copy_only=False)[ends[:-1]] != IGNORED).astype(np.int64)
+    counted = answers[ends[1:]] - answers[ends[:-1]] - first  # labels are shifted: nothing predicts the first
+    return lengths, {"response": counted, "all": lengths, LABEL_FREE: np.zeros_like(lengths)}[distilled]
+
+
+def row_layout(
+    teacher,
+    rows,
+    *,
+    lambda_logits: float,
+    kd_tokens: str,
+    kd_temperature: float,
+    top_k: int | None,
+    relation: str,
+    layers: Sequence[int],
+    split_heads: int | None,
+) -> RowLayout:
+    """What stage 3 needs of its teacher.
+
+    Args:
+        teacher: its configuration. rows: a data set from tasks.encode.
+        lambda_logits, kd_tokens, kd_temperature, relation, split_heads: as in distill.Distillation.
+        top_k: words kept of each position; None keeps final hidden states. layers: of the teacher.
+
+    Raises:
+        UserError: top_k above the vocabulary.
+    """
+    distilled = kd_tokens if lambda_logits > 0 else LABEL_FREE
+    if distilled != LABEL_FREE and top_k is not None and top_k > teacher.vocab_size:
+        raise UserError(
+            "distill.cache_top_k",
+            expected=f"1 to {teacher.vocab_size}, the model's words",
+            got=str(top_k),
+            do="Set it to a number of this range, or leave it out to keep final hidden states.",
+        )
+    lengths, positions = row_sizes(rows, distilled)
+    heads, groups = teacher.num_attention_heads, teacher.num_key_value_heads
+    width = getattr(teacher, "head_dim", None) or teacher.hidden_size // heads
+    states = state_shape(relation, heads, groups, width, split_heads)
+    kept = {
+        "rows": len(lengths),
+        "longest": int(lengths.max(initial=0)),
+        "distilled": distilled,
+        "hidden": teacher.hidden_size if distilled != LABEL_FREE and top_k is None else 0,
+        "top_k": top_k or 0 if distilled != LABEL_FREE else 0,
+        "vocabulary": teacher.vocab_size,
+        "temperature": float(kd_temperature) if top_k is not None else 1.0,
+        "layers": tuple(layers) if states is not None else (),
+        "states": states,
+        "padded": relation == "pr382",
+    }
+    size = int(RowLayout(**kept, row_bytes=0).bytes_of(lengths, positions).sum())
+    return RowLayout(**kept, row_bytes=size)
+
+
+def what_is_kept(
+    *,
+    lambda_logits: float,
+    kd_tokens: str,
+    kd_temperature: float,
+    top_k: int | None,
+    relation: str,
+    layers: Sequence[int],
+    split_heads: int | None,
+) -> dict[str, Any]:
+    """The settings that a cache depends on, besides teacher and rows: equal for settings that can share one.
+
+    Args:
+        lambda_logits, kd_tokens, kd_temperature, top_k, relation, layers, split_heads: as in row_layout.
+    """
+    kept = {"distilled": kd_tokens if lambda_logits > 0 else LABEL_FREE, "top_k": None, "temperature": None}
+    if lambda_logits > 0 and top_k is not None:
+        kept |= {"top_k": top_k, "temperature": kd_temperature}
+    forms = {"none": "none", "pr382": "padded states", "attention_maps": "queries and keys"}
+    kept |= {"relations": forms.get(relation, "states"), "layers": [] if relation == "none" else list(layers)}
+    return kept | {"split_heads": None if relation == "none" else split_heads}
+
+
+def check_room(folder: Path, layout: RowLayout) -> None:
+    """Raises UserError when the disk of `folder` has no room for the shards that are not in it yet."""
+    written = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+    free, needed = shutil.disk_usage(folder).free, layout.total_bytes - written
+    if free < needed:
+        raise UserError(
+            "output_dir",
+            expected=f"{needed / 1e9:.3g} GB free in {folder} for what the teacher says",
+            got=f"{free / 1e9:.3g} GB ({layout})",
+            do="Lower max_train_rows, max_length or the number of distill.relation_layers, move output_dir, or give "
+            "--distill.teacher_cache false, which runs the teacher beside the student.",
+        )
