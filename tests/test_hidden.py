@@ -177,5 +177,5 @@ def test_a_teacher_of_another_depth():
     given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
     objective = Distillation(student, Teacher(deep, deep), relation="none", lambda_logits=0.0, lambda_hidden=1.0)
     terms = objective(student, given, counted(mask, ids))
-    assert len(objective.teacher_states.states) == len(objective.student_states.states) == 4
+    assert len(objective.said_by.states.states) == len(objective.student_states.states) == 4
     assert torch.isfinite(terms["hidden"][1])

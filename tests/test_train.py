@@ -354,8 +354,8 @@ def test_command_line_tool(reference):
 
 def test_stage_3_without_a_teacher_in_memory(world, reference, tmp_path):
     """What the teacher says is written once, and trained on when its weights are gone; losses as beside the live teacher."""
-    run = tmp_path / "run"
-    shutil.copytree(reference, run)
+    (live, _), run = reference, tmp_path / "run"
+    shutil.copytree(live, run)
     cached = ("--distill.teacher_cache", "true", "--report", "false")
     said = job(world, run, *cached, "--stage", "teacher_cache")
     assert "teacher_cache: 200 rows, final hidden states and relations of layer -1:" in said
@@ -365,7 +365,7 @@ def test_stage_3_without_a_teacher_in_memory(world, reference, tmp_path):
     job(world, run, *cached, "--stage", "distill")
     lines = {
         name: [line for line in lines_of(folder) if line["stage"] == "distill"]
-        for name, folder in (("live", reference), ("cached", run))
+        for name, folder in (("live", live), ("cached", run))
     }
     assert len(lines["cached"]) == len(lines["live"]) == 16
     for ours, theirs in zip(lines["cached"], lines["live"], strict=True):
@@ -373,8 +373,6 @@ def test_stage_3_without_a_teacher_in_memory(world, reference, tmp_path):
     first = [lines[name][0] for name in ("cached", "live")]
     assert first[0]["loss_logits"] == pytest.approx(first[1]["loss_logits"], rel=1e-3)
     assert first[0]["loss_attention"] == pytest.approx(first[1]["loss_attention"], rel=1e-3)
-    said = job(world, run, *cached, "--stage", "distill", "--distill.relation_layers", "[0]", code=2)
-    assert "relations" in said or "layers changed from" in said
 
 
 def lines_of(run):
