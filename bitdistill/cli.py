@@ -13,6 +13,7 @@
     bitdistill export RUN --format gguf        the student for llama.cpp, transformers, vLLM or mlx, proved by the tool
     bitdistill check MODEL                     in which tools a student of a base model opens, before it is trained
     bitdistill plan --model MODEL --gpus 8xH200 --tokens 10e9    memory, days and cost of training it, before anything starts
+    bitdistill consolidate RUN OUTPUT          one Hugging Face folder from the checkpoint of a stage that is not finished
     bitdistill report RUN                      writes report.html again and prints the table
     bitdistill env                             versions, for bug reports
 
@@ -27,6 +28,7 @@ from bitdistill import console, surroundings
 from bitdistill.argument_errors import did_you_mean, refused
 from bitdistill.commands.chat import chat, chat_options
 from bitdistill.commands.check import check
+from bitdistill.commands.consolidate import consolidate
 from bitdistill.commands.evaluate import evaluate
 from bitdistill.commands.export import export
 from bitdistill.commands.generate import generate, generate_options
@@ -47,6 +49,7 @@ COMMANDS = {
     "export": export,
     "check": check,
     "plan": plan,
+    "consolidate": consolidate,
     "report": report,
     "env": env,
 }

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection
@@ -43,6 +44,7 @@ from bitdistill.training.row_layout import RowLayout, row_layout
 from bitdistill.training.teacher_cache import Layout
 from bitdistill.training.trainer import capped_steps, release, training_arguments
 
+PER_RANK = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product: rows of a rank's step
 FULL_PRECISION_STAGES = ("base", "teacher")
 # What is worth saying.
 FITTED = (
@@ -136,6 +138,12 @@ class Job:
         device = {"device": self.device, "nvme_path": self.config.nvme_path}
         section = presets.deepspeed_config(zero, self.config.offload, precision=precision, **device)
         return found | {"deepspeed": section}
+
+    @property
+    def dividing(self) -> dict[str, Any] | None:
+        """DeepSpeed's section that divides a student among the ranks while it is loaded: at ZeRO 3, else None."""
+        section = None if self.alone else self._numerics("pretrain")["deepspeed"]["zero_optimization"]
+        return section if section and section["stage"] == 3 else None
 
     def _engine(self) -> str:
         """Who trains, and in which precision, in a sentence."""
@@ -294,8 +302,32 @@ class Job:
     def stage_2_blocks(self) -> int:
         """Blocks of the corpus that all steps of stage 2 see."""
         section = self.config.pretrain
-        rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * process_group.world_size()
-        return capped_steps(section.max_steps, self.config.max_steps) * rows
+        return capped_steps(section.max_steps, self.config.max_steps) * self.step_rows("pretrain", section)
+
+    def step_rows(self, stage: str, section: TrainingConfig) -> int:
+        """Rows of an optimizer step on all ranks: of the settings; of a stage that was begun on other ranks, as it was begun."""
+        per_rank = math.prod(getattr(section, name) for name in PER_RANK)
+        begun = None if self.config.restart else self.directory.step_rows(stage, self.settings(stage), per_rank)
+        return per_rank * process_group.world_size() if begun is None else begun
+
+    def shared_batch(self, stage: str, section: TrainingConfig) -> dict[str, int]:
+        """Micro-batch and accumulation with which the present ranks take the step's rows: the settings' own, unless the stage
+        was begun on other ranks.
+
+        Raises:
+            UserError: the rows cannot be divided among the ranks.
+        """
+        rows, ranks = self.step_rows(stage, section), process_group.world_size()
+        own, most = rows // ranks, getattr(section, PER_RANK[0])
+        if rows % ranks:
+            raise UserError(
+                f"{stage}.per_device_train_batch_size",
+                expected=f"a number of ranks that divides the {rows} rows of a step, with which the stage was begun",
+                got=f"{ranks} ranks",
+                do="Start with another number of ranks, or give --restart to begin this stage again.",
+            )
+        micro = max(size for size in range(1, most + 1) if own % size == 0)
+        return dict(zip(PER_RANK, (micro, own // micro), strict=True))
 
     @property
     def trimming_blocks(self) -> int:
@@ -334,9 +366,11 @@ class Job:
 
     def settings(self, stage: str) -> dict[str, Any]:
         """Everything that the result of a stage depends on, besides the results of the stages it depends on."""
-        blocks = {"stage_2_blocks": self.stage_2_blocks, "trimming_blocks": self.trimming_blocks}
+        reads = self.stages[stage].reads
+        counted = {"cache", "trimming"} & set(reads)  # the others do not ask how long stage 2 is
+        blocks = {name: getattr(self, name) if counted else 0 for name in ("stage_2_blocks", "trimming_blocks")}
         known = known_settings(self.config, self.sources, self.task, self.identities.of, **blocks)
-        return {name: value for group in self.stages[stage].reads for name, value in known[group].items()}
+        return {name: value for group in reads for name, value in known[group].items()}
 
     def reason_to_run(self, stage: str) -> str | None:
         """Why a stage must run, or None when its result still stands."""
@@ -361,6 +395,7 @@ class Job:
         """What every training stage shares: arguments, checkpoints that belong to these settings, the atomic result."""
         checkpoints = self.directory.checkpoints(stage)
         resume = self.prepare_checkpoints(stage)
+        batch = self.shared_batch(stage, section)
         arguments = training_arguments(
             checkpoints,
             **self._numerics(stage),
@@ -368,7 +403,7 @@ class Job:
             seed=self.config.seed,
             report_to=self.config.report_to,
             steps_cap=self.config.max_steps,
-            **optimization(section),
+            **optimization(section) | batch,
         )
         trainer, facts = fit(arguments=arguments, stage=stage, run_dir=self.root, resume=resume, **options)
         model, state = trainer.model, full_state_dict(trainer.model_wrapped)
@@ -384,8 +419,7 @@ class Job:
     def prepare_checkpoints(self, stage: str) -> bool:
         """True when there is unfinished work of these very settings to go on with; what becomes of other work is said."""
         inputs = {name: self.directory.done(name)["id"] for name in self.directory.inputs(stage)}
-        engine = "torch" if self.alone else "deepspeed"  # neither reads the other's checkpoints
-        belongs_to = {"settings": self.settings(stage), "inputs": inputs, "engine": engine}
+        belongs_to = {"settings": self.settings(stage), "inputs": inputs}
         process_group.barrier()
         if process_group.is_main():
             said = self.directory.open_checkpoints(stage, belongs_to, self.config.restart)

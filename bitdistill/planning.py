@@ -303,7 +303,9 @@ def _step(
 ) -> tuple[float, float]:
     """(seconds of an optimizer step, bytes that a rank sends in it)."""
     student = work.student
-    sent = (3 if setting.zero == 3 else 2) * 4 * student.parameters * (world_size - 1) / world_size
+    micro_steps = max(1, round(work.tokens_per_step / work.tokens_per_micro_step / world_size))
+    ternary = student.linear_weights if work.ternary else 0
+    sent = sent_bytes(student.parameters, ternary, setting.zero, world_size, micro_steps)
     moved = 2 * 8 * student.parameters / world_size / PCIE_BYTES_PER_SECOND if setting.offload else 0.0
     if tokens_per_second is None:
         flop = (8 if setting.checkpointing else 6) * student.matrix_weights
@@ -314,6 +316,23 @@ def _step(
     else:
         computing = work.tokens_per_step / (tokens_per_second * world_size) * (4 / 3 if setting.checkpointing else 1)
     return computing + sent / device.link_bytes_per_second + moved, sent
+
+
+def sent_bytes(parameters: int, ternary: int, zero: int, world_size: int, micro_steps: int = 1) -> float:
+    """Bytes that a rank sends in an optimizer step, when the ranks pass parts around a ring. Counted by bench/communication.py.
+
+    Everything is fp32. ZeRO 0 adds the gradients up everywhere; ZeRO 1 and 2 add each up where its optimizer state lies, and
+    gather the new weights; at ZeRO 2 and 3 the gradients of each micro-step are added up at once. ZeRO 3 gathers the weights for
+    the forward and for the backward pass of each micro-step, of ternary layers 2-bit codes once per step.
+
+    Args:
+        parameters: of the model. ternary: of these, weights in ternary layers whose codes are gathered.
+        zero: stage. world_size: ranks. micro_steps: of a rank in a step.
+    """
+    around = (world_size - 1) / world_size
+    if zero < 3:
+        return around * 4 * parameters * (1 + (micro_steps if zero == 2 else 1))
+    return around * (4 * parameters * micro_steps + 4 * (parameters - ternary) * 2 * micro_steps + ternary / 4)
 
 
 def disk_bytes(work: Work) -> float:

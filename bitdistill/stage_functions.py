@@ -129,7 +129,7 @@ def pretrain_student(job: Job) -> None:
     """Stage 2, continued pre-training."""
     section = job.config.pretrain
     job.require_steps()
-    tokenizer, model = load_tokenizer(job.base_folder), load_student(job.directory.folder("refine"))
+    tokenizer, model = load_tokenizer(job.base_folder), load_student(job.directory.folder("refine"), job.dividing)
     use_backward(model, job.config.bit_linear_backward)
     annealing = None
     if section.annealing != "none":
@@ -226,7 +226,7 @@ def distill_student(job: Job) -> None:
     """Stage 3, distillation fine-tuning."""
     section = job.config.distill
     job.require_same_student()
-    tokenizer, model = load_tokenizer(job.student_folder), load_student(job.student_folder)
+    tokenizer, model = load_tokenizer(job.student_folder), load_student(job.student_folder, job.dividing)
     use_backward(model, job.config.bit_linear_backward)
     without = (*optimization(section), *OF_TEACHER_CACHE)
     losses = {name: value for name, value in dataclasses.asdict(section).items() if name not in without}

@@ -155,7 +155,7 @@ class RunDirectory:
                 shutil.rmtree(path, ignore_errors=True)
             said = f"--restart discards {', '.join(map(str, discarded))}" if discarded else None
             set_aside = []
-        known = _read_json(folder / BELONGS_TO)
+        known = _known(folder)
         if known == now:
             return said
         if _has_work(folder):
@@ -165,7 +165,7 @@ class RunDirectory:
             folder.rename(kept)
             said = f"earlier checkpoints belong to other settings ({_first_change(known, now)}): kept in {kept}"
         shutil.rmtree(folder, ignore_errors=True)
-        same = [path for path in set_aside if _read_json(path / BELONGS_TO) == now]
+        same = [path for path in set_aside if _known(path) == now]
         if same:
             same[-1].rename(folder)
             found = f"checkpoints of these settings were found in {same[-1]}"
@@ -177,6 +177,27 @@ class RunDirectory:
     def has_checkpoints(self, stage: str) -> bool:
         """Whether there is unfinished work of a stage to go on with."""
         return _has_work(self.checkpoints(stage))
+
+    def step_rows(self, stage: str, settings: dict[str, Any], per_rank: int) -> int | None:
+        """Rows of an optimizer step, all ranks together, of a stage's unfinished work or of a result that stands.
+
+        Args:
+            stage: its name. settings: its present ones; work of others does not count.
+            per_rank: rows of one rank by these settings, for checkpoints of earlier versions.
+
+        Returns: the number; None where there is no such work.
+        """
+        folder, now = self.checkpoints(stage), json.loads(json.dumps(settings))
+        if (_known(folder) or {}).get("settings") == now:
+            saved = list(folder.glob("checkpoint-*/complete.json"))
+            for marker in sorted(saved, key=lambda path: int(path.parent.name.rpartition("-")[2]), reverse=True):
+                state, complete = _read_json(marker.with_name("bitdistill_state.json")), _read_json(marker)
+                if state is not None and complete is not None:
+                    return state.get("step_rows", per_rank * complete["world_size"])
+        done = self.done(stage)
+        if done is not None and self.reason_to_run(stage, settings) is None:
+            return done.get("step_rows")
+        return None
 
     @contextmanager
     def result(self, stage: str, settings: dict[str, Any], facts: dict[str, Any]) -> Iterator[Path]:
@@ -210,6 +231,14 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _known(folder: Path) -> Any:
+    """What a folder of checkpoints belongs to. Earlier versions wrote down the engine, which does not matter any more."""
+    known = _read_json(folder / BELONGS_TO)
+    if isinstance(known, dict):
+        known.pop("engine", None)
+    return known
 
 
 def _first_change(known: Any, now: dict[str, Any]) -> str:

@@ -163,30 +163,28 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     damaged one becomes `damaged-checkpoint-N`. Left where they are, they would count as the newest when the Trainer deletes
     old ones, in the place of one that is good.
 
-    Returns: its path, or None when there is none (or no folder).
-
-    Raises:
-        UserError: it was written by another number of ranks, which DeepSpeed cannot load.
+    Returns: its path, or None when there is none (or no folder). `ranks_of` says how many ranks wrote it.
     """
     found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    good = None
     for checkpoint in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         problem, marker = _completeness(checkpoint)
         if problem is None:
-            good = checkpoint
-            break
+            return checkpoint
         process_group.say(f"{checkpoint}: skipped, {problem}")
         process_group.barrier()  # every rank has looked at it
         if process_group.is_main():
             _put_away(checkpoint, damaged=bool(marker))
-    if good is not None and marker["world_size"] != process_group.world_size():
-        raise UserError(
-            str(good),
-            expected=f"the {marker['world_size']} rank(s) that wrote it",
-            got=str(process_group.world_size()),
-            do=f"Start with deepspeed --num_gpus {marker['world_size']}, or give --restart to begin this stage again.",
-        )
-    return good
+    return None
+
+
+def ranks_of(checkpoint: Path) -> int:
+    """How many ranks wrote a complete checkpoint."""
+    return int(json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["world_size"])
+
+
+def problem_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's folder, in words; None when it is complete and undamaged. Nothing is changed."""
+    return _completeness(checkpoint)[0]
 
 
 def _put_away(checkpoint: Path, damaged: bool) -> None:

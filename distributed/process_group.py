@@ -101,7 +101,7 @@ def _use_gpu(local_rank: int, local_ranks: int) -> None:
 def _join_group(device: str) -> None:
     import deepspeed
 
-    _let_checkpoints_in()
+    let_checkpoints_in()
     if device == "cpu":
         import deepspeed.ops
 
@@ -122,7 +122,7 @@ def _join_group(device: str) -> None:
         ) from error
 
 
-def _let_checkpoints_in() -> None:
+def let_checkpoints_in() -> None:
     """DeepSpeed's checkpoints hold these objects of its own beside tensors: torch.load may make them, and no others."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

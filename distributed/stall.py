@@ -4,6 +4,9 @@ While the ranks train they do the same things in the same order, so a rank that 
 as that one. Each rank counts what it does (`beat`), and a thread of it tells the others how far it is and that it lives. When
 nobody has got further for `patience` seconds, the rank that no longer lives (a stopped process, a machine that is gone)
 is named, else the one that is behind (a hanging file system, a loop without end).
+
+The ranks tell each other through a store that rank 0 serves. A network that is cut keeps a question to it waiting for as long as
+TCP does, whatever time-out was set; so a second thread watches that the first one gets its answers.
 """
 
 import threading
@@ -30,12 +33,15 @@ class Watch:
         self.store, self.rank, self.ranks, self.patience, self.end = store, rank, ranks, patience, end
         self.done = 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._answered = time.monotonic()
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._look, self._guard)]
 
     def start(self) -> None:
         """Begins to watch. Every rank calls it."""
         self.store.set(f"stall/{self.rank}", "0 0")
-        self._thread.start()
+        self._answered = time.monotonic()
+        for thread in self._threads:
+            thread.start()
 
     def beat(self) -> None:
         """This rank has done something more."""
@@ -44,7 +50,16 @@ class Watch:
     def stop(self) -> None:
         """Ends the watch."""
         self._stop.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
+
+    def _guard(self) -> None:
+        """Ends this process when the other thread has waited for the store for the time of patience."""
+        late = self.patience * (1 + 2 / LOOKS)  # the store's own time-out comes first
+        while self._threads[0].is_alive() and not self._stop.wait(self.patience / LOOKS):
+            if time.monotonic() - self._answered > late:
+                return self.end(self._message([0]))
+        return None
 
     def _look(self) -> None:
         seen: dict[int, list[str]] = {}
@@ -59,7 +74,7 @@ class Watch:
                 return None if self._stop.is_set() else self.end(self._message([0]))
             except RuntimeError:  # it has ended, which the collectives notice by themselves
                 return None
-            moment = time.monotonic()
+            moment = self._answered = time.monotonic()
             for rank, what in since:
                 if now[rank][what] != seen.get(rank, [None, None])[what]:
                     since[rank, what] = moment

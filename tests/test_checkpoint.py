@@ -11,7 +11,6 @@ import pytest
 import ranks
 from bitdistill.distributed import checkpoint
 from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete, save_folder_atomically
-from bitdistill.errors import UserError
 
 
 def write(folder: Path, **files: str) -> None:
@@ -172,12 +171,13 @@ def test_a_changed_byte_is_noticed_and_the_one_before_is_used(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "damaged-checkpoint-20", "damaged-checkpoint-30"]
 
 
-def test_another_number_of_ranks_is_refused(tmp_path):
+def test_who_wrote_a_checkpoint_does_not_matter(tmp_path):
+    """What becomes of one that was written on other ranks: test_other_ranks.py."""
     path = make_checkpoint(tmp_path, 10, complete=True)
     marker = json.loads((path / "complete.json").read_text())
     (path / "complete.json").write_text(json.dumps(marker | {"world_size": 4}))
-    with pytest.raises(UserError, match=r"expected the 4 rank.+; got 1\. .+--num_gpus 4"):
-        latest_checkpoint(tmp_path)
+    assert latest_checkpoint(tmp_path) == path
+    assert checkpoint.ranks_of(path) == 4
 
 
 # ---- full_state_dict

@@ -1,5 +1,6 @@
 """A rank that stands still is named by the others, whether it is behind or gone, and a run that goes on is left alone."""
 
+import threading
 import time
 
 import pytest
@@ -50,6 +51,28 @@ def test_a_rank_that_is_gone_is_named_even_if_it_was_ahead(three):
     watches[2].stop()  # as a process that SIGSTOP has stopped: its threads stand still, too
     until(lambda: len(said) == 2)
     assert set(said.values()) == {"rank 2 of 3 stood still for 0 s while training"}
+
+
+def test_a_network_that_is_cut_does_not_keep_a_rank_waiting():
+    """The store neither answers nor fails, as long as TCP waits: rank 0, which serves it, is named."""
+
+    class Cut:
+        answers = threading.Event()
+
+        def set(self, *_):
+            """Sent, and never arrived."""
+
+        def get(self, *_):
+            self.answers.wait()
+            raise RuntimeError("the connection was reset")
+
+    store, said = Cut(), []
+    watch = Watch(store, 1, 2, PATIENCE, said.append)
+    watch.start()
+    until(lambda: said)
+    store.answers.set()
+    watch.stop()
+    assert said == ["rank 0 of 2 stood still for 0 s while training"]
 
 
 def test_slow_is_not_still(three):

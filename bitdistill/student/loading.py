@@ -101,7 +101,8 @@ def end_token_ids(model: PreTrainedModel, *more: int | None) -> list[int]:
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """How many tokens a model has: ids from here on are the tokenizer's alone."""
-    return model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]  # the first where ZeRO 3 has divided it
 
 
 def tokens_beyond(name_or_path: str | Path) -> list[str]:

@@ -15,6 +15,7 @@ Source: BitNet Distillation, arXiv 2510.13998, section 3.1.
 import copy
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bitdistill.distributed.divide import divide
 from bitdistill.errors import UserError
 from bitdistill.names import PROJECTIONS, SIBLINGS, SUBLN_BEFORE
 from bitdistill.student.calibration import InputStatistics
@@ -403,14 +405,20 @@ def require_quantizers(
             raise UserError(f"refine.{name}", expected=expected, got=str(given), do=f"Give --refine.{name} {trained}.")
 
 
-def load_student(folder: str | Path) -> PreTrainedModel:
+def load_student(folder: str | Path, zero_optimization: dict | None = None) -> PreTrainedModel:
     """A saved ternary student, bit for bit as it was, SubLN gains included, in fp32 with sdpa attention.
+
+    Args:
+        folder: of the student.
+        zero_optimization: DeepSpeed's section for ZeRO 3, on every rank: each layer is read and divided among the ranks before
+            the next one is read, so that no rank ever has the whole model. None loads it whole.
 
     Raises:
         UserError: not a student of this project, a newer format, a truncated file, missing or extra tensors, or a
             tensor of another shape.
     """
-    from safetensors import SafetensorError
+    from accelerate import init_empty_weights
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
@@ -421,24 +429,66 @@ def load_student(folder: str | Path) -> PreTrainedModel:
     if wanted > 2 * there + 1_000_000:  # nothing is allocated for a config that has nothing to do with the weights
         got = f"{folder}: {wanted:,} weights by config.json, {there:,} in model.safetensors"
         raise UserError("student", expected="weights that fit config.json", got=got, do="Run the stage again.")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    with nullcontext() if zero_optimization is None else init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.tie_weights()  # which does not survive where tensors without values were put in
     embedding = written.get("embedding", FULL_PRECISION)
     weight_quantizer = written.get("weight_quantizer", "absmean")
     scales = {"weight_scale": written.get("weight_scale", "tensor"), "group_size": written.get("group_size", 128)}
     scales["act_scale"] = written.get("act_scale", "token")
     refine(model, written["norms"], None, written["subln_eps"], embedding, weight_quantizer, **scales)
     try:
-        state = load_file(folder / "model.safetensors")
+        if zero_optimization is None:
+            load_strictly(model, load_file(folder / "model.safetensors"), where=str(folder))
+        else:
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                _load_divided(model, file, zero_optimization, where=str(folder))
     except SafetensorError as error:
         raise UserError(
             "model.safetensors", expected="a whole file", got=f"{folder} ({error})", do="Run the stage again."
         ) from error
-    load_strictly(model, state, where=str(folder))
     return model
+
+
+def _load_divided(model: nn.Module, file: Any, zero_optimization: dict, where: str) -> None:
+    """`load_strictly` from an open safetensors file into a model without values, one decoder layer at a time."""
+    shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    check_strictly(model, shapes, where)
+    filled: dict[int, nn.Parameter] = {}  # by the parameter without values, which tied modules share
+    empty = []  # as long as they live, their ids are their own
+    for layer in next(module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        prefix = next(name for name, module in model.named_modules() if module is layer)
+        _fill(layer, f"{prefix}.", file, filled, empty)
+        divide(layer, zero_optimization)
+    _fill(model, "", file, filled, empty)
+    divide(model, zero_optimization)
+
+
+def _fill(module: nn.Module, prefix: str, file: Any, filled: dict[int, nn.Parameter], empty: list[Tensor]) -> None:
+    """Gives the parameters and buffers that have no values yet those of the file."""
+    for path, owner in module.named_modules():
+        for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+            if not tensor.is_meta:
+                continue
+            whole = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
+            if isinstance(tensor, nn.Parameter):
+                if id(tensor) not in filled:
+                    filled[id(tensor)] = nn.Parameter(file.get_tensor(whole).float())
+                    empty.append(tensor)
+                setattr(owner, name, filled[id(tensor)])
+            else:
+                owner.register_buffer(name, file.get_tensor(whole))
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Fills a model from full tensors; a missing, extra or misshapen tensor is a UserError that names it."""
+    check_strictly(model, state, where)
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+
+
+def check_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Raises UserError that names a missing, extra or misshapen tensor of a state for a model."""
     own = model.state_dict()
     wanted = set(own) - tied_keys(model)
     missing, extra = sorted(wanted - set(state)), sorted(set(state) - set(own))
@@ -452,5 +502,3 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> Non
                 got=f"{where} with {len(keys)} {problem}: {shown}",
                 do="Take the folder that bitdistill saved, whole.",
             )
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()

@@ -18,16 +18,17 @@ A layer uses held codes only inside such a block. At every use it checks whether
     another `step`                             quantized again
 
 What this cannot notice is code that writes into `.data` without an optimizer, inside the block or between two blocks with
-the same step. The trainer opens the block around its training step, with the number of finished optimizer steps. Parameters
-that ZeRO-3 partitions are never held. Codes that do not belong to the weight are not an error: the layer quantizes its
-weight itself. Each step has buffers of its own, so a graph that is still alive keeps the codes it was made with.
+the same step. The trainer opens the block around its training step, with the number of finished optimizer steps. Of
+parameters that ZeRO-3 has divided the ranks gather the codes, once per optimizer step (divided_codes.py). Codes that do not
+belong to the weight are not an error: the layer quantizes its weight itself. Each step has buffers of its own, so a graph
+that is still alive keeps the codes it was made with.
 
 **int8 codes of an input** that several layers read (q, k, v; gate, up). They are stored with the storage of that input, so
 that they cannot outlive it, and are released when the last sibling has taken them. They are valid for the same view of the
 same storage at the same version. Under ZeRO-3 each layer receives an alias of the input; the storage is what the aliases
 have in common.
 
-**The outputs of siblings**: q, k and v come from one product, inside a block as above (so never under ZeRO-3). The first
+**The outputs of siblings**: q, k and v come from one product, inside a block as above. The first
 sibling that is called computes all of them, and stores the others' as an attribute of the input tensor, with which they are
 freed.
 
@@ -44,6 +45,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bitdistill.student.backend import kernels_for
+from bitdistill.student.divided_codes import can_travel, gather_codes, stand_in, standing_in
 
 _ATTRIBUTE = "_bitdistill_shares"
 
@@ -87,10 +89,13 @@ class WeightCodes:
 
     Args:
         model: any module; its BitLinears are found by their attribute `held`.
+        divided: whether the codes of weights that ZeRO 3 has divided are gathered; else DeepSpeed gathers the weights.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, divided: bool = True):
         _count_steps()
+        self.divided = divided
+        self._stand_ins: dict[nn.Parameter, Tensor] = {}
         self._layers = [module for module in model.modules() if hasattr(module, "held")]
         self._held: list[HeldCodes | None] = []
         self._step: object = None
@@ -111,7 +116,8 @@ class WeightCodes:
         for layer, held in zip(self._layers, self._held, strict=True):
             layer.held = held
         try:
-            yield
+            with standing_in(list(self._stand_ins), list(self._stand_ins.values())):
+                yield
         finally:
             for layer, held in zip(self._layers, before, strict=True):
                 layer.held = held
@@ -124,7 +130,7 @@ class WeightCodes:
     def _quantize(self) -> list[HeldCodes | None]:
         """Of every layer whose weight is whole and on a device with kernels; in the order of the model, so that siblings
         lie side by side. Of a layer that runs in PyTorch only where its quantizer is slow."""
-        result: list[HeldCodes | None] = [None] * len(self._layers)
+        result = self._gathered() if self.divided else [None] * len(self._layers)
         kinds: dict[tuple, list[int]] = {}
         for place, layer in enumerate(self._layers):
             weight = layer.weight
@@ -139,6 +145,20 @@ class WeightCodes:
             weights = [self._layers[place].weight.detach() for place in places]
             for place, weight, codes in zip(places, weights, kernels_for(device).ternarize_each(weights), strict=True):
                 result[place] = HeldCodes(codes, weight, weight._version, _Steps.begun)
+        return result
+
+    def _gathered(self) -> list[HeldCodes | None]:
+        """Of every layer whose weight is divided among the ranks."""
+        result: list[HeldCodes | None] = [None] * len(self._layers)
+        places = [place for place, layer in enumerate(self._layers) if can_travel(layer)]
+        weights = [self._layers[place].weight for place in places]
+        if self._stand_ins.keys() != set(weights):
+            self._stand_ins = {weight: stand_in(weight) for weight in weights}
+        if places:
+            kernels = kernels_for(weights[0].device)
+            for place, weight, codes in zip(places, weights, gather_codes(weights), strict=True):
+                shape = self._stand_ins[weight]
+                result[place] = HeldCodes(kernels.as_ternary(*codes), shape, weight._version, _Steps.begun)
         return result
 
 

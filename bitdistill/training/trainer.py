@@ -23,7 +23,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bitdistill.distributed import process_group, stall, termination
+from bitdistill.distributed.adopt import Adopted, adopt
 from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete
+from bitdistill.distributed.restore import restore
 from bitdistill.files import append_line, write_whole
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.layers import assert_fp32_masters
@@ -34,7 +36,7 @@ from bitdistill.training.annealing import Annealing
 from bitdistill.training.finite import FiniteSteps
 from bitdistill.training.head import head_products
 
-EXTRA_STATE = "bitdistill_state.json"
+EXTRA_STATE, STEP_ROWS = "bitdistill_state.json", "step_rows"
 TIMED_STEPS = 3  # after the first, from which the length of a stage is foretold
 TOTAL = "all"  # the name under which the weighted sum of the loss terms is counted
 
@@ -175,6 +177,7 @@ class StageTrainer(Trainer):
         assert_fp32_masters(self.model)
         self.objective, self.stage, self.stream, self.annealing = objective, stage, stream, annealing
         self.weight_codes = WeightCodes(self.model)
+        self._adopted: Adopted | None = None
         if self.args.device.type == "cpu":
             fuse_norms(self.model)
             fuse_rotary(self.model)
@@ -279,7 +282,7 @@ class StageTrainer(Trainer):
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run needs besides the Trainer's own state, for JSON. Every rank calls it; rank 0's counts."""
         since = {"sums": self._sums_of_all_ranks(), "steps": self._steps_summed, "tokens": self._tokens_summed}
-        state = {"objective": self.objective.state_dict(), "since_last_line": since}
+        state = {"objective": self.objective.state_dict(), "since_last_line": since, STEP_ROWS: self.step_rows()}
         if self.stream is not None:
             state["stream"] = self.stream.state_for(self.state.global_step * self.step_rows())
         return state
@@ -297,26 +300,54 @@ class StageTrainer(Trainer):
         """Trains, from the last complete checkpoint when `resume` is set and there is one. A checkpoint is saved when the
         run is asked to end (distributed/termination.py).
 
-        Returns: facts for done.json: seconds, steps, engine, resumed_from.
+        Returns: facts for done.json: seconds, steps, step_rows, engine, resumed_from.
         """
         folder = Path(self.args.output_dir)
         checkpoint = latest_checkpoint(folder) if resume else None
         if checkpoint is not None:
             self._load_extra_state(json.loads((checkpoint / EXTRA_STATE).read_text(encoding="utf-8")))
-            process_group.say(f"{self.stage}: continues at {checkpoint.name}")
+            self._adopted = adopt(checkpoint, zero=self.zero, micro_batch=self.args.per_device_train_batch_size)
+            how = f", {self._adopted}; {self.step_rows()} rows per step as before" if self._adopted else ""
+            process_group.say(f"{self.stage}: continues at {checkpoint.name}{how}")
         elif resume:
             process_group.say(f"{self.stage}: no complete checkpoint to continue from, starts at step 0")
         started = time.perf_counter()
         with termination.deferred(), self._watched():
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            start = self._adopted.folder if self._adopted else checkpoint
+            self.train(resume_from_checkpoint=str(start) if start else None)
         if self.stop_wanted and self.state.global_step < self.state.max_steps:
             raise termination.Stopped(f"; {self.stage}: checkpoint-{self.state.global_step} is saved")
         return {
             "seconds": round(time.perf_counter() - started, 2),
             "steps": self.state.global_step,
+            STEP_ROWS: self.step_rows(),
             "engine": "deepspeed" if self.is_deepspeed_enabled else "torch",
             "resumed_from": checkpoint.name if checkpoint else None,
         }
+
+    @property
+    def zero(self) -> int | None:
+        """The ZeRO stage; None where PyTorch trains alone."""
+        return self.args.deepspeed["zero_optimization"]["stage"] if self.args.deepspeed else None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._adopted is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """The Trainer's; a checkpoint that neither it nor DeepSpeed can read is put in its place afterwards."""
+        own = None if self._adopted else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, own)
+        if self._adopted:
+            decayed = self.get_decay_parameter_names(self.model)
+            trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+            order = [*(n for n in trained if n in decayed), *(n for n in trained if n not in decayed)]
+            inner = self.optimizer.optimizer if self.zero is None else self.deepspeed.optimizer
+            restore(self._adopted.state(order), order, self.model, inner, self.zero)
+            self._adopted.load_schedule(self.lr_scheduler)
+            if self.zero is not None:
+                self.deepspeed.global_steps = self._adopted.step
+        return prepared
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:

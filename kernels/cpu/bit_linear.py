@@ -50,6 +50,7 @@ DIGITS = 3  # planes of int8 codes that are as good as a float32
 TOKENS_OF_A_SUM = 1 << 17  # of int8 times int8, in int32
 _COMPILED = (torch.float32, torch.bfloat16)
 __all__ = [
+    "as_ternary",
     "digit_gradients",
     "gated_quantize_input",
     "has_products",
@@ -274,6 +275,11 @@ def ternarize_each(weights: Sequence[Tensor]) -> list[Ternary]:
         Ternary(part.view(weight.shape), scale, (weight.shape[0],))
         for part, weight, scale in zip(parts, masters, scales.split(1), strict=True)
     ]
+
+
+def as_ternary(codes: Tensor, scale: Tensor) -> Ternary:
+    """Codes int8 (O, I) and their scale fp32 () as one of `ternarize_each`."""
+    return Ternary(codes, scale.view(1), (codes.shape[0],))
 
 
 def stacked(parts: Sequence[Ternary]) -> Ternary:

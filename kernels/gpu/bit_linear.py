@@ -321,6 +321,11 @@ def ternarize_each(weights: Sequence[Tensor]) -> list[quantize.TernaryWeight]:
     return quantize.quantize_weights([weight.detach() for weight in weights])
 
 
+def as_ternary(codes: Tensor, scale: Tensor) -> quantize.TernaryWeight:
+    """Codes int8 (O, I) and their scale fp32 () as one of `ternarize_each`."""
+    return quantize.TernaryWeight(codes, scale)
+
+
 def stacked(parts: Sequence[quantize.TernaryWeight]) -> Ternary:
     """Linears of one in_features side by side: a view where `ternarize_each` laid them so (neighbors whose sizes 16
     divides), else a copy."""
