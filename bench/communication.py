@@ -9,8 +9,9 @@ pass parts around a ring, as nccl and gloo do:
 
     all-reduce 2 B (N-1)/N     reduce-scatter, all-gather B (N-1)/N     broadcast, reduce B         B the bytes of the whole
 
-At ZeRO 3 it is counted twice: as it is, where the codes of the ternary layers are gathered, and as DeepSpeed alone would do it,
-gathering their fp32 weights. The losses of both must be equal, bit for bit.
+ZeRO 3 is counted as it is, where the codes of the ternary layers are gathered, and with fp32 weights, as DeepSpeed alone gathers
+them: the losses of both must be equal, bit for bit. "large" stands for a model of more than a billion parameters, of which
+DeepSpeed leaves nothing gathered between forward and backward pass.
 """
 
 from bitdistill.distributed import openmp
@@ -131,6 +132,8 @@ def steps(
     section = None if zero is None else presets.deepspeed_config(zero, precision="fp32", device="cpu")
     if zero == 3:  # the matrices of this small student are divided, as those of a large one are by themselves
         section["zero_optimization"]["stage3_param_persistence_threshold"] = 4 * SHAPE["hidden_size"]
+        if not live:
+            section["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     arguments = training_arguments(
         folder, deepspeed=section, seed=0, report_to=[], max_steps=STEPS, logging_steps=1, learning_rate=1e-3,
         per_device_train_batch_size=rows, gradient_accumulation_steps=micro_steps,
@@ -194,23 +197,29 @@ def bytes_table() -> tuple[str, list[dict[str, Any]]]:
     """Every ZeRO stage, counted beside the formula."""
     from bitdistill.planning import sent_bytes
 
-    stages = [(zero, micro, True) for zero in (0, 1, 2, 3) for micro in (1, 2)] + [(3, 1, False), (3, 2, False)]
-    cases = [{"zero": zero, "rows": 4 // micro, "micro_steps": micro, "divided": how} for zero, micro, how in stages]
+    stages = [(zero, micro, True, True) for zero in (0, 1, 2, 3) for micro in (1, 2)]
+    stages += [(3, 1, True, False), (3, 1, False, True), (3, 2, False, True), (3, 1, False, False)]
+    cases = [
+        {"zero": zero, "rows": 4 // micro, "micro_steps": micro, "divided": how, "live": live}
+        for zero, micro, how, live in stages
+    ]
     found, (ternary, all_of_them) = launch(2, cases), weights()
     rows = []
     for case in found:
-        formula = sent_bytes(
-            all_of_them, ternary if case["divided"] else 0, case["zero"], 2, micro_steps=case["micro_steps"]
-        )
+        codes = ternary if case["divided"] else 0
+        live = {} if case["live"] else {"live": 0}
+        formula = sent_bytes(all_of_them, codes, case["zero"], 2, micro_steps=case["micro_steps"], **live)
         case["formula"], case["total"] = formula, sum(case["sent"].values())
-        name = str(case["zero"]) + ("" if case["divided"] else ", DeepSpeed alone")
+        name = str(case["zero"]) + ("" if case["live"] else ", large") + ("" if case["divided"] else ", weights")
         kinds = [f"{case['sent'].get(kind, 0) / 1e6:.2f}" for kind in SHOWN]
         off = 100 * (case["total"] / formula - 1)
         sums = [f"{case['total'] / 1e6:.2f}", f"{formula / 1e6:.2f}", f"{off:+.1f} %"]
         rows.append([name, str(case["micro_steps"]), *kinds, *sums])
     headings = ["ZeRO", "micro-steps", *SHOWN, "MB in all", "formula", "off"]
-    codes, weights_gathered = [case for case in found if case["zero"] == 3][:2], found[-2:]
-    same = [case["losses"] for case in codes] == [case["losses"] for case in weights_gathered]
+    by_codes, by_weights = (
+        [case["losses"] for case in found if case["zero"] == 3 and case["divided"] is how] for how in (True, False)
+    )
+    same = sorted(by_codes) == sorted(by_weights)
     assert same, "gathering codes has changed the losses"
     return table([headings, *rows], "<" + ">" * 9), found
 

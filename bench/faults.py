@@ -1,6 +1,6 @@
 """Faults on two ranks: a full disk, a checkpoint's shard that is cut short, a rank that stands still.
 
-    sudo python bench/faults.py [--zero 2] [--folder FOLDER]
+    sudo python bench/faults.py [--zero 2] [--only standing_still] [--folder FOLDER]
 
 The embedded demo's base model is trained on two ranks, once undisturbed, and once for each fault, which falls after the first
 checkpoint:
@@ -135,6 +135,9 @@ def standing_still(job: Job) -> list[str]:
     return wrong if named else [*wrong, "rank 1 was not named"]
 
 
+FAULTS = (full_disk, cut_shard, standing_still)
+
+
 def disturbed(root: Path, zero: int, fault, expected: str) -> list[str]:
     """A run with one fault, and what follows. Returns what was wrong."""
     root.mkdir()
@@ -165,6 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--zero", type=int, default=2, choices=(0, 1, 2, 3), help="the ZeRO stage (default: 2)")
     parser.add_argument("--folder", type=Path, help="a new folder for the runs; a temporary one by default")
+    parser.add_argument("--only", choices=[fault.__name__ for fault in FAULTS], help="one of the faults")
     options = parser.parse_args()
     root = (options.folder or Path(tempfile.mkdtemp(prefix="faults-"))).absolute()
     root.mkdir(parents=True, exist_ok=True)
@@ -173,7 +177,9 @@ def main() -> int:
         print(f"the undisturbed run failed: see {undisturbed.log}")
         return 1
     bad = 0
-    for fault in (full_disk, cut_shard, standing_still):
+    for fault in FAULTS:
+        if options.only not in (None, fault.__name__):
+            continue
         name = fault.__name__.replace("_", " ")
         print(f"{name}:", flush=True)
         wrong = disturbed(root / fault.__name__, options.zero, fault, undisturbed.weights())

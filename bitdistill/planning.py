@@ -68,6 +68,8 @@ DEVICES = {
     "CPU": Device("cpu", 16e9, 0.15e12, 10e9, 0.0),
 }
 
+LIVE_PARAMETERS = 1e9  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -318,21 +320,27 @@ def _step(
     return computing + sent / device.link_bytes_per_second + moved, sent
 
 
-def sent_bytes(parameters: int, ternary: int, zero: int, world_size: int, micro_steps: int = 1) -> float:
+def sent_bytes(
+    parameters: int, ternary: int, zero: int, world_size: int, micro_steps: int = 1, live: float = LIVE_PARAMETERS
+) -> float:
     """Bytes that a rank sends in an optimizer step, when the ranks pass parts around a ring. Counted by bench/communication.py.
 
-    Everything is fp32. ZeRO 0 adds the gradients up everywhere; ZeRO 1 and 2 add each up where its optimizer state lies, and
-    gather the new weights; at ZeRO 2 and 3 the gradients of each micro-step are added up at once. ZeRO 3 gathers the weights for
-    the forward and for the backward pass of each micro-step, of ternary layers 2-bit codes once per step.
+    Everything is fp32. At ZeRO 0 the gradients are added up everywhere (an all-reduce sends each byte twice). DeepSpeed does so at
+    ZeRO 1 and 2, too, and gathers the new weights besides; at ZeRO 2 and 3 the gradients of each micro-step are added up at
+    once, at ZeRO 3 each where it belongs. ZeRO 3 gathers the weights in each micro-step, once more for the backward pass where
+    the model has more than `live` parameters; of ternary layers it gathers 2-bit codes, once per step.
 
     Args:
         parameters: of the model. ternary: of these, weights in ternary layers whose codes are gathered.
         zero: stage. world_size: ranks. micro_steps: of a rank in a step.
+        live: parameters that DeepSpeed leaves gathered between the two passes.
     """
     around = (world_size - 1) / world_size
     if zero < 3:
-        return around * 4 * parameters * (1 + (micro_steps if zero == 2 else 1))
-    return around * (4 * parameters * micro_steps + 4 * (parameters - ternary) * 2 * micro_steps + ternary / 4)
+        return around * 4 * parameters * (2 * (micro_steps if zero == 2 else 1) + (zero > 0))
+    gathered = parameters - ternary
+    passes = 1 if gathered <= live else 2
+    return around * (4 * parameters * micro_steps + 4 * gathered * passes * micro_steps + ternary / 4)
 
 
 def disk_bytes(work: Work) -> float:

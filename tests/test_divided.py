@@ -98,7 +98,7 @@ def test_a_divided_student_is_the_whole_one_and_learns_the_same_from_gathered_co
     assert len(set(codes["losses"])) == 3
     assert codes["digest"] == weights["digest"]
     ternary = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name and "subln" not in name)
-    assert weights["gathered"] - codes["gathered"] >= 3 * 2 * 2 * ternary  # steps, micro-steps, forward and backward
+    assert weights["gathered"] - codes["gathered"] >= 3 * 2 * ternary  # steps, micro-steps
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 4096])

@@ -28,7 +28,8 @@ that they cannot outlive it, and are released when the last sibling has taken th
 same storage at the same version. Under ZeRO-3 each layer receives an alias of the input; the storage is what the aliases
 have in common.
 
-**The outputs of siblings**: q, k and v come from one product, inside a block as above. The first
+**The outputs of siblings**: q, k and v come from one product, inside a block as above (never under ZeRO-3, where each layer is
+given an alias of the input, on which the other's outputs would not be found). The first
 sibling that is called computes all of them, and stores the others' as an attribute of the input tensor, with which they are
 freed.
 
@@ -186,6 +187,8 @@ class Siblings:
     def output(self, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """`layer`'s output for x out of one product of all siblings; None where they cannot have one."""
         held = [sibling.held for sibling in self.layers]
+        if hasattr(layer.weight, "ds_id"):
+            return None
         fit = all(h is not None and h.belong_to(s.weight) for h, s in zip(held, self.layers, strict=True))
         if not fit or x.is_inference():
             return None
