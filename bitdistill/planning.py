@@ -307,7 +307,9 @@ def _step(
     student = work.student
     micro_steps = max(1, round(work.tokens_per_step / work.tokens_per_micro_step / world_size))
     ternary = student.linear_weights if work.ternary else 0
-    sent = sent_bytes(student.parameters, ternary, setting.zero, world_size, micro_steps)
+    table = student.vocabulary * student.hidden
+    tied = table if student.parameters < student.linear_weights + 2 * table else 0
+    sent = sent_bytes(student.parameters, ternary, setting.zero, world_size, micro_steps, tied)
     moved = 2 * 8 * student.parameters / world_size / PCIE_BYTES_PER_SECOND if setting.offload else 0.0
     if tokens_per_second is None:
         flop = (8 if setting.checkpointing else 6) * student.matrix_weights
@@ -321,26 +323,35 @@ def _step(
 
 
 def sent_bytes(
-    parameters: int, ternary: int, zero: int, world_size: int, micro_steps: int = 1, live: float = LIVE_PARAMETERS
+    parameters: int,
+    ternary: int,
+    zero: int,
+    world_size: int,
+    micro_steps: int = 1,
+    tied: int = 0,
+    live: float = LIVE_PARAMETERS,
 ) -> float:
     """Bytes that a rank sends in an optimizer step, when the ranks pass parts around a ring. Counted by bench/communication.py.
 
-    Everything is fp32. At ZeRO 0 the gradients are added up everywhere (an all-reduce sends each byte twice). DeepSpeed does so at
-    ZeRO 1 and 2, too, and gathers the new weights besides; at ZeRO 2 and 3 the gradients of each micro-step are added up at
-    once, at ZeRO 3 each where it belongs. ZeRO 3 gathers the weights in each micro-step, once more for the backward pass where
-    the model has more than `live` parameters; of ternary layers it gathers 2-bit codes, once per step.
+    Everything is fp32. At ZeRO 0 the gradients are added up everywhere (an all-reduce sends each byte twice). DeepSpeed does
+    so at ZeRO 1 and 2, too, and gathers the new weights besides; at ZeRO 2 and 3 the gradients of each micro-step are added up at
+    once, at ZeRO 3 each where it belongs. ZeRO 3 gathers the weights in each micro-step; where more than `live` would have to
+    stay gathered, again for the backward pass, and a tied vocabulary for each of the two layers that use it. Of ternary layers it
+    gathers 2-bit codes, once per step.
 
     Args:
         parameters: of the model. ternary: of these, weights in ternary layers whose codes are gathered.
         zero: stage. world_size: ranks. micro_steps: of a rank in a step.
+        tied: weights of a vocabulary that embedding and LM head share.
         live: parameters that DeepSpeed leaves gathered between the two passes.
     """
     around = (world_size - 1) / world_size
     if zero < 3:
         return around * 4 * parameters * (2 * (micro_steps if zero == 2 else 1) + (zero > 0))
     gathered = parameters - ternary
-    passes = 1 if gathered <= live else 2
-    return around * (4 * parameters * micro_steps + 4 * gathered * passes * micro_steps + ternary / 4)
+    if gathered > live:
+        gathered = 2 * (gathered + tied)
+    return around * (4 * (parameters + gathered) * micro_steps + ternary / 4)
 
 
 def disk_bytes(work: Work) -> float:

@@ -98,7 +98,8 @@ def test_a_divided_student_is_the_whole_one_and_learns_the_same_from_gathered_co
     assert len(set(codes["losses"])) == 3
     assert codes["digest"] == weights["digest"]
     ternary = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name and "subln" not in name)
-    assert weights["gathered"] - codes["gathered"] >= 3 * 2 * ternary  # steps, micro-steps
+    # in 3 steps of 2 micro-steps, but for a few that DeepSpeed still has from the micro-step before
+    assert 5 * ternary < weights["gathered"] - codes["gathered"] <= 6 * ternary
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 4096])

@@ -71,12 +71,22 @@ def test_time_network_and_cost_by_hand():
     device = Device("cuda", 1e12, flop_per_second=1e3, link_bytes_per_second=1e3, price_per_hour=2.0)
     plan = next(plan for plan in plans(work(), device, 4) if plan.setting == Setting(1))
     computing = 6 * (800 + 40) * 400 / 4e3
-    assert plan.network_bytes == 2 * 4 * 1000 * 3 / 4
-    assert plan.step_seconds == pytest.approx(computing + 6.0)
+    assert plan.network_bytes == 3 * 4 * 1000 * 3 / 4
+    assert plan.step_seconds == pytest.approx(computing + 9.0)
     assert plan.days == pytest.approx(20 * plan.step_seconds / 86400)
     assert plan.cost == pytest.approx(plan.days * 24 * 2 * 4)
     measured = next(p for p in plans(work(), device, 4, tokens_per_second=50.0) if p.setting == Setting(1))
-    assert measured.step_seconds == pytest.approx(400 / 200 + 6.0)
+    assert measured.step_seconds == pytest.approx(400 / 200 + 9.0)
+
+
+def test_what_a_rank_sends_by_hand():
+    """1,000 parameters, of which 800 ternary, on two ranks: half of 4 bytes each time. bench/communication.py counts it."""
+    sent = [planning.sent_bytes(1000, 800, zero, 2, micro_steps=3) for zero in (0, 1, 2)]
+    assert sent == [2 * 2000, 3 * 2000, 7 * 2000]
+    assert planning.sent_bytes(1000, 0, 3, 2, micro_steps=3) == (3 + 3) * 2000
+    assert planning.sent_bytes(1000, 800, 3, 2, micro_steps=3) == 3 * 2000 + 3 * 400 + 100
+    assert planning.sent_bytes(1000, 800, 3, 2, micro_steps=3, live=199) == 3 * 2000 + 2 * 3 * 400 + 100
+    assert planning.sent_bytes(1000, 800, 3, 2, 3, tied=100, live=199) == 3 * 2000 + 2 * 3 * (400 + 200) + 100
 
 
 def test_what_fits_comes_first_and_then_the_fastest():
