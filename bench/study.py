@@ -294,7 +294,7 @@ def identity(job: dict[str, Any], data: str | None) -> str:
 
 def run(study: dict[str, Any], arguments: argparse.Namespace, path: Path) -> int:
     """Runs what is not in the results yet, and keeps the results file up to date. Returns the number of failures."""
-    result = json.loads(path.read_text()) if path.is_file() else {"cells": {}}
+    result = stored(path)
     jobs = [job for job in jobs_of(study, arguments.folder) if not arguments.only or job["cell"] in arguments.only]
     wanted = {f"{job['cell']} | {job['seed']}": job for job in jobs}
 
@@ -322,13 +322,19 @@ def run(study: dict[str, Any], arguments: argparse.Namespace, path: Path) -> int
                 continue
             cell = future.result()
             print(f"{name}: {cell['metric']} {cell['score']:.2f} ({cell['wall_seconds']:.0f} s)", flush=True)
+            result = stored(path)  # again: another run of this study may have added cells of its own
             own = {"cell": job["cell"], "seed": job["seed"], "identity": identity(job, arguments.data)}
             result["cells"][name] = own | {"scored": job["score"], "commit": arguments.at["commit"]} | cell
             save(study, result, arguments.at, path)
             if not arguments.keep:
                 shutil.rmtree(job["folder"], ignore_errors=True)
-    save(study, result, arguments.at, path)
+    save(study, stored(path), arguments.at, path)
     return failures
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """The results so far."""
+    return json.loads(path.read_text()) if path.is_file() else {"cells": {}}
 
 
 def save(study: dict[str, Any], result: dict[str, Any], at: dict[str, Any], path: Path) -> None:
