@@ -126,6 +126,8 @@ class PretrainConfig(TrainingConfig):
     Args:
         enabled: False leaves stage 2 out: stage 3 starts from the refined base model.
         block_size: tokens per sequence.
+        document_mask: tokens see those of their own document alone, and positions begin again with each document; its first token
+            is not learned. False: all tokens of a block see those before them, as before 0.2.
         annealing: how the stage goes from full precision to ternary (docs/method.md): linear, softmax, or none, which is
             ternary from the first step on.
         annealing_start: share of the steps that are in full precision.
@@ -143,6 +145,7 @@ class PretrainConfig(TrainingConfig):
 
     enabled: bool = True
     block_size: int = 512
+    document_mask: bool = True
     annealing: Literal["none", "linear", "softmax"] = "none"
     annealing_start: float = 0.0
     annealing_end: float = 0.3

@@ -67,6 +67,8 @@ def known_settings(
     }
     kept = {"blocks": stage_2_blocks, "block_size": config.pretrain.block_size}
     kept |= {"top_k": config.pretrain.kd_top_k, "temperature": config.pretrain.kd_temperature}
+    if config.pretrain.document_mask:
+        kept["document_mask"] = True
     corpus = {"corpus": {"source": identity(sources.corpus), "column": config.corpus_column}}
     rows = {"train": {"file": identity(sources.train_file), "max_rows": config.max_train_rows}}
     validation = {"validation_file": identity(sources.validation_file)}
@@ -86,6 +88,7 @@ def known_settings(
         },
         "corpus": corpus,
         "blocks": blocks,
+        "document mask": {"document_mask": config.pretrain.document_mask},
         "calibration": corpus | blocks if calibrated else {},
         "trimming": {"refine": trimming, "blocks": trimming_blocks, "block_size": config.pretrain.block_size},
         "model": {} if config.model is None else {"model": identity(config.model)},

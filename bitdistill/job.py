@@ -24,6 +24,7 @@ from bitdistill.config import RunConfig, TrainingConfig
 from bitdistill.data.demo import demo_of_run
 from bitdistill.data.sources import Sources
 from bitdistill.data.tasks import pad_token
+from bitdistill.data.token_shards import ShardedStream
 from bitdistill.dependencies import known_settings, optimization, said_by_teacher
 from bitdistill.distributed import presets, process_group
 from bitdistill.distributed.checkpoint import full_state_dict
@@ -328,6 +329,18 @@ class Job:
             )
         micro = max(size for size in range(1, most + 1) if own % size == 0)
         return dict(zip(PER_RANK, (micro, own // micro), strict=True))
+
+    def corpus_blocks(self, tokenizer, steps: int, section: TrainingConfig) -> ShardedStream:
+        """The blocks of the corpus that so many steps of a stage see, and a step's more, which is fetched ahead."""
+        rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * process_group.world_size()
+        return self.sources.corpus_blocks(
+            tokenizer,
+            self.config.pretrain.block_size,
+            (max(steps, 0) + 1) * rows,
+            folder=self.root / "tokens",
+            content=self.identities.of(self.sources.corpus),
+            document_mask=self.config.pretrain.document_mask,
+        )
 
     @property
     def trimming_blocks(self) -> int:

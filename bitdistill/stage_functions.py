@@ -41,13 +41,15 @@ from bitdistill.training.pretrain import NextTokenAndStates, NextTokenDistillati
 from bitdistill.training.row_cache import CachedTeacher, finish_rows, write_rows
 from bitdistill.training.row_layout import check_room as check_room_for_rows
 from bitdistill.training.teacher_cache import TeacherCache, check_room, finish_cache, write_shards
-from bitdistill.training.trainer import Objective
+from bitdistill.training.trainer import Objective, capped_steps
 
 
 def train_base(job: Job) -> None:
     """The demo's own full-precision base model, from scratch."""
     tokenizer, model = load_tokenizer(job.full_tokenizer_folder), demo_model(job.full_tokenizer_folder, job.config.seed)
-    stream = job.sources.corpus_stream(tokenizer, job.config.pretrain.block_size)
+    stream = job.corpus_blocks(
+        tokenizer, capped_steps(job.config.base.max_steps, job.config.max_steps), job.config.base
+    )
     save = partial(save_language_model, tokenizer=tokenizer, dtype=torch.float32)
     job.train("base", job.config.base, pretrain, save, model=model, stream=stream)
 
@@ -111,7 +113,8 @@ def cache_teacher_logits(job: Job) -> None:
     shards = job.directory.checkpoints("cache")
     if process_group.is_main():
         check_room(shards, layout)
-    stream = job.sources.corpus_stream(load_tokenizer(job.tokenizer_folder), section.block_size)
+    steps = capped_steps(section.max_steps, job.config.max_steps)
+    stream = job.corpus_blocks(load_tokenizer(job.tokenizer_folder), steps, section)
     options = {"batch_size": section.per_device_train_batch_size, "products": job.inference_products}
     write_shards(shards, model, stream, layout, **options)
     del model
@@ -129,6 +132,7 @@ def pretrain_student(job: Job) -> None:
     """Stage 2, continued pre-training."""
     section = job.config.pretrain
     job.require_steps()
+    steps = capped_steps(section.max_steps, job.config.max_steps)
     tokenizer, model = load_tokenizer(job.base_folder), load_student(job.directory.folder("refine"), job.dividing)
     use_backward(model, job.config.bit_linear_backward)
     annealing = None
@@ -140,7 +144,7 @@ def pretrain_student(job: Job) -> None:
         pretrain,
         partial(save_ternary, tokenizer=tokenizer),
         model=model,
-        stream=job.sources.corpus_stream(load_tokenizer(job.tokenizer_folder), section.block_size),
+        stream=job.corpus_blocks(load_tokenizer(job.tokenizer_folder), steps, section),
         health_steps=section.health_steps,
         annealing=annealing,
         objective=_stage_2_objective(job, model),

@@ -75,7 +75,7 @@ TASK = ("task", "train rows")
 STAGES = {  #      depends on                         is part of a run when
             #          reads                                                                          is done by
     "base":     Stage((),                                lambda config: config.model is None,
-                      ("base", "training", "corpus", "blocks"),                                                  train_base),
+                      ("base", "training", "corpus", "blocks", "document mask"),                                 train_base),
     "trim":     Stage(("base",),                         lambda config: config.refine.vocabulary == "trimmed",
                       ("trimming", "seed", "model", "corpus", *TASK),                                  trim_vocabulary),
     "teacher":  Stage(("trim",),                         always,

@@ -205,9 +205,9 @@ def test_state_is_small_and_replay_is_bounded(tmp_path, monkeypatch):
     resumed = TokenStream(path, tokenizer, 16, window=4)
     resumed.load_state(state)
     tokenized = []
-    original = TokenStream._tokens
+    original = TokenStream.tokens_of
     monkeypatch.setattr(
-        TokenStream, "_tokens", lambda self, batch: tokenized.append(len(batch)) or original(self, batch)
+        TokenStream, "tokens_of", lambda self, batch: tokenized.append(len(batch)) or original(self, batch)
     )
     next(iter(resumed))
     assert sum(tokenized) <= 12

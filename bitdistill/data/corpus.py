@@ -66,6 +66,7 @@ class TokenStream(IterableDataset):
         epochs: how often the end of the corpus was reached. Counts what was read: a few blocks ahead of the trainer.
         empty_documents: documents without text that were skipped, since the stream was made.
         left_out: names of the folder's files that are hidden or of another kind.
+        settings: what the blocks depend on: block size, seed, window, corpus and vocabulary.
 
     Raises:
         UserError: nothing found, unreadable, no text column, an empty corpus, or less than one block of tokens.
@@ -97,8 +98,8 @@ class TokenStream(IterableDataset):
         self._source, self._tokenizer, self.block_size = source, tokenizer, block_size
         self._seed, self._window = seed, window
         self._text_tokens = text_tokens(tokenizer)
-        self._settings = {"block_size": block_size, "seed": seed, "window": window, "corpus": identity}
-        self._settings["vocabulary"] = len(tokenizer)
+        self.settings = {"block_size": block_size, "seed": seed, "window": window, "corpus": identity}
+        self.settings["vocabulary"] = self.vocabulary = len(tokenizer)
         self.epochs = self.empty_documents = 0
         self._start = {"window": 0, "block": 0, "epoch": 0, "documents": None, "skip_tokens": 0, "skip_blocks": 0}
         self._starts: deque[dict] = deque()  # of the windows whose blocks were handed out last
@@ -133,10 +134,10 @@ class TokenStream(IterableDataset):
         """
         if not self._starts:
             assert blocks == self._start["block"] + self._start["skip_blocks"], "nothing was read yet"
-            return {**self._start, "settings": self._settings}
+            return {**self._start, "settings": self.settings}
         assert self._starts[0]["block"] <= blocks <= self._yielded, (self._starts[0]["block"], blocks, self._yielded)
         start = max((s for s in self._starts if s["block"] <= blocks), key=lambda s: s["block"])
-        return {**start, "skip_blocks": blocks - start["block"], "settings": self._settings}
+        return {**start, "skip_blocks": blocks - start["block"], "settings": self.settings}
 
     def load_state(self, state: dict) -> None:
         """Go on after the blocks of a ``state_for``; the next ``iter`` starts there.
@@ -144,13 +145,18 @@ class TokenStream(IterableDataset):
         Raises:
             UserError: the state belongs to another corpus, block size, window or seed.
         """
-        for key, ours in self._settings.items():
-            if (theirs := state["settings"][key]) != ours:
-                do = "Resume with the settings and files that it began with, or start again."
-                raise UserError(f"resume: {key} of the token stream", expected=str(theirs), got=str(ours), do=do)
+        self.require_same(self.settings, state["settings"])
         self._start = {key: value for key, value in state.items() if key != "settings"}
         self.epochs = self._start["epoch"]
         self._starts.clear()
+
+    @staticmethod
+    def require_same(ours: dict, theirs: dict) -> None:
+        """Raises UserError where the settings of a stream are not those that a state was saved with."""
+        for key, here in ours.items():
+            if theirs[key] != here:
+                do = "Resume with the settings and files that it began with, or start again."
+                raise UserError(f"resume: {key} of the token stream", expected=str(theirs[key]), got=str(here), do=do)
 
     def _windows(self, start: dict) -> Iterator[tuple[dict, np.ndarray]]:
         """(state at its start, int32 tokens (up to window, block_size)) of each window, epoch after epoch."""
@@ -178,6 +184,15 @@ class TokenStream(IterableDataset):
 
     def _batches(self, position: dict | None) -> Iterator[tuple[dict | None, np.ndarray]]:
         """(where the documents stood before it, int32 tokens) of each batch of documents, from there to the end."""
+        for before, batch in self.batches_of_documents(position):
+            yield before, self.tokens_of(batch)[0]
+
+    def batches_of_documents(self, position: dict | None) -> Iterator[tuple[dict | None, list[dict]]]:
+        """(where the documents stood before it, its rows) of each batch of documents, from there to the end.
+
+        Args:
+            position: None for the beginning, or what stood before a batch.
+        """
         self._documents.load_state_dict(position)
         batch, characters, before = [], 0, position
         for row in _readable(self._documents, self._source):
@@ -188,20 +203,22 @@ class TokenStream(IterableDataset):
             else:
                 self.empty_documents += 1
             if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-                yield before, self._tokens(batch)
+                yield before, batch
                 batch, characters, before = [], 0, self._documents.state_dict()
         if batch:
-            yield before, self._tokens(batch)
+            yield before, batch
 
-    def _tokens(self, batch: list[dict]) -> np.ndarray:
-        tokens, encoded = [], self._text_tokens.encode([row[self._column] for row in batch])
+    def tokens_of(self, batch: list[dict]) -> tuple[np.ndarray, list[int]]:
+        """The rows of a batch as int32 tokens, and where documents begin among them."""
+        tokens, starts, encoded = [], [], self._text_tokens.encode([row[self._column] for row in batch])
         for row, ids in zip(batch, encoded, strict=True):
             if row.get("_begins", True):
+                starts.append(len(tokens))
                 tokens += self._text_tokens.prefix
             tokens += ids
             if row.get("_ends", True):
                 tokens.append(self._tokenizer.eos_token_id)
-        return np.array(tokens, np.int32)
+        return np.array(tokens, np.int32), starts
 
 
 def token_blocks(source: str, tokenizer, block_size: int, limit: int | None = None, **options) -> Tensor:

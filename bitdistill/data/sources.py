@@ -4,6 +4,8 @@ The settings name files or hub datasets; the embedded demo brings its own. Every
 training, calibration and scoring see the same rows.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from bitdistill.data.corpus import TokenStream, check_corpus
 from bitdistill.data.tasks import encode, encode_prompts, load_rows, load_task, load_validation, show_example
+from bitdistill.data.token_shards import ShardedStream, TokenShards, blocks_to_make, write_tokens
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 from bitdistill.files import write_whole
@@ -131,6 +134,22 @@ class Sources:
             named = ", ".join(stream.left_out[:3]) + (", ..." if len(stream.left_out) > 3 else "")
             process_group.say(f"corpus: {len(stream.left_out)} files left out, hidden or of another kind: {named}")
         return stream
+
+    def corpus_blocks(
+        self, tokenizer, block_size: int, blocks: int, *, folder: Path, content: Any, document_mask: bool
+    ) -> ShardedStream:
+        """The same blocks from tokens on disk, made by all ranks together where they are not there yet. Every rank calls it.
+
+        Args:
+            blocks: how many will be read. folder: for the tokens of all corpora and tokenizers of a run.
+            content: what tells the corpus from others. document_mask: as in ShardedStream.
+        """
+        stream = self.corpus_stream(tokenizer, block_size)
+        made_of = [stream.settings["corpus"], content, self.corpus_column, tokenizer.backend_tokenizer.to_str()]
+        key = hashlib.sha256(json.dumps([*made_of, tokenizer.eos_token_id]).encode()).hexdigest()[:16]
+        tokens = blocks_to_make(blocks, stream.settings["window"]) * block_size
+        write_tokens(folder / key, stream, tokens)
+        return ShardedStream(TokenShards(folder / key), stream, document_mask)
 
     def check_corpus(self) -> str | None:
         """Reads the corpus without making tokens of it: `corpus.check_corpus`. Rank 0 alone, for every rank sees the same."""

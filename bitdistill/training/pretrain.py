@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from bitdistill.data.corpus import TokenStream
+from bitdistill.data.token_shards import ShardedStream
 from bitdistill.distributed.teacher import Teacher
 from bitdistill.training.annealing import Annealing
 from bitdistill.training.head import (
@@ -35,8 +36,16 @@ from bitdistill.training.teacher_cache import TeacherCache
 from bitdistill.training.trainer import Counts, Objective, StageTrainer, collate_blocks
 
 
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What a model is called with. Documents that are apart are told by their positions, which begin again with each:
+    transformers finds them where there is no attention mask."""
+    apart = "position_ids" in batch
+    name = "position_ids" if apart else "attention_mask"
+    return {"input_ids": batch["input_ids"], name: batch[name], "use_cache": False}
+
+
 class NextToken(Objective):
-    """``L = CE`` over every position of every block.
+    """``L = CE`` over every position of every block that has a label.
 
     Args:
         student: the model inside whatever DeepSpeed wraps around it.
@@ -49,7 +58,7 @@ class NextToken(Objective):
         targets_BT = next_tokens(batch["labels"])
         compute = partial(head_cross_entropy, targets_BP=targets_BT, num_items=counts.answer_tokens)
         with instead_of_logits(self.student, compute):
-            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            output = model(**model_inputs(batch))
         return {"ce": (1.0, output.logits)}
 
 
@@ -81,7 +90,7 @@ class NextTokenDistillation(Objective):
             kl_items=counts.tokens,
         )
         with instead_of_logits(self.student, compute):
-            ce, kl = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            ce, kl = model(**model_inputs(batch)).logits
         return {"ce": (1.0, ce), "logits": (self.lambda_logits, kl)}
 
 
@@ -106,7 +115,7 @@ class NextTokenAndStates(Objective):
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
         targets_BT, mask_BT = next_tokens(batch["labels"]), batch["attention_mask"]
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask_BT, "use_cache": False}
+        inputs = model_inputs(batch)
         with self.of_teacher, instead_of_logits(self.teacher.module, hidden_states):
             teacher_BTH = self.teacher(**inputs).logits
 
@@ -137,7 +146,7 @@ class NextTokenAndStates(Objective):
 
 def pretrain(
     model: nn.Module,
-    stream: TokenStream,
+    stream: TokenStream | ShardedStream,
     arguments: TrainingArguments,
     *,
     stage: str,

@@ -33,6 +33,7 @@ Shape suffixes: B blocks, T positions, K cached words, N rows (B * T), V vocabul
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -146,7 +147,11 @@ def token_hashes(tokens_BT: np.ndarray) -> np.ndarray:
 
 
 def teacher_logits(
-    model: nn.Module, tokens_BT: Tensor, layout: Layout, products: torch.dtype | None = None
+    model: nn.Module,
+    tokens_BT: Tensor,
+    layout: Layout,
+    products: torch.dtype | None = None,
+    positions_BT: Tensor | None = None,
 ) -> dict[str, np.ndarray]:
     """One batch of the cache: indices (B, T, K), values (B, T, K), log_rest (B, T), as they are stored.
 
@@ -155,11 +160,15 @@ def teacher_logits(
         tokens_BT: int64, blocks without padding.
         layout: how many words are kept, and at which temperature.
         products: the dtype of its matrix products, if not its own. The head's are in its own.
+        positions_BT: positions that begin again with each document of a block; None for blocks that are one document.
     """
     autocast = torch.autocast(model.device.type, products, enabled=products is not None)
     tokens_BT = tokens_BT.to(model.device)
+    where = {"attention_mask": torch.ones_like(tokens_BT)}
+    if positions_BT is not None:
+        where = {"position_ids": positions_BT.to(model.device)}
     with torch.no_grad(), autocast, instead_of_logits(model, hidden_states):
-        hidden = model(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False).logits
+        hidden = model(input_ids=tokens_BT, **where, use_cache=False).logits
     with head_weight(model) as weight:
         indices, values, log_rest = linear_top_k(
             hidden.flatten(0, 1), weight, layout.top_k, temperature=layout.temperature
@@ -195,9 +204,11 @@ def write_shards(
                 bar.update(len(taken))
                 continue
             tokens_BT = torch.stack([block["input_ids"] for block in taken])
+            positions = [block["position_ids"] for block in taken if "position_ids" in block]
+            positions = torch.stack(positions).split(batch_size) if positions else itertools.repeat(None)
             batches = []
-            for batch_BT in tokens_BT.split(batch_size):
-                batches.append(teacher_logits(model, batch_BT, layout, products))
+            for batch_BT, positions_BT in zip(tokens_BT.split(batch_size), positions, strict=False):
+                batches.append(teacher_logits(model, batch_BT, layout, products, positions_BT))
                 bar.update(len(batch_BT))
             arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
             arrays["token_hash"] = token_hashes(tokens_BT.numpy())

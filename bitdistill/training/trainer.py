@@ -459,11 +459,15 @@ def in_words(seconds: float) -> str:
 def collate_blocks(features: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
     """Equal-length blocks of a corpus to input_ids, labels and an all-ones attention_mask, each int64 (B, T).
 
-    Blocks that know their number (corpus.TokenStream's) bring it along: block, int64 (B,).
+    Blocks that know their number (corpus.TokenStream's) bring it along: block, int64 (B,). So do those that know their documents
+    (token_shards.ShardedStream's): position_ids, int64 (B, T).
     """
     features = list(features)
     ids = torch.stack([torch.as_tensor(feature["input_ids"]) for feature in features])
-    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    labels = torch.stack([torch.as_tensor(feature.get("labels", feature["input_ids"])) for feature in features])
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    if "position_ids" in features[0]:
+        batch["position_ids"] = torch.stack([feature["position_ids"] for feature in features])
     if "block" in features[0]:
         batch["block"] = torch.tensor([feature["block"] for feature in features])
     return batch
