@@ -390,6 +390,13 @@ def collate(features: Sequence[dict], pad_token_id: int) -> dict[str, Tensor]:
     }
 
 
+def attended(mask_BT: Tensor) -> Tensor:
+    """The attention mask that a model gets: as counted, but that a row which is none (all padding) sees its first token."""
+    mask_BT = mask_BT.clone()
+    mask_BT[:, 0] = 1  # padding is on the right: that of a real row is 1 already
+    return mask_BT
+
+
 def show_example(task: Task, row: dict, tokenizer, max_length: int) -> str:
     """What the model sees of one row: every token with its id, its label and whether it is learned."""
     columns = _encode_batch(task, {key: [value] for key, value in row.items()}, [0], tokenizer, max_length)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from bitdistill.data.tasks import collate
+from bitdistill.data.tasks import attended, collate
 from bitdistill.distributed import process_group
 from bitdistill.distributed.teacher import Teacher
 from bitdistill.kernels.numerics import IGNORED
@@ -39,6 +39,7 @@ from bitdistill.training.hidden import HiddenStates, hidden_state_loss
 from bitdistill.training.losses import next_tokens
 from bitdistill.training.relations import relation_loss
 from bitdistill.training.row_cache import CachedTeacher
+from bitdistill.training.row_order import NO_ROW, FilledRows
 from bitdistill.training.teachers import LiveTeacher, Said
 from bitdistill.training.trainer import Counts, Objective, StageTrainer
 
@@ -70,7 +71,7 @@ class Answers(Objective):
         with instead_of_logits(self.student, compute):
             output = model(
                 input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                attention_mask=attended(batch["attention_mask"]),
                 logits_to_keep=positions,
                 use_cache=False,
             )
@@ -169,7 +170,7 @@ class Distillation(Objective):
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
         mask_BT = batch["attention_mask"]
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask_BT, "use_cache": False}
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": attended(mask_BT), "use_cache": False}
         if self.everywhere:
             targets_BP, rows_BP, items = next_tokens(batch["labels"]), mask_BT.bool(), counts.tokens
         else:
@@ -217,8 +218,11 @@ class Distillation(Objective):
 
 
 def _collate_numbered(features: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """`collate`, and the number of each row: int64 (B,)."""
-    return collate(features, pad_token_id) | {"row": torch.tensor([feature["row"] for feature in features])}
+    """`collate`, and the number of each row: int64 (B,); one that is none (row_order.py) is masked whole."""
+    batch = collate(features, pad_token_id)
+    row_B = torch.tensor([feature["row"] for feature in features])
+    batch["attention_mask"][row_B == NO_ROW] = 0
+    return batch | {"row": row_B}
 
 
 def fine_tune(
@@ -252,7 +256,7 @@ def fine_tune(
         run_dir=run_dir,
         model=model,
         args=arguments,
-        train_dataset=rows.add_column("row", list(range(len(rows)))),
+        train_dataset=FilledRows(rows, pad_token_id),
         data_collator=partial(_collate_numbered, pad_token_id=pad_token_id),
         callbacks=callbacks,
     )

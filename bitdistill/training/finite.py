@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from bitdistill.data.tasks import attended
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 
@@ -137,7 +138,7 @@ class FiniteSteps(TrainerCallback):
 
     def _place(self) -> str:
         """Where in a forward pass the first number is that is not finite, in words; empty when nowhere. Every rank calls it."""
-        ids, mask = self._batch["input_ids"], self._batch["attention_mask"]
+        ids, mask = self._batch["input_ids"], attended(self._batch["attention_mask"])
         places = {who: where_not_finite(model, ids, mask) for who, model in self.models().items()}
         return next((f", from {place} of the {who}" for who, place in places.items() if place), "")
 

@@ -58,6 +58,7 @@ from bitdistill.training.head import head_weight, hidden_states, instead_of_logi
 from bitdistill.training.losses import next_tokens
 from bitdistill.training.relation_states import compressed, doubled, expanded, halved
 from bitdistill.training.row_layout import RowLayout
+from bitdistill.training.row_order import NO_ROW
 from bitdistill.training.teacher_cache import round_top_k
 from bitdistill.training.teachers import Said
 
@@ -301,7 +302,7 @@ class CachedTeacher:
             layer: [torch.zeros(size[0], heads, size[1], width) for heads, width in shapes] for layer in layout.layers
         }
         for i, row in enumerate(batch["row"].tolist()):
-            if row < 0:  # not a row: it fills a batch up
+            if row == NO_ROW:
                 continue
             length = lengths[i]
             frame = self._frame(row, row_hash(tokens[i, :length], labels[i, :length]))

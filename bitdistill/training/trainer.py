@@ -35,6 +35,7 @@ from bitdistill.student.sharing import WeightCodes
 from bitdistill.training.annealing import Annealing
 from bitdistill.training.finite import FiniteSteps
 from bitdistill.training.head import head_products
+from bitdistill.training.row_order import NO_ROW, FilledRows, RowOrder
 
 EXTRA_STATE, STEP_ROWS = "bitdistill_state.json", "step_rows"
 TIMED_STEPS = 3  # after the first, from which the length of a stage is foretold
@@ -204,6 +205,15 @@ class StageTrainer(Trainer):
         """Weight decay on matrices only: never on norms (SubLN included) or biases. ds_shape: ZeRO-3's true shape."""
         return [name for name, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
 
+    def _get_train_sampler(self, train_dataset=None):
+        if not isinstance(self.train_dataset, FilledRows):
+            return super()._get_train_sampler(train_dataset)
+        rows, seed = self.train_dataset.rows, self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        lengths = rows["length"][:] if grouped else None
+        every_rank = self.args.per_device_train_batch_size * process_group.world_size()
+        return RowOrder(len(rows), every_rank, seed, lengths, self.step_rows())
+
     def get_batch_samples(self, epoch_iterator, num_batches, device=None):
         if self.state.global_step >= self.state.max_steps:  # resumed at the end: the Trainer would take one step more
             self.control.should_training_stop = True
@@ -218,7 +228,9 @@ class StageTrainer(Trainer):
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         positions = sum(batch["labels"].numel() for batch in batches)
         self._rows_are = "blocks of the corpus" if batches and "block" in batches[0] else "training rows, from 0,"
-        self._rows = [i for batch in batches for i in batch.get("block", batch.get("row", torch.empty(0))).tolist()]
+        self._rows = [
+            i for batch in batches for i in batch.get("block", batch.get("row", torch.empty(0))).tolist() if i != NO_ROW
+        ]
         here = torch.tensor([answers, tokens, positions], device=self.args.device)
         self._counts = Counts(*process_group.all_reduce_sum(here).tolist(), step=self.state.global_step)
         self._steps_summed += 1
