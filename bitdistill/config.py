@@ -127,7 +127,7 @@ class PretrainConfig(TrainingConfig):
         enabled: False leaves stage 2 out: stage 3 starts from the refined base model.
         block_size: tokens per sequence.
         document_mask: tokens see those of their own document alone, and positions begin again with each document; its first token
-            is not learned. False: all tokens of a block see those before them, as before 0.2.
+            is not learned. False: all tokens of a block see those before them, as in earlier versions.
         annealing: how the stage goes from full precision to ternary (docs/method.md): linear, softmax, or none, which is
             ternary from the first step on.
         annealing_start: share of the steps that are in full precision.

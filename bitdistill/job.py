@@ -330,13 +330,17 @@ class Job:
         micro = max(size for size in range(1, most + 1) if own % size == 0)
         return dict(zip(PER_RANK, (micro, own // micro), strict=True))
 
-    def corpus_blocks(self, tokenizer, steps: int, section: TrainingConfig) -> ShardedStream:
-        """The blocks of the corpus that so many steps of a stage see, and a step's more, which is fetched ahead."""
+    def blocks_fetched(self, steps: int, section: TrainingConfig) -> int:
+        """How many blocks of the corpus so many steps of a stage see, and a step's more, which is fetched ahead."""
         rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * process_group.world_size()
+        return (max(steps, 0) + 1) * rows
+
+    def corpus_blocks(self, tokenizer, steps: int, section: TrainingConfig) -> ShardedStream:
+        """The blocks of the corpus for so many steps of a stage."""
         return self.sources.corpus_blocks(
             tokenizer,
             self.config.pretrain.block_size,
-            (max(steps, 0) + 1) * rows,
+            self.blocks_fetched(steps, section),
             folder=self.root / "tokens",
             content=self.identities.of(self.sources.corpus),
             document_mask=self.config.pretrain.document_mask,

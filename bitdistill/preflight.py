@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from bitdistill.data.corpus import WINDOW
 from bitdistill.data.tasks import encode_prompts, label_tokens
+from bitdistill.data.token_shards import blocks_to_make, token_bytes
 from bitdistill.distributed import presets, process_group
 from bitdistill.errors import UserError
 from bitdistill.export.targets import TARGETS, Choice, settings_for, verdicts
@@ -537,6 +539,12 @@ def _check_room(job, report: Report, stages: set[str], student, teacher, tokeniz
             trained = of_teacher if stage == "teacher" else parameters
             replaced = sum(file.stat().st_size for file in job.directory.folder(stage).rglob("*") if file.is_file())
             planned.append((count * trained * (MASTER + ADAM), numbers[stage], replaced))
+    if reading := stages & {"base", "pretrain"}:
+        sections = {stage: getattr(config, stage) for stage in reading}
+        steps = {stage: capped_steps(section.max_steps, config.max_steps) for stage, section in sections.items()}
+        blocks = max(job.blocks_fetched(steps[stage], section) for stage, section in sections.items())
+        tokens = blocks_to_make(blocks, WINDOW) * config.pretrain.block_size
+        planned.insert(0, (0, token_bytes(job.sources.corpus, tokens, student.vocab_size), 0))
     with report.part("disk") as found:
         found.append(check_disk(job.root, peak_on_disk(planned)))
     if "teacher_cache" in stages and tokenizer is not None:

@@ -41,6 +41,7 @@ from bitdistill.text_files import COMPRESSED, kind_of, read_lines, user_path
 from bitdistill.text_tokens import check_unicode
 
 SEPARATOR = "<|endoftext|>"  # a line of a .txt file that ends a document
+WINDOW = 256  # blocks that are shuffled together
 PIECE_CHARACTERS = 1 << 15  # a long .txt is tokenized in pieces of about this size
 BATCH_CHARACTERS = 1 << 17  # documents are tokenized together until they have so many characters
 BATCH_DOCUMENTS = 256
@@ -82,7 +83,7 @@ class TokenStream(IterableDataset):
         config: str | None = None,
         split: str = "train",
         seed: int = 0,
-        window: int = 256,
+        window: int = WINDOW,
     ):
         super().__init__()
         if block_size < 2 or window < 1:

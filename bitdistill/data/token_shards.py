@@ -28,20 +28,30 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
-from bitdistill.data.corpus import TokenStream
+from bitdistill.data.corpus import TokenStream, corpus_files
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 from bitdistill.files import flush
 from bitdistill.kernels.numerics import IGNORED
+from bitdistill.text_files import COMPRESSED, user_path
 
 FORMAT, VERSION = "bitdistill corpus tokens", 1
 SHARD_BATCHES = 128  # of corpus.BATCH_CHARACTERS: up to 17 million characters, 4 million tokens
 OPEN_SHARDS = 64
 
 
-def token_bytes(tokens: int, vocabulary: int) -> int:
-    """Bytes of so many tokens on disk, rounded up to whole shards."""
-    return np.dtype(_dtype(vocabulary)).itemsize * (tokens + 2**22)
+def token_bytes(source: str, tokens: int, vocabulary: int) -> int:
+    """The most bytes that so many tokens of a corpus take on disk: whole shards, but no more than its local files give.
+
+    Args:
+        source: of the corpus. tokens: how many are needed. vocabulary: words of the tokenizer.
+    """
+    files, _ = corpus_files(user_path(source, "corpus"))
+    of_files = sum(file.stat().st_size for file in files)
+    most = tokens + 2**22
+    if files and not any(file.suffix in COMPRESSED for file in files):
+        most = min(most, 2 * of_files)  # a token has a byte at least; and the EOS of short documents
+    return np.dtype(_dtype(vocabulary)).itemsize * most
 
 
 def _dtype(vocabulary: int) -> type[np.unsignedinteger]:
