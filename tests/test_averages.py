@@ -71,7 +71,7 @@ def train(name, folder):
         trainer, _ = fine_tune(model, ROWS, pad_token_id=0, objective=objective, **options)
     lines = [line for line in trainer.state.log_history if "loss_ce" in line]
     found = [{key: value for key, value in line.items() if key.startswith("loss")} for line in lines]
-    after = sorted(full_state_dict(trainer.model_wrapped).items())
+    after = sorted((full_state_dict(trainer.model_wrapped) or {}).items())  # None but on rank 0
     release(trainer)
     return found, [x for key, value in after for x in (value.float() - before[key]).flatten().tolist()]
 

@@ -141,6 +141,7 @@ class Sources:
         """The same blocks from tokens on disk, made by all ranks together where they are not there yet. Every rank calls it.
 
         Args:
+            tokenizer, block_size: as for `corpus_stream`.
             blocks: how many will be read. folder: for the tokens of all corpora and tokenizers of a run.
             content: what tells the corpus from others. document_mask: as in ShardedStream.
         """
