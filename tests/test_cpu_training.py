@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from bitdistill.kernels import reference
-from bitdistill.kernels.cpu import bf16, bit_linear, choices, rows, training_products
+from bitdistill.kernels.cpu import bf16, bit_linear, choices, rows, training_gradients, training_products
 
 SHAPES = [(6, 48), (2, 3, 48), (1, 16), (0, 48), (7, 575), (3, 1), (130, 80), (5, 17)]
 
@@ -221,7 +221,7 @@ def test_exact_gradients_are_as_good_as_pytorchs(shape, dtype, way, uneven, thre
     larger than others."""
     if way == "digits" and not training_products.dense_products_are_exact():
         pytest.skip("int8 times int8 is not exact on this machine")
-    monkeypatch.setattr(bit_linear, "fastest", lambda what, ways: way)
+    monkeypatch.setattr(training_gradients, "fastest", lambda what, ways: way)
     torch.manual_seed(0)
     x = torch.randn(shape).to(dtype).requires_grad_()
     weights, biases = (
@@ -252,7 +252,7 @@ def test_exact_gradients_are_as_good_as_pytorchs(shape, dtype, way, uneven, thre
 def test_fast_gradients_are_close(dense, threads, monkeypatch):
     """int8 noise, but of the right size and direction; NaN gets through; zeros stay zero; unneeded gradients are not made."""
     if not (dense and training_products.dense_products_are_exact()):
-        monkeypatch.setattr(bit_linear, "dense_products_are_exact", lambda: False)
+        monkeypatch.setattr(training_gradients, "dense_products_are_exact", lambda: False)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(150, 70), torch.randn(40, 70), torch.randn(40)
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
@@ -279,7 +279,7 @@ def test_fast_gradients_are_close(dense, threads, monkeypatch):
 def test_exact_gradients_show_what_is_not_finite(way, monkeypatch):
     if way == "digits" and not training_products.dense_products_are_exact():
         pytest.skip("int8 times int8 is not exact on this machine")
-    monkeypatch.setattr(bit_linear, "fastest", lambda what, ways: way)
+    monkeypatch.setattr(training_gradients, "fastest", lambda what, ways: way)
     x, weight = torch.randn(70, 33, requires_grad=True), torch.randn(40, 33, requires_grad=True)
     for bad in (float("nan"), float("inf")):
         dy = torch.randn(70, 40)
@@ -292,7 +292,7 @@ def test_exact_gradients_show_what_is_not_finite(way, monkeypatch):
 
 
 def test_more_tokens_than_an_int32_sum_holds(monkeypatch):
-    monkeypatch.setattr(bit_linear, "TOKENS_OF_A_SUM", 64)
+    monkeypatch.setattr(training_gradients, "TOKENS_OF_A_SUM", 64)
     torch.manual_seed(0)
     x, weight, dy = (
         torch.randn(150, 32, requires_grad=True),

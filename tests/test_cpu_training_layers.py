@@ -7,7 +7,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import tiny_students
 from bitdistill.kernels import reference
-from bitdistill.kernels.cpu import bit_linear
+from bitdistill.kernels.cpu import bit_linear, training_gradients
 from bitdistill.student import backend, layers, sharing
 from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears, use_backward
 from bitdistill.student.refine import refine
@@ -158,7 +158,9 @@ def test_a_gated_mlp_is_one_operation_before_its_down_projection(activation, cou
 @pytest.mark.parametrize("name", tiny_students.CONFIGS)
 def test_a_student_against_the_reference(name, counted, in_pytorch, monkeypatch):
     """Loss and every gradient, with gradient checkpointing."""
-    monkeypatch.setattr(bit_linear, "fastest", lambda what, ways: "floats")  # so that only forward passes are counted
+    monkeypatch.setattr(
+        training_gradients, "fastest", lambda what, ways: "floats"
+    )  # so that only forward passes are counted
     student = tiny_students.student(name).train()
     tokens = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
     with in_pytorch():

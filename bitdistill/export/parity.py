@@ -42,6 +42,7 @@ from bitdistill.runtime.cpu import Runtime
 from bitdistill.runtime.plain import TABLE_ROWS, plain_logits, plain_product, table_parts
 
 MAX_PRODUCT = 1e-6
+MAX_GROUPED_PRODUCT = 1e-5  # where a sum of floats over groups or blocks may have another order in training
 MAX_UNROUNDED = 2e-4
 MAX_KL = 1e-2
 MAX_KL_RATIO = 5
@@ -202,10 +203,12 @@ def _compare_products(packed, model, ids: Sequence[int]) -> float:
                 ("plain", plain_product(packed, name, x)),
             ):
                 relative = float((np.abs(got - want) / peak).max())
-                if not relative <= MAX_PRODUCT:
+                sums = layer.quantizer.weight_scale == "group" or layer.act_scale == "block"
+                most = MAX_GROUPED_PRODUCT if sums else MAX_PRODUCT
+                if not relative <= most:
                     raise RuntimeError(
                         f"{packed.path}: {name}: the quantized product ({witness}) differs from the student's by "
-                        f"{relative:.2e} of the token's peak; allowed {MAX_PRODUCT:.0e}"
+                        f"{relative:.2e} of the token's peak; allowed {most:.0e}"
                     )
                 worst = max(worst, relative)
 

@@ -94,43 +94,47 @@ class BitLinear(nn.Module):
         x = gated.gate if gated else x
         kernels = kernels_for(x.device)
         if kernels is None:
-            return reference.bit_linear(x if self.subln is None else self.subln(x), self.weight, self.bias)
+            return self._on_reference(x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected a last dimension of {self.in_features} (in_features); got {tuple(x.shape)}")
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         sharing = not torch.compiler.is_compiling()
         gain, eps = (None, 0.0) if self.subln is None else (self.subln.weight, self.subln.eps)
+        columns, act_scale = self.quantizer.columns(self), self.act_scale
         if gated:
-            activation, x = kernels.gated_quantize_input(x, gated.up, gain, eps, gated.activation)
+            activation, x = kernels.gated_quantize_input(x, gated.up, gain, eps, gated.activation, act_scale)
         elif sharing and self.siblings is not None:
             y = self.siblings.output(self, x, dtype)
             if y is not None:
                 return y
             activation = self.siblings.input_codes(self, x)
         elif gain is None:
-            activation = kernels.quantize_input(x)
+            activation = kernels.quantize_input(x, act_scale)
         elif _hooked(self.subln):
             x = self.subln(x)
-            activation = kernels.quantize_input(x)
+            activation = kernels.quantize_input(x, act_scale)
         else:
-            activation, x = kernels.norm_quantize_input(x, gain, eps)
+            activation, x = kernels.norm_quantize_input(x, gain, eps, act_scale)
         if sharing and self.held is not None and self.held.belong_to(self.weight):
             ternary = kernels.stacked([self.held.codes])
         else:
-            ternary = kernels.ternarize([self.weight])
+            ternary = kernels.ternarize([self.weight], columns)
         biases = [] if self.bias is None else [self.bias]
         return kernels.ternary_linear(x, activation, [self.weight], biases, ternary, dtype, self.backward)
 
     def on_reference(self) -> bool:
         """Whether it runs in PyTorch even where there are kernels."""
-        return self.annealing < 1 or self.act_scale != "token" or not self.quantizer.on_kernels
+        if self.annealing < 1 or not self.quantizer.has_kernels:
+            return True
+        kernels = kernels_for(self.weight.device)
+        return kernels is not None and not kernels.knows(self.quantizer.columns(self), self.act_scale)
 
     def _on_reference(self, x: Tensor) -> Tensor:
         self._refuse_partitions()
         if kernels_for(x.device) is not None:
-            blocks = "activation scales of blocks" if self.act_scale == "block" else str(self.quantizer)
-            _say_once("annealing" if self.annealing < 1 else blocks)
+            blocks = ", activation scales of blocks" if self.act_scale == "block" else ""
+            _say_once("annealing" if self.annealing < 1 else f"{self.quantizer}{blocks}")
         x = x if self.subln is None else self.subln(x)
         codes, scale = self.codes()
         bias, weight = self.quantizer.bias(self, codes), self.weight
@@ -234,8 +238,8 @@ def _hooked(module: nn.Module) -> bool:
 @functools.cache
 def _say_once(what: str) -> None:
     process_group.say(
-        f"{what}: the ternary layers run on plain PyTorch; the kernels know absmean with one scale per tensor, "
-        "activations with one per token, and no annealing"
+        f"{what}: the ternary layers run on plain PyTorch; the kernels know absmean, no annealing, "
+        "and on a GPU one scale per tensor and per token"
     )
 
 

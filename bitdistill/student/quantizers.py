@@ -83,11 +83,6 @@ class WeightQuantizer:
         scales = {"tensor": "", "row": ", one scale per row", "group": f", one scale per {self.group_size} columns"}
         return f"weight quantizer {self.name}{scales[self.weight_scale]}"
 
-    @property
-    def on_kernels(self) -> bool:
-        """Whether the kernels of a device compute it with these scales."""
-        return self.has_kernels and self.weight_scale == "tensor"
-
     def columns(self, layer: nn.Module) -> int | None:
         """Columns of a row that share a scale of (O, G); None where the scale broadcasts to (O, I)."""
         return {"tensor": None, "row": layer.in_features, "group": self.group_size}[self.weight_scale]

@@ -162,13 +162,34 @@ def _product(method: str) -> Callable:
     return check
 
 
+def _groups(way: str) -> Callable:
+    """The product with scales of groups of columns and of blocks, by a way of training_groups.py."""
+
+    def check(kernels, device):
+        from bitdistill.kernels.cpu import training_groups as groups
+
+        for x, weight, *_ in _tensors(device):
+            for act_scale in ("token", "block"):
+                (codes, scale), ternary = kernels.quantize_input(x, act_scale), kernels.ternarize([weight], 64)
+                for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-4)):
+                    if way in groups.possible_ways(codes, scale, ternary, dtype):
+                        ours = groups.grouped_product(codes, scale, ternary, dtype, way)
+                        ours = kernels.scaled(ours, None if scale.shape[1] > 1 else scale, None, None, torch.float32)
+                        parts = reference.quantize_weight_groups(weight, 64)
+                        _near("product", ours, reference.bit_linear(x, weight, None, parts, 64, act_scale), bound)
+
+    return check
+
+
 def checks_of(device: torch.device) -> dict[str, Callable]:
     """What is checked on a device, by name: functions of (kernels, device) that raise AssertionError."""
     checks = {}
     if device.type == "cpu":
+        from bitdistill.kernels.cpu.training_groups import WAYS
         from bitdistill.kernels.cpu.training_products import METHODS
 
         checks = {f"product {method}": _product(method) for method in METHODS}
+        checks |= {f"product {way}": _groups(way) for way in WAYS}
         checks["gradients by digits"] = _gradients_by_digits
     return checks | {
         "quantize_input": _quantize_input,

@@ -141,10 +141,11 @@ class WeightCodes:
                     result[place] = HeldCodes(layer.codes(), weight.detach(), weight._version, _Steps.begun)
                 continue
             if kernels_for(weight.device) is not None and whole and not weight.is_inference():
-                kinds.setdefault((weight.device, weight.dtype), []).append(place)
-        for (device, _), places in kinds.items():
+                kinds.setdefault((weight.device, weight.dtype, layer.quantizer.columns(layer)), []).append(place)
+        for (device, _, columns), places in kinds.items():
             weights = [self._layers[place].weight.detach() for place in places]
-            for place, weight, codes in zip(places, weights, kernels_for(device).ternarize_each(weights), strict=True):
+            ternary = kernels_for(device).ternarize_each(weights, columns)
+            for place, weight, codes in zip(places, weights, ternary, strict=True):
                 result[place] = HeldCodes(codes, weight, weight._version, _Steps.begun)
         return result
 
@@ -175,13 +176,13 @@ class Siblings:
     """Layers without SubLN that are given the same tensor.
 
     Args:
-        layers: 2 or 3 BitLinears of one in_features, all with a bias or all without.
+        layers: 2 or 3 BitLinears of one in_features and one act_scale, all with a bias or all without.
     """
 
     def __init__(self, layers: Sequence[nn.Module]):
         assert 2 <= len(layers) <= 3
         assert all(layer.subln is None for layer in layers)
-        assert len({(layer.in_features, layer.bias is None) for layer in layers}) == 1
+        assert len({(layer.in_features, layer.bias is None, layer.act_scale) for layer in layers}) == 1
         self.layers = tuple(layers)
 
     def output(self, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -200,7 +201,7 @@ class Siblings:
             biases = [sibling.bias for sibling in self.layers if sibling.bias is not None]
             weights = [sibling.weight for sibling in self.layers]
             codes = kernels.stacked([h.codes for h in held])
-            activation = kernels.quantize_input(x)
+            activation = kernels.quantize_input(x, layer.act_scale)
             y = kernels.ternary_linear(x, activation, weights, biases, codes, dtype, layer.backward)
             outputs = y.split([sibling.out_features for sibling in self.layers], dim=-1)
             shares = _Shares(key, dict(enumerate(outputs)))
@@ -214,12 +215,12 @@ class Siblings:
         """The int8 codes of x, made for the sibling that is called first and kept until the last has taken them."""
         kernels = kernels_for(x.device)
         if x.is_inference():
-            return kernels.quantize_input(x)
+            return kernels.quantize_input(x, layer.act_scale)
         storage = x.untyped_storage()
         key = (self, x.dtype, x.storage_offset(), x.shape, x.stride(), x._version)
         kept = getattr(storage, _ATTRIBUTE, None)
         if kept is None or kept[0] != key or layer not in kept[2]:
-            kept = (key, kernels.quantize_input(x), set(self.layers))
+            kept = (key, kernels.quantize_input(x, layer.act_scale), set(self.layers))
             setattr(storage, _ATTRIBUTE, kept)
         kept[2].discard(layer)
         if not kept[2]:

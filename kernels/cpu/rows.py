@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.floats import (
@@ -30,6 +31,7 @@ from bitdistill.kernels.cpu.floats import (
 )
 
 BLOCK = 64  # rows
+COMPILED = (torch.float32, torch.bfloat16)  # what kernels read
 LEAST = 1 << 19  # elements a thread, below which waking it costs more than it saves
 
 
@@ -53,6 +55,17 @@ def put(address, value, count, half):
         store(address, value)
     else:
         store_first(address, value, count)
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int, int, bool]:
+    """x as (N, I) with neighboring columns in a dtype that the kernels read; its address, row stride in bytes, is it bf16."""
+    x = x.detach()
+    if x.dtype not in COMPILED:
+        x = x.float()
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1 and rows.shape[1] > 1:
+        rows = rows.contiguous()
+    return rows, rows.data_ptr(), rows.stride(0) * rows.element_size(), rows.dtype == torch.bfloat16
 
 
 @functools.lru_cache(maxsize=1)

@@ -68,37 +68,40 @@ def _normed(value, rstd, gain, i, width, half):
 
 
 @jit
-def _quantize_normed(x, size, x_half, half, width, rstd, gain, codes, scale):
-    """The int8 codes and the scale of y, computed twice rather than kept."""
-    by, peaks = splat(rstd), splat(_EPSILON)
-    for i in range(0, width, LANES):
-        peaks = maximum_magnitude(peaks, _normed(get(x + size * i, width - i, x_half), by, gain, i, width, half))
-    peak = largest_magnitude(peaks)
-    factor = splat(_ACT_MAX / peak)
-    for i in range(0, width, LANES):
-        y = _normed(get(x + size * i, width - i, x_half), by, gain, i, width, half)
-        put_codes(codes + i, multiply(y, factor), width - i)
-    float32s(scale, 1)[0] = peak / _ACT_MAX
+def _quantize_normed(x, size, x_half, half, width, part, rstd, gain, codes, scale):
+    """The int8 codes of y and the scale of each `part` of its columns, computed twice rather than kept."""
+    by = splat(rstd)
+    for start in range(0, width, part):
+        peaks, end = splat(_EPSILON), min(width, start + part)
+        for i in range(start, end, LANES):
+            peaks = maximum_magnitude(peaks, _normed(get(x + size * i, end - i, x_half), by, gain, i, end, half))
+        peak = largest_magnitude(peaks)
+        factor = splat(_ACT_MAX / peak)
+        for i in range(start, end, LANES):
+            y = _normed(get(x + size * i, end - i, x_half), by, gain, i, end, half)
+            put_codes(codes + i, multiply(y, factor), end - i)
+        float32s(scale + 4 * (start // part), 1)[0] = peak / _ACT_MAX
 
 
 @jit
-def norm_quantize_rows(first, last, x, stride, half, width, gain, eps, codes, scale, rstd):
+def norm_quantize_rows(first, last, x, stride, half, width, part, gain, eps, codes, scale, rstd):
     """int8 codes of ``x * rstd * gain``, rows first .. last - 1.
 
     Args:
         first, last: rows.
         x: address of rows of `width` floats, bf16 where `half`.
         stride, half, width: of these rows.
+        part: columns that share a scale: `width`, or ACT_BLOCK.
         gain: address of float32 (width,). eps: float32.
-        codes: address of int8 (N, width).
-        scale, rstd: addresses of float32 (N,).
+        codes: address of int8 (N, width). scale: of float32 (N, ceil(width / part)).
+        rstd: address of float32 (N,).
     """
-    size = 2 if half else 4
+    size, parts = 2 if half else 4, (width + part - 1) // part
     for n in range(first, last):
         row = x + n * stride
         factor = _rstd(row, size, half, width, eps)
         float32s(rstd + 4 * n, 1)[0] = factor
-        _quantize_normed(row, size, half, half, width, factor, gain, codes + n * width, scale + 4 * n)
+        _quantize_normed(row, size, half, half, width, part, factor, gain, codes + n * width, scale + 4 * parts * n)
 
 
 @jit
@@ -123,7 +126,7 @@ def _activated(gate, gelu):
 
 @jit
 def gated_quantize_rows(
-    first, last, gate, gate_stride, up, up_stride, half, width, gelu, gain, eps, codes, scale, rstd
+    first, last, gate, gate_stride, up, up_stride, half, width, part, gelu, gain, eps, codes, scale, rstd
 ):
     """int8 codes of ``h * rstd * gain``, or of h where gain is 0.
 
@@ -132,9 +135,9 @@ def gated_quantize_rows(
         gate, up: addresses of rows of `width` floats.
         gate_stride, up_stride, half, width: of these rows.
         gelu: which activation.
-        gain, eps, codes, scale, rstd: as in `norm_quantize_rows`.
+        part, gain, eps, codes, scale, rstd: as in `norm_quantize_rows`.
     """
-    size = 2 if half else 4
+    size, parts = 2 if half else 4, (width + part - 1) // part
     kept = np.empty(width + LANES, np.float32)
     h = kept.ctypes.data
     for n in range(first, last):
@@ -146,7 +149,7 @@ def gated_quantize_rows(
         if gain != 0:
             factor = _rstd(h, 4, False, width, eps)
             float32s(rstd + 4 * n, 1)[0] = factor
-        _quantize_normed(h, 4, False, half, width, factor, gain, codes + n * width, scale + 4 * n)
+        _quantize_normed(h, 4, False, half, width, part, factor, gain, codes + n * width, scale + 4 * parts * n)
 
 
 @jit

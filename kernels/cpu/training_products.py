@@ -23,6 +23,7 @@ from torch import Tensor
 from bitdistill.kernels.cpu import training_blocks
 from bitdistill.kernels.cpu.choices import fastest
 from bitdistill.kernels.cpu.rows import share_rows
+from bitdistill.kernels.reference import spread_scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,22 +31,49 @@ class Ternary:
     """One or more linears, stacked: ``W_s ~ weight_scale[s] * weight_codes[rows of s]``.
 
     Args:
-        weight_codes: int8 (O, I), contiguous. weight_scale: fp32 (S,).
+        weight_codes: int8 (O, I), contiguous.
+        weight_scale: fp32 (S,), or with `columns` (O, G), one for each row and group of columns.
         sizes: rows of each.
+        columns: of a group; in_features or more for one scale per row; None for one scale per linear.
         kept: what was made of them, by name.
     """
 
     weight_codes: Tensor
     weight_scale: Tensor
     sizes: tuple[int, ...]
+    columns: int | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
 
+    def grouped(self) -> bool:
+        """Whether scales change inside a row."""
+        return self.columns is not None and self.weight_scale.shape[1] > 1
+
     def of_columns(self) -> Tensor:
-        """fp32 (O,): the weight_scale of every row."""
+        """fp32 (O,): the weight_scale of every row; where they do not change inside a row."""
+        if self.columns is not None:
+            return self.weight_scale.view(-1)
         if "columns" not in self.kept:
             sizes = torch.tensor(self.sizes)
             self.kept["columns"] = self.weight_scale.repeat_interleave(sizes, output_size=len(self.weight_codes))
         return self.kept["columns"]
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """``weight_scale * weight_codes`` (O, I) in a float dtype, made anew. Exact for scales of rows and groups, which are
+        snapped, in every dtype; rounded once for one scale per linear."""
+        (O, I), weight = self.weight_codes.shape, self.weight_codes.to(dtype)
+        if not self.grouped():
+            return weight.mul_(self.of_columns().view(-1, 1))
+        if I % self.columns:
+            return weight.mul_(spread_scales(self.weight_scale, I, self.columns))
+        weight.view(O, I // self.columns, self.columns).mul_(self.weight_scale.unsqueeze(2))
+        return weight
+
+    def half_scales(self) -> Tensor:
+        """fp16 (O / 16, G, 16), as grouped.py reads them; made once. Exact: the scales are snapped."""
+        if "halves" not in self.kept:
+            groups = self.weight_scale.shape[1]
+            self.kept["halves"] = self.weight_scale.half().view(-1, 16, groups).transpose(1, 2).contiguous()
+        return self.kept["halves"]
 
     def blocks(self, kind: str) -> Tensor:
         """The codes as training_blocks.py reads them, for `kind` "forward" or "backward"; made once."""
@@ -90,13 +118,18 @@ _left_out: set[str] = set()
 
 
 def leave_out_products(names: Sequence[str]) -> None:
-    """Never multiplies by these METHODS again in this process: they are not right on this machine."""
+    """Never multiplies by these METHODS, or WAYS of training_groups.py, again in this process: they are not right here."""
     _left_out.update(names)
 
 
+def is_left_out(name: str) -> bool:
+    """Whether a product was left out."""
+    return name in _left_out
+
+
 def has_products() -> bool:
-    """Whether the method is left that takes every shape."""
-    return "onednn" not in _left_out
+    """Whether the methods are left that take every shape; "floats" is that of training_groups.py."""
+    return not _left_out & {"onednn", "floats"}
 
 
 def possible(codes: Tensor, width: int) -> list[str]:
@@ -148,7 +181,8 @@ def dense_products_are_exact() -> bool:
 
 def _with_layout(name: str, kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
     """A product that lays out the weight itself: that is a part of its time."""
-    METHODS[name](kind, codes, Ternary(ternary.weight_codes, ternary.weight_scale, ternary.sizes), out)
+    fresh = Ternary(ternary.weight_codes, ternary.weight_scale, ternary.sizes, ternary.columns)
+    METHODS[name](kind, codes, fresh, out)
 
 
 def _fastest(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> str:

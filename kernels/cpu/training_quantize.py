@@ -1,9 +1,10 @@
 """The quantizers of training on a CPU, and the scaling of products: compiled, over rows of float32 or bf16.
 
-    quantize_rows      act_codes, act_scale          reference.quantize_activation, bit for bit
+    quantize_rows      act_codes, act_scale          reference.quantize_activation and its blocks, bit for bit
     weight_sums, weight_codes                        reference.quantize_weight, bit for bit
+    weight_groups                                    reference.quantize_weight_groups, bit for bit
     gradient_peaks, gradient_codes                   dY to int8, for both products of the fast backward pass
-    scale_rows         int32 -> float: ``acc * (row_scale * column_scale) + bias``
+    scale_rows         sums -> float: ``acc * (row_scale * column_scale) + bias``
 
 **Gradients.** In each product, the scale that varies along the summed dimension is multiplied into dY before dY is
 quantized. The other scale is applied afterwards:
@@ -30,6 +31,7 @@ from bitdistill.kernels.cpu.floats import (
     maximum_magnitude,
     multiply,
     multiply_add,
+    round_bf16,
     splat,
     store_first_codes,
     store_int8,
@@ -37,12 +39,12 @@ from bitdistill.kernels.cpu.floats import (
 )
 from bitdistill.kernels.cpu.native import float32s, float64s, int32s, int64s
 from bitdistill.kernels.cpu.rows import BLOCK, get, put
-from bitdistill.kernels.numerics import ACT_MAX, EPSILON
+from bitdistill.kernels.numerics import ACT_MAX, EPSILON, MAX_SCALE
 
 TINY = np.float32(1e-30)  # below it a peak counts as it: 127 / peak must be finite
 DIGIT = 254.0  # a rest of at most half a code, times this, is a code again
 WORK = 5  # numbers of a row of the table of `weight_sums`
-_EPSILON, _ACT_MAX = np.float32(EPSILON), np.float32(ACT_MAX)
+_EPSILON, _ACT_MAX, _MAX_SCALE = np.float32(EPSILON), np.float32(ACT_MAX), np.float32(MAX_SCALE)
 _ROUNDING = np.float32(
     1.5 * 2**23
 )  # added to a float32 below 2^22 and subtracted again, it rounds to integers, half to even
@@ -58,28 +60,31 @@ def put_codes(address, value, count):
 
 
 @jit
-def quantize_rows(first, last, x, stride, half, width, codes, scale):
+def quantize_rows(first, last, x, stride, half, width, part, codes, scale):
     """``act_codes = round(x * (127 / m))``, ``act_scale = m / 127``, ``m = max(max|x|, EPSILON)`` of rows first .. last - 1.
 
     Args:
         first, last: rows.
         x: address of rows of `width` floats, bf16 where `half`.
         stride, half, width: of these rows.
-        codes: address of int8 (N, width). scale: of float32 (N,).
+        part: columns that share a scale: `width`, or ACT_BLOCK.
+        codes: address of int8 (N, width). scale: of float32 (N, ceil(width / part)).
 
-    Numerics: bit for bit the reference. With a NaN or an infinity in a row its scale is not finite and its codes mean nothing.
+    Numerics: bit for bit the reference. With a NaN or an infinity in a part its scale is not finite and its codes mean nothing.
     """
-    size = 2 if half else 4
+    size, parts = 2 if half else 4, (width + part - 1) // part
     for n in range(first, last):
         row, out = x + n * stride, codes + n * width
-        peaks = splat(_EPSILON)
-        for i in range(0, width, LANES):
-            peaks = maximum_magnitude(peaks, get(row + size * i, width - i, half))
-        peak = largest_magnitude(peaks)
-        factor = splat(_ACT_MAX / peak)
-        for i in range(0, width, LANES):
-            put_codes(out + i, multiply(get(row + size * i, width - i, half), factor), width - i)
-        float32s(scale + 4 * n, 1)[0] = peak / _ACT_MAX
+        for p in range(parts):
+            start, end = p * part, min(width, (p + 1) * part)
+            peaks = splat(_EPSILON)
+            for i in range(start, end, LANES):
+                peaks = maximum_magnitude(peaks, get(row + size * i, end - i, half))
+            peak = largest_magnitude(peaks)
+            factor = splat(_ACT_MAX / peak)
+            for i in range(start, end, LANES):
+                put_codes(out + i, multiply(get(row + size * i, end - i, half), factor), end - i)
+            float32s(scale + 4 * (n * parts + p), 1)[0] = peak / _ACT_MAX
 
 
 @jit_sums
@@ -119,6 +124,33 @@ def weight_codes(first, last, table):
         for i in range(0, count, LANES):
             low = maximum(divide(get(weight + 4 * i, count - i, False), scale), least)
             put_codes(codes + i, subtract(zero, maximum(subtract(zero, low), least)), count - i)
+
+
+@jit
+def weight_groups(first, last, weight, width, columns, codes, scale):
+    """``clip(round(W / s), -1, 1)`` with ``s = snapped_scale(mean|W|)`` of each row and group of columns.
+
+    Args:
+        first, last: rows. weight: address of float32 (O, width). width: I.
+        columns: of a group; the last one of a row may be narrower.
+        codes: address of int8 (O, width). scale: of float32 (O, ceil(width / columns)).
+
+    Numerics: summed in float64 in the order of the columns; the scale rounded to fp32, then to bf16.
+    """
+    least, zero = splat(np.float32(-1)), splat(np.float32(0))
+    groups = (width + columns - 1) // columns
+    for row in range(first, last):
+        for group in range(groups):
+            start, end = group * columns, min(width, (group + 1) * columns)
+            at = weight + 4 * (row * width + start)
+            mean = np.float32(_sum_of_magnitudes(at, end - start) / (end - start))
+            place = scale + 4 * (row * groups + group)
+            put(place, round_bf16(splat(min(max(mean, _EPSILON), _MAX_SCALE))), 1, False)
+            by = splat(float32s(place, 1)[0])
+            for i in range(start, end, LANES):
+                value = divide(get(weight + 4 * (row * width + i), end - i, False), by)
+                low = subtract(zero, maximum(value, least))
+                put_codes(codes + row * width + i, subtract(zero, maximum(low, least)), end - i)
 
 
 @jit
@@ -222,14 +254,14 @@ def join_rows(first, last, acc, plane_stride, width, row_scale, out):
 
 
 @jit
-def scale_rows(first, last, acc, width, row_scale, column_scale, bias, out, half):
+def scale_rows(first, last, acc, integers, width, row_scale, column_scale, bias, out, half):
     """``out = acc * (row_scale * column_scale) + bias``, each operation rounded as in the reference.
 
     Args:
         first, last: rows.
-        acc: address of int32 (N, width).
-        width: O.
-        row_scale: address of float32 (N,). column_scale: of float32 (width,), or 0 for ones.
+        acc: address of (N, width) numbers, int32 where `integers`, else float32.
+        integers: which of the two. width: O.
+        row_scale: address of float32 (N,). column_scale: of float32 (width,). Either may be 0 for ones.
         bias: address of float32 (width,), or 0 for none.
         out: address of (N, width) floats, may be acc where not half.
         half: whether out is bf16.
@@ -238,17 +270,19 @@ def scale_rows(first, last, acc, width, row_scale, column_scale, bias, out, half
     for n in range(first, last):
         source, target = acc + 4 * n * width, out + size * n * width
         whole = width // LANES * LANES
-        row = float32s(row_scale + 4 * n, 1)[0]
+        row = float32s(row_scale + 4 * n, 1)[0] if row_scale != 0 else np.float32(1)
         by = splat(row)
         for i in range(0, whole, LANES):
             scale = multiply(by, get(column_scale + 4 * i, LANES, False)) if column_scale != 0 else by
-            value = multiply(load_int32(source + 4 * i), scale)
+            number = load_int32(source + 4 * i) if integers else get(source + 4 * i, LANES, False)
+            value = multiply(number, scale)
             if bias != 0:
                 value = add(value, get(bias + 4 * i, LANES, False))
             put(target + size * i, value, LANES, half)
         for i in range(whole, width):
             scale = row * float32s(column_scale + 4 * i, 1)[0] if column_scale != 0 else row
-            value = np.float32(int32s(source + 4 * i, 1)[0]) * scale
+            at = source + 4 * i
+            value = (np.float32(int32s(at, 1)[0]) if integers else float32s(at, 1)[0]) * scale
             if bias != 0:
                 value = value + float32s(bias + 4 * i, 1)[0]
             put(target + size * i, splat(value), 1, half)

@@ -279,45 +279,68 @@ def _(dy, act_codes, act_scale, weight_codes, weight_scale, sizes, x_dtype, weig
 # ---------------------------------------------------------------------------------------------------- functions
 
 
-def quantize_input(x: Tensor) -> Activation:
-    """Per-token int8 codes of x (..., I): ``reference.quantize_activation``, bit for bit. No gradient."""
+def knows(columns: int | None, act_scale: str) -> bool:
+    """Whether these kernels have weight scales of groups of `columns` (None: one per linear) and activation scales per
+    `act_scale`: they have one per linear and one per token."""
+    return columns is None and act_scale == "token"
+
+
+def quantize_input(x: Tensor, act_scale: str = "token") -> Activation:
+    """Per-token int8 codes of x (..., I): ``reference.quantize_activation``, bit for bit. No gradient.
+
+    Args:
+        x: (..., I) fp32, bf16 or fp16. act_scale: "token" (`knows`).
+    """
+    assert knows(None, act_scale)
     return Activation(*_quantize_activation(x.detach()))
 
 
-def norm_quantize_input(x: Tensor, gain: Tensor, eps: float) -> tuple[Activation, Tensor]:
+def norm_quantize_input(x: Tensor, gain: Tensor, eps: float, act_scale: str = "token") -> tuple[Activation, Tensor]:
     """int8 codes of ``rms_norm(x, gain, eps)``, and the anchor through which its gradient flows.
 
     Args:
-        x: (..., I) fp32, bf16 or fp16. gain: (I,). eps: inside the square root.
+        x: (..., I) fp32, bf16 or fp16. gain: (I,). eps: inside the square root. act_scale: "token".
 
     Returns: (Activation, anchor (..., I) in x.dtype, zeros that take no memory), differentiable in x and gain.
     """
-    act_codes, act_scale, _, anchor = _rms_norm_quantize(x, gain, eps)
-    return Activation(act_codes, act_scale), anchor
+    assert knows(None, act_scale)
+    act_codes, scale, _, anchor = _rms_norm_quantize(x, gain, eps)
+    return Activation(act_codes, scale), anchor
 
 
 def gated_quantize_input(
-    gate: Tensor, up: Tensor, gain: Tensor | None, eps: float, activation: str
+    gate: Tensor, up: Tensor, gain: Tensor | None, eps: float, activation: str, act_scale: str = "token"
 ) -> tuple[Activation, Tensor]:
     """int8 codes of ``rms_norm(act(gate) * up, gain, eps)``, or without a gain of ``act(gate) * up``, and the anchor.
 
     Args:
         gate, up: (..., I) fp32, bf16 or fp16. gain: (I,) or None. activation: one of swiglu_quantize.ACTIVATIONS.
-        eps: of the norm.
+        eps: of the norm. act_scale: "token".
 
     Returns: (Activation, anchor (..., I) in gate.dtype), differentiable in gate, up and gain.
     """
-    act_codes, act_scale, _, anchor = _swiglu_norm_quantize(gate, up, gain, eps, activation)
-    return Activation(act_codes, act_scale), anchor
+    assert knows(None, act_scale)
+    act_codes, scale, _, anchor = _swiglu_norm_quantize(gate, up, gain, eps, activation)
+    return Activation(act_codes, scale), anchor
 
 
-def ternarize(weights: Sequence[Tensor]) -> Ternary:
-    """Codes and scales of linears (O_s, I) that share an input, stacked: ``reference.quantize_weight``, bit for bit."""
+def ternarize(weights: Sequence[Tensor], columns: int | None = None) -> Ternary:
+    """Codes and scales of linears (O_s, I) that share an input, stacked: ``reference.quantize_weight``, bit for bit.
+
+    Args:
+        weights: of one dtype and device. columns: None (`knows`).
+    """
+    assert knows(columns, "token")
     return Ternary(*_quantize_weights([weight.detach() for weight in weights]))
 
 
-def ternarize_each(weights: Sequence[Tensor]) -> list[quantize.TernaryWeight]:
-    """Codes and scales of any linears (O, I) of one dtype and device, in one launch; for `stacked`."""
+def ternarize_each(weights: Sequence[Tensor], columns: int | None = None) -> list[quantize.TernaryWeight]:
+    """Codes and scales of any linears (O, I) of one dtype and device, in one launch; for `stacked`.
+
+    Args:
+        weights, columns: as in `ternarize`.
+    """
+    assert knows(columns, "token")
     return quantize.quantize_weights([weight.detach() for weight in weights])
 
 
