@@ -107,6 +107,10 @@ def make_targets(folder: Path) -> dict[str, Target]:
     packed, sealed = folder / "student.safetensors", folder / "sealed.safetensors"
     for file in (packed, sealed):
         write_packed(file, model, tokenizer_json=(base / "tokenizer.json").read_bytes())
+    grouped = folder / "grouped.safetensors"  # file version 4: scales of groups of columns, activations in blocks
+    wide = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(config.to_dict() | {"intermediate_size": 80})))
+    refine(wide, norms="none", weight_scale="group", group_size=64, act_scale="block")
+    write_packed(grouped, wide, tokenizer_json=(base / "tokenizer.json").read_bytes())
     gguf = folder / "base.gguf"
     stock = transformers.Qwen3ForCausalLM(config)
     refine(stock, norms="none")
@@ -141,6 +145,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
     text = "the cat was good"
     return {
         "packed file": Target(packed, lambda: _packed(packed), "binary", exact=True, share=16),
+        "packed file, groups and blocks": Target(grouped, lambda: _packed(grouped), "binary", exact=True, share=4),
         "packed config, sealed again": Target(folder / "config.txt", lambda: _sealed(folder), "json", share=16),
         "base: model.safetensors": Target(base / "model.safetensors", lambda: _names(open_model(base)), "binary"),
         "base: config.json": Target(base / "config.json", lambda: _names(open_model(base)), "json"),

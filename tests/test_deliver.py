@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from test_gguf_file import TEXTS, byte_level, student
 
 from bitdistill.commands.export import export
@@ -100,6 +101,39 @@ def test_a_file_that_disagrees_is_removed(run, monkeypatch):
     with pytest.raises(UserError, match=r"mean KL of at most 0\.05.*was removed"):
         deliver.deliver(run / "distill", "transformers", None, deliver.proof_texts(run))
     assert not (run / "export" / "student-transformers").exists()
+
+
+def one_scale_wrong(tensors):
+    """Of one matrix: four times too large."""
+    tensors["model.layers.0.mlp.down_proj.weight_scale"].mul_(4)
+
+
+def rows_in_another_order(tensors):
+    """Of one matrix, by one place, as an exporter does that permutes query rows where the tool does not."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].roll(1, 0).contiguous()
+
+
+@pytest.mark.parametrize("damage", [one_scale_wrong, rows_in_another_order])
+def test_a_damaged_file_falls_below_the_bar(run, damage, monkeypatch):
+    """The negative control of the proof: transformers itself opens the damaged file and answers wrongly."""
+    save_student(run / "distill", student("llama", tie_word_embeddings=True), byte_level())
+    write = deliver.write_hugging_face
+
+    def damaged(path, *rest):
+        written = write(path, *rest)
+        tensors = load_file(path / "model.safetensors")
+        damage(tensors)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return written
+
+    proof = deliver.deliver(run / "distill", "transformers", run / "right", deliver.proof_texts(run))["proof"]
+    assert proof["mean_kl"] < 0.2 * agreement.MAX_MEAN_KL
+    monkeypatch.setattr(deliver, "write_hugging_face", damaged)
+    with pytest.raises(UserError, match="was removed") as refused:
+        deliver.deliver(run / "distill", "transformers", run / "wrong", deliver.proof_texts(run))
+    assert float(refused.value.got.split()[0]) > 3 * agreement.MAX_MEAN_KL, refused.value.got
+    assert not (run / "wrong").exists()
 
 
 def test_a_tool_that_is_not_installed_leaves_it_unproven(run, monkeypatch):
