@@ -93,7 +93,7 @@ class RefineConfig:
             (absmean, gptq and tequila); the baseline has one per tensor. A group costs 16 / group_size bits per weight.
         group_size: columns of a group: 64, 128 or 256.
         act_scale: what has an int8 scale of its own among the activations: a token (the paper), or each block of 32 columns of
-            a token, as llama.cpp rounds them. With block a GPU trains the ternary layers in plain PyTorch; the baseline has token.
+            a token, as llama.cpp rounds them. On a GPU block means plain PyTorch for the ternary layers; the baseline has token.
         vocabulary: full, or trimmed to the tokens that the training texts use and those that their merges need, for teacher
             and student alike (docs/method.md). The embedding becomes smaller; other texts become more and shorter tokens.
         vocabulary_threshold: a trimmed vocabulary keeps tokens that occur more often than this.
