@@ -171,10 +171,12 @@ def _groups(way: str) -> Callable:
         for x, weight, *_ in _tensors(device):
             for act_scale in ("token", "block"):
                 (codes, scale), ternary = kernels.quantize_input(x, act_scale), kernels.ternarize([weight], 64)
+                blocks, grouped = scale.shape[1] > 1, ternary.grouped()
                 for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-4)):
-                    if way in groups.possible_ways(codes, scale, ternary, dtype):
+                    if (blocks or grouped) and way in groups.possible_ways(codes, scale, ternary, dtype):
                         ours = groups.grouped_product(codes, scale, ternary, dtype, way)
-                        ours = kernels.scaled(ours, None if scale.shape[1] > 1 else scale, None, None, torch.float32)
+                        rest = None if blocks else scale, None if grouped else ternary.of_columns()
+                        ours = kernels.scaled(ours, *rest, None, torch.float32)
                         parts = reference.quantize_weight_groups(weight, 64)
                         _near("product", ours, reference.bit_linear(x, weight, None, parts, 64, act_scale), bound)
 
