@@ -13,7 +13,7 @@ activations unrounded, and the compiled runtime that users run.
    rounded masters. Where the embedding was trained in the file's format, this is what training multiplied with.
 3. Every quantized product: given the student's own activations after SubLN, each BitLinear of both implementations gives
    the student's output within MAX_PRODUCT of the token's peak (on a CPU bit for bit; one unit of an accumulator would be
-   about 1e-4). Only for the first prompt.
+   about 1e-4), or MAX_GROUPED_PRODUCT where groups or blocks are added up in floats. Only for the first prompt.
 4. Everything else, with activations left unrounded on both sides, so that no code can flip: the logits of the plain forward
    equal the student's to float noise, MAX_UNROUNDED of their standard deviation. A wrong eps, gain, bias, RoPE or window
    fails here.
