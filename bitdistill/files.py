@@ -3,6 +3,9 @@
 A file is written under a temporary name beside its own, flushed to the disk (fsync), and renamed. Whoever reads it, even
 after a crash or a power cut, therefore finds the old content or the new one, never a part. Temporary names begin with a dot
 and end in ".tmp". `remove_leftovers` removes those that a killed process has left.
+
+Safetensors and the tempfile module create files that only their owner may read. `apply_umask` gives them the mode that `open`
+would have given them, so that a student can be served under another account.
 """
 
 import contextlib
@@ -27,6 +30,10 @@ FULL_WORDS = (
 )
 LOCKED_WORDS = ("Read-only file system", "Permission denied")
 
+# The umask can only be read by setting it, for all threads: once, before there are any.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
@@ -35,6 +42,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        apply_umask(temporary)
         flush(temporary)
         os.replace(temporary, path)
         flush(path.parent)
@@ -87,10 +95,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def apply_umask(*paths: Path) -> None:
+    """Gives files of ours at least the rights that the umask leaves to new ones."""
+    for path in paths:
+        path.chmod(path.stat().st_mode | (0o666 & ~_UMASK))
+
+
 def flush_tree(folder: Path) -> None:
-    """fsync of every file and folder below `folder`, and of itself."""
+    """fsync of every file and folder below `folder`, and of itself; the files get the rights that the umask leaves."""
     for root, _, files in os.walk(folder):
         for name in files:
+            apply_umask(Path(root, name))
             flush(Path(root, name))
         flush(Path(root))
 

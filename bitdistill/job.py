@@ -19,7 +19,7 @@ import torch
 import yaml
 from transformers import Qwen3Config
 
-from bitdistill import preflight
+from bitdistill import preflight, preflight_checks
 from bitdistill.config import RunConfig, TrainingConfig
 from bitdistill.data.demo import demo_of_run
 from bitdistill.data.sources import Sources
@@ -34,6 +34,7 @@ from bitdistill.identity import Identities
 from bitdistill.kernels.cpu.bf16 import has_bf16_products
 from bitdistill.lock import lock_folder
 from bitdistill.names import SETTINGS
+from bitdistill.problems import Report
 from bitdistill.reporting.versions import versions
 from bitdistill.runtime.header import Header
 from bitdistill.stages import NOT_RUN, RunDirectory, Stage
@@ -88,9 +89,9 @@ class Job:
         choose_kernels(config.kernels)
         self._refuse_impossible()
         process_group.say(self._engine())
-        preflight.check_folder(self.root)
+        preflight_checks.check_folder(self.root)
         self.identities = Identities(self.root / ".digests.json", keep=process_group.is_main())
-        self.report = preflight.Report()
+        self.report = Report()
         self.model, self.teacher = (self._as_folder(source) for source in (config.model, config.teacher.model))
         self.full_tokenizer_folder = self.model
         self.sources = self._sources()

@@ -10,10 +10,11 @@
   padding, BPE dropout.
 """
 
+import contextlib
 import json
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer
 
@@ -21,6 +22,38 @@ from bitdistill.errors import UserError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _PROBES = ("a", "A", "1", ".", "的")
+
+
+@contextlib.contextmanager
+def tokenizer_errors(where: str) -> Iterator[None]:
+    """Inside, an error of the tokenizers library is a UserError about the tokenizer.
+
+    The library raises the bare class Exception. Where its Rust code panics, it raises a PanicException, which is a
+    BaseException, cannot be imported, and has been announced on stderr by Rust itself.
+
+    Args:
+        where: the file, for the message.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        got, do = f"{where} ({error})", "Copy it again from the model's repository."
+        raise UserError("tokenizer", expected="a tokenizer.json that describes one", got=got, do=do) from error
+
+
+def tokenizer_of(text: str, where: str) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes.
+
+    Args:
+        text: the content of the file. where: the file, for the message.
+
+    Raises:
+        UserError: it describes none.
+    """
+    with tokenizer_errors(where):
+        return Tokenizer.from_str(text)
 
 
 class TextTokens:
@@ -147,7 +180,8 @@ class TextTokens:
 
     def _encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         try:
-            return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+            with tokenizer_errors("one that cannot encode a text"):
+                return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError:
             for number, text in enumerate(texts, start=1):
                 check_unicode(text, f"text {number}" if len(texts) > 1 else "text")

@@ -40,6 +40,27 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert [Path(event).suffix or Path(event).name for event in events] == [".tmp", "rename", tmp_path.name]
 
 
+def test_files_of_libraries_get_the_rights_that_the_umask_leaves(tmp_path):
+    code = """if True:
+        import os, sys, pathlib
+        os.umask(int(sys.argv[1], 8))
+        import numpy as np
+        from safetensors.numpy import save_file
+        from bitdistill.distributed.checkpoint import save_folder_atomically
+        from bitdistill.files import whole_file
+        with whole_file("one.safetensors") as path:
+            save_file({"x": np.ones(1)}, path)
+        with save_folder_atomically("folder") as folder:
+            save_file({"x": np.ones(1)}, folder / "two.safetensors")
+        for path in ("one.safetensors", "folder/two.safetensors"):
+            print(oct(pathlib.Path(path).stat().st_mode & 0o777))
+    """
+    for umask, mode in (("022", "0o644"), ("027", "0o640"), ("077", "0o600")):
+        command = [sys.executable, "-c", code, umask]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [mode, mode]
+
+
 def test_what_killed_processes_left_is_removed(tmp_path):
     (tmp_path / ".x.123.tmp").touch()
     (tmp_path / "kept.tmp").touch()

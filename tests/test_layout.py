@@ -55,7 +55,16 @@ GRAPH = {name: imports(path, FILES) for name, path in FILES.items()}
 # (errors, names, stages) are a room each.
 # Rooms that import nothing of the project; every room may import them.
 LEAVES = {"errors", "names", "cpus", "folders", "files", "lock"}
-GROUND = LEAVES | {"argument_errors", "text_files", "yaml_files", "text_tokens", "prompts", "kernels", "distributed"}
+GROUND = LEAVES | {
+    "problems",
+    "argument_errors",
+    "text_files",
+    "yaml_files",
+    "text_tokens",
+    "prompts",
+    "kernels",
+    "distributed",
+}
 ALLOWED = {
     "kernels": LEAVES,
     "distributed": LEAVES,
@@ -74,6 +83,8 @@ ALLOWED = {
     "text_tokens": {"errors"},
     "prompts": {"errors", "text_tokens"},
     "stages": GROUND,
+    "problems": {"errors"},
+    "preflight_checks": GROUND | {"student", "training"},
     "planning": {"errors", "kernels"},
     "student": GROUND,
     "data": GROUND,

@@ -283,8 +283,21 @@ def test_added_tokens_beyond_the_embedding_are_taken_out(base, tmp_path):
     assert loaded.chat_template == own.chat_template
 
 
+# The Rust code of the tokenizers library cuts the prefix off the second token of each merge, and panics where it is shorter.
+PANIC = json.dumps(
+    {
+        "model": {
+            "type": "BPE",
+            "vocab": {"a": 0, "b": 1, "ab": 2},
+            "merges": ["a b"],
+            "continuing_subword_prefix": "###",
+        }
+    }
+)
+
+
 @pytest.mark.parametrize(
-    "content", ["", "{", "{}", "[]", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}']
+    "content", ["", "{", "{}", "[]", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}', PANIC]
 )
 def test_a_damaged_tokenizer_is_one_line(base, content):
     (base / "tokenizer.json").write_text(content)

@@ -11,10 +11,10 @@ import yaml
 from tiny_gguf import CONFIGS, model_of, write_gguf
 from transformers import Qwen3Config
 
-from bitdistill import preflight
+from bitdistill import preflight_checks
 from bitdistill.command_line import explicit_settings
 from bitdistill.errors import UserError
-from bitdistill.preflight import Problems, Report
+from bitdistill.problems import Problems, Report
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -35,14 +35,14 @@ def test_a_report_collects_every_problem_and_says_them_together():
 
 
 def test_defaults_become_the_models_limit_and_wishes_beyond_it_are_refused():
-    assert preflight.fitted_length("max_length", 256, 256, explicit=True) == 256
-    assert preflight.fitted_length("max_length", 512, 256, explicit=False) == 256
+    assert preflight_checks.fitted_length("max_length", 256, 256, explicit=True) == 256
+    assert preflight_checks.fitted_length("max_length", 512, 256, explicit=False) == 256
     with pytest.raises(UserError, match=r"max_length: expected at most 256.* got 512"):
-        preflight.fitted_length("max_length", 512, 256, explicit=True)
-    assert preflight.fitted_dtype("gemma3_text", "float16", explicit=False) == "bfloat16"
-    assert preflight.fitted_dtype("qwen3", "float16", explicit=True) == "float16"
+        preflight_checks.fitted_length("max_length", 512, 256, explicit=True)
+    assert preflight_checks.fitted_dtype("gemma3_text", "float16", explicit=False) == "bfloat16"
+    assert preflight_checks.fitted_dtype("qwen3", "float16", explicit=True) == "float16"
     with pytest.raises(UserError, match="65,504"):
-        preflight.fitted_dtype("gemma3_text", "float16", explicit=True)
+        preflight_checks.fitted_dtype("gemma3_text", "float16", explicit=True)
 
 
 def test_what_a_command_line_gives_is_told_from_defaults(tmp_path):
@@ -57,32 +57,32 @@ def test_what_a_command_line_gives_is_told_from_defaults(tmp_path):
 @pytest.mark.parametrize("name", ["cosin", "", "warmup_stable_decay", "reduce_lr_on_plateau", "cosine_with_min_lr"])
 def test_schedules_that_transformers_cannot_make_are_refused(name):
     with pytest.raises(UserError, match=r"distill\.lr_scheduler_type: expected one of linear, cosine,"):
-        preflight.check_schedule("distill.lr_scheduler_type", name)
-    preflight.check_schedule("distill.lr_scheduler_type", "constant_with_warmup")
+        preflight_checks.check_schedule("distill.lr_scheduler_type", name)
+    preflight_checks.check_schedule("distill.lr_scheduler_type", "constant_with_warmup")
 
 
 def test_trackers_must_be_known_and_installed():
-    preflight.check_trackers([])
-    preflight.check_trackers(["none"])
+    preflight_checks.check_trackers([])
+    preflight_checks.check_trackers(["none"])
     with pytest.raises(UserError, match="'tensorbord'"):
-        preflight.check_trackers(["tensorbord"])
+        preflight_checks.check_trackers(["tensorbord"])
     with pytest.raises(UserError, match=r"neptune, which is not"):
-        preflight.check_trackers(["neptune"])
+        preflight_checks.check_trackers(["neptune"])
 
 
 def test_surgery_is_tried_without_numbers():
     usual = {"norms": "two", "subln_eps": None, "weight_quantizer": "absmean"}
     for config in CONFIGS.values():
-        assert "SubLN added" in preflight.check_surgery(config, embedding="int4", **usual)
+        assert "SubLN added" in preflight_checks.check_surgery(config, embedding="int4", **usual)
     odd = Qwen3Config(**CONFIGS["qwen3"].to_dict() | {"hidden_size": 48})
     with pytest.raises(UserError, match="int4"):
-        preflight.check_surgery(odd, embedding="int4", **usual)
+        preflight_checks.check_surgery(odd, embedding="int4", **usual)
 
 
 def test_relations_between_models_of_different_shape():
     one, other = CONFIGS["qwen3"], Qwen3Config(**CONFIGS["qwen3"].to_dict() | {"num_attention_heads": 6})
-    preflight.check_relations(one, one, layers=[-1, 0], teacher_layers=None, convention="eq12", split_heads=None)
-    preflight.check_relations(other, one, layers=[-1], teacher_layers=[1], convention="eq12", split_heads=4)
+    preflight_checks.check_relations(one, one, layers=[-1, 0], teacher_layers=None, convention="eq12", split_heads=None)
+    preflight_checks.check_relations(other, one, layers=[-1], teacher_layers=[1], convention="eq12", split_heads=4)
     for settings, word in (
         ({"layers": [2], "teacher_layers": None, "split_heads": None}, "relation_layers"),
         ({"layers": [0], "teacher_layers": [-3], "split_heads": None}, "relation_layers"),
@@ -91,28 +91,30 @@ def test_relations_between_models_of_different_shape():
         ({"layers": [0], "teacher_layers": None, "split_heads": 5}, "split_heads"),
     ):
         with pytest.raises(UserError, match=word):
-            preflight.check_relations(other, one, convention="eq12", **settings)
+            preflight_checks.check_relations(other, one, convention="eq12", **settings)
 
 
 def test_memory_and_disk_are_compared_with_what_is_free(tmp_path):
-    assert 0 < preflight.free_memory() < 1 << 62
+    assert 0 < preflight_checks.free_memory() < 1 << 62
     needed = {"teacher": {"weights": 1e9}, "pretrain": {"weights": 1e9, "optimizer": 2e9}}
-    assert preflight.check_memory(needed, 4 * 10**9, 1, "of memory").startswith("3 GB of memory for stage pretrain")
+    assert preflight_checks.check_memory(needed, 4 * 10**9, 1, "of memory").startswith(
+        "3 GB of memory for stage pretrain"
+    )
     with pytest.raises(UserError, match=r"6 GB of memory for stage pretrain \(weights 2, optimizer 4\)"):
-        preflight.check_memory(needed, 4 * 10**9, 2, "of memory")  # two ranks share what is free
+        preflight_checks.check_memory(needed, 4 * 10**9, 2, "of memory")  # two ranks share what is free
     # checkpoints are gone when the next stage begins; a replaced result is there until the new one is whole
-    assert preflight.peak_on_disk([(30, 10, 0), (0, 10, 0)]) == 40
-    assert preflight.peak_on_disk([(0, 10, 10), (5, 10, 0)]) == 15
-    preflight.check_disk(tmp_path, 0)
+    assert preflight_checks.peak_on_disk([(30, 10, 0), (0, 10, 0)]) == 40
+    assert preflight_checks.peak_on_disk([(0, 10, 10), (5, 10, 0)]) == 15
+    preflight_checks.check_disk(tmp_path, 0)
     with pytest.raises(UserError, match="output_dir"):
-        preflight.check_disk(tmp_path, 1 << 62)
+        preflight_checks.check_disk(tmp_path, 1 << 62)
 
 
 def test_the_folder_of_the_run_must_take_files(tmp_path):
-    preflight.check_folder(tmp_path / "new" / "run")
+    preflight_checks.check_folder(tmp_path / "new" / "run")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="output_dir"):
-        preflight.check_folder(tmp_path / "file" / "run")
+        preflight_checks.check_folder(tmp_path / "file" / "run")
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitdistill.data.tasks import MAX_PROBLEMS, Task, load_rows, load_task, row_problems
+from bitdistill.data.tasks import MAX_PROBLEMS, Task, load_rows, load_task
 from bitdistill.errors import UserError
+from bitdistill.problems import Problems, Report
 
 REVIEW = {
     "name": "review", "kind": "classification", "prompt": "{text}\nIt was", "truncate_column": "text",
@@ -299,16 +300,18 @@ def test_a_blank_target_is_named_in_the_files_own_count(tmp_path):
 
 def test_all_problems_of_a_file_at_once(tmp_path):
     rows = ['{"text": "a", "label": 0}', '{"text": null, "label": 7}', '{"label": 0}']
-    problems = row_problems(TASK, file=save(tmp_path / "a.jsonl", "\n".join(rows)))
+    with pytest.raises(Problems) as error:
+        load_rows(TASK, file=save(tmp_path / "a.jsonl", "\n".join(rows)))
+    problems = error.value.problems
     assert [problem.field.rpartition(": ")[2] for problem in problems] == ["text", "label", "text"]
     assert ["row 2" in problem.got for problem in problems] == [True, True, False]
-    assert row_problems(TASK, file=save(tmp_path / "b.jsonl", rows[0])) == []
-    many = row_problems(TASK, file=save(tmp_path / "c.jsonl", "\n".join([rows[1]] * 50)))
-    assert len(many) == MAX_PROBLEMS
-    [unreadable] = row_problems(TASK, file=save(tmp_path / "d.jsonl", "{"))
-    assert "read as json" in str(unreadable)
-    [absent] = row_problems(TASK, file=str(tmp_path / "no.csv"))
-    assert absent.field == "--train_file"
+    with pytest.raises(Problems) as error:
+        load_rows(TASK, file=save(tmp_path / "c.jsonl", "\n".join([rows[1]] * 50)))
+    assert len(error.value.problems) == MAX_PROBLEMS
+    report = Report()
+    with report.part("training rows"):
+        load_rows(TASK, file=save(tmp_path / "c.jsonl", "\n".join([rows[1]] * 50)))
+    assert len(report.problems) == MAX_PROBLEMS  # a line of the table for each
 
 
 def test_columns_that_no_prompt_uses_are_left_alone(tmp_path):

@@ -15,6 +15,7 @@ from bitdistill.export.gguf_file import write_gguf
 from bitdistill.export.hugging_face import FORMATS, write_hugging_face
 from bitdistill.export.targets import TARGETS, Choice, matrix_sizes, matrix_types, obstacles, settings_for, verdicts
 from bitdistill.names import DEPLOY_TARGETS
+from bitdistill.problems import Report
 from bitdistill.student.layers import bit_linears
 from bitdistill.student.refine import refine
 
@@ -119,7 +120,7 @@ def test_the_matrix_says_what_the_writers_do(weight_scale, group_size, middle, t
 
 def fitted(*arguments, base=None):
     settings = parse_config(list(arguments))[0]
-    report = preflight.Report()
+    report = Report()
     explicit = {argument[2:] for argument in arguments if argument.startswith("--")}
     preflight.fit_to_target(settings, base or config("qwen3"), explicit, report)
     return settings, report

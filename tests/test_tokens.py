@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from bitdistill.data import tasks
 from bitdistill.errors import UserError
 from bitdistill.prompts import Task, label_tokens, prompt_texts, text_tokens
-from bitdistill.text_tokens import TextTokens, check_unicode
+from bitdistill.text_tokens import TextTokens, check_unicode, tokenizer_of
 
 REVIEW = {
     "name": "review", "kind": "classification", "prompt": "{text}\nIt was", "truncate_column": "text",
@@ -382,3 +382,17 @@ def test_the_harness_asks_with_the_tokens_of_training(tmp_path):
         got = [ours._encode_pair(*request.args) for request in asked.instances]
         assert got == [(prompt, word) for prompt in prompts for word in words]
         assert ours.tok_encode("it was") == packed(tokenizer).encode_prompt("it was"), "and no EOS in others' prompts"
+
+
+def test_errors_of_the_tokenizers_library_are_one_line():
+    merged = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], "continuing_subword_prefix": "###"}
+    for content in ({}, {"model": merged}):  # of the second, the library's Rust code panics
+        with pytest.raises(UserError, match="tokenizer") as error:
+            tokenizer_of(json.dumps(content), "here/tokenizer.json")
+        assert "here/tokenizer.json" in str(error.value)
+    words = TextTokens(
+        tokenizer_of(json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}), "")
+    )
+    assert words.encode(["a"]) == [[0]]
+    with pytest.raises(UserError, match="cannot encode"):  # the unknown token is not in the vocabulary
+        words.encode(["b"])

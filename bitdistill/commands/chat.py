@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from bitdistill.commands.options import Parser, add_runtime_options, require_at_least
+from bitdistill.commands.options import Parser, add_runtime_options, require_at_least, take_runtime_options
 from bitdistill.errors import UserError
 
 HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -13,10 +13,7 @@ def chat(
     run_or_file: str,
     system: str | None = None,
     max_new_tokens: int = 512,
-    threads: int | None = None,
-    kv_cache: str = "bf16",
-    context: int | None = None,
-    **sampling: Any,
+    **options: Any,
 ) -> None:
     """Answers line by line, with the whole conversation before it; says so when the oldest turns no longer fit.
 
@@ -24,7 +21,8 @@ def chat(
         run_or_file: a run directory, or a packed file.
         system: a message to begin with.
         max_new_tokens: tokens of an answer, at most.
-        threads, kv_cache, context, sampling: see `chat_options`; what is not given is the base's own recommendation.
+        options: the others of `chat_options`: threads, kv_cache, context and those of sampling; of the latter, what is not given
+            is the base's own recommendation.
 
     Raises:
         UserError: the file has no chat template, or a setting is out of its range.
@@ -33,9 +31,9 @@ def chat(
     from bitdistill.runtime.conversation import require_chat
     from bitdistill.runtime.loading import load
 
-    runtime = load(run_or_file, threads, kv_cache, context)
+    runtime = load(run_or_file, **take_runtime_options(options))
     require_chat(runtime)
-    chosen = runtime.header.sampling(**sampling)
+    chosen = runtime.header.sampling(**options)
     begin = [] if system is None else [{"role": "system", "content": system}]
     shown = sys.stdin.isatty()
     if shown:

@@ -2,9 +2,10 @@
 
 import json
 import sys
+from typing import Any
 
 from bitdistill import console
-from bitdistill.commands.options import Parser, add_runtime_options
+from bitdistill.commands.options import Parser, add_runtime_options, take_runtime_options
 from bitdistill.errors import UserError
 from bitdistill.text_files import decode, user_path
 
@@ -18,11 +19,8 @@ def generate(
     stop: list[str] | None = None,
     special_tokens: bool = False,
     device: str = "cpu",
-    threads: int | None = None,
-    kv_cache: str = "bf16",
-    context: int | None = None,
     profile: bool = False,
-    **sampling,
+    **options: Any,
 ) -> None:
     """Continues a prompt with a packed student, printing text as it comes; or each line of a file, as JSON lines.
 
@@ -31,9 +29,10 @@ def generate(
         prompt: the text to continue.
         prompts_file: a file with one prompt per line ("-" reads standard input), in its place. Answers come in that order, each
             {"index", "prompt", "text", "prompt_tokens", "cached_tokens", "new_tokens", "stopped_by"}.
-        slots, max_new_tokens, stop, special_tokens, threads, kv_cache, context, sampling: see `generate_options`.
+        slots, max_new_tokens, stop, special_tokens: see `generate_options`.
         device: "cpu", or a GPU: "cuda", "cuda:1".
         profile: also print where the time of a decoding step goes.
+        options: the others of `generate_options`: threads, kv_cache, context and those of sampling.
 
     Raises:
         UserError: no such file, no prompt or two, or a setting out of its range.
@@ -44,18 +43,18 @@ def generate(
     from bitdistill.runtime.loading import find_packed
     from bitdistill.runtime.sampling import Sampling
 
-    path, sampling = find_packed(run_or_file), Sampling(**sampling)
+    path, runtime_options, sampling = find_packed(run_or_file), take_runtime_options(options), Sampling(**options)
     if device == "cpu":
         from bitdistill.runtime.cpu import Runtime
 
-        runtime = Runtime(path, threads, kv_cache, context)
+        runtime = Runtime(path, **runtime_options)
     else:
-        if prompts_file is not None or profile or threads is not None:
+        if prompts_file is not None or profile or runtime_options.pop("threads", None) is not None:
             got = f"{device} with --prompts_file, --profile or --threads"
             raise UserError("device", expected="cpu for these options", got=got, do="Leave one of them out.")
         from bitdistill.runtime.cuda import CudaRuntime
 
-        runtime = CudaRuntime(path, device, context, kv_cache)
+        runtime = CudaRuntime(path, device, **runtime_options)
     if prompts_file is not None:
         _generate_lines(runtime, prompts_file, slots, max_new_tokens, stop or (), sampling, special_tokens)
     else:

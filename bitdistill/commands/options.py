@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from bitdistill.argument_errors import refused
 from bitdistill.errors import UserError
@@ -22,6 +23,11 @@ def add_runtime_options(parser: Parser, context: str = "the model's own limit") 
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--kv_cache", default="bf16", help="how keys and values are kept: bf16 (default), fp32 or int8")
     parser.add_argument("--context", type=int, help=f"positions of the context, at most (default: {context})")
+
+
+def take_runtime_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of a command's options those of `add_runtime_options`, which are a runtime's own arguments."""
+    return {name: options.pop(name) for name in ("threads", "kv_cache", "context") if name in options}
 
 
 def require_at_least(option: str, number: int | None, least: int) -> None:

@@ -36,23 +36,21 @@ def predict(
     overwrite: bool = False,
     max_new_tokens: int | None = None,
     json: bool = False,
-    threads: int | None = None,
-    kv_cache: str = "bf16",
-    context: int | None = None,
+    **runtime_options: Any,
 ) -> None:
     """Prints the answer to one row, or writes the answers to the rows of a file.
 
     Args:
         run_or_file: a run directory, or a packed file.
         texts: the row, one text for each column of the prompt, in its order.
-        input, output, input_format, columns, overwrite, max_new_tokens, json, threads, kv_cache, context: see
-            `predict_options`.
+        input, output, input_format, columns, overwrite, max_new_tokens, json: see `predict_options`.
+        runtime_options: threads, kv_cache and context, as `runtime.loading.load` takes them.
 
     Raises:
         UserError: the file does not know its task; neither a row nor a file is given; a row that cannot be read or used,
             named by its number; an output that belongs to something else.
     """
-    for option, number in (("max_new_tokens", max_new_tokens), ("threads", threads)):
+    for option, number in (("max_new_tokens", max_new_tokens), ("threads", runtime_options.get("threads"))):
         require_at_least(option, number, 1)
     if bool(texts) == (input is not None):
         got = "both" if texts else "neither"
@@ -60,7 +58,7 @@ def predict(
     from bitdistill.runtime.loading import load
     from bitdistill.runtime.predict import needed_task
 
-    runtime = load(run_or_file, threads, kv_cache, context)
+    runtime = load(run_or_file, **runtime_options)
     task = needed_task(runtime)
     if texts:
         _predict_one(runtime, task, texts, max_new_tokens, json)

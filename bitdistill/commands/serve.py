@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from bitdistill.commands.options import Parser, add_runtime_options, require_at_least
+from bitdistill.commands.options import Parser, add_runtime_options, require_at_least, take_runtime_options
 from bitdistill.errors import UserError
 from bitdistill.text_files import read_text, user_path
 
@@ -16,10 +16,7 @@ def serve(
     port: int = 8000,
     api_key_file: str | None = None,
     model_name: str | None = None,
-    threads: int | None = None,
-    kv_cache: str = "bf16",
-    context: int | None = None,
-    **limits: Any,
+    **options: Any,
 ) -> int:
     """Serves a packed student until SIGTERM or Ctrl-C.
 
@@ -28,13 +25,14 @@ def serve(
         host, port: where to listen; only this machine by default.
         api_key_file: its first line is what clients must send; the variable BITDISTILL_API_KEY does the same.
         model_name: what /v1/models calls it; by default the base's name and the task's.
-        threads, kv_cache, context, limits: see `serve_options`.
+        options: the others of `serve_options`: threads, kv_cache, context, and the limits.
 
     Returns: the exit status.
 
     Raises:
         UserError: an option out of its range, a port that is taken, or the extra `serve` is not installed.
     """
+    runtime_options, limits = take_runtime_options(options), options
     for option, number in limits.items():
         require_at_least(option, number, 1)
     if not 0 <= port <= 65535:
@@ -58,9 +56,9 @@ def serve(
     from bitdistill.serving.limits import Limits
 
     path = find_packed(run_or_file)
-    if context is None:  # a KV cache for every slot: a long context would take all memory
-        context = min(read_packed(path).config.max_position_embeddings, DEFAULT_CONTEXT)
-    runtime = Runtime(path, threads, kv_cache, context)
+    if runtime_options.get("context") is None:  # a KV cache for every slot: a long context would take all memory
+        runtime_options["context"] = min(read_packed(path).config.max_position_embeddings, DEFAULT_CONTEXT)
+    runtime = Runtime(path, **runtime_options)
     return run_server(runtime, host, port, key, model_name, Limits(**limits))
 
 

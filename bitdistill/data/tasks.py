@@ -44,6 +44,7 @@ from bitdistill.argument_errors import did_you_mean
 from bitdistill.data.rows import READERS, Literal, Row, RowFile
 from bitdistill.errors import UserError
 from bitdistill.kernels.numerics import IGNORED
+from bitdistill.problems import raise_all
 from bitdistill.prompts import Task, Unfit, answer_tokens, fit_prompts, label_tokens, row_text, text_of
 from bitdistill.text_files import COMPRESSED, kind_of, user_path
 from bitdistill.yaml_files import read_yaml
@@ -115,25 +116,17 @@ def load_rows(
         seed: of that draw.
 
     Raises:
-        UserError: hub out of reach, unreadable or empty file, missing column, a value that is no text, unknown label.
+        UserError: hub out of reach, unreadable or empty file, missing column, a value that is no text, unknown label; a
+            `Problems` with the first MAX_PROBLEMS of them where there are several.
     """
     if limit is not None and limit < 1:
         raise UserError("max_rows", expected="at least 1", got=str(limit), do="Leave it out for all rows.")
     rows, problems = _read(task, split, file)
-    if problems:
-        raise problems[0]
+    raise_all(problems)
     if limit is not None and limit < len(rows):
         generator = torch.Generator().manual_seed(seed)
         rows = rows.select(sorted(torch.randperm(len(rows), generator=generator)[:limit].tolist()))
     return rows
-
-
-def row_problems(task: Task, split: str = "train", file: str | None = None) -> list[UserError]:
-    """Everything that `load_rows` would refuse in a split, up to MAX_PROBLEMS of its rows; none where all is well."""
-    try:
-        return _read(task, split, file)[1]
-    except UserError as error:
-        return [error]
 
 
 def _read(task: Task, split: str, file: str | None) -> tuple[Dataset | None, list[UserError]]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill.errors import UserError
+from bitdistill.files import apply_umask
 from bitdistill.student.layers import bit_linears
 
 FORMATS = ("transformers", "compressed-tensors", "mlx")
@@ -131,6 +132,7 @@ def write_hugging_face(folder: str | Path, model: nn.Module, tokenizer, format: 
         save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx" if format == "mlx" else "pt"})
         _write_config(folder, model, format, dtype, _groups(codes_of))
         tokenizer.save_pretrained(folder)
+        apply_umask(folder / "model.safetensors")
         held = load_file(folder / "model.safetensors")
         for name, (codes, scale_OG) in codes_of.items():
             expected = codes * scale_OG.repeat_interleave(codes.shape[1] // scale_OG.shape[1], dim=1)

@@ -30,6 +30,7 @@ from bitdistill.runtime.packed_file import (
     config_checksum,
     data_checksum,
 )
+from bitdistill.text_tokens import tokenizer_of
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
@@ -255,9 +256,7 @@ def _tokenizer_eos(tokenizer_json: bytes | None, metadata: dict[str, Any] | None
     eos = ((metadata or {}).get("tokenizer") or {}).get("eos_token")
     if not tokenizer_json or eos is None:
         return None
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(tokenizer_json.decode("utf-8")).token_to_id(eos)
+    return tokenizer_of(tokenizer_json.decode("utf-8"), "tokenizer.json").token_to_id(eos)
 
 
 def _embedding_to_store(model, wanted: str | None) -> str:

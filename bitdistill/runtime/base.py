@@ -16,7 +16,7 @@ from bitdistill.runtime.header import Header, read_header
 from bitdistill.runtime.packed_file import PackedModel
 from bitdistill.runtime.sampling import Sampling
 from bitdistill.runtime.text_stream import TextStream
-from bitdistill.text_tokens import TextTokens
+from bitdistill.text_tokens import TextTokens, tokenizer_of
 
 
 class BaseRuntime:
@@ -33,9 +33,13 @@ class BaseRuntime:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """`tokenizers.Tokenizer`, or None when the file has none. Read when it is first asked for."""
+        """`tokenizers.Tokenizer`, or None when the file has none. Read when it is first asked for.
+
+        Raises:
+            UserError: the file's tokenizer cannot be read.
+        """
         text = self.model.tokenizer_json()
-        return Tokenizer.from_str(text) if text else None
+        return tokenizer_of(text, str(self.model.path)) if text else None
 
     @cached_property
     def header(self) -> Header:

@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bitdistill.errors import UserError
+from bitdistill.files import apply_umask
 from bitdistill.names import FROM_DISK
 from bitdistill.student.model_folder import SMALL_FILES, local_folder, open_model
 from bitdistill.student.model_weights import read_json
+from bitdistill.text_tokens import tokenizer_errors, tokenizer_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -127,27 +128,13 @@ def _read_tokenizer(name_or_path: str | Path):
             read_json(path / name, "tokenizer")
     if (path / "tokenizer.json").is_file():
         tokenizer_of((path / "tokenizer.json").read_text(encoding="utf-8"), str(path / "tokenizer.json"))
-    try:
-        return path, AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError) as error:
-        got = f"{path} ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
-        do = "Copy its files again from the model's repository."
-        raise UserError("tokenizer", expected="a tokenizer that can be read", got=got, do=do) from error
-
-
-def tokenizer_of(text: str, where: str) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes.
-
-    Raises:
-        UserError: it describes none.
-    """
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises this bare class; anything narrower is not its
-        if type(error) is not Exception:
-            raise
-        got, do = f"{where} ({error})", "Copy it again from the model's repository."
-        raise UserError("tokenizer", expected="a tokenizer.json that describes one", got=got, do=do) from error
+    with tokenizer_errors(str(path)):
+        try:
+            return path, AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError) as error:
+            got = f"{path} ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+            do = "Copy its files again from the model's repository."
+            raise UserError("tokenizer", expected="a tokenizer that can be read", got=got, do=do) from error
 
 
 def _embedding_rows(path: Path) -> int | None:
@@ -260,3 +247,4 @@ def save_language_model(
     kept = state_dict.keys() - tied_keys(model)  # each in a dtype of its own, ties would be stored twice
     model.to(dtype).save_pretrained(folder, state_dict={key: state_dict[key].to(dtype) for key in sorted(kept)})
     tokenizer.save_pretrained(folder)
+    apply_umask(*Path(folder).glob("*.safetensors"))

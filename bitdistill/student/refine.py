@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from bitdistill.distributed.divide import divide
 from bitdistill.errors import UserError
+from bitdistill.files import apply_umask
 from bitdistill.names import PROJECTIONS, SIBLINGS, SUBLN_BEFORE
 from bitdistill.student.calibration import InputStatistics
 from bitdistill.student.embeddings import FULL_PRECISION, quantize_embeddings
@@ -340,6 +341,7 @@ def save_student(folder: str | Path, model: nn.Module, tokenizer=None, state_dic
     drop = tied_keys(model)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items() if key not in drop}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    apply_umask(folder / "model.safetensors")
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)

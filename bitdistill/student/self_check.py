@@ -16,7 +16,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ import filelock
 import torch
 from torch.nn import functional as F
 
+from bitdistill.files import write_whole
 from bitdistill.kernels import reference
 
 LIBRARIES = ("torch", "numba", "llvmlite", "triton")
@@ -304,9 +304,7 @@ def self_check(device: torch.device, say: Callable[[str], None]) -> dict[str, st
             return kept[key]
         say(f"Comparing the {device.type} kernels with PyTorch: once per machine and version, they are compiled now.")
         answers = _ask(device)
-        with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as written:
-            json.dump({**kept, key: answers}, written, indent=1)
-        os.replace(written.name, _file())
+        write_whole(_file(), json.dumps({**kept, key: answers}, indent=1))
     return answers
 
 

@@ -26,6 +26,8 @@ import torch
 from torch import nn
 
 from bitdistill.errors import UserError
+from bitdistill.files import apply_umask
+from bitdistill.text_tokens import tokenizer_of
 
 TEXTS_AT_A_TIME = 1000
 
@@ -178,15 +180,13 @@ def trim_folder(model: nn.Module, tokenizer, texts: Iterable[str], target: str |
         target: the folder to write; must exist.
         threshold: tokens used more often than this are kept.
     """
-    from tokenizers import Tokenizer
-
     full = tokenizer.backend_tokenizer
     description = json.loads(full.to_str())
     description.pop("truncation", None), description.pop("padding", None)
     counts, number = count_tokens(full, texts)
     kept = kept_tokens(description, counts, threshold)
     trimmed = trim_tokenizer(description, kept)
-    small = Tokenizer.from_str(json.dumps(trimmed))
+    small = tokenizer_of(json.dumps(trimmed), "the trimmed tokenizer")
     before = after = changed = 0
     for batch in _batches(texts):
         pairs = zip(
@@ -204,6 +204,7 @@ def trim_folder(model: nn.Module, tokenizer, texts: Iterable[str], target: str |
     (Path(target) / "tokenizer.json").write_text(json.dumps(trimmed, ensure_ascii=False), encoding="utf-8")
     _renumber_tokenizer_config(Path(target) / "tokenizer_config.json", kept)
     np.save(Path(target) / "kept_tokens.npy", kept)
+    apply_umask(*Path(target).glob("*.safetensors"))
     return Trimming(kept, vocabulary_before, len(kept), before, after, changed, number)
 
 

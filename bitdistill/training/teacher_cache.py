@@ -48,7 +48,7 @@ from tqdm.auto import tqdm
 
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
-from bitdistill.files import flush
+from bitdistill.files import apply_umask, flush
 from bitdistill.kernels.vocabulary import linear_top_k
 from bitdistill.training.head import head_weight, hidden_states, instead_of_logits
 
@@ -216,6 +216,7 @@ def write_shards(
             save_file(
                 arrays, unfinished, metadata={"format": FORMAT, "version": str(VERSION), "first_block": str(first)}
             )
+            apply_umask(unfinished)
             flush(unfinished)
             unfinished.replace(path)
 
