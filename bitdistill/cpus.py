@@ -24,7 +24,7 @@ def available_cpus() -> int:
 def _quotas() -> list[float]:
     """CPUs that each control group around this process allows."""
     found = []
-    for folder in _groups():
+    for folder in control_groups("cpu"):
         limits = _words(folder / "cpu.max") or [
             *_words(folder / "cpu.cfs_quota_us"),
             *_words(folder / "cpu.cfs_period_us"),
@@ -34,21 +34,24 @@ def _quotas() -> list[float]:
     return found
 
 
-def _groups() -> list[Path]:
-    """The folders of the process's control groups for CPUs and of all groups around them, where they may be mounted.
+def control_groups(controller: str) -> list[Path]:
+    """The folders of the process's control groups and of all groups around them, where they may be mounted.
 
     In a container the path of /proc/self/cgroup may be the host's: the mounted folder itself, which is the last of the
     groups around it, is the container's own then.
+
+    Args:
+        controller: whose limits are looked for: "cpu" or "memory".
     """
-    folders = [MOUNT, MOUNT / "cpu", MOUNT / "cpu,cpuacct"]
-    for line in _lines(Path("/proc/self/cgroup")):
+    folders = [MOUNT, MOUNT / controller, MOUNT / "cpu,cpuacct"]
+    for line in read_lines(Path("/proc/self/cgroup")):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         group = PurePosixPath(*(part for part in PurePosixPath(path).parts if part not in ("/", "..")))
         if number == "0" and not controllers:
             roots = [MOUNT, MOUNT / "unified"]
-        elif "cpu" in controllers.split(","):
-            roots = [MOUNT / controllers, MOUNT / "cpu"]
+        elif controller in controllers.split(","):
+            roots = [MOUNT / controllers, MOUNT / controller]
         else:
             continue
         folders += [root / around for root in roots for around in (group, *group.parents)]
@@ -56,10 +59,11 @@ def _groups() -> list[Path]:
 
 
 def _words(path: Path) -> list[str]:
-    return " ".join(_lines(path)).split()
+    return " ".join(read_lines(path)).split()
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file of the system; none where there is no such file, or it may not be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not there, or not to be read: no limit that is known

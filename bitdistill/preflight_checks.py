@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bitdistill.cpus import control_groups, read_lines
 from bitdistill.errors import UserError
 from bitdistill.folders import why_not_writable
 from bitdistill.student.loading import check_same_tokenizer, check_same_vocabulary
@@ -139,28 +140,27 @@ def check_memory(needed: dict[str, dict[str, float]], free: int, ranks: int, whe
     return f"{words} at least, of {free / 1e9:.3g} GB free"
 
 
+# Files of a control group in versions 2 and 1: its limit, what is used of it, and the name of what the system can take back
+# in memory.stat: copies of files, which count as used.
+MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
 def free_memory() -> int:
-    """Bytes that this process can have: of the GPU where there is one, else of the machine and its control group."""
+    """Bytes that this process can have: of the GPU where there is one, else of the machine and its control groups."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    lines = _text(Path("/proc/meminfo")).splitlines()
+    lines = read_lines(Path("/proc/meminfo"))
     found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        most, now = _text(group / limit).strip(), _text(group / used).strip()
-        if most.isdigit() and now.isdigit():
-            found.append(int(most) - int(now))
+    for group in control_groups("memory"):
+        for limit, used, copies in MEMORY_FILES:
+            most, now = (" ".join(read_lines(group / name)).strip() for name in (limit, used))
+            if most.isdigit() and now.isdigit():
+                statistics = dict(line.split(" ", 1) for line in read_lines(group / "memory.stat") if " " in line)
+                found.append(max(0, int(most) - int(now) + int(statistics.get(copies, 0))))
     return min(found, default=1 << 62)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def peak_on_disk(stages: list[tuple[int, int, int]]) -> int:

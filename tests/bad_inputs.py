@@ -511,6 +511,7 @@ COMMANDS = [
     Case("generate: a word for a number", "generate run x --max_new_tokens many", "max_new_tokens|many"),
     Case("generate: no tokens", "generate run x --max_new_tokens 0", "max_new_tokens|got 0"),
     Case("generate: no threads", "generate run x --threads 0", "threads|got 0"),
+    Case("generate: a slip of the finger", "generate run x --threads 100000", "threads|got 100,000"),
     Case("generate: no context", "generate run x --context 0", "context|got 0"),
     Case("generate: context beyond the model", "generate run x --context 5000", "context|128|5,000"),
     Case("generate: prompt beyond the context", f"generate run '{'the thing ' * 90}'", "prompt|at most"),

@@ -125,6 +125,15 @@ def test_what_is_not_known_is_refused_in_one_line(tmp_path):
         convert_gguf(
             write_gguf(tmp_path / "tiny.gguf", model, lambda writer: byte_level_tokens(writer, None)), tmp_path / "base"
         )
+    values = {  # of another kind than their keys have, as damage or another converter leaves them
+        "rope__scaling__factor": "two",
+        "attention__sliding_window": "wide",
+        "rope__scaling__original_context_length": 0,
+    }
+    for key, value in values.items():
+        with pytest.raises(UserError, match="of the right kind") as error:
+            convert_gguf(write_gguf(tmp_path / "tiny.gguf", model, **{key: value}), tmp_path / "base")
+        assert key.split("__")[-1] in str(error.value)
     model.config.model_type = "phi3"
     with pytest.raises(UserError, match="'phi3'"):
         convert_gguf(write_gguf(tmp_path / "tiny.gguf", model), tmp_path / "base")

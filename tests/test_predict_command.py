@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -104,6 +105,18 @@ def test_standard_input(file, want, tmp_path):
     assert got.returncode == 2
     assert got.stderr.startswith(b"bitdistill: input -: expected")
     assert b"row 2" in got.stderr
+
+
+def test_a_pipe_in_place_of_a_file(file, want, tmp_path, monkeypatch, capsys):
+    """As the shell gives for `--input <(command)`."""
+    pipe = tmp_path / "63"
+    for kind in ("jsonl", "csv"):
+        content = write_rows(tmp_path, kind).read_bytes()
+        os.mkfifo(pipe)
+        threading.Thread(target=pipe.write_bytes, args=(content,), daemon=True).start()
+        assert run(monkeypatch, file, "--input", pipe, "--input_format", kind) == 0
+        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == want
+        pipe.unlink()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])

@@ -12,7 +12,7 @@ import torch
 import yaml
 from test_runtime import byte_tokenizer
 
-from bitdistill import console, cpus, folders
+from bitdistill import console, cpus, folders, preflight_checks
 from bitdistill.command_line import parse_config
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
@@ -63,9 +63,42 @@ def quota_v1(folder, limit, period=100000):
 def test_a_quota_of_cpus_is_found(monkeypatch, group, files, expected):
     if group is not None:
         files = files | {"/proc/self/cgroup": group}
-    monkeypatch.setattr(cpus, "_lines", lambda path: files.get(str(path), "").splitlines())
+    monkeypatch.setattr(cpus, "read_lines", lambda path: files.get(str(path), "").splitlines())
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
     assert cpus.available_cpus() == expected
+
+
+def memory(folder, limit, used, copies=0, names=("memory.max", "memory.current", "inactive_file")):
+    return {
+        f"{folder}/{names[0]}": limit,
+        f"{folder}/{names[1]}": used,
+        f"{folder}/memory.stat": f"x 1\n{names[2]} {copies}",
+    }
+
+
+MEMORY_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "expected"),
+    [
+        (V2, {}, 64 * 1024),
+        (V2, memory(GROUPS, "max", "9000"), 64 * 1024),
+        (V2, memory(GROUPS, "9000", "2000"), 7000),
+        (V2, memory(GROUPS, "9000", "8000", copies=6000), 7000),  # a model file was read: the system gives that back
+        (V2, memory(GROUPS, "9000", "9500"), 0),
+        (f"{V2}slurm/job_1", memory(GROUPS, "max", "1") | memory(f"{GROUPS}/slurm/job_1", "9000", "2000"), 7000),
+        (f"{V2}slurm/job_1", memory(f"{GROUPS}/slurm", "5000", "2000"), 3000),
+        ("4:memory:/docker/5e4", memory(f"{GROUPS}/memory", "9000", "2000", 100, MEMORY_V1), 7100),
+        ("4:memory:/docker/5e4", memory(f"{GROUPS}/memory/docker/5e4", "9000", "2000", 0, MEMORY_V1), 7000),
+    ],
+)
+def test_a_limit_of_memory_is_found(monkeypatch, group, files, expected):
+    files = files | {"/proc/self/cgroup": group, "/proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 64 kB"}
+    for module in (cpus, preflight_checks):
+        monkeypatch.setattr(module, "read_lines", lambda path: files.get(str(path), "").splitlines())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert preflight_checks.free_memory() == expected
 
 
 def test_nothing_else_counts_cpus():
@@ -79,7 +112,7 @@ def test_nothing_else_counts_cpus():
 def test_torch_and_the_runtime_take_that_count(tmp_path):
     """A rank has its share of the machine's quota, and a runtime all of it."""
     script = (
-        "import os; from bitdistill import cpus; cpus._lines = lambda path: "
+        "import os; from bitdistill import cpus; cpus.read_lines = lambda path: "
         "['500000 100000'] if str(path) == '/sys/fs/cgroup/cpu.max' else []; os.sched_getaffinity = lambda pid: set(range(64));"
         "from bitdistill.distributed import process_group; import torch, bitdistill.runtime.cpu as cpu;"
         "os.environ |= {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_WORLD_SIZE': '2'};"

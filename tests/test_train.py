@@ -135,11 +135,13 @@ def losses(run, stage):
     return {line["step"]: line for line in lines if line["stage"] == stage}
 
 
-def test_it_leaves_everything(reference):
+def test_it_leaves_everything(world, reference):
     run, output = reference
     for name in FILES.split():
         assert (run / name).stat().st_size > 0, name
     assert list((run / "tensorboard" / "distill").glob("events*"))
+    rights = (world / "task.yaml").stat().st_mode  # of a file that is no library's
+    assert {path.stat().st_mode for path in run.rglob("*") if path.is_file()} == {rights}
     assert not list((run / "checkpoints").glob("*/checkpoint-*"))
     assert "14 of 15 linears ternary, kept in full precision: lm_head; 4 SubLN added" in output
     assert "FP16-SFT" in output
@@ -228,6 +230,33 @@ def test_ended_by_a_signal_and_resumed_reaches_the_same_weights(world, reference
     assert sorted(a) == sorted(b)
     assert all(a[step]["loss"] == b[step]["loss"] for step in b)
     assert json.loads((run / stage / "done.json").read_text())["resumed_from"].startswith("checkpoint-")
+
+
+def test_ended_while_it_evaluates_and_exports(world, reference, tmp_path):
+    """SIGTERM in two stages that do not train: status 143, nothing half done is left, the same command makes the same files."""
+    run, made = tmp_path / "run", ("evaluate/scores.json", "export/student.safetensors", "export/baseline.safetensors")
+    shutil.copytree(reference[0], run)
+    for stage in ("evaluate", "export"):
+        shutil.rmtree(run / stage)
+    for stage in ("evaluate", "export"):
+        before = {path: path.stat().st_mtime_ns for path in run.glob("*/*.safetensors")}
+        process = subprocess.Popen(
+            command(world, run), cwd=world, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 300
+        while not (run / f".{stage}.unfinished").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 143, said[-3000:]
+        assert "bitdistill: stopped by SIGTERM. The same command continues." in said
+        assert not (run / stage).exists(), "the stage finished before the signal"
+        assert not (run / f".{stage}.unfinished").exists()
+        assert before.items() <= {path: path.stat().st_mtime_ns for path in run.glob("*/*.safetensors")}.items()
+    output = job(world, run)
+    assert "evaluate: done and unchanged, skipped" in output
+    for name in made:
+        assert (run / name).read_bytes() == (reference[0] / name).read_bytes(), name
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ Answers are appended to the output line by line. `OUTPUT.unfinished` says beside
 there, the same command goes on after the last whole line, and a command about anything else is refused.
 """
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -87,7 +88,7 @@ def _predict_one(runtime, task, texts: list[str], max_new_tokens: int | None, as
 
 
 class _readable:
-    """The path of the input; standard input is kept in a temporary file, because a CSV file is read more than once."""
+    """The path of the input; what comes from a pipe is kept in a temporary file, because a CSV file is read more than once."""
 
     def __init__(self, given: str, form: str | None):
         self._given, self._form, self._folder = given, form, None
@@ -99,12 +100,14 @@ class _readable:
         if self._form is not None and self._form not in kinds:
             do = "Choose one of them."
             raise UserError("input_format", expected=f"one of {', '.join(sorted(kinds))}", got=self._form, do=do)
-        if self._given == "-" or self._form is not None:
+        pipe = user_path(self._given, "input").is_fifo()  # as `--input <(command)` gives
+        if self._given == "-" or pipe or self._form is not None:
             self._folder = tempfile.mkdtemp(prefix="bitdistill-")
             path = Path(self._folder, f"rows.{self._form or 'jsonl'}")
-            if self._given == "-":
-                with path.open("wb") as file:
-                    shutil.copyfileobj(sys.stdin.buffer, file)
+            if self._given == "-" or pipe:
+                with open(self._given, "rb") if pipe else contextlib.nullcontext(sys.stdin.buffer) as source:
+                    with path.open("wb") as file:
+                        shutil.copyfileobj(source, file)
             else:
                 path.symlink_to(_existing(self._given).resolve())
             return path

@@ -35,6 +35,7 @@ from bitdistill.runtime.slots import Slots
 from bitdistill.runtime.text_stream import TextStream
 
 MAX_SLOTS = 16
+MAX_THREADS = 1024  # a slip of the finger would fill the machine with threads
 MIN_CAPACITY = 256  # positions of a KV cache at least; powers of two from there, for huge pages make all of it resident
 
 
@@ -90,8 +91,9 @@ class Runtime(Predictor):
     def __init__(
         self, path: str | Path, threads: int | None = None, kv_cache: str = "bf16", context: int | None = None
     ):
-        if threads is not None and threads < 1:
-            raise UserError("threads", expected="at least 1", got=str(threads), do="Leave it out to use all cores.")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            expected, do = f"1 to {MAX_THREADS:,}", "Leave it out to use all cores."
+            raise UserError("threads", expected=expected, got=f"{threads:,}", do=do)
         if kv_cache not in KV_CACHES:
             raise UserError(
                 "kv_cache", expected=f"one of {', '.join(KV_CACHES)}", got=repr(kv_cache), do="Choose one of these."

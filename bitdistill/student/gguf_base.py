@@ -95,6 +95,7 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Conversion:
     if architecture not in ARCHITECTURES:
         expected = f"a GGUF file of an architecture among {', '.join(ARCHITECTURES)}"
         raise UserError("model", expected=expected, got=f"{file} with {architecture!r}", do="Take another model.")
+    _check_types(metadata, architecture, str(file))
     if metadata.get("split.count", 0) > 1:
         got = f"{file}, one of {metadata['split.count']} parts"
         raise UserError("model", expected="a whole GGUF file", got=got, do="Join them with llama-gguf-split --merge.")
@@ -145,6 +146,49 @@ def _read(file: Path):
         got = f"{file} ({' '.join(str(error).split())[:160]})"
         raise UserError("model", expected="a whole GGUF file", got=got, do="Download it again.") from error
     return reader, metadata
+
+
+# Keys without their architecture -> what their values are, where the code takes it for granted; (a kind,) is a list of it.
+_TYPES = {
+    "split.count": int,
+    "tokenizer.ggml.tokens": (str,),
+    "tokenizer.ggml.merges": (str,),
+    "tokenizer.ggml.scores": (float,),
+    "tokenizer.ggml.token_type": (int,),
+    "tokenizer.ggml.pre": str,
+    "tokenizer.chat_template": str,
+    "attention.layer_norm_rms_epsilon": float,
+    "attention.sliding_window": int,
+    "rope.freq_base": float,
+    "rope.freq_base_swa": float,
+    "rope.scaling.factor": float,
+    "rope.scaling.original_context_length": int,
+}
+_FOR_EACH_TOKEN = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(kind, tuple):
+        return isinstance(value, list) and all(_is(one, kind[0]) for one in value)
+    if kind is str:
+        return isinstance(value, str)
+    return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+
+
+def _check_types(metadata: dict[str, Any], architecture: str, file: str) -> None:
+    """Raises UserError for a value of another kind than its key has, and for lists that do not fit the tokens."""
+    for key, value in metadata.items():
+        own = key.removeprefix(f"{architecture}.")
+        kind = int if key.endswith("_token_id") else _TYPES.get(own)
+        positive = key != own and kind in (int, float)  # a property of the model
+        if kind is not None and not (_is(value, kind) and (not positive or 0 < value < np.inf)):
+            got = f"{file} with {key} {str(value)[:60]!r}"
+            raise UserError("model", expected="a GGUF file with values of the right kind", got=got, do=SAFETENSORS)
+    tokens = len(metadata.get("tokenizer.ggml.tokens") or [])
+    for key in _FOR_EACH_TOKEN:
+        if key in metadata and len(metadata[key]) != tokens:
+            got = f"{file} with {len(metadata[key])} for {tokens} tokens"
+            raise UserError("model", expected=f"{key} for each token", got=got, do=SAFETENSORS)
 
 
 def _config(metadata: dict[str, Any], architecture: str, tensors: dict[str, Any], file: str):
@@ -245,6 +289,9 @@ def _llama3_rope(divisors: np.ndarray, theta: float, head_dim: int, file: str) -
 def _gemma_settings(values: dict[str, Any], rope: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Gemma3: five layers of six look back over a window only, and turn by RoPE of their own, which is never scaled."""
     layers, pattern = settings["num_hidden_layers"], values.pop("attention.sliding_window_pattern", 6)
+    if not (len(pattern) == layers if isinstance(pattern, list) else _is(pattern, int) and pattern > 0):
+        got = f"attention.sliding_window_pattern {str(pattern)[:60]}"
+        raise UserError("model", expected=f"a pattern of {layers} layers", got=got, do=SAFETENSORS)
     if isinstance(pattern, list):
         sliding = [bool(one) for one in pattern]
     else:

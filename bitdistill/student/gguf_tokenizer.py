@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from bitdistill.errors import UserError
+from bitdistill.text_tokens import tokenizer_errors
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
 METASPACE = "▁"
@@ -54,10 +55,12 @@ def gguf_tokenizer(metadata: dict[str, Any], architecture: str, file: str):
         got = f"{file} with {len(tokens) - len(set(tokens))} repeated" if tokens else f"{file} without any"
         raise UserError("model", expected="a GGUF file with a tokenizer's tokens", got=got, do="Take another file.")
     if kind == "gpt2":
-        backend = _byte_level(tokens, _merges(metadata, file), rule, file)
+        with tokenizer_errors(file):
+            backend = _byte_level(tokens, _merges(metadata, file), rule, file)
         begins = rule in WITH_BOS
     elif kind == "llama":
-        backend = _sentencepiece(metadata, tokens, gemma=architecture == "gemma3")
+        with tokenizer_errors(file):
+            backend = _sentencepiece(metadata, tokens, gemma=architecture == "gemma3")
         begins = True
     else:
         raise UserError(
