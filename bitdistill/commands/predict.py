@@ -105,9 +105,9 @@ class _readable:
             self._folder = tempfile.mkdtemp(prefix="bitdistill-")
             path = Path(self._folder, f"rows.{self._form or 'jsonl'}")
             if self._given == "-" or pipe:
-                with open(self._given, "rb") if pipe else contextlib.nullcontext(sys.stdin.buffer) as source:
-                    with path.open("wb") as file:
-                        shutil.copyfileobj(source, file)
+                given = open(self._given, "rb") if pipe else contextlib.nullcontext(sys.stdin.buffer)
+                with given as source, path.open("wb") as file:
+                    shutil.copyfileobj(source, file)
             else:
                 path.symlink_to(_existing(self._given).resolve())
             return path
