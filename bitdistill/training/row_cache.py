@@ -50,7 +50,7 @@ from bitdistill.data.tasks import collate
 from bitdistill.distributed import process_group
 from bitdistill.distributed.teacher import Teacher
 from bitdistill.errors import UserError
-from bitdistill.files import flush, whole_file
+from bitdistill.files import apply_umask, flush, whole_file
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.kernels.vocabulary import linear_top_k
 from bitdistill.training.capture import AttentionCapture
@@ -216,6 +216,7 @@ def _save(path: Path, frames: list[bytes], features: list[dict], first: int) -> 
     }
     unfinished = path.with_suffix(".unfinished")
     save_file(arrays, unfinished, metadata={"format": FORMAT, "version": str(VERSION), "first_row": str(first)})
+    apply_umask(unfinished)
     flush(unfinished)
     unfinished.replace(path)
 
