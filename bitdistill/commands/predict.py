@@ -105,7 +105,7 @@ class _readable:
             self._folder = tempfile.mkdtemp(prefix="bitdistill-")
             path = Path(self._folder, f"rows.{self._form or 'jsonl'}")
             if self._given == "-" or pipe:
-                given = open(self._given, "rb") if pipe else contextlib.nullcontext(sys.stdin.buffer)
+                given = user_path(self._given, "input").open("rb") if pipe else contextlib.nullcontext(sys.stdin.buffer)
                 with given as source, path.open("wb") as file:
                     shutil.copyfileobj(source, file)
             else:
