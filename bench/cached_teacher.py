@@ -126,7 +126,7 @@ def main() -> None:
         cells.append(
             [way, f"{one['seconds']:.2f}", f"{one['peak'] / 1e6:,.0f}", *(f"{x:.6g}" for x in one["losses"].values())]
         )
-    print(table(cells, "lrrrrr"))
+    print(table(cells, "<>>>>>"))
 
 
 if __name__ == "__main__":
