@@ -121,7 +121,7 @@ def _stages(run: Run) -> list[dict[str, str]]:
     rows = []
     for stage, what in STAGES.items():
         done, logged = run.done.get(stage), run.metrics.get(stage, [])
-        if stage in ("trim", "cache") and done is None:  # most runs have neither
+        if stage in ("trim", "cache", "teacher_cache") and done is None:  # most runs have none of them
             continue
         state = "done" if done is not None or finished.get(stage) else "unfinished" if logged else NOT_RUN
         rates = [line["tokens_per_second"] for line in logged if line.get("tokens_per_second")]

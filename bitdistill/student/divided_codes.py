@@ -28,11 +28,9 @@ PER_BYTE = 4
 def can_travel(layer: nn.Module) -> bool:
     """Whether a BitLinear's weight is divided, in memory, and only its codes are needed."""
     weight = layer.weight
-    if not hasattr(weight, "ds_id") or layer.on_reference() or kernels_for(_device_of(weight)) is None:
+    if not hasattr(weight, "ds_tensor") or layer.on_reference() or kernels_for(_device_of(weight)) is None:
         return False
-    if (
-        layer.quantizer.columns(layer) is not None
-    ):  # scales of rows or groups do not travel: DeepSpeed gathers the weight
+    if layer.quantizer.columns(layer) is not None:  # of rows or groups: DeepSpeed gathers the weight
         return False
     in_memory = weight.ds_tensor.status.name == "AVAILABLE"  # and not on an NVMe disk
     return in_memory and not weight.is_external_param and weight.ds_process_group is not None
