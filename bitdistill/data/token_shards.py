@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from bitdistill.data.corpus import TokenStream, corpus_files
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
-from bitdistill.files import flush
+from bitdistill.files import apply_umask, flush
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.text_files import COMPRESSED, user_path
 
@@ -109,6 +109,7 @@ def _write(path: Path, stream: TokenStream, batches: list[list[dict]], pending: 
     known |= {"after": None if pending is None else pending[0]}
     unfinished = path.with_suffix(".unfinished")
     save_file(arrays, unfinished, metadata={"format": FORMAT, "version": str(VERSION), "about": json.dumps(known)})
+    apply_umask(unfinished)
     flush(unfinished)
     unfinished.replace(path)
 
