@@ -188,7 +188,7 @@ def _teacher_cache(job: Job, vocabulary: int) -> TeacherCache | None:
 def cache_teacher_rows(job: Job) -> None:
     """What the teacher of stage 3 says to every training row, on disk."""
     started, section = time.perf_counter(), job.config.distill
-    config = AutoConfig.from_pretrained(job.directory.folder("teacher"))
+    config = AutoConfig.from_pretrained(job.directory.folder("teacher"), trust_remote_code=False, local_files_only=True)
     task_rows = job.task_rows(load_tokenizer(job.student_tokenizer_folder), config.vocab_size)
     layout = job.row_layout(config, task_rows["rows"])
     process_group.say(f"teacher_cache: {layout}")
@@ -222,7 +222,7 @@ def _cached_teacher(job: Job, rows) -> CachedTeacher:
             got=f"{folder}, but {reason}",
             do="Run --stage teacher_cache first, or --stage all.",
         )
-    config = AutoConfig.from_pretrained(job.directory.folder("teacher"))
+    config = AutoConfig.from_pretrained(job.directory.folder("teacher"), trust_remote_code=False, local_files_only=True)
     return CachedTeacher(folder, job.row_layout(config, rows), dtype=job.teacher_dtype, device=job.device)
 
 

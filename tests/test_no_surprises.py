@@ -66,7 +66,8 @@ def keyword(call: ast.Call, name: str) -> str | None:
 
 
 def test_nothing_in_the_source_unpickles():
-    """Numba keeps its machine code by pickle, in the user's own cache alone; nothing of ours reads a pickle."""
+    """Numba keeps its machine code by pickle, in the user's own cache alone; nothing of ours reads a pickle. DeepSpeed's checkpoints
+    are read with `weights_only=True`, which makes tensors and nothing that a file names."""
     wrong = []
     for path, tree in TREES.items():
         for node in ast.walk(tree):
@@ -82,7 +83,11 @@ def test_nothing_in_the_source_unpickles():
             }
             wrong += [f"{path.relative_to(ROOT)}:{node.lineno} imports {name}" for name in taken]
     wrong += [place for place, call in calls("load") if "allow_pickle=True" in ast.unparse(call)]
-    wrong += [place for place, call in calls("load") if ast.unparse(call.func) == "torch.load"]
+    wrong += [
+        place
+        for place, call in calls("load")
+        if ast.unparse(call.func) == "torch.load" and keyword(call, "weights_only") != "True"
+    ]
     wrong += [
         place
         for place, call in calls("load", "load_all")
