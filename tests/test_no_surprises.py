@@ -66,8 +66,8 @@ def keyword(call: ast.Call, name: str) -> str | None:
 
 
 def test_nothing_in_the_source_unpickles():
-    """Numba keeps its machine code by pickle, in the user's own cache alone; nothing of ours reads a pickle. DeepSpeed's checkpoints
-    are read with `weights_only=True`, which makes tensors and nothing that a file names."""
+    """Numba keeps its machine code by pickle, in the user's own cache alone; nothing of ours reads a pickle. DeepSpeed's
+    checkpoints are read with `weights_only=True`, which makes tensors and nothing that a file names."""
     wrong = []
     for path, tree in TREES.items():
         for node in ast.walk(tree):
