@@ -386,7 +386,7 @@ def collate(features: Sequence[dict], pad_token_id: int) -> dict[str, Tensor]:
 def attended(mask_BT: Tensor) -> Tensor:
     """The attention mask that a model gets: as counted, but that a row which is none (all padding) sees its first token."""
     mask_BT = mask_BT.clone()
-    mask_BT[:, 0] = 1  # padding is on the right: that of a real row is 1 already
+    mask_BT[~mask_BT.bool().any(dim=1), 0] = 1
     return mask_BT
 
 
