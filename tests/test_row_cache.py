@@ -187,6 +187,7 @@ def test_sizes_are_known_before_anything_is_written(tmp_path):
     assert layout.row_bytes == by_hand
     assert f"{by_hand / 8:,.0f} bytes per row" in str(layout)
     make(tmp_path, teacher, rows, layout)
+    assert (tmp_path / "cache" / "head.safetensors").stat().st_size <= layout.head_bytes + 200  # its own header
     frames = sum(
         int(row_cache.safe_open(path, framework="np").get_tensor("offsets")[-1])
         for path in (tmp_path / "cache").glob("shard-*")
