@@ -169,18 +169,20 @@ def _load_teacher(job: Job, folder: Path) -> Teacher:
     return load_teacher(folder, dtype=job.teacher_dtype, products=products, **where)
 
 
+def _result_that_stands(job: Job, stage: str, expected: str) -> Path:
+    """The folder of a stage's result; refused, in words of `expected`, when the stage would have to run again."""
+    folder, reason = job.directory.folder(stage), job.reason_to_run(stage)
+    if reason is not None:
+        do = f"Run --stage {stage} first, or --stage all."
+        raise UserError("stage", expected=expected, got=f"{folder}, but {reason}", do=do)
+    return folder
+
+
 def _teacher_cache(job: Job, vocabulary: int) -> TeacherCache | None:
     """What the stage `cache` made, if stage 2 distills; refused when it was made for other blocks or another model."""
     if "cache" not in job.directory.stages:
         return None
-    folder, reason = job.directory.folder("cache"), job.reason_to_run("cache")
-    if reason is not None:
-        raise UserError(
-            "stage",
-            expected="teacher logits for these settings before `pretrain`",
-            got=f"{folder}, but {reason}",
-            do="Run --stage cache first, or --stage all.",
-        )
+    folder = _result_that_stands(job, "cache", "teacher logits for these settings before `pretrain`")
     block_size = job.config.pretrain.block_size
     return TeacherCache(folder, blocks=job.stage_2_blocks, block_size=block_size, vocabulary=vocabulary)
 
@@ -214,14 +216,8 @@ def cache_teacher_rows(job: Job) -> None:
 
 def _cached_teacher(job: Job, rows) -> CachedTeacher:
     """What the stage `teacher_cache` made; refused when it was made for other rows, settings or another teacher."""
-    folder, reason = job.directory.folder("teacher_cache"), job.reason_to_run("teacher_cache")
-    if reason is not None:
-        raise UserError(
-            "stage",
-            expected="what the teacher says, for these settings, before `distill`",
-            got=f"{folder}, but {reason}",
-            do="Run --stage teacher_cache first, or --stage all.",
-        )
+    expected = "what the teacher says, for these settings, before `distill`"
+    folder = _result_that_stands(job, "teacher_cache", expected)
     config = AutoConfig.from_pretrained(job.directory.folder("teacher"), trust_remote_code=False, local_files_only=True)
     return CachedTeacher(folder, job.row_layout(config, rows), dtype=job.teacher_dtype, device=job.device)
 

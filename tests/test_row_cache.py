@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -189,8 +190,7 @@ def test_sizes_are_known_before_anything_is_written(tmp_path):
     make(tmp_path, teacher, rows, layout)
     assert (tmp_path / "cache" / "head.safetensors").stat().st_size <= layout.head_bytes + 200  # its own header
     frames = sum(
-        int(row_cache.safe_open(path, framework="np").get_tensor("offsets")[-1])
-        for path in (tmp_path / "cache").glob("shard-*")
+        int(safe_open(path, framework="np").get_tensor("offsets")[-1]) for path in (tmp_path / "cache").glob("shard-*")
     )
     assert 0.7 * by_hand < frames + 24 * len(rows) <= by_hand
     with pytest.raises(UserError, match=r"output_dir: expected .* GB free .*teacher_cache false"):

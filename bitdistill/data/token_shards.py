@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from bitdistill.data.corpus import TokenStream, corpus_files
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
-from bitdistill.files import apply_umask, flush
+from bitdistill.files import whole_file
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.text_files import COMPRESSED, user_path
 
@@ -107,11 +107,8 @@ def _write(path: Path, stream: TokenStream, batches: list[list[dict]], pending: 
     arrays = {"tokens": np.concatenate(found).astype(_dtype(stream.vocabulary)), "starts": np.array(starts, np.uint32)}
     known = {"shard": shard, "tokens": length, "digest": _digest(arrays), "last": pending is None}
     known |= {"after": None if pending is None else pending[0]}
-    unfinished = path.with_suffix(".unfinished")
-    save_file(arrays, unfinished, metadata={"format": FORMAT, "version": str(VERSION), "about": json.dumps(known)})
-    apply_umask(unfinished)
-    flush(unfinished)
-    unfinished.replace(path)
+    with whole_file(path) as temporary:
+        save_file(arrays, temporary, metadata={"format": FORMAT, "version": str(VERSION), "about": json.dumps(known)})
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

@@ -25,14 +25,13 @@ from bitdistill.training.head import (
     head_cross_entropy,
     head_distillation,
     head_distillation_top_k,
-    head_weight,
-    hidden_states,
     instead_of_logits,
 )
 from bitdistill.training.health import HealthLog
 from bitdistill.training.hidden import HiddenStates, hidden_state_loss
 from bitdistill.training.losses import next_tokens
 from bitdistill.training.teacher_cache import TeacherCache
+from bitdistill.training.teachers import LiveTeacher
 from bitdistill.training.trainer import Counts, Objective, StageTrainer, collate_blocks
 
 
@@ -111,24 +110,23 @@ class NextTokenAndStates(Objective):
     ):
         self.student, self.teacher, self.temperature = student, teacher, temperature
         self.lambda_logits, self.lambda_hidden = lambda_logits, lambda_hidden
-        self.of_student, self.of_teacher = HiddenStates(student), HiddenStates(teacher.module)
+        self.of_student, self.said_by = HiddenStates(student), LiveTeacher(teacher, (), student.config)
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
         targets_BT, mask_BT = next_tokens(batch["labels"]), batch["attention_mask"]
         inputs = model_inputs(batch)
-        with self.of_teacher, instead_of_logits(self.teacher.module, hidden_states):
-            teacher_BTH = self.teacher(**inputs).logits
+        said = self.said_by.look(batch, mask_BT.bool(), inputs)
 
         def compute(hidden_BTH: Tensor, weight_VH: Tensor) -> tuple[Tensor, ...]:
             if not self.lambda_logits > 0:
                 return (head_cross_entropy(hidden_BTH, weight_VH, targets_BT, counts.answer_tokens),)
-            with head_weight(self.teacher.module) as teacher_weight_VH:
+            with self.said_by.head() as teacher_weight_VH:
                 return head_distillation(
                     hidden_BTH,
                     weight_VH,
                     targets_BT,
                     mask_BT.bool(),
-                    teacher_BTH,
+                    said.hidden,
                     teacher_weight_VH,
                     lambda_logits=self.lambda_logits,
                     temperature=self.temperature,
@@ -139,7 +137,7 @@ class NextTokenAndStates(Objective):
 
         with self.of_student, instead_of_logits(self.student, compute):
             ce, *kl = model(**inputs).logits
-        hidden = hidden_state_loss(self.of_teacher.states, self.of_student.states, mask_BT, counts.tokens)
+        hidden = hidden_state_loss(said.states, self.of_student.states, mask_BT, counts.tokens)
         terms = {"ce": (1.0, ce), "hidden": (self.lambda_hidden, hidden)}
         return terms | ({"logits": (self.lambda_logits, kl[0])} if kl else {})
 

@@ -38,8 +38,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor
@@ -50,9 +49,10 @@ from bitdistill.data.tasks import collate
 from bitdistill.distributed import process_group
 from bitdistill.distributed.teacher import Teacher
 from bitdistill.errors import UserError
-from bitdistill.files import apply_umask, flush, whole_file
+from bitdistill.files import whole_file
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.kernels.vocabulary import linear_top_k
+from bitdistill.training.cache_files import HEADER, CacheFolder, move_finished, save_shard, shard_name
 from bitdistill.training.capture import AttentionCapture
 from bitdistill.training.head import head_weight, hidden_states, instead_of_logits
 from bitdistill.training.losses import next_tokens
@@ -62,7 +62,7 @@ from bitdistill.training.row_order import NO_ROW
 from bitdistill.training.teacher_cache import round_top_k
 from bitdistill.training.teachers import Said
 
-FORMAT, VERSION, HEADER, HEAD = "bitdistill teacher rows", 1, "cache.json", "head.safetensors"
+FORMAT, VERSION, HEAD = "bitdistill teacher rows", 1, "head.safetensors"
 OPEN_SHARDS = 256
 
 
@@ -121,7 +121,7 @@ def write_rows(folder: Path, teacher: Teacher, rows, layout: RowLayout, *, batch
         rows: a data set from tasks.encode. layout: from row_layout.
         batch_size: rows at a time. pad_token_id: fills rows up to one length, as in training.
     """
-    missing = [shard for shard in range(layout.shards) if not (folder / _name(shard)).is_file()]
+    missing = [shard for shard in range(layout.shards) if not (folder / shard_name(shard)).is_file()]
     process_group.barrier()  # all have looked before anyone writes
     mine = missing[process_group.rank() :: process_group.world_size()]
     capture = AttentionCapture(teacher.module, layout.layers) if layout.layers else None
@@ -139,7 +139,7 @@ def write_rows(folder: Path, teacher: Teacher, rows, layout: RowLayout, *, batch
                 frames |= dict(zip(batch, say([features[i] for i in batch]), strict=True))
                 done += 1
                 bar.update(len(batch) * process_group.world_size())
-            _save(folder / _name(shard), [frames[i] for i in range(len(features))], features, numbers.start)
+            _save(folder / shard_name(shard), [frames[i] for i in range(len(features))], features, numbers.start)
         bar.update(layout.rows - bar.n)
     if teacher.forward is not teacher.module:  # gathering a layer is collective: ranks with less to do go on
         for _ in range(int(max(process_group.gather(done))) - done):
@@ -214,11 +214,7 @@ def _save(path: Path, frames: list[bytes], features: list[dict], first: int) -> 
         "row_hash": np.array([row_hash(one["input_ids"], one["labels"]) for one in features], np.uint64),
         "checksum": np.array([_digest(frame) for frame in frames], np.uint64),
     }
-    unfinished = path.with_suffix(".unfinished")
-    save_file(arrays, unfinished, metadata={"format": FORMAT, "version": str(VERSION), "first_row": str(first)})
-    apply_umask(unfinished)
-    flush(unfinished)
-    unfinished.replace(path)
+    save_shard(path, arrays, {"format": FORMAT, "version": VERSION, "first_row": first})
 
 
 def _save_head(path: Path, teacher: Teacher) -> None:
@@ -234,17 +230,11 @@ def finish_rows(unfinished: Path, folder: Path, layout: RowLayout) -> int:
 
     Returns: bytes of the shards and the head.
     """
-    names = [_name(shard) for shard in range(layout.shards)] + ([HEAD] if layout.hidden else [])
-    for name in names:
-        (unfinished / name).rename(folder / name)
-    sizes = {name: (folder / name).stat().st_size for name in names}
+    names = [shard_name(shard) for shard in range(layout.shards)] + ([HEAD] if layout.hidden else [])
+    sizes = move_finished(unfinished, folder, names)
     header = {"format": FORMAT, "version": VERSION, "layout": asdict(layout), "bytes": sizes}
     (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
     return sum(sizes.values())
-
-
-def _name(shard: int) -> str:
-    return f"shard-{shard:05d}.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -264,19 +254,17 @@ class CachedTeacher:
     module = None  # there is no model
 
     def __init__(self, folder: str | Path, layout: RowLayout, *, dtype: torch.dtype, device: str | torch.device):
-        self.folder, self.layout, self.dtype, self.device = Path(folder), layout, dtype, device
-        header = self._header()
+        self._files = CacheFolder(folder, format=FORMAT, version=VERSION, stage="teacher_cache")
+        self.layout, self.dtype, self.device = layout, dtype, device
+        header = self._files.header()
         wanted, held = json.loads(json.dumps(asdict(layout))), header["layout"]
         for name in sorted(wanted, key="row_bytes".__eq__):  # the settings first, which say more than a sum
-            self._check(name, wanted[name] == held.get(name), wanted[name], held.get(name))
-        for name, size in header["bytes"].items():
-            path = self.folder / name
-            found = path.stat().st_size if path.is_file() else "no such file"
-            self._check(name, found == size, f"{size} bytes", found)
+            self._files.require(name, wanted[name] == held.get(name), wanted[name], held.get(name))
+        self._files.require_sizes(header["bytes"])
         self._open: dict[int, tuple[Any, dict[str, np.ndarray]]] = {}
         self._weight = None
         if layout.hidden:
-            self._weight = load_file(self.folder / HEAD)["weight"].to(device)
+            self._weight = load_file(self._files.path / HEAD)["weight"].to(device)
 
     @property
     def vocab_size(self) -> int:
@@ -336,44 +324,27 @@ class CachedTeacher:
         return tuple(torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in found)
 
     def _frame(self, row: int, ours: int) -> bytes:
-        self._check("rows", row < self.layout.rows, f"more than {row}", self.layout.rows)
+        self._files.require("rows", row < self.layout.rows, f"more than {row}", self.layout.rows)
         shard, place = divmod(row, self.layout.rows_per_shard)
         file, index = self._shard(shard)
         theirs = int(index["row_hash"][place])
-        self._check(f"tokens of row {row}", ours == theirs, f"hash {ours:016x}", f"hash {theirs:016x}")
+        self._files.require(f"tokens of row {row}", ours == theirs, f"hash {ours:016x}", f"hash {theirs:016x}")
         begin, end = index["offsets"][place : place + 2].tolist()
         frame = file.get_slice("data")[begin:end].tobytes()
         found, checksum = _digest(frame), int(index["checksum"][place])
-        self._check(f"{_name(shard)}, row {row}", found == checksum, f"checksum {checksum:016x}", f"{found:016x}")
+        self._files.require(
+            f"{shard_name(shard)}, row {row}", found == checksum, f"checksum {checksum:016x}", f"{found:016x}"
+        )
         return frame
 
     def _shard(self, shard: int) -> tuple[Any, dict[str, np.ndarray]]:
         if shard not in self._open:
             while len(self._open) >= OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
+            file = self._files.opened(shard, first_row=_rows_of(shard, self.layout).start)
             try:
-                file = safe_open(self.folder / _name(shard), framework="np")
                 index = {name: file.get_tensor(name) for name in ("offsets", "row_hash", "checksum")}
             except SafetensorError as error:
-                self._check(_name(shard), False, "a whole safetensors file", error)
-            about, first = file.metadata() or {}, _rows_of(shard, self.layout).start
-            known = {"format": FORMAT, "version": str(VERSION), "first_row": str(first)}
-            self._check(_name(shard), about == known, known, about)
+                self._files.require(shard_name(shard), False, "a whole safetensors file", error)
             self._open[shard] = file, index
         return self._open[shard]
-
-    def _header(self) -> dict:
-        path = self.folder / HEADER
-        self._check("header", path.is_file(), HEADER, "no such file")
-        try:
-            header = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            self._check("header", False, "JSON", error)
-        about = (header.get("format"), header.get("version"))
-        self._check("version", about == (FORMAT, VERSION), f"{FORMAT}, {VERSION}", about)
-        return header
-
-    def _check(self, what: str, right: bool, expected: object, got: object) -> None:
-        if not right:
-            do = "Run --stage teacher_cache again, with the settings of this run."
-            raise UserError(f"{self.folder}: {what}", expected=str(expected), got=str(got), do=do)

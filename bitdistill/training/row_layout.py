@@ -1,6 +1,5 @@
 """What the cache of stage 3 holds of each training row, and how many bytes that is, before anything is written (row_cache.py)."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from bitdistill.errors import UserError
 from bitdistill.kernels.numerics import IGNORED
+from bitdistill.training.cache_files import require_room
 from bitdistill.training.relation_states import StateShape, state_shape
 from bitdistill.training.teacher_cache import LEAST_SHARDS, SHARD_BYTES
 
@@ -183,13 +183,8 @@ def what_is_kept(
 
 def check_room(folder: Path, layout: RowLayout) -> None:
     """Raises UserError when the disk of `folder` has no room for the shards that are not in it yet."""
-    written = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
-    free, needed = shutil.disk_usage(folder).free, layout.total_bytes - written
-    if free < needed:
-        raise UserError(
-            "output_dir",
-            expected=f"{needed / 1e9:.3g} GB free in {folder} for what the teacher says",
-            got=f"{free / 1e9:.3g} GB ({layout})",
-            do="Lower max_train_rows, max_length or the number of distill.relation_layers, move output_dir, or give "
-            "--distill.teacher_cache false, which runs the teacher beside the student.",
-        )
+    do = (
+        "Lower max_train_rows, max_length or the number of distill.relation_layers, move output_dir, or give "
+        "--distill.teacher_cache false, which runs the teacher beside the student."
+    )
+    require_room(folder, layout.total_bytes, what="what the teacher says", layout=layout, do=do)

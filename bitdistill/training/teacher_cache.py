@@ -35,24 +35,22 @@ Shape suffixes: B blocks, T positions, K cached words, N rows (B * T), V vocabul
 import hashlib
 import itertools
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
-from bitdistill.files import apply_umask, flush
 from bitdistill.kernels.vocabulary import linear_top_k
+from bitdistill.training.cache_files import HEADER, CacheFolder, move_finished, require_room, save_shard, shard_name
 from bitdistill.training.head import head_weight, hidden_states, instead_of_logits
 
-FORMAT, VERSION, HEADER = "bitdistill teacher logits", 1, "cache.json"
+FORMAT, VERSION = "bitdistill teacher logits", 1
 SHARD_BYTES = 2**28  # held in memory while it is made
 LEAST_SHARDS = 64  # of a small cache: ranks share them, and a restart repeats one at most
 
@@ -115,15 +113,8 @@ class Layout:
 
 def check_room(folder: Path, layout: Layout) -> None:
     """Raises UserError when the disk of `folder` has no room for the shards that are not in it yet."""
-    written = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
-    free, needed = shutil.disk_usage(folder).free, layout.total_bytes - written
-    if free < needed:
-        raise UserError(
-            "output_dir",
-            expected=f"{needed / 1e9:.3g} GB free in {folder} for the teacher's logits",
-            got=f"{free / 1e9:.3g} GB ({layout})",
-            do="Lower pretrain.kd_top_k or pretrain.max_steps, or move output_dir.",
-        )
+    do = "Lower pretrain.kd_top_k or pretrain.max_steps, or move output_dir."
+    require_room(folder, layout.total_bytes, what="the teacher's logits", layout=layout, do=do)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -199,7 +190,7 @@ def write_shards(
             first = shard * layout.blocks_per_shard
             taken = [next(blocks) for _ in range(min(layout.blocks_per_shard, layout.blocks - first))]
             assert [block["block"] for block in taken] == list(range(first, first + len(taken)))
-            path = folder / _name(shard)
+            path = folder / shard_name(shard)
             if shard % process_group.world_size() != process_group.rank() or path.is_file():
                 bar.update(len(taken))
                 continue
@@ -212,13 +203,7 @@ def write_shards(
                 bar.update(len(batch_BT))
             arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
             arrays["token_hash"] = token_hashes(tokens_BT.numpy())
-            unfinished = path.with_suffix(".unfinished")
-            save_file(
-                arrays, unfinished, metadata={"format": FORMAT, "version": str(VERSION), "first_block": str(first)}
-            )
-            apply_umask(unfinished)
-            flush(unfinished)
-            unfinished.replace(path)
+            save_shard(path, arrays, {"format": FORMAT, "version": VERSION, "first_block": first})
 
 
 def finish_cache(unfinished: Path, folder: Path, layout: Layout) -> int:
@@ -226,17 +211,10 @@ def finish_cache(unfinished: Path, folder: Path, layout: Layout) -> int:
 
     Returns: bytes of the shards.
     """
-    sizes = []
-    for shard in range(layout.shards):
-        (unfinished / _name(shard)).rename(folder / _name(shard))
-        sizes.append((folder / _name(shard)).stat().st_size)
+    sizes = list(move_finished(unfinished, folder, map(shard_name, range(layout.shards))).values())
     header = {"format": FORMAT, "version": VERSION, **asdict(layout), "shard_bytes": sizes}
     (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
     return sum(sizes)
-
-
-def _name(shard: int) -> str:
-    return f"shard-{shard:05d}.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -257,18 +235,15 @@ class TeacherCache:
     """
 
     def __init__(self, folder: str | Path, *, blocks: int, block_size: int, vocabulary: int):
-        self.folder = Path(folder)
-        header = self._header()
+        self._files = CacheFolder(folder, format=FORMAT, version=VERSION, stage="cache")
+        require, header = self._files.require, self._files.header()
         sizes = header.pop("shard_bytes")
         self.layout = Layout(**header)
-        self._check("blocks", blocks <= self.layout.blocks, f"at least {blocks}", self.layout.blocks)
-        self._check("block_size", block_size == self.layout.block_size, block_size, self.layout.block_size)
-        self._check("vocabulary", vocabulary == self.layout.vocabulary, vocabulary, self.layout.vocabulary)
-        self._check("shards", len(sizes) == self.layout.shards, self.layout.shards, len(sizes))
-        for shard, size in enumerate(sizes):
-            path = self.folder / _name(shard)
-            found = path.stat().st_size if path.is_file() else "no such file"
-            self._check(_name(shard), found == size, f"{size} bytes", found)
+        require("blocks", blocks <= self.layout.blocks, f"at least {blocks}", self.layout.blocks)
+        require("block_size", block_size == self.layout.block_size, block_size, self.layout.block_size)
+        require("vocabulary", vocabulary == self.layout.vocabulary, vocabulary, self.layout.vocabulary)
+        require("shards", len(sizes) == self.layout.shards, self.layout.shards, len(sizes))
+        self._files.require_sizes({shard_name(shard): size for shard, size in enumerate(sizes)})
         self._open: dict[int, safe_open] = {}  # blocks come in order: the last two shards
 
     def read(self, block_B: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,11 +259,11 @@ class TeacherCache:
         found: dict[str, list[np.ndarray]] = {"indices": [], "values": [], "log_rest": []}
         hashes = token_hashes(tokens_BT.cpu().numpy())
         for block, ours in zip(block_B.tolist(), hashes, strict=True):
-            self._check("blocks", block < self.layout.blocks, f"more than {block}", self.layout.blocks)
+            self._files.require("blocks", block < self.layout.blocks, f"more than {block}", self.layout.blocks)
             shard, place = divmod(block, self.layout.blocks_per_shard)
             file = self._shard(shard)
             theirs = file.get_slice("token_hash")[place : place + 1][0]
-            self._check(f"tokens of block {block}", ours == theirs, f"hash {ours:016x}", f"hash {theirs:016x}")
+            self._files.require(f"tokens of block {block}", ours == theirs, f"hash {ours:016x}", f"hash {theirs:016x}")
             for name, rows in found.items():
                 rows.append(file.get_slice(name)[place : place + 1])
         indices, values, log_rest = (torch.from_numpy(_widened(np.concatenate(rows))) for rows in found.values())
@@ -298,34 +273,13 @@ class TeacherCache:
         if shard not in self._open:
             while len(self._open) > 1:
                 del self._open[next(iter(self._open))]
-            try:
-                file = safe_open(self.folder / _name(shard), framework="np")
-            except SafetensorError as error:
-                self._check(_name(shard), False, "a whole safetensors file", error)
-            about, first = file.metadata() or {}, shard * self.layout.blocks_per_shard
-            known = {"format": FORMAT, "version": str(VERSION), "first_block": str(first)}
-            self._check(_name(shard), about == known, known, about)
+            first = shard * self.layout.blocks_per_shard
+            file = self._files.opened(shard, first_block=first)
             count = min(self.layout.blocks_per_shard, self.layout.blocks - first)
             shape, held = [count, self.layout.block_size, self.layout.top_k], file.get_slice("indices").get_shape()
-            self._check(_name(shard), held == shape, f"indices {shape}", held)
+            self._files.require(shard_name(shard), held == shape, f"indices {shape}", held)
             self._open[shard] = file
         return self._open[shard]
-
-    def _header(self) -> dict:
-        path = self.folder / HEADER
-        self._check("header", path.is_file(), HEADER, "no such file")
-        try:
-            header = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            self._check("header", False, "JSON", error)
-        about = (header.pop("format", None), header.pop("version", None))
-        self._check("version", about == (FORMAT, VERSION), f"{FORMAT}, {VERSION}", about)
-        return header
-
-    def _check(self, what: str, right: bool, expected: object, got: object) -> None:
-        if not right:
-            do = "Run --stage cache again, with the settings of this run."
-            raise UserError(f"{self.folder}: {what}", expected=str(expected), got=str(got), do=do)
 
 
 def _widened(array: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What stage 3 hears from its teacher, whether the teacher runs beside the student or ran before (row_cache.py)."""
+"""What a stage hears from its teacher, which runs beside the student or, in stage 3, ran before (row_cache.py)."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
