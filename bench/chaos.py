@@ -17,6 +17,7 @@ Prints where each kill fell and a table of them. The exit status is 1 when a run
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import os
@@ -89,8 +90,9 @@ class Run:
         stage = self.stage
         writes_result = (self.folder / f".{stage}.unfinished").exists()
         if stage in TRAINED:
-            saved = list((self.folder / "checkpoints" / stage).glob("checkpoint-*"))
-            if any(not (checkpoint / MARKER).exists() for checkpoint in saved):
+            # glob, not Path.glob: the job removes these folders meanwhile, which Path.glob does not bear.
+            saved = map(Path, glob.glob(f"{glob.escape(str(self.folder))}/checkpoints/{stage}/checkpoint-*"))
+            if any(checkpoint.exists() and not (checkpoint / MARKER).exists() for checkpoint in saved):
                 return stage, "saves a checkpoint"
             return stage, "saves its result" if writes_result else "trains"
         if stage == "export" and not writes_result and (self.folder / stage / "done.json").exists():

@@ -14,6 +14,7 @@ the weights of the undisturbed run, bit for bit. The exit status is 1 where it d
 """
 
 import argparse
+import glob
 import hashlib
 import os
 import shlex
@@ -58,7 +59,7 @@ class Job:
 
     def checkpoints(self) -> list[Path]:
         """The complete ones, the newest last."""
-        found = self.folder.glob("checkpoints/base/checkpoint-*/complete.json")
+        found = map(Path, glob.glob(f"{glob.escape(str(self.folder))}/checkpoints/base/checkpoint-*/complete.json"))
         return sorted((path.parent for path in found), key=lambda path: int(path.name.split("-")[1]))
 
     def until_checkpoint(self, number: int = 1) -> None:

@@ -14,6 +14,7 @@ The weights must be those of the undisturbed run, bit for bit. Needs root, iprou
 """
 
 import argparse
+import glob
 import hashlib
 import os
 import shlex
@@ -101,7 +102,7 @@ def left_behind() -> list[str]:
 def pull(launcher: str, folder: Path) -> list[str]:
     """Starts the job, pulls the cable after its first checkpoint. Returns what was wrong with the end."""
     processes = start(launcher, folder)
-    while not list(folder.glob("checkpoints/base/checkpoint-*/complete.json")):
+    while not glob.glob(f"{glob.escape(str(folder))}/checkpoints/base/checkpoint-*/complete.json"):
         if any(process.poll() is not None for process in processes):
             return ["ended before its first checkpoint"]
         time.sleep(0.05)
