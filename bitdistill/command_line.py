@@ -80,7 +80,7 @@ def _settle_paths(namespace) -> None:
     files = namespace.extra_validation_files or {}
     namespace.extra_validation_files = {split: folders.local_path(file) for split, file in files.items()}
     if namespace.output_dir:
-        namespace.output_dir = str(Path(namespace.output_dir).expanduser().absolute())
+        namespace.output_dir = str(user_path(namespace.output_dir, "output_dir").absolute())
 
 
 def explicit_settings(arguments: Sequence[str] | None = None) -> set[str]:

@@ -13,6 +13,7 @@ from bitdistill.errors import UserError
 from bitdistill.limits import check_limits
 from bitdistill.names import DEPLOY_TARGETS, STAGES
 from bitdistill.student import quantizers
+from bitdistill.text_files import user_path
 
 STAGE_CHOICES = Literal[("all", "check", *STAGES)]
 
@@ -412,7 +413,7 @@ class RunConfig:
                 got="none",
                 do="Give --corpus (a hub dataset, or local files), or --student with a finished stage 2.",
             )
-        if self.student is not None and not (Path(self.student).expanduser() / "model.safetensors").is_file():
+        if self.student is not None and not (user_path(self.student, "student") / "model.safetensors").is_file():
             raise UserError(
                 "student",
                 expected="a finished stage 2 of another run (RUN/pretrain)",

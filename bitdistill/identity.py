@@ -8,6 +8,7 @@ what is very large are pieces read, spread evenly over every file.
 import contextlib
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 
@@ -38,9 +39,11 @@ class Identities:
 
     def of(self, source: str | Path | None) -> list[str] | str | None:
         """A line for each file of a local file or folder, hidden ones left out; a hub id stands for itself, None for nothing."""
-        if source is None or not Path(source).expanduser().exists():
-            return None if source is None else str(source)
-        path = Path(source).expanduser().resolve()
+        if source is None:
+            return None
+        path = Path(os.path.expanduser(source)).resolve()
+        if not path.exists():
+            return str(source)
         files = {path.name: path}
         if path.is_dir():
             below = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}

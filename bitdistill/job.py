@@ -42,6 +42,7 @@ from bitdistill.student.backend import choose_kernels
 from bitdistill.student.gguf_base import convert_gguf, is_gguf
 from bitdistill.student.quantizers import quantizer_named
 from bitdistill.student.refine import require_quantizers
+from bitdistill.text_files import user_path
 from bitdistill.training.row_layout import RowLayout, row_layout
 from bitdistill.training.teacher_cache import Layout
 from bitdistill.training.trainer import capped_steps, release, training_arguments
@@ -178,7 +179,7 @@ class Job:
         """A model's source as it can be loaded: a GGUF file becomes a folder below RUN/gguf, once."""
         if not is_gguf(source):
             return source
-        path = Path(source).expanduser().resolve()
+        path = user_path(source, "model").resolve()
         folder = self.root / "gguf" / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         marker, identity = folder.with_name(f"{folder.name}.json"), json.dumps(self.identities.of(source))
         if process_group.is_main() and not (
@@ -373,8 +374,8 @@ class Job:
         """What the packed files of this run say of it, besides what their own students know."""
         config = self.config
         base = "demo" if self.embedded else str(config.model)
-        if Path(base).expanduser().exists():  # a folder's place on this machine is nobody else's business
-            base = Path(base).expanduser().resolve().name
+        if user_path(base, "model").exists():  # a folder's place on this machine is nobody else's business
+            base = user_path(base, "model").resolve().name
         scored = json.loads((self.directory.folder("evaluate") / "scores.json").read_text(encoding="utf-8"))
         scores = {"metric": scored["metric"]}
         for row in scored["rows"]:

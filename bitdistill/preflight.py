@@ -11,6 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitdistill.data.corpus import WINDOW
 from bitdistill.data.tasks import encode_prompts, label_tokens
 from bitdistill.data.token_shards import blocks_to_make, token_bytes
@@ -21,6 +23,7 @@ from bitdistill.planning import CHECKPOINTS_ON_DISK, Setting, Shape, Work, memor
 from bitdistill.preflight_checks import (
     check_disk,
     check_memory,
+    check_numbers,
     check_relations,
     check_schedule,
     check_surgery,
@@ -138,6 +141,7 @@ def check_run(job) -> Report:
     teacher = job.models["teacher"].config if "teacher" in job.models else student
     if student is not None:
         _check_shapes(job, report, stages, student, teacher)
+    _check_numbers(job, report, stages)
     _check_settings(config, report, stages)
     _check_rows(job, report, stages, tokenizer, len(tokenizer) if trimmed else student and student.vocab_size)
     _check_corpus(job, report, stages, tokenizer)
@@ -175,6 +179,19 @@ def _check_shapes(job, report: Report, stages: set[str], student, teacher) -> No
             layers = {"layers": section.relation_layers, "teacher_layers": section.teacher_relation_layers}
             check_relations(teacher, student, **layers, **settings)
             found.append(f"{section.relation} of {section.relation_layers}, {student.num_hidden_layers} layers")
+
+
+def _check_numbers(job, report: Report, stages: set[str]) -> None:
+    """Weights of the models that the stages load, the teacher's in its own dtype."""
+    teacher = "teacher" if "teacher" in job.models else "model"
+    if "model" in job.models and stages & {"trim", "refine", "cache"}:
+        with report.part("weights of model") as found:
+            found.append(check_numbers("model", job.models["model"], torch.float32))
+    if teacher in job.models and stages & {"teacher", "teacher_cache"}:
+        dtype = getattr(torch, job.config.teacher.dtype)
+        setting = "teacher.model" if teacher == "teacher" else "model"
+        with report.part("weights of the teacher") as found:
+            found.append(check_numbers(setting, job.models[teacher], dtype))
 
 
 def _check_settings(config, report: Report, stages: set[str]) -> None:

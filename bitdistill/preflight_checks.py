@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from bitdistill.cpus import control_groups, read_lines
+from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
 from bitdistill.folders import why_not_writable
 from bitdistill.student.loading import check_same_tokenizer, check_same_vocabulary
+from bitdistill.student.model_weights import not_finite
 from bitdistill.student.refine import refine
 from bitdistill.training.capture import AttentionCapture
 from bitdistill.training.relations import relation_loss
@@ -119,6 +121,20 @@ def check_teacher(teacher: str | Path, config, student: str | Path, student_conf
     """Raises UserError when a teacher's logits cannot be compared with the student's token by token."""
     check_same_tokenizer(teacher, student)
     check_same_vocabulary(config, student_config)
+
+
+def check_numbers(setting: str, folder, dtype: torch.dtype) -> str:
+    """Raises UserError for weights that are not finite in the dtype that they will be loaded in. All ranks share the reading.
+
+    Args:
+        setting: what the user calls the model. folder: its ModelFolder. dtype: of the loaded model.
+    """
+    part, parts = process_group.rank(), process_group.world_size()
+    wrong = next(filter(None, process_group.gather(not_finite(folder.tensors, dtype, part, parts))), None)
+    if wrong:
+        do = "Take another copy of the model, or another dtype where these numbers overflow."
+        raise UserError(setting, expected="finite weights", got=f"{folder.path}, where {wrong}", do=do)
+    return f"{folder.parameters:,} numbers, all finite"
 
 
 def check_memory(needed: dict[str, dict[str, float]], free: int, ranks: int, where: str) -> str:

@@ -77,7 +77,7 @@ def _settle_home() -> None:
             continue
         folder = home / place
         if variable.startswith("HF_"):
-            top = Path(os.environ.get("HF_HOME") or Path(cache or home / ".cache") / "huggingface").expanduser()
+            top = Path(os.path.expanduser(os.environ.get("HF_HOME") or Path(cache or home / ".cache") / "huggingface"))
             folder = top / folder.name
         if not _can_be_written(folder):
             moved.append(variable)

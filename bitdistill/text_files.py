@@ -28,6 +28,11 @@ _POINTER = b"version https://git-lfs"
 _OTHER_KINDS = {  # first bytes -> (what such a file is, what to do)
     b"PK\x03\x04": ("a zip archive or an office document", "Unpack or export it as text."),
     b"PAR1": ("a Parquet file", "Name it .parquet, or export it as text."),
+    b"ARROW1": ("an Arrow file", "Export it as text, or as Parquet under a name in .parquet."),
+    b"SQLite format 3": ("an SQLite database", "Export its table as text."),
+    b"\xd0\xcf\x11\xe0": ("an office document in the old format", "Export it as text."),
+    b"\x89HDF": ("an HDF5 file", "Export it as text."),
+    b"\x04\x22\x4d\x18": ("a file compressed with LZ4", "Unpack it, or compress it with gzip or zstandard."),
     b"%PDF": ("a PDF", "Export it as text."),
     _POINTER: ("a Git LFS pointer in place of the file", "Fetch the file itself: git lfs pull."),
 }

@@ -14,7 +14,7 @@ def targets(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_thousand_damaged_files(targets):
-    results = fuzz.run(targets, 1000, seed=0, say=lambda text: None)
+    results = fuzz.run(targets, fuzz.shares(targets, 1000), seed=0, say=lambda text: None)
     assert sum(sum(result.outcomes.values()) for result in results.values()) >= 950
     assert [fault for result in results.values() for fault in result.faults] == []
     for name, result in results.items():
@@ -28,7 +28,7 @@ def test_a_reader_that_fails_is_seen(tmp_path):
     path.write_bytes(b"1, 2, 3")
 
     def outcomes(read, exact=False):
-        result = fuzz.run({"x": fuzz.Target(path, read, "text", exact=exact)}, 40, 0, say=lambda text: None)["x"]
+        result = fuzz.run({"x": fuzz.Target(path, read, "text", exact=exact)}, {"x": 40}, 0, say=lambda text: None)["x"]
         return result.outcomes
 
     assert outcomes(lambda: sum(map(int, path.read_text(encoding="latin-1").split(","))))["FAULT"] > 10

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from bitdistill.errors import UserError
+from bitdistill.text_files import user_path
 
 BESIDE = ("generation_config.json",)  # what a checkpoint has beside the weights, where the model has it
 STAGES = ("distill", "pretrain", "refine", "teacher", "trim", "base")  # whose results have the run's tokenizer
@@ -34,7 +35,7 @@ def consolidate(source: str, output: str, dtype: Literal["float32", "bfloat16", 
     from bitdistill.student.loading import load_tokenizer
     from bitdistill.student.model_weights import read_json
 
-    checkpoint, target = _checkpoint_of(Path(source).expanduser()), Path(output).expanduser()
+    checkpoint, target = _checkpoint_of(user_path(source, "source")), user_path(output, "output")
     if target.exists():
         do = "Name a folder that does not exist yet, or remove this one."
         raise UserError("output", expected="a new folder", got=output, do=do)

@@ -10,6 +10,7 @@ from bitdistill import folders
 from bitdistill.commands.options import require_at_least, require_writable
 from bitdistill.errors import UserError
 from bitdistill.files import write_whole
+from bitdistill.text_files import user_path
 
 DEFAULT_TOKENS = 512  # of a prompt with its answer, or of a block of text, where neither the user nor a run says
 
@@ -61,7 +62,7 @@ def evaluate(
     }
     for option, (number, smallest) in least.items():
         require_at_least(option, number, smallest)
-    own = _run_defaults(Path(run_or_file).expanduser())
+    own = _run_defaults(user_path(run_or_file, "RUN_OR_FILE"))
     validation_file = folders.local_path(validation_file)
     options = _task_options(own, task, validation_file, extra_validation_files, max_length)
     if perplexity:
@@ -77,7 +78,7 @@ def evaluate(
     else:
         result = _task_score(run_or_file, setting, options, max_rows, threads)
     if json_file:
-        write_whole(Path(json_file).expanduser(), json.dumps(result, indent=1))
+        write_whole(user_path(json_file, "json_file"), json.dumps(result, indent=1))
 
 
 def _task_options(
@@ -135,7 +136,7 @@ def _subject(run_or_file: str, setting: str | None, threads: int | None):
     from bitdistill.runtime.loading import find_packed
     from bitdistill.student.loading import load_language_model, load_tokenizer, packed_tokenizer
 
-    run = Path(run_or_file).expanduser()
+    run = user_path(run_or_file, "RUN_OR_FILE")
     if setting not in (None, "BitDistill"):
         if not run.is_dir():
             do = "Give the run directory, or leave --setting out."
@@ -190,7 +191,7 @@ def _perplexity(
     from bitdistill.data.corpus import token_blocks
     from bitdistill.evaluation.score import text_perplexity
 
-    run, settings = Path(run_or_file).expanduser(), [setting]
+    run, settings = user_path(run_or_file, "RUN_OR_FILE"), [setting]
     if setting is None and run.is_dir():
         there = {"FP16-SFT": "teacher/model.safetensors", "BitNet-SFT": "export/baseline.safetensors"}
         settings = [*(name for name, file in there.items() if (run / file).is_file()), "BitDistill"]

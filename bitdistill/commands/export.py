@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from bitdistill.commands.options import require_at_least
 from bitdistill.errors import UserError
+from bitdistill.text_files import user_path
 
 
 def export(
@@ -36,7 +37,7 @@ def export(
     from bitdistill.cpus import available_cpus
     from bitdistill.export.deliver import deliver, proof_texts
 
-    folder = Path(run).expanduser()
+    folder = user_path(run, "RUN")
     if not (folder / "distill" / "model.safetensors").is_file():
         do = "Train one first: deepspeed bitdistill/train.py --stage all."
         raise UserError("RUN", expected="a run directory with a finished student (RUN/distill)", got=run, do=do)

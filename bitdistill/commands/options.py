@@ -1,11 +1,11 @@
 """What the commands share: a parser whose errors are UserErrors, and two checks of options before any work is done."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from bitdistill.argument_errors import refused
 from bitdistill.errors import UserError
+from bitdistill.text_files import user_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +42,7 @@ def require_writable(option: str, file: str) -> None:
     Raises:
         UserError: it is a folder, its folder is missing, or the system refuses.
     """
-    path = Path(file).expanduser()
+    path = user_path(file, option)
     existed, reason = path.exists(), None
     try:
         path.open("ab").close()

@@ -1,9 +1,9 @@
 """`bitdistill report` shows a run as a page and a table; `bitdistill env` shows what would run it on this machine."""
 
 import importlib.util
-from pathlib import Path
 
 from bitdistill.errors import UserError
+from bitdistill.text_files import user_path
 
 OF_A_RUN = ("config.yaml", "metrics.jsonl", "evaluate/scores.json")  # one of which every run has
 
@@ -16,7 +16,7 @@ def report(run: str) -> None:
     """
     from bitdistill.reporting.report import show_report
 
-    folder = Path(run).expanduser()
+    folder = user_path(run, "RUN")
     if not any((folder / name).is_file() for name in OF_A_RUN):
         got = f"{run} without any of them" if folder.is_dir() else f"{run} (no such folder)"
         do = "Name the folder that a run was given as --output_dir."

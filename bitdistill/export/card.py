@@ -12,6 +12,7 @@ from typing import Any
 from bitdistill.errors import UserError
 from bitdistill.files import write_whole
 from bitdistill.names import DISTILLED
+from bitdistill.text_files import user_path
 
 UNKNOWN_LICENSE = "not stated by the base model's folder: look it up before you share this model"
 RUN = {
@@ -103,7 +104,7 @@ def base_license(base: str | None) -> str | None:
     import yaml
     from huggingface_hub import ModelCard
 
-    folder = Path(base).expanduser() if base else None
+    folder = user_path(base, "model") if base else None
     if folder is None or not (folder / "README.md").is_file():
         return None
     try:

@@ -17,6 +17,7 @@ from bitdistill.export.gguf_file import write_gguf
 from bitdistill.export.hugging_face import write_hugging_face
 from bitdistill.export.tools import TOOLS, tool_version
 from bitdistill.files import write_whole
+from bitdistill.text_files import user_path
 
 PROOF_TEXTS, PROOF_TOKENS = 8, 128
 
@@ -61,7 +62,7 @@ def deliver(
         raise UserError("format", expected=f"one of {', '.join(TOOLS)}", got=format, do="Choose one of these.")
     folder = Path(student_folder)
     default = folder.parent / "export" / ("student.gguf" if format == "gguf" else f"student-{format}")
-    path = Path(output).expanduser() if output else default
+    path = user_path(output, "output") if output else default
     if not path.parent.is_dir():
         raise UserError("output", expected="a path in an existing folder", got=str(path), do="Create its folder first.")
     model, tokenizer = load_student(folder).eval(), load_tokenizer(folder)

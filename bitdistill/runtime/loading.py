@@ -4,6 +4,7 @@ from pathlib import Path
 
 from bitdistill.errors import UserError
 from bitdistill.runtime.cpu import Runtime
+from bitdistill.text_files import user_path
 
 
 def find_packed(run_or_file: str | Path) -> Path:
@@ -15,7 +16,7 @@ def find_packed(run_or_file: str | Path) -> Path:
     Raises:
         UserError: neither is there.
     """
-    path = Path(run_or_file).expanduser()
+    path = user_path(run_or_file, "RUN_OR_FILE")
     if path.is_dir():
         path = path / "export" / "student.safetensors"
     if not path.is_file():

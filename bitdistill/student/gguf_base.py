@@ -20,6 +20,7 @@ import numpy as np
 from bitdistill.distributed.checkpoint import save_folder_atomically
 from bitdistill.errors import UserError
 from bitdistill.student.gguf_tokenizer import check_chat_template, gguf_tokenizer
+from bitdistill.text_files import user_path
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 SAFETENSORS = "Take the safetensors repository of the model."
@@ -70,7 +71,7 @@ class Conversion:
 
 def is_gguf(source: str | Path | None) -> bool:
     """Whether a model is given as a GGUF file."""
-    return source is not None and str(source).lower().endswith(".gguf") and not Path(source).expanduser().is_dir()
+    return source is not None and str(source).lower().endswith(".gguf") and not user_path(source, "model").is_dir()
 
 
 def convert_gguf(file: str | Path, folder: str | Path) -> Conversion:
@@ -89,7 +90,7 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Conversion:
     """
     from safetensors.numpy import save_file
 
-    file = Path(file).expanduser()
+    file = user_path(file, "model")
     reader, metadata = _read(file)
     architecture = str(metadata.get("general.architecture"))
     if architecture not in ARCHITECTURES:

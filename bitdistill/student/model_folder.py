@@ -28,6 +28,7 @@ from bitdistill.student.model_weights import (
     tensors_of,
     with_prefix,
 )
+from bitdistill.text_files import user_path
 
 # model_type -> the only class that is a base: a language model with a head
 FAMILIES = {
@@ -38,6 +39,7 @@ FAMILIES = {
 }
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length of the text
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+LAYER_KINDS = ("full_attention", "sliding_attention")
 WITHOUT_A_STEP = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
 QUANTIZED_KEYS = ("quantization_config", "quantization", "compression_config")
 QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -183,20 +185,44 @@ def runtime_problems(config) -> Iterator[UserError]:
             got = str(getattr(config, name))
             do = "Set it to null in the base model's config.json, or take another base model."
             yield UserError(f"config.json: {name}", expected="none (the runtime has no such step)", got=got, do=do)
+    yield from _number_problems(config)
+
+
+def _number_problems(config) -> Iterator[UserError]:
+    """Values that transformers accepts, and with which the first forward pass would fail or give NaN."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    found = {
+        "layer_types": (kinds <= {*LAYER_KINDS}, f"layers among {', '.join(LAYER_KINDS)}"),
+        "rms_norm_eps": (0 < config.rms_norm_eps < 1, "a number between 0 and 1"),
+        "attention_dropout": (0 <= config.attention_dropout < 1, "a share from 0 to below 1"),
+    }
+    if "sliding_attention" in kinds:
+        found["sliding_window"] = (config.sliding_window >= 1, "one position or more")
+    for name, (right, expected) in found.items():
+        if not right:
+            do = "Copy config.json again from the model's repository, or take another base model."
+            yield UserError(f"config.json: {name}", expected=expected, got=str(getattr(config, name)), do=do)
+
+
+def _check_rotary(model: torch.nn.Module, config) -> None:
+    """Raises ValueError where the frequencies that a config asks for are no numbers above zero."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            rotary = type(module)(config=config)
+            if not all(bool((torch.isfinite(found) & (found > 0)).all()) for found in rotary.buffers()):
+                raise ValueError("rope_parameters whose frequencies are not finite and above zero")
 
 
 def local_folder(name_or_path: str | Path, setting: str, patterns: tuple[str, ...]) -> Path:
     """A local folder as it is; of a hub repository the local copy of the files that match."""
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    name, path = str(name_or_path), user_path(name_or_path, setting)
     if path.is_dir():
         return path
     if path.is_file():
         kind, do = "a file", "Give the folder that holds config.json and model.safetensors."
-        if path.suffix.lower() == ".gguf":
-            kind, do = (
-                "a GGUF file",
-                "The main job takes it as --model; elsewhere convert it first (gguf_base.convert_gguf).",
-            )
+        if path.suffix.lower() == ".gguf" or _begins(path, b"GGUF"):
+            kind = "a GGUF file"
+            do = "The main job takes it under a name in .gguf; elsewhere convert it first (gguf_base.convert_gguf)."
         elif path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
             kind = "a file of pickled weights, which is never read"
         raise UserError(setting, expected="a Hugging Face model folder", got=f"{name}, {kind}", do=do)
@@ -217,6 +243,11 @@ def local_folder(name_or_path: str | Path, setting: str, patterns: tuple[str, ..
         ) from error
 
 
+def _begins(file: Path, mark: bytes) -> bool:
+    with file.open("rb") as content:
+        return content.read(len(mark)) == mark
+
+
 def _config_of(path: Path, setting: str) -> dict[str, Any]:
     """config.json of a folder that is a model's, not something that only looks like one."""
     adapter = path / "adapter_config.json"
@@ -232,7 +263,15 @@ def _config_of(path: Path, setting: str) -> dict[str, Any]:
     if ggufs:
         got = f"{path}, a folder of GGUF files ({', '.join(ggufs[:3])})"
         raise UserError(setting, expected=expected, got=got, do=f"Give one of them: --{setting} {path / ggufs[0]}.")
-    if (path / "params.json").is_file() or any(path.glob("consolidated.*")):
+    snapshots = sorted(str(found.parent) for found in path.glob("snapshots/*/config.json"))
+    if snapshots:
+        got, do = f"{path}, a repository in the hub's cache", f"Give the snapshot in it: --{setting} {snapshots[-1]}."
+    elif (path / "config.yaml").is_file() and (path / "distill").is_dir():
+        got, do = f"{path}, a run of this project", "Give the base model, or another output_dir to train it again."
+    elif any(path.glob("adapter_model.*")):
+        got = f"{path}, a LoRA adapter without its adapter_config.json"
+        do = "Adapters hold differences only: merge it into its base (peft: merge_and_unload) and save_pretrained that."
+    elif (path / "params.json").is_file() or any(path.glob("consolidated.*")):
         got, do = f"{path}, a model in its authors' own format", "Take its repository in Hugging Face's format."
     else:
         names = ", ".join(sorted(file.name for file in path.iterdir())[:4]) or "nothing"
@@ -285,6 +324,7 @@ def architecture(path: Path, written: dict[str, Any], setting: str) -> tuple[Any
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        _check_rotary(empty, config)
     except (*_NOT_A_CONFIG, StrictDataclassError, OSError) as error:
         text = str(error).strip().splitlines()
         got = f"{path} ({type(error).__name__}: {' '.join(' '.join(text[-1:]).split())[:160]})"

@@ -18,6 +18,7 @@ from bitdistill.text_files import download_gone_wrong
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names; any other type is somebody's codes
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Tensors = dict[str, tuple[Path, tuple[int, ...], str]]  # name -> (file, shape, safetensors' name of the type)
 
@@ -25,7 +26,10 @@ Tensors = dict[str, tuple[Path, tuple[int, ...], str]]  # name -> (file, shape, 
 def read_json(file: Path, setting: str) -> dict[str, Any]:
     """The keys and values of a JSON file; a UserError where it has none."""
     try:
-        content = json.loads(file.read_bytes().decode("utf-8-sig"))
+        data = file.read_bytes()
+        if data.startswith(BYTE_ORDER_MARKS):  # JSON has none, and transformers does not read it
+            raise ValueError("a byte order mark at its beginning: save it as UTF-8 without one")
+        content = json.loads(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         got, do = _unreadable(file, error, "Copy the model again.")
         raise UserError(setting, expected=f"a {file.name} in JSON", got=got, do=do) from error
@@ -179,6 +183,24 @@ def _misshapen(path: Path, name: str, shape: tuple, wanted: tuple, setting: str)
         )
     expected = f"{name} of shape {list(wanted)}, as config.json says"
     return UserError(setting, expected=expected, got=f"{list(shape)} in {path}", do="Copy config.json again.")
+
+
+def not_finite(tensors: Tensors, dtype: torch.dtype, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with the first tensor that has a NaN or an infinity; reads every number once.
+
+    Args:
+        tensors: from `tensors_of` or `with_prefix`. dtype: that the model will be loaded in, in which large numbers may overflow.
+        part, parts: which share of the tensors is read, so that several ranks can divide the work.
+    """
+    for name in sorted(tensors)[part::parts]:
+        file, *_ = tensors[name]
+        with safe_open(file, framework="pt") as stored:
+            found = name in stored.keys()  # noqa: SIM118 - not a mapping
+            values = stored.get_tensor(name if found else name.removeprefix("model.")).to(dtype)
+        if not torch.isfinite(values.sum(dtype=torch.float64)):
+            bad = values.numel() - int(torch.isfinite(values).sum())
+            return f"{bad:,} of {values.numel():,} numbers of {name} are NaN or infinite in {dtype}"
+    return None
 
 
 def has_own_head(tensors: Tensors) -> bool:
