@@ -22,6 +22,7 @@ import hashlib
 import json
 import random
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -157,7 +158,9 @@ def make_targets(folder: Path) -> dict[str, Target]:
         "rows.jsonl": rows("rows.jsonl"),
         "rows.json": rows("rows.json"),
         "rows.csv": rows("rows.csv"),
-        "task.yaml": Target(folder / "task.yaml", lambda: repr(load_task(str(folder / "task.yaml"))), "text"),
+        "task.yaml": Target(
+            folder / "task.yaml", lambda: repr(load_task(str(folder / "task.yaml"))), "text", share=2
+        ),
         "corpus.txt": corpus("corpus.txt"),
         "corpus.jsonl": corpus("corpus.jsonl"),
         "settings.yaml": Target(
@@ -341,10 +344,14 @@ def shares(targets: dict[str, Target], mutations: int) -> dict[str, int]:
 
 
 def run(
-    targets: dict[str, Target], counts: dict[str, int], seed: int, say: Callable[[str], None] = print
+    targets: dict[str, Target],
+    counts: dict[str, int],
+    seed: int,
+    say: Callable[[str], None] = print,
+    results: dict[str, Result] | None = None,
 ) -> dict[str, Result]:
-    """Mutates each target as often as `counts` says. Returns name -> Result."""
-    results = {}
+    """Mutates each target as often as `counts` says. Returns name -> Result, which `results` becomes on the way."""
+    results = {} if results is None else results
     for name, target in targets.items():
         target.valid = target.path.read_bytes()
         target.right = repr(target.read())
@@ -417,7 +424,10 @@ def main() -> int:
             outcome, seconds, error = try_case(name, target, arguments.seed, arguments.case)
             print(f"{error}\n{outcome}, {seconds:.2f} s")
             return int(outcome == "FAULT")
-        results = run(targets, counts, arguments.seed, lambda text: print(text, file=sys.stderr, flush=True))
+        results: dict[str, Result] = {}
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):  # the table counts what was done until then
+            run(targets, counts, arguments.seed, lambda text: print(text, file=sys.stderr, flush=True), results)
     print(table(results))
     return int(any(result.faults for result in results.values()))
 
