@@ -38,6 +38,7 @@ from bitdistill import surroundings
 surroundings.prepare()
 
 import numpy as np
+import psutil
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -413,6 +414,9 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    # What a damaged file asks for beyond this is a fault, and not the end of other programs.
+    most = psutil.Process().memory_info().vms + 4 * MEGABYTES * 10**6
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
     with tempfile.TemporaryDirectory() as folder:
         targets = make_targets(Path(folder))
         counts = shares(targets, arguments.mutations)

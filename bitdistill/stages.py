@@ -93,11 +93,17 @@ class RunDirectory:
     def done(self, stage: str) -> dict[str, Any] | None:
         """done.json of a finished stage, else None."""
         path = self.folder(stage) / "done.json"
+        if not path.is_file():
+            return None
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        except ValueError as error:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            kinds = {"id": str, "settings": dict, "inputs": dict}
+            if not isinstance(found, dict) or any(not isinstance(found.get(key), kinds[key]) for key in kinds):
+                raise ValueError(f"something else: {_short(found)}")
+        except (ValueError, RecursionError) as error:
             do = f"Restore {path}, or move {path.parent} away to run the stage again."
-            raise UserError(str(path), expected="JSON", got=str(error), do=do) from error
+            raise UserError(str(path), expected="the record of a finished stage", got=str(error), do=do) from error
+        return found
 
     def reason_to_run(self, stage: str, settings: dict[str, Any]) -> str | None:
         """Why the stage must run, or None when its result still stands."""
@@ -225,12 +231,13 @@ def _has_work(folder: Path) -> bool:
     return any(folder.glob("checkpoint-*")) or any(folder.glob("shard-*"))
 
 
-def _read_json(path: Path) -> Any:
-    """A JSON file's content; None when it is absent or damaged, which is as good as no file here."""
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when it is absent or damaged, which is as good as no file here."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def _known(folder: Path) -> Any:

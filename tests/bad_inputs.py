@@ -19,7 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from bitdistill.runtime.packed_file import config_checksum
@@ -348,6 +350,7 @@ MODELS = [
     Case("positions that are null", "train", "max_position_embeddings", edit("base/config.json", max_position_embeddings=None)),
     Case("dynamic RoPE", "train", "rope_parameters|dynamic",
          edit("base/config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})),
+    Case("heads too wide for any memory", "train", "model|heads too wide", edit("base/config.json", head_dim=2**31)),
     Case("RoPE without frequencies", "train", "config.json|frequencies",
          edit("base/config.json", rope_parameters={"rope_type": "default", "rope_theta": 0.0})),
     Case("RoPE of an unknown kind", "train", "config.json|clever",
@@ -405,6 +408,8 @@ ROWS = [
     Case("a spreadsheet", "train --train_file rows.xlsx", "--train_file|.csv|rows.xlsx", write("rows.xlsx", b"PK\x03\x04")),
     Case("a spreadsheet under another name", "train --train_file a.csv", "zip archive", write("a.csv", b"PK\x03\x04\x14\x00")),
     Case("an old spreadsheet under another name", "train --train_file a.csv", "office document", write("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")),
+    Case("a column twice in Parquet", "train --train_file a.parquet", "text|2 times",
+         lambda root: parquet.write_table(pyarrow.Table.from_arrays([["a"], ["b"], [1]], names=["text", "text", "label"]), root / "a.parquet")),
     Case("a database under another name", "train --train_file a.csv", "SQLite", write("a.csv", b"SQLite format 3\0")),
     Case("Parquet under another name", "train --train_file a.csv", "Parquet", write("a.csv", b"PAR1....PAR1")),
     Case("Parquet cut short", "train --train_file a.parquet", "a.parquet", write("a.parquet", b"PAR1....")),
@@ -642,6 +647,9 @@ COMMANDS = [
                       "export ~nobodyhere/x gguf", "export run transformers --output ~nobodyhere/x", "consolidate ~nobodyhere/x out",
                       "plan --model ~nobodyhere/x", f"{EVAL} --json_file ~nobodyhere/x", "eval ~nobodyhere/x",
                       "generate run --prompts_file ~nobodyhere/x", "serve ~nobodyhere/x")),
+    *(Case(f"train: a record of a stage that is {content[:20]}", "train", "out/teacher/done.json|the record of a finished stage",
+           lambda root, content=content: [(root / "out/teacher").mkdir(parents=True), (root / "out/teacher/done.json").write_text(content)])
+      for content in ("[", "[]", "3", '{"settings": 3, "inputs": [], "id": "x"}', "[" * 100_000)),
     Case("report: no such folder", "report nowhere", "RUN|nowhere"),
     Case("report: a file", "report task.yaml", "RUN|task.yaml"),
     Case("report: a folder that is no run", "report base", "RUN|config.yaml"),

@@ -142,7 +142,8 @@ def test_folders_that_are_no_model_are_called_what_they_are(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "word"), [("{", "in JSON"), ("[1]", "keys and values"), ("\ufeff{}", "model_type"), ("", "in JSON")]
+    ("content", "word"),
+    [("{", "in JSON"), ("[1]", "keys and values"), ("\ufeff{}", "byte order mark"), ("", "in JSON")],
 )
 def test_a_config_that_is_no_json_object(base, content, word):
     (base / "config.json").write_text(content, encoding="utf-8")

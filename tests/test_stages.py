@@ -173,5 +173,5 @@ def test_only_restart_discards(tmp_path):
 
 def test_a_damaged_result_is_named(directory):
     (directory.folder("teacher") / "done.json").write_text("{")
-    with pytest.raises(UserError, match=r"teacher/done.json: expected JSON"):
+    with pytest.raises(UserError, match=r"teacher/done.json: expected the record of a finished stage"):
         directory.reason_to_run("teacher", {})

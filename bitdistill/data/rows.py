@@ -75,6 +75,11 @@ class RowFile:
         kind = READERS[kind_of(self.path)]
         return UserError(f"{self.option} {self.path}", expected=f"rows that can be read as {kind}", got=got, do=do)
 
+    def _refuse_twice(self, names: Sequence[str]) -> None:
+        for name in self.columns:
+            if (count := list(names).count(name)) > 1:
+                raise self._bad(f"the column {name!r} {count} times", "Rename or drop one of them.")
+
     # --- JSON ---------------------------------------------------------------------------------------------------------
 
     def _json(self) -> Iterator[Row]:
@@ -122,9 +127,7 @@ class RowFile:
         csv.field_size_limit(2**31 - 1)  # a cell may be a whole book
         dialect, header, skipped = self._dialect()
         self.names |= dict.fromkeys(header)
-        for name in self.columns:
-            if header.count(name) > 1:
-                raise self._bad(f"the column {name!r} {header.count(name)} times", "Rename or drop one of them.")
+        self._refuse_twice(header)
         places = [(name, header.index(name)) for name in self.columns if name in header]
         reader, number = csv.reader(read_lines(self.path, self.option, newline=""), **dialect), 0
         try:
@@ -181,6 +184,7 @@ class RowFile:
             file = pyarrow.parquet.ParquetFile(self.path)
             names = file.schema_arrow.names
             self.names |= dict.fromkeys(names)
+            self._refuse_twice(names)
             number = 0
             for batch in file.iter_batches(_BATCH, columns=[name for name in self.columns if name in names]):
                 for values in typed_rows(batch, self.columns):

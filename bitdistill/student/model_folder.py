@@ -39,6 +39,7 @@ FAMILIES = {
 }
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length of the text
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+MOST_FREQUENCIES = 1_000_000  # of all rotary embeddings together; a config may say anything
 LAYER_KINDS = ("full_attention", "sliding_attention")
 WITHOUT_A_STEP = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
 QUANTIZED_KEYS = ("quantization_config", "quantization", "compression_config")
@@ -208,6 +209,8 @@ def _check_rotary(model: torch.nn.Module, config) -> None:
     """Raises ValueError where the frequencies that a config asks for are no numbers above zero."""
     for module in model.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
+            if sum(found.numel() for found in module.buffers()) > MOST_FREQUENCIES:
+                raise ValueError("heads too wide for any model")
             rotary = type(module)(config=config)
             if not all(bool((torch.isfinite(found) & (found > 0)).all()) for found in rotary.buffers()):
                 raise ValueError("rope_parameters whose frequencies are not finite and above zero")
