@@ -67,10 +67,10 @@ def measured_bytes(spec: dict[str, Any], threads: int) -> int:
 
 def planned_bytes(spec: dict[str, Any], shape: Shape) -> dict[str, float]:
     """The plan's parts for the step that is measured."""
-    distils = spec["stage"] == "distill"
-    tokens = ROWS * LONGEST_ROW if distils else spec.get("blocks", 8) * BLOCK_SIZE
+    distills = spec["stage"] == "distill"
+    tokens = ROWS * LONGEST_ROW if distills else spec.get("blocks", 8) * BLOCK_SIZE
     ternary = spec.get("ternary", True)
-    work = Work(shape, 1.0, tokens, tokens, shape if distils else None, ternary)
+    work = Work(shape, 1.0, tokens, tokens, shape if distills else None, ternary)
     return memory_parts(work, Setting(spec.get("zero", 0)), spec.get("ranks", 1), "cpu")[0]
 
 

@@ -30,9 +30,9 @@ class TrainingConfig:
         learning_rate: peak learning rate of AdamW.
         lr_scheduler_type: cosine, linear, constant_with_warmup, ...
         warmup_steps: steps of linear warm-up; below 1 a share of all steps.
-        weight_decay: AdamW's, applied to matrices only.
-        adam_beta1: AdamW's first decay.
-        adam_beta2: AdamW's second decay.
+        weight_decay: weight decay of AdamW, applied to matrices only.
+        adam_beta1: decay rate of AdamW's running mean of the gradients.
+        adam_beta2: decay rate of AdamW's running mean of the squared gradients.
         max_grad_norm: gradients are clipped to this global norm; 0 turns it off.
         gradient_checkpointing: recompute activations in the backward pass.
         train_sampling_strategy: random, or group_by_length, which puts rows of similar length into a batch and so saves padding
@@ -88,15 +88,16 @@ class RefineConfig:
         calibration_blocks: blocks of the corpus that a calibrated gain is measured on.
         embedding: the format in which embedding and LM head are trained, also for the baseline: fp16 is full precision; int8,
             int4 and ternary are then stored in the packed file bit for bit (docs/method.md).
-        weight_quantizer: how the linears become ternary (docs/method.md); the baseline's are absmean. gptq and seq
-            do not work with ZeRO-3. gptq and awq are calibrated on calibration_blocks, too; awq is for the packed file alone.
-        weight_scale: what has a scale of its own: the whole tensor (the paper), each row, or each group of columns of a row
-            (absmean, gptq and tequila); the baseline has one per tensor. A group costs 16 / group_size bits per weight.
+        weight_quantizer: how the linear layers become ternary (docs/method.md); the baseline always uses absmean. gptq and seq
+            do not work with ZeRO-3. gptq and awq are calibrated on calibration_blocks, too. A student of awq can be exported to
+            the packed file only.
+        weight_scale: which weights share one scale: the whole tensor (the paper), each row, or each group of columns of a row
+            (absmean, gptq and tequila). The baseline has one scale per tensor. Groups cost 16 / group_size bits per weight.
         group_size: columns of a group: 64, 128 or 256.
-        act_scale: what has an int8 scale of its own among the activations: a token (the paper), or each block of 32 columns of
-            a token, as llama.cpp rounds them. On a GPU block means plain PyTorch for the ternary layers; the baseline has token.
+        act_scale: which activations share one int8 scale: those of a token (the paper), or each block of 32 columns of a token,
+            as in llama.cpp. With blocks, the ternary layers run in plain PyTorch on a GPU. The baseline always uses token.
         vocabulary: full, or trimmed to the tokens that the training texts use and those that their merges need, for teacher
-            and student alike (docs/method.md). The embedding becomes smaller; other texts become more and shorter tokens.
+            and student alike (docs/method.md). The embedding becomes smaller, and other texts are cut into more tokens.
         vocabulary_threshold: a trimmed vocabulary keeps tokens that occur more often than this.
     """
 
@@ -127,12 +128,12 @@ class PretrainConfig(TrainingConfig):
     Args:
         enabled: False leaves stage 2 out: stage 3 starts from the refined base model.
         block_size: tokens per sequence.
-        document_mask: tokens see those of their own document alone, and positions begin again with each document; its first token
-            is not learned. False: all tokens of a block see those before them, as in earlier versions.
+        document_mask: a token attends to tokens of its own document only, positions begin again in each document, and the first
+            token of a document is not predicted. False: a token attends to all tokens before it in the block.
         annealing: how the stage goes from full precision to ternary (docs/method.md): linear, softmax, or none, which is
             ternary from the first step on.
         annealing_start: share of the steps that are in full precision.
-        annealing_end: share of the steps after which the model is ternary. If it equals annealing_start, the change is sudden.
+        annealing_end: share of the steps after which the model is ternary. If it equals annealing_start, there is no transition.
         lambda_logits: weight of the distillation from the full-precision base model, whose logits are cached on disk
             by a stage of their own (cache); 0, as in the paper, turns it off. If it is far above 1, the stage is
             little more than distillation.
@@ -140,8 +141,8 @@ class PretrainConfig(TrainingConfig):
         kd_top_k: the number of words of each position whose logits are cached; all other words are counted as one. The
             cache takes 4 bytes per word and token (6 for vocabularies above 65,536 words), and 4 more per token: for 32
             words, 132 (196) bytes per token. Not used with lambda_hidden, where the KL is that of all words.
-        lambda_hidden: weight of the distance between the hidden states of student and base model after each layer (ours;
-            docs/method.md). If it is above 0, the base model runs beside the student, and nothing is cached.
+        lambda_hidden: weight of the distance between the hidden states of student and base model after each layer (this
+            project's addition; docs/method.md). If it is above 0, the base model runs beside the student, and nothing is cached.
     """
 
     enabled: bool = True
@@ -163,8 +164,8 @@ class DistillConfig(TrainingConfig):
     Args:
         lambda_logits: weight of the logits distillation; 0 turns it off (paper: 10 for classification, 1 for summaries).
         kd_temperature: softmax temperature of the logits distillation (paper: 5).
-        kd_tau_squared: multiply it by temperature squared (the authors' code does, the paper does not).
-        kd_tokens: distil on the answer's tokens or on all (the authors' code: all).
+        kd_tau_squared: multiply that loss by the temperature squared (the authors' code does, the paper does not).
+        kd_tokens: distill on the tokens of the answer only, or on all tokens (the authors' code: all).
         relation: convention of the relation loss (docs/method.md), or none.
         relation_layers: decoder layers whose Q, K, V relations are matched; negative counts from the end.
         teacher_relation_layers: the teacher's layers, when it has another depth; the same by default.
@@ -175,14 +176,15 @@ class DistillConfig(TrainingConfig):
             losses| / |gradient of the relation loss|.
         gamma_rho: the gradient ratio that `balanced` aims at.
         gamma_every: steps between measurements of that ratio.
-        lambda_hidden: weight of the distance between the hidden states of student and teacher after each layer (ours;
-            docs/method.md); 0, as in the paper, turns it off. The teacher must be as wide as the student.
-        teacher_cache: run the teacher once over all training rows, in a stage of its own (teacher_cache), and train from what it
-            said, read from disk, without it. The loss is that of the live teacher to rounding. It pays from the second epoch on,
-            for several trainings with one teacher, and where the teacher does not fit beside the student (docs/scaling.md).
+        lambda_hidden: weight of the distance between the hidden states of student and teacher after each layer (this
+            project's addition; docs/method.md); 0, as in the paper, turns it off. Both must have the same hidden size.
+        teacher_cache: run the teacher once over all training rows, in a stage of its own (teacher_cache), save its outputs, and
+            train from these files without the teacher in memory. The losses equal those with the live teacher up to rounding.
+            This saves time from the second epoch on, when several trainings share one teacher, or when the teacher does not fit
+            into memory beside the student (docs/scaling.md).
         cache_top_k: how many of the largest logits of each position that cache keeps; all other words are then counted as one,
-            which makes the loss smaller, much so at a high kd_temperature. When absent, it keeps the final hidden states and
-            the teacher's LM head, from which all logits follow.
+            which makes the loss smaller, most of all at a high kd_temperature. When absent, it keeps the final hidden states
+            and the teacher's LM head, from which all logits can be computed.
     """
 
     lambda_logits: float = 10.0
@@ -221,7 +223,7 @@ class EvaluateConfig:
     """Scoring of the settings on the task's validation rows.
 
     Args:
-        enabled: False ends the run with the trained settings; then there is no export either.
+        enabled: False ends the run after training; then nothing is exported either.
         per_device_eval_batch_size: rows that are scored at a time.
         max_rows: validation rows scored of each split; all when absent.
         weight_only: also score the teacher with its linears in 4 bits (round to nearest, GPTQ), which needs no training.
@@ -238,7 +240,7 @@ class ExportConfig:
     """The packed file.
 
     Args:
-        enabled: False ends the run with the scores.
+        enabled: False ends the run after the scores.
         packing: base3 (five ternary digits in a byte, 1.6 bits per weight) or 2bit.
         embedding: the format in which embedding and LM head are stored. When absent, it is the one in which they were trained
             (refine.embedding), or int8 if they were trained in full precision. Another one is possible only in that case.
@@ -260,11 +262,11 @@ class RunConfig:
     Args:
         recipe: the preset that the other settings start from. The default is demo without --model; with one, standard on a
             GPU and laptop on a CPU.
-        stage: what to run; a stage that is done and unchanged is skipped. check runs nothing: it looks for everything that
-            could go wrong in a run of all stages, prints it, and ends.
+        stage: what to run; a stage that is done and unchanged is skipped. check trains nothing: it looks for everything that
+            could go wrong in a run of all stages, prints what it finds, and ends.
         output_dir: the run directory.
-        deploy_target: the tool that the student is to run in (docs/export.md): sets what it can express of norms, scales and
-            activations, says what is given up for it, and refuses what it cannot open before anything is trained.
+        deploy_target: the tool that the student is to run in (docs/export.md). It chooses norms, scales and activations that the
+            tool supports, and says what is given up for it. What the tool cannot open is refused before anything is trained.
         model: base model, a local folder or a hub id; without one the embedded demo makes its own.
         student: the finished student of another run's stage 2 (RUN/pretrain), from which stage 3 starts; stages 1 and 2 are
             left out.
@@ -286,8 +288,8 @@ class RunConfig:
             bf16 on a GPU. On a CPU that has instructions for bf16, auto is bf16 in the full-precision models and the LM heads,
             and fp32 elsewhere.
         bit_linear_backward: how the gradients of the ternary layers are computed: exact (products in the training precision),
-            or fast (int8 products of gradients that are rounded, at random on a GPU and to the nearest on a CPU: two to four
-            times the rate, some noise).
+            or fast (int8 products of rounded gradients, which take a half to a quarter of the time and add some noise; the
+            rounding is random on a GPU and to the nearest on a CPU).
         kernels: the implementation of the ternary layers: auto (compiled kernels, if a check on this machine found them equal
             to PyTorch; `bitdistill env` shows it), or reference (plain PyTorch).
         zero: DeepSpeed ZeRO stage of the trained model. auto is 1, but one rank on a CPU trains in PyTorch alone, without
@@ -295,8 +297,8 @@ class RunConfig:
         offload: where ZeRO keeps the optimizer state and, at stage 3, the parameters.
         teacher_offload: where the frozen teacher's parameters are kept instead of on the device.
         nvme_path: a folder on a fast disk, for nvme.
-        rank_timeout: how many seconds several ranks may train without progress, before one that stands still is named and the run
-            ends. It must be longer than a checkpoint takes to be written.
+        rank_timeout: with several ranks, how many seconds training may make no progress before the rank that stands still is
+            named and the run ends. It must be longer than it takes to write a checkpoint.
         report: write report.html and its figures at the end.
         report_to: experiment trackers, as in transformers: tensorboard, wandb, mlflow, ...
         base: training of the embedded demo's own base model.

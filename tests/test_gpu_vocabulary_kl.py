@@ -59,15 +59,17 @@ def assert_close(found, plain, expected):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(N=st.integers(1, 7), V=st.integers(1, 300), scale=st.sampled_from([0.01, 1.0, 30.0, 1e4]), distil=st.booleans())
-def test_dense_rows(device, N, V, scale, distil):
+@given(N=st.integers(1, 7), V=st.integers(1, 300), scale=st.sampled_from([0.01, 1.0, 30.0, 1e4]), distill=st.booleans())
+def test_dense_rows(device, N, V, scale, distill):
     z, t, targets = logits(N, V, scale, device)
-    ce_exact, kl_exact, gradient = exact(z, t if distil else z, targets)
-    plain = exact(z, t if distil else z, targets, torch.float32)
+    ce_exact, kl_exact, gradient = exact(z, t if distill else z, targets)
+    plain = exact(z, t if distill else z, targets, torch.float32)
     before = z.clone()
     for write in (False, True):
-        ce, kl = vocabulary_kl.dense_rows_(z, t if distil else None, targets, CE, KL * PER_TAU, PER_TAU, gradient=write)
-        assert_close((ce, kl), plain[:2], (ce_exact, kl_exact if distil else 0 * kl_exact))
+        ce, kl = vocabulary_kl.dense_rows_(
+            z, t if distill else None, targets, CE, KL * PER_TAU, PER_TAU, gradient=write
+        )
+        assert_close((ce, kl), plain[:2], (ce_exact, kl_exact if distill else 0 * kl_exact))
         assert (ce[targets == IGNORED] == 0).all()
         assert write or torch.equal(z, before)
     assert_close((z,), plain[2:], (gradient,))

@@ -16,8 +16,8 @@ def production_launches() -> list[Launch]:
     for N in (2048, 32):
         block, warps = _tile(N, V)
         for kernel, what, signature, flags in (
-            (_dense_rows, "CE + KL", dense, {"DISTIL": True}),
-            (_dense_rows, "CE", dense, {"DISTIL": False}),
+            (_dense_rows, "CE + KL", dense, {"DISTILL": True}),
+            (_dense_rows, "CE", dense, {"DISTILL": False}),
             (_rest_rows, "beside cached words", rest, {}),
         ):
             launches.append(

@@ -8,8 +8,6 @@ from bitdistill.errors import UserError
 if TYPE_CHECKING:
     from bitdistill.runtime.base import BaseRuntime
 
-ROLES = ("system", "user", "assistant")
-
 
 def require_chat(runtime: "BaseRuntime") -> None:
     """Raises UserError where the file has no chat template: its base never saw a conversation."""

@@ -131,12 +131,12 @@ def head_distillation(
 
     Args:
         hidden_BPH, weight_VH, targets_BP: as in head_cross_entropy. A target outside ``rows_BP`` is an error.
-        rows_BP: bool, the positions to distil on.
+        rows_BP: bool, the positions to distill on.
         teacher_hidden_BPG, teacher_weight_VG: of the teacher, at the same positions.
         lambda_logits: the weight of the second term beside the first in what will be differentiated. Both gradients are
             one tensor already when this returns; a backward pass with other weights gets NaN.
         temperature, tau_squared: as in losses.logits_distillation.
-        ce_items, kl_items: targets, and rows to distil on, over all ranks and accumulation steps.
+        ce_items, kl_items: targets, and rows to distill on, over all ranks and accumulation steps.
 
     Returns: two fp32 scalars, each with its own place in the graph.
     """
@@ -180,8 +180,8 @@ def head_distillation_top_k(
             vocabulary.linear_distillation_top_k. With ``rows_BP``, of the chosen rows alone: (N, K) and (N,).
         lambda_logits: as in head_distillation: a backward pass with another weight gets NaN.
         temperature, tau_squared: as in losses.logits_distillation.
-        rows_BP: bool, the positions to distil on; every one when None. A target outside is an error.
-        ce_items, kl_items: targets, and rows to distil on, over all ranks and accumulation steps.
+        rows_BP: bool, the positions to distill on; every one when None. A target outside is an error.
+        ce_items, kl_items: targets, and rows to distill on, over all ranks and accumulation steps.
 
     Returns: two fp32 scalars, each with its own place in the graph.
     """

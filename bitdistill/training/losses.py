@@ -55,7 +55,7 @@ def logits_distillation(
 
     Args:
         student_logits_BTV, teacher_logits_BTV: float, any dtype; no gradient reaches the teacher.
-        rows_BT: bool, the positions to distil on, the only ones computed. Ours: those that predict a token of the
+        rows_BT: bool, the positions to distill on, the only ones computed. Ours: those that predict a token of the
             response, ``next_tokens(labels_BT) != -100``. The authors' code: every unpadded one, prompt included.
         temperature: tau. The paper: 5, and no tau^2. The authors' code: 5 and tau_squared.
         num_items: rows over all ranks and accumulation steps; None counts those of this call.

@@ -33,7 +33,6 @@ from bitdistill.kernels.gpu.rounding import narrow
 
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_SEGMENTS = 3
-MAX_INNER = (2**31 - 1) // (128 * 127)  # terms of a product of two int8 codes that an int32 sum is sure to hold
 
 
 @triton.jit
@@ -318,7 +317,7 @@ def int8_linear(
 
     Returns: (N, O) in `dtype`.
 
-    Numerics: the integer sums are exact while I <= MAX_INNER (any I for ternary weight_codes); the rest is fp32 in the
+    Numerics: the integer sums are exact while I <= 132,104 (any I for ternary weight_codes); the rest is fp32 in the
     order of the reference, rounded once. Bit for bit the reference without bias; with one, within an fp32 rounding.
     """
     a, b = _matrix(act_codes), _matrix(weight_codes)

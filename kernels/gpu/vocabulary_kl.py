@@ -66,7 +66,7 @@ def _dense_rows(
     kl_weight,
     inverse_temperature,
     V: tl.constexpr,
-    DISTIL: tl.constexpr,
+    DISTILL: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -84,7 +84,7 @@ def _dense_rows(
         inside = begin + lanes < V
         z = tl.load(z_row + begin + lanes, mask=inside, other=-float("inf")).to(tl.float32)
         z_sum = _add_one(z_max, z_sum, z, 1.0)
-        if DISTIL:
+        if DISTILL:
             t = tl.load(t_row + begin + lanes, mask=inside, other=-float("inf")).to(tl.float32)
             z_sum_tau = _add_one(z_max, z_sum_tau, z, inverse_temperature)
             t_sum = _add_one(t_max, t_sum, t, inverse_temperature)
@@ -94,18 +94,18 @@ def _dense_rows(
     z_log = tl.log(tl.sum(z_sum * tl.exp(z_max - z_peak), 0))
     tl.store(ce_ptr + row, tl.where(has_target, z_log - (z_target - z_peak), 0.0))
     ce_weight = tl.where(has_target, ce_weight, 0.0)
-    if DISTIL:
+    if DISTILL:
         t_peak = tl.max(t_max, 0)
         z_log_tau = tl.log(tl.sum(z_sum_tau * tl.exp((z_max - z_peak) * inverse_temperature), 0))
         t_log = tl.log(tl.sum(t_sum * tl.exp((t_max - t_peak) * inverse_temperature), 0))
 
-    if DISTIL or GRADIENT:
+    if DISTILL or GRADIENT:
         kl = tl.zeros((BLOCK,), tl.float32)
         for begin in range(0, V, BLOCK):
             inside = begin + lanes < V
             z = tl.load(z_row + begin + lanes, mask=inside, other=0.0).to(tl.float32) - z_peak
             gradient = ce_weight * (tl.exp(z - z_log) - tl.where(begin + lanes == target, 1.0, 0.0))
-            if DISTIL:
+            if DISTILL:
                 t = tl.load(t_row + begin + lanes, mask=inside, other=0.0).to(tl.float32) - t_peak
                 p, q = tl.exp(t * inverse_temperature - t_log), tl.exp(z * inverse_temperature - z_log_tau)
                 d = (z - t) * inverse_temperature - (z_log_tau - t_log)
@@ -116,7 +116,7 @@ def _dense_rows(
                 gradient += kl_weight * change
             if GRADIENT:
                 tl.store(z_row + begin + lanes, gradient.to(z_ptr.dtype.element_ty), mask=inside)
-        if DISTIL:
+        if DISTILL:
             tl.store(kl_ptr + row, tl.sum(kl, 0))
 
 
@@ -213,7 +213,7 @@ def dense_rows_(
         kl_weight,
         inverse_temperature,
         V=V,
-        DISTIL=t_NV is not None,
+        DISTILL=t_NV is not None,
         GRADIENT=gradient,
         BLOCK=block,
         num_warps=warps,
