@@ -3,8 +3,8 @@
     python bench/divided_loading.py [--layers 12] [--json FILE]
 
 A Qwen3-shaped student with random weights is saved, and loaded on two ranks in both ways, in processes of their own. It counts
-how much the resident memory of a rank grows at most during `load_student`; the file's pages, which the system keeps as long as it
-likes, are part of it.
+how much a rank's own memory grows at most during `load_student`. The pages of the file, which is mapped into memory and which
+the system drops when it needs the room, are no part of it.
 """
 
 from bitdistill.distributed import openmp
@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from bitdistill.distributed import presets, process_group
-from measure import machine, peak_growth, table, write_json
+from measure import machine, peak_anonymous_growth, table, write_json
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
 SHAPE |= {"head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": True}
@@ -47,7 +47,7 @@ def on_ranks(student: Path, divided: bool, findings: Path) -> None:
 
     section = presets.deepspeed_config(3, precision="fp32", device="cpu")["zero_optimization"] if divided else None
     kept = []
-    grew = peak_growth(lambda: kept.append(load_student(student, section)))
+    grew = peak_anonymous_growth(lambda: kept.append(load_student(student, section)))
     found = process_group.gather(grew)
     if process_group.is_main():
         findings.write_text(json.dumps(found), encoding="utf-8")

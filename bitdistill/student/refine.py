@@ -420,7 +420,7 @@ def load_student(folder: str | Path, zero_optimization: dict | None = None) -> P
             tensor of another shape.
     """
     from accelerate import init_empty_weights
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
@@ -443,8 +443,7 @@ def load_student(folder: str | Path, zero_optimization: dict | None = None) -> P
         if zero_optimization is None:
             load_strictly(model, load_file(folder / "model.safetensors"), where=str(folder))
         else:
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                _load_divided(model, file, zero_optimization, where=str(folder))
+            _load_divided(model, folder / "model.safetensors", zero_optimization, where=str(folder))
     except SafetensorError as error:
         raise UserError(
             "model.safetensors", expected="a whole file", got=f"{folder} ({error})", do="Run the stage again."
@@ -452,18 +451,25 @@ def load_student(folder: str | Path, zero_optimization: dict | None = None) -> P
     return model
 
 
-def _load_divided(model: nn.Module, file: Any, zero_optimization: dict, where: str) -> None:
-    """`load_strictly` from an open safetensors file into a model without values, one decoder layer at a time."""
-    shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+def _load_divided(model: nn.Module, path: Path, zero_optimization: dict, where: str) -> None:
+    """`load_strictly` from a safetensors file into a model without values, one decoder layer at a time.
+
+    The file is mapped into memory again for each layer: the ranks write into what they divide, and pages of a mapping that
+    are written to stay in memory, a second whole model in the end, as long as the mapping does.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
     check_strictly(model, shapes, where)
     filled: dict[int, nn.Parameter] = {}  # by the parameter without values, which tied modules share
     empty = []  # as long as they live, their ids are their own
-    for layer in next(module for module in model.modules() if isinstance(module, nn.ModuleList)):
-        prefix = next(name for name, module in model.named_modules() if module is layer)
-        _fill(layer, f"{prefix}.", file, filled, empty)
-        divide(layer, zero_optimization)
-    _fill(model, "", file, filled, empty)
-    divide(model, zero_optimization)
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    for module, name in (*((layer, f"{prefix}.{index}.") for index, layer in enumerate(layers)), (model, "")):
+        with safe_open(path, framework="pt") as file:
+            _fill(module, name, file, filled, empty)
+        divide(module, zero_optimization)
 
 
 def _fill(module: nn.Module, prefix: str, file: Any, filled: dict[int, nn.Parameter], empty: list[Tensor]) -> None:
