@@ -7,9 +7,9 @@ GET  /info  /health  /metrics  /               facts for the page; whether the s
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from bitdistill.errors import UserError
 from bitdistill.runtime.conversation import require_chat
 from bitdistill.serving.answers import Chat, Text, usage
-from bitdistill.serving.engine import End, Job
+from bitdistill.serving.engine import End, Job, Piece
 from bitdistill.serving.guards import Guard
 from bitdistill.serving.protocol import ApiError, ChatRequest, PredictRequest, TextRequest
 from bitdistill.serving.service import Service, as_api_error, unless_gone
@@ -43,7 +43,7 @@ def create_app(service: Service, api_key: str | None, loopback: bool) -> FastAPI
             web page whose own name points to 127.0.0.1 cannot use the server.
     """
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         service.engine.start(asyncio.get_running_loop())
         try:
@@ -140,26 +140,45 @@ class _Stream(StreamingResponse):
 async def _streamed(service: Service, jobs: Sequence[Job], shape: Chat, prompts: int) -> AsyncIterator[str]:
     """The server-sent events of some jobs, in the order in which they occur; last the usage, if `prompts` is not 0."""
     head, done = shape.head(True), 0
+    for index in range(len(jobs)):
+        if first := shape.first(index):
+            yield _event(head | {"choices": [first]})
+    try:
+        async with contextlib.aclosing(_merged(service, jobs)) as events:
+            async for index, event in events:
+                ended = isinstance(event, End)
+                done += ended
+                if ended:
+                    yield _event(head | {"choices": [shape.last(index, event)]})
+                elif event.text or event.logprobs is not None:
+                    yield _event(head | {"choices": [shape.piece(index, event)]})
+                if done == len(jobs):
+                    break
+    except ApiError as error:
+        yield _event(error.body())
+        return
+    if prompts:
+        yield _event(head | {"choices": [], "usage": usage(jobs, prompts)})
+    yield "data: [DONE]\n\n"
+
+
+async def _merged(service: Service, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Piece | End]]:
+    """Events of jobs with the job's number. Of one job they come directly: a task in between would cost as much as the event.
+
+    Raises: ApiError: as `Service.events`.
+    """
+    if len(jobs) == 1:
+        async for event in service.events(jobs[0]):
+            yield 0, event
+        return
     merged: asyncio.Queue = asyncio.Queue()
     readers = [asyncio.ensure_future(_read(service, index, job, merged)) for index, job in enumerate(jobs)]
     try:
-        for index in range(len(jobs)):
-            if first := shape.first(index):
-                yield _event(head | {"choices": [first]})
-        while done < len(jobs):
+        while True:
             index, event = await merged.get()
             if isinstance(event, ApiError):
-                yield _event(event.body())
-                return
-            ended = isinstance(event, End)
-            done += ended
-            if ended:
-                yield _event(head | {"choices": [shape.last(index, event)]})
-            elif event.text or event.logprobs is not None:
-                yield _event(head | {"choices": [shape.piece(index, event)]})
-        if prompts:
-            yield _event(head | {"choices": [], "usage": usage(jobs, prompts)})
-        yield "data: [DONE]\n\n"
+                raise event
+            yield index, event
     finally:
         for reader in readers:
             reader.cancel()
