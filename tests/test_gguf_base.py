@@ -166,6 +166,12 @@ def test_damaged_files_end_in_one_line_and_bounded_memory(tmp_path):
             convert_gguf(damaged, tmp_path / "base")
         except UserError as error:
             assert "\n" not in str(error)  # noqa: PT017 - a mutation may also leave a right file
+    for key in (b".embedding_length", b".feed_forward_length"):
+        content, place = bytearray(whole), whole.index(key) + len(key) + 4
+        content[place : place + 4] = (2**31 - 2).to_bytes(4, "little")  # terabytes, if anything were made of it
+        damaged.write_bytes(content)
+        with pytest.raises(UserError, match="model"):
+            convert_gguf(damaged, tmp_path / "base")
     damaged.write_bytes(whole[:24] + b"\xff" * 8 + whole[32:])
     with pytest.raises(UserError, match="whole GGUF file"):
         convert_gguf(damaged, tmp_path / "base")

@@ -9,17 +9,21 @@ k in another order, and one plus the weights of Gemma's norms.
 The weights of a quantized file stay the rounded ones. `Conversion` says to how many bits they were rounded.
 """
 
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bitdistill.distributed.checkpoint import save_folder_atomically
 from bitdistill.errors import UserError
 from bitdistill.student.gguf_tokenizer import check_chat_template, gguf_tokenizer
+from bitdistill.student.model_folder import NOT_A_CONFIG
 from bitdistill.text_files import user_path
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
@@ -250,7 +254,20 @@ def _config(metadata: dict[str, Any], architecture: str, tensors: dict[str, Any]
         got = f"{file} with {', '.join(sorted(values)[:3])}"
         raise UserError("model", expected=f"only known properties of {architecture}", got=got, do=SAFETENSORS)
     model_type = {"gemma3": "gemma3_text"}.get(architecture, architecture)
-    return AutoConfig.for_model(model_type, dtype="float32", **settings)
+    with _a_model_is_described(file):
+        return AutoConfig.for_model(model_type, dtype="float32", **settings)
+
+
+@contextlib.contextmanager
+def _a_model_is_described(file: str) -> Iterator[None]:
+    """Turns what transformers says of sizes that do not go together into a UserError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (*NOT_A_CONFIG, StrictDataclassError) as error:
+        got = f"{file} ({type(error).__name__}: {' '.join(str(error).split())[-160:]})"
+        raise UserError("model", expected="a GGUF file that describes its model", got=got, do=SAFETENSORS) from error
 
 
 def _rope(values: dict[str, Any], theta: float, context: int, file: str) -> dict[str, Any]:
@@ -275,15 +292,17 @@ def _rope(values: dict[str, Any], theta: float, context: int, file: str) -> dict
 
 def _llama3_rope(divisors: np.ndarray, theta: float, head_dim: int, file: str) -> dict[str, Any]:
     """Llama 3's settings that give these divisors of the RoPE frequencies; refused when the published ones do not."""
-    factor = float(divisors.max())
+    expected, factor = "Llama 3's scaling of RoPE from 8,192 positions", float(divisors.max())
+    if divisors.shape != (head_dim // 2,):
+        got = f"{file} with {ROPE_FACTORS} of shape {list(divisors.shape)} for heads of {head_dim}"
+        raise UserError("model", expected=expected, got=got, do=SAFETENSORS)
     wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
     rotations = LLAMA3_ROPE["original_max_position_embeddings"] / wavelength
     smooth = np.clip((rotations - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-5):
+    if not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-5):
         got = f"{file} with a {ROPE_FACTORS} of other settings"
-        raise UserError("model", expected="Llama 3's scaling of RoPE from 8,192 positions", got=got, do=SAFETENSORS)
+        raise UserError("model", expected=expected, got=got, do=SAFETENSORS)
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
 
 
@@ -366,7 +385,6 @@ def _neighbors_apart(rows: np.ndarray, heads: int) -> np.ndarray:
 
 def _finish(config, weights: dict[str, np.ndarray], tokenizer, metadata: dict[str, Any], file: str) -> list[str]:
     """Checks that model, weights and tokenizer fit, drops a head that only repeats the embedding; what there is to say."""
-    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     notes = []
@@ -375,7 +393,10 @@ def _finish(config, weights: dict[str, np.ndarray], tokenizer, metadata: dict[st
         del weights["lm_head.weight"]
         config.tie_word_embeddings = True
         notes.append("its head only repeats the embedding, they are tied")
-    with init_empty_weights():
+    with (
+        _a_model_is_described(file),
+        torch.device("meta"),
+    ):  # init_empty_weights would make each tensor first
         empty = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(empty).__name__]
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()

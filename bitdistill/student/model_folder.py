@@ -46,7 +46,7 @@ QUANTIZED_KEYS = ("quantization_config", "quantization", "compression_config")
 QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # What is fetched of a hub repository: no pickle, no code.
 SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
-_NOT_A_CONFIG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, ArithmeticError)
+NOT_A_CONFIG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, ArithmeticError)
 
 
 @dataclass
@@ -328,7 +328,7 @@ def architecture(path: Path, written: dict[str, Any], setting: str) -> tuple[Any
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         _check_rotary(empty, config)
-    except (*_NOT_A_CONFIG, StrictDataclassError, OSError) as error:
+    except (*NOT_A_CONFIG, StrictDataclassError, OSError) as error:
         text = str(error).strip().splitlines()
         got = f"{path} ({type(error).__name__}: {' '.join(' '.join(text[-1:]).split())[:160]})"
         do = "Correct config.json, or copy it again from the model's repository."
