@@ -1,8 +1,9 @@
-"""Runs a small script under DeepSpeed's launcher on CPU (gloo), the way a user would, and brings back what it found;
-and the tiny model and Trainer that such scripts share.
+"""Runs a small script on some ranks on the CPU (gloo) and brings back what it found; and the tiny model and Trainer that such
+scripts share.
 
-The launcher gets a process group of its own, which is killed afterwards whatever happened: SIGTERM to `deepspeed` alone
-orphans its ranks. Each run has a free port, so that runs may overlap.
+The ranks are forked with the libraries loaded (forked.py), or started by a launcher the way a user would. The launcher gets
+a process group of its own, which is killed afterwards whatever happened: SIGTERM to `deepspeed` alone orphans its ranks. Each
+run has a free port, so that runs may overlap.
 
 The script's last argument is the path to which rank 0 writes its findings as JSON.
 """
@@ -17,7 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 from bitdistill.distributed.process_group import free_port
+
+DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")),)
 
 
 @dataclass
@@ -40,10 +44,11 @@ def run(
     env: dict[str, str] | None = None,
     threads: int | None = 1,
     check: bool = True,
-    launcher: Sequence[str] = (str(Path(sys.executable).with_name("deepspeed")),),
+    launcher: Sequence[str] | None = None,
+    fresh: bool = False,
     meanwhile: Callable[[subprocess.Popen], None] = lambda process: None,
 ) -> Outcome:
-    """Starts `script` (source text) on `ranks` ranks; None means plain `python` and no launcher.
+    """Runs `script` (source text) on `ranks` ranks; None means one process without a launcher's variables.
 
     Args:
         folder: an empty folder, the working directory; the script is written to it.
@@ -53,20 +58,39 @@ def run(
         threads: of each rank; None leaves them to the script. Fixed because the machine may be shared, and because
             sums must not depend on how many cores it has.
         check: fail unless the exit code is 0.
-        launcher: the command that starts the ranks. meanwhile: called with its process once it has started.
+        launcher: the command that starts the ranks; by default they are forked with the libraries loaded.
+        fresh: start plain `python` where there is no launcher, for a test of what is imported or read at the start.
+        meanwhile: called with the started process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source, findings = folder / "script.py", folder / "found.json"
     source.write_text(script)
-    command = [sys.executable]
-    if ranks is not None:
-        command += [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port())]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     environment |= {"PYTHONPATH": str(Path(__file__).parent)} | (env or {})  # so that scripts can import this module
     started = time.monotonic()
+    command = [str(source), *arguments, str(findings)]
+    if launcher is None and not fresh:
+        done = forked.run(command, folder, ranks, environment, limit_seconds)
+        code, stdout, stderr = done.code, done.stdout, done.stderr
+    else:
+        if ranks is not None:
+            command = [*(launcher or DEEPSPEED), "--num_gpus", str(ranks), "--master_port", str(free_port()), *command]
+        code, stdout, stderr = _started([sys.executable, *command], folder, environment, limit_seconds, meanwhile)
+    outcome = Outcome(
+        code=code,
+        found=json.loads(findings.read_text()) if findings.exists() else None,
+        stdout=stdout,
+        stderr=stderr,
+        seconds=time.monotonic() - started,
+    )
+    assert not check or outcome.code == 0, f"exit code {outcome.code}\n{stdout[-4000:]}\n{stderr[-8000:]}"
+    return outcome
+
+
+def _started(command, folder, environment, limit_seconds, meanwhile) -> tuple[int, str, str]:
     process = subprocess.Popen(
-        [*command, str(source), *arguments, str(findings)],
+        command,
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -79,15 +103,7 @@ def run(
         stdout, stderr = process.communicate(timeout=limit_seconds)
     finally:
         kill_group(process)
-    outcome = Outcome(
-        code=process.returncode,
-        found=json.loads(findings.read_text()) if findings.exists() else None,
-        stdout=stdout,
-        stderr=stderr,
-        seconds=time.monotonic() - started,
-    )
-    assert not check or outcome.code == 0, f"exit code {outcome.code}\n{stdout[-4000:]}\n{stderr[-8000:]}"
-    return outcome
+    return process.returncode, stdout, stderr
 
 
 def kill_group(process: subprocess.Popen) -> None:

@@ -78,7 +78,7 @@ def test_presets_import_neither_torch_nor_deepspeed(tmp_path):
     script = "import sys, json, bitdistill.distributed.presets\n" + (
         "json.dump([m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules], open(sys.argv[-1], 'w'))"
     )
-    assert ranks.run(tmp_path, script, ranks=None).found == []
+    assert ranks.run(tmp_path, script, ranks=None, fresh=True).found == []
 
 
 TRAIN_ALL = """
@@ -117,7 +117,7 @@ def test_every_preset_trains_alike_on_a_machine_without_compiler(tmp_path):
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
         "VIRTUAL_ENV": os.environ.get("VIRTUAL_ENV", sys.prefix),
     }
-    outcome = ranks.run(tmp_path, TRAIN_ALL, json.dumps(combinations), ranks=None, env=no_compiler)
+    outcome = ranks.run(tmp_path, TRAIN_ALL, json.dumps(combinations), ranks=None, env=no_compiler, fresh=True)
     assert list((tmp_path / "extensions").iterdir()) == [], "something was compiled"
 
     plain_losses, plain_state = ranks.plain_training()

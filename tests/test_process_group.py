@@ -47,7 +47,7 @@ process_group.shutdown()
 @pytest.mark.slow
 def test_one_failing_rank_ends_the_others_and_its_error_is_seen(tmp_path):
     """Two ranks: all that works is found, then rank 1 fails while rank 0 waits for it."""
-    outcome = ranks.run(tmp_path, HELLO, "fail", check=False)
+    outcome = ranks.run(tmp_path, HELLO, "fail", check=False, launcher=ranks.DEEPSPEED)
     assert outcome.code == 1
     assert "RuntimeError: rank 1 had an accident" in outcome.stderr
     assert "printed by 0" in outcome.stdout
@@ -66,7 +66,7 @@ def test_one_failing_rank_ends_the_others_and_its_error_is_seen(tmp_path):
 def test_plain_python_is_one_rank(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    outcome = ranks.run(tmp_path, HELLO, "--stage", "all", ranks=None, threads=None)
+    outcome = ranks.run(tmp_path, HELLO, "--stage", "all", ranks=None, threads=None, fresh=True)
     assert outcome.found["world_size"] == 1
     assert outcome.found["sum"] == 1e-9
     assert outcome.found["arguments"] == ["--stage", "all"]
@@ -95,7 +95,7 @@ process_group.barrier()
 Path(sys.argv[-1]).write_text(json.dumps(found))
 process_group.shutdown()
 """
-    found = ranks.run(tmp_path, alone, ranks=1).found
+    found = ranks.run(tmp_path, alone, ranks=1, launcher=ranks.DEEPSPEED).found
     assert found == {
         "started": 1, "group": False, "sum": 2.0, "world_size": 1, "is_main": True, "processes": 1, "type": "DistributedType.NO"
     }  # fmt: skip

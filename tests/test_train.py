@@ -1,26 +1,26 @@
-"""The main job as a user starts it: real processes, real files, a tiny model.
+"""The main job: real processes, real files, a tiny model.
 
-One reference run is made once; the tests look at it, disturb copies of it, and compare.
+One reference run is made once, as a user starts it; the tests look at it, disturb copies of it, and compare. Their own jobs
+are forked with the libraries loaded (forked.py).
 """
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "bitdistill" / "train.py")
-DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed"))]
 pytestmark = pytest.mark.slow
 
 WORDS = "red green blue tall small round old new house tree river stone bird fish boat hill"
@@ -93,41 +93,54 @@ def world(tmp_path_factory):
     return folder
 
 
-def command(world, run, *options, ranks=1):
-    """One rank is started without the launcher, which takes longer to import than the job to run."""
-    launcher = [sys.executable, TRAIN]
-    if ranks > 1:
-        launcher = [*DEEPSPEED, "--master_port", str(free_port()), "--num_gpus", str(ranks), TRAIN]
+def command(world, run, *options):
     given = {"model": "base", "task": "task.yaml", "train_file": "train.jsonl", "corpus": "corpus.txt"}
     given |= {"validation_file": "validation.jsonl", "config": "settings.yaml"}
-    launcher += ["--recipe", "quick"]
     arguments = [part for name, value in given.items() for part in (f"--{name}", str(world / value))]
-    return [*launcher, *arguments, "--output_dir", str(run), *options]
+    return [TRAIN, "--recipe", "quick", *arguments, "--output_dir", str(run), *options]
 
 
-def free_port():
-    from bitdistill.distributed.process_group import free_port
-
-    return free_port()
-
-
-def job(world, run, *options, ranks=1, code=0):
-    result = subprocess.run(
-        command(world, run, *options, ranks=ranks), capture_output=True, text=True, timeout=400, cwd=world
-    )
-    output = result.stdout + result.stderr
-    assert result.returncode == code, output[-6000:]
-    return output
+def job(world, run, *options, ranks=None, code=0):
+    """What the main job wrote to stdout and stderr, on `ranks` ranks as a launcher starts them, or as one process."""
+    done = forked.run(command(world, run, *options), world, ranks)
+    said = done.stdout + done.stderr
+    assert done.code == code, said[-6000:]
+    return said
 
 
-def launched_by_deepspeed(*options):
-    return [*DEEPSPEED, "--master_port", str(free_port()), TRAIN, *options]
+SENDS_ITSELF_A_SIGNAL = """
+import os, runpy, sys
+
+number, once, *sys.argv = sys.argv[1:]
+sent = []
+
+
+def when_a_file_is_opened(event, _):
+    if event == "open" and not sent and os.path.exists(once):
+        sent.append(number)
+        os.kill(os.getpid(), int(number))
+
+
+sys.addaudithook(when_a_file_is_opened)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def ended(world, run, number, *options, once):
+    """(exit status, stderr) of the main job with a signal at the first file that it opens once `once` exists."""
+    script = run.with_name("script.py")
+    script.write_text(SENDS_ITSELF_A_SIGNAL)
+    done = forked.run([script, number.value, once, *command(world, run, *options)], world)
+    return done.code, done.stderr
 
 
 @pytest.fixture(scope="module")
 def reference(world, tmp_path_factory):
     run = tmp_path_factory.mktemp("reference") / "run"
-    return run, job(world, run, "--stage", "all")
+    started = [sys.executable, *command(world, run, "--stage", "all")]
+    done = subprocess.run(started, capture_output=True, text=True, timeout=400, cwd=world)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return run, done.stdout + done.stderr
 
 
 def losses(run, stage):
@@ -183,16 +196,10 @@ def test_unchanged_is_skipped_and_a_change_reruns_what_follows(world, reference,
 
 def test_resolved_config_runs_again(reference, tmp_path):
     """config.yaml as it was written, nothing else: everything is done already."""
-    run = reference[0]
-    result = subprocess.run(
-        launched_by_deepspeed("--config", str(run / "config.yaml")),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("done and unchanged, skipped") == 7
+    arguments = [TRAIN, "--config", str(reference[0] / "config.yaml")]
+    done = forked.run(arguments, tmp_path, ranks=1)
+    assert done.code == 0, done.stdout + done.stderr
+    assert done.stdout.count("done and unchanged, skipped") == 7
 
 
 @pytest.mark.parametrize(("stage", "number"), [("pretrain", signal.SIGKILL), ("distill", signal.SIGTERM)])
@@ -200,24 +207,12 @@ def test_ended_by_a_signal_and_resumed_reaches_the_same_weights(world, reference
     run = tmp_path / "run"
     shutil.copytree(reference[0], run)
     shutil.rmtree(run / stage)
-    process = subprocess.Popen(
-        command(world, run, "--stage", stage),
-        cwd=world,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
     checkpoint = run / "checkpoints" / stage / "checkpoint-8" / "complete.json"
-    deadline = time.monotonic() + 300
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=60)
+    status, said = ended(world, run, number, "--stage", stage, once=checkpoint)
     assert checkpoint.exists()
     assert not (run / stage).exists(), "the stage finished before it was killed"
+    assert status == (-9 if number == signal.SIGKILL else 143), said[-3000:]
     if number == signal.SIGTERM:
-        assert process.returncode == 143
         assert re.search(
             r"bitdistill: stopped by SIGTERM; distill: checkpoint-\d+ is saved\. The same command continues", said
         )
@@ -240,15 +235,8 @@ def test_ended_while_it_evaluates_and_exports(world, reference, tmp_path):
         shutil.rmtree(run / stage)
     for stage in ("evaluate", "export"):
         before = {path: path.stat().st_mtime_ns for path in run.glob("*/*.safetensors")}
-        process = subprocess.Popen(
-            command(world, run), cwd=world, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        deadline = time.monotonic() + 300
-        while not (run / f".{stage}.unfinished").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 143, said[-3000:]
+        status, said = ended(world, run, signal.SIGTERM, once=run / f".{stage}.unfinished")
+        assert status == 143, said[-3000:]
         assert "bitdistill: stopped by SIGTERM. The same command continues." in said
         assert not (run / stage).exists(), "the stage finished before the signal"
         assert not (run / f".{stage}.unfinished").exists()
@@ -276,8 +264,8 @@ SHORT = ["--max_steps", "6", "--baseline.enabled", "false", "--export.speed_toke
         (2, 4, 1, ["--zero", "0"]),
         (2, 2, 2, ["--zero", "2", "--teacher_offload", "cpu"]),
         (2, 4, 1, ["--zero", "3"]),
-        (1, 4, 2, []),  # PyTorch alone, as in one_rank
-        (1, 4, 2, ["--zero", "1"]),  # the same rank under DeepSpeed
+        (None, 4, 2, []),  # PyTorch alone, as in one_rank
+        (None, 4, 2, ["--zero", "1"]),  # the same rank under DeepSpeed
     ],
 )
 def test_two_ranks_equal_one(world, one_rank, tmp_path, ranks, rows, accumulation, options):
