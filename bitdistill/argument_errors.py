@@ -3,7 +3,7 @@ what came, and the setting that was meant where a name is mistyped."""
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from bitdistill.errors import UserError
 
@@ -24,6 +24,14 @@ _UNKNOWN = re.compile(
     r"|Option '(?P<c>[\w.]+)' is not accepted"
 )
 _ARGPARSE = re.compile(r"argument (?:-\w, )?-*(?P<name>[\w.]+): (?P<rest>.*)")
+
+
+def refuse_long_numbers(arguments: Sequence[str]) -> None:
+    """Raises UserError for a whole number that is too large for a float: the parsers fail at it."""
+    for argument in arguments:
+        if found := re.search(r"(?<![\w.])\d[\d_]{299,}", argument):
+            got = f"{found[0][:20]}... of {len(found[0])} digits"
+            raise UserError("command line", expected="numbers below 1e300", got=got, do="Give a smaller number.")
 
 
 def similar(name: str, names: Collection[str]) -> list[str]:

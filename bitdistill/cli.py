@@ -25,7 +25,7 @@ import inspect
 import sys
 
 from bitdistill import console, surroundings
-from bitdistill.argument_errors import did_you_mean, refused
+from bitdistill.argument_errors import did_you_mean, refuse_long_numbers, refused
 from bitdistill.commands.chat import chat, chat_options
 from bitdistill.commands.check import check
 from bitdistill.commands.consolidate import consolidate
@@ -76,6 +76,7 @@ def _run_command(arguments: list[str]) -> int | None:
     for argument in arguments:
         console.require_utf8("command line", argument)
         console.refuse_secrets("command line", argument)
+    refuse_long_numbers(arguments)
     try:
         auto_cli(COMMANDS, args=arguments, as_positional=True, exit_on_error=False, allow_abbrev=False)
     except ArgumentError as error:

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from bitdistill import console, folders
-from bitdistill.argument_errors import refused
+from bitdistill.argument_errors import refuse_long_numbers, refused
 from bitdistill.config import RunConfig
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
@@ -83,6 +84,10 @@ def _settle_paths(namespace) -> None:
         namespace.output_dir = str(user_path(namespace.output_dir, "output_dir").absolute())
 
 
+def _shown(section: Any) -> str:
+    return "nothing" if section is None else f"{section!r:.60}"
+
+
 def explicit_settings(arguments: Sequence[str] | None = None) -> set[str]:
     """Dotted names of the settings that a valid command line gives, in a --config file too: all others are defaults.
 
@@ -112,6 +117,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
     for argument in arguments:
         console.require_utf8("command line", argument)
         console.refuse_secrets("command line", argument)
+    refuse_long_numbers(arguments)
     switches = ("--resume", "--restart")
     arguments = [f"{argument}=true" if argument in switches else argument for argument in arguments]
     parser = build_parser(_chosen_recipe(arguments))
@@ -124,9 +130,11 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[RunConfig, str
     namespace.pop("config", None)
     namespace.pop("__default_config__", None)
     for section in dataclasses.fields(RunConfig):
-        if dataclasses.is_dataclass(section.default_factory) and namespace.get(section.name) is None:
+        if dataclasses.is_dataclass(section.default_factory) and not hasattr(namespace.get(section.name), "items"):
             do = "Write settings there, or leave the name out."
-            raise UserError("config", expected=f"settings below `{section.name}:`", got="nothing", do=do)
+            raise UserError(
+                "config", expected=f"settings below `{section.name}:`", got=_shown(namespace.get(section.name)), do=do
+            )
     for name, value in namespace.items():
         console.refuse_secrets(name, str(value))
     _settle_paths(namespace)

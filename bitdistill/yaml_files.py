@@ -12,6 +12,12 @@ from bitdistill.text_files import read_text
 class _Loader(yaml.SafeLoader):
     """SafeLoader, which takes the last of two equal keys, with a refusal in its place."""
 
+    def construct_yaml_int(self, node):
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 2**64:  # no setting has such a value, and it may be too large for a float
+            raise yaml.constructor.ConstructorError(None, None, "a whole number too large", node.start_mark)
+        return value
+
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
@@ -20,6 +26,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(path: Path, field: str) -> dict[Any, Any]:

@@ -200,6 +200,8 @@ COMMAND_LINE = [
     Case("weight below zero", "train --distill.lambda_logits -1", "distill.lambda_logits|got -1"),
     Case("decay of one", "train --teacher.adam_beta2 1", "teacher.adam_beta2|got 1"),
     Case("rows of zero", "train --max_train_rows 0", "max_train_rows|got 0"),
+    Case("number beyond every float", f"train --distill.learning_rate {'9' * 400}", "numbers below 1e300|400 digits"),
+    Case("number beyond every float in a section", f"train --distill '{{learning_rate: {'9' * 400}}}'", "numbers below 1e300"),
     Case("empty folder name", "train --output_dir ''", "output_dir|a text"),
     Case("blank task", "train --task ' '", "task|a text"),
     Case("scheduler mistyped", "train --teacher.lr_scheduler_type cosin", "teacher.lr_scheduler_type|cosine"),
@@ -263,6 +265,8 @@ SETTINGS = [
     Case("an object of Python", "train --config my.yaml", "config|my.yaml",
          write("my.yaml", "seed: !!python/object/apply:os.getpid []\n")),
     Case("nested too deep", "train --config my.yaml", "config|my.yaml", write("my.yaml", "seed: " + "[" * 3000)),
+    Case("a section that is a list", "train --config my.yaml", "config|settings below `distill:`|['x']", write("my.yaml", "distill:\n- x\n")),
+    Case("a number beyond every float", "train --config my.yaml", "config|line 1|too large", write("my.yaml", f"seed: {'9' * 400}\n")),
     Case("the recipe's name as a file", "train.py --recipe quick.yaml", "recipe|quick"),
 ]  # fmt: skip
 
@@ -636,6 +640,7 @@ COMMANDS = [
     Case("export: predictions that are damaged", "export run transformers", "predictions.jsonl",
          write("run/evaluate/predictions.jsonl", '{"text": "x"}\n{"text":')),
     Case("check: no such folder", "check nowhere/base", "model|nowhere"),
+    Case("plan: a number beyond every float", f"plan --model base --tokens {'9' * 400}", "numbers below 1e300|400 digits"),
     Case("check: a file", "check task.yaml", "model|task.yaml"),
     Case("check: a folder without a config", "check empty", "model|config.json", folder("empty")),
     Case("check: a config that is no JSON", "check base", "config.json", write("base/config.json", "{")),
