@@ -3,10 +3,6 @@
 import gc
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -22,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import ranks
 from bitdistill.errors import UserError
 from bitdistill.training.capture import ATTENTION_NAME, AttentionCapture
 from bitdistill.training.gamma import BalancedGamma
@@ -354,12 +351,10 @@ def test_nesting_is_refused():
 
 
 DEEPSPEED = """
-import sys
 import deepspeed.ops
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 import deepspeed
 import torch
-sys.path.insert(0, sys.argv[1])
 from test_capture import PADDINGS, batch, tiny
 from bitdistill.training.capture import AttentionCapture
 from bitdistill.training.gamma import BalancedGamma
@@ -400,20 +395,9 @@ for stage in (0, 2, 3):
 
 
 @pytest.mark.slow
-def test_under_deepspeed_every_stage_measures_the_same():
+def test_under_deepspeed_every_stage_measures_the_same(tmp_path):
     """Hooks of the engine allow one backward pass per forward: the balanced gamma must do with that one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    result = subprocess.run(
-        [sys.executable, "-c", DEEPSPEED, os.path.dirname(__file__)],
-        env=os.environ | environment | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    result = ranks.run(tmp_path, DEEPSPEED, ranks=1)
     lines = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("RESULT")]
     assert len(lines) == 6, result.stderr[-3000:]
     numbers = torch.tensor([[float(x) for x in line[2:]] for line in lines])

@@ -258,7 +258,7 @@ def test_two_ranks_of_every_stage_equal_one_plain_process(tmp_path):
     """Losses and gathered weights after 4 steps; and a run that goes on from a checkpoint ends bit-identical."""
     import torch
 
-    found = ranks.run(tmp_path, TRAIN, launcher=ranks.DEEPSPEED).found
+    found = ranks.run(tmp_path, TRAIN).found
     plain_losses, plain_state = ranks.plain_training()
     start = ranks.tiny_model().state_dict()
     for zero in (0, 1, 2, 3):

@@ -1,18 +1,22 @@
-"""`bitdistill generate`: its options, lines of a file, what it prints and refuses. Each call is a process of its own."""
+"""`bitdistill generate` and `bitdistill eval`: options, files, what they print and refuse. Each call is a process of its own."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_runtime import byte_tokenizer
 
+import forked
 from bitdistill.evaluation.score import text_perplexity
 from bitdistill.export.write import write_packed
 from bitdistill.runtime.cpu import Runtime
 from bitdistill.runtime.sampling import Sampling
 from tiny_students import student
+
+CLI = Path(__file__).parent.parent / "bitdistill" / "cli.py"
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +91,8 @@ def test_a_missing_library_is_named(file):
 
 
 def evaluate(*arguments, check=0):
-    command = [sys.executable, "-m", "bitdistill.cli", "eval", *map(str, arguments), "--threads", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == check, result.stderr
+    result = forked.run([CLI, "eval", *arguments, "--threads", "1"], Path.cwd())
+    assert result.code == check, result.stderr
     assert "Traceback" not in result.stderr
     return result
 

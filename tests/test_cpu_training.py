@@ -1,5 +1,6 @@
 """The CPU's training kernels against the reference: codes, scales and integers bit for bit, gradients as good as PyTorch's."""
 
+import json
 import time
 
 import numpy as np
@@ -162,6 +163,23 @@ def test_the_choice_is_kept_for_this_machine(monkeypatch, tmp_path):
         (tmp_path / "choices.json").write_text("broken")
         choices._known.cache_clear()
         assert torch.equal(training_products.ternary_product("forward", codes, ternary), first)
+    finally:
+        choices._known.cache_clear()
+
+
+def test_side_by_side_the_first_choice_holds_and_none_is_lost(monkeypatch, tmp_path):
+    monkeypatch.setattr(choices, "cache_folder", lambda: tmp_path)
+    choices._known.cache_clear()
+    file, ways = tmp_path / "choices.json", {"slow": lambda: time.sleep(0.01), "fast": lambda: None}
+    try:
+        assert choices.fastest("one", ways) == "fast"
+        (key,) = kept = json.loads(file.read_text())
+        file.write_text(
+            json.dumps(kept | {key.replace("one", "two"): "slow"})
+        )  # by another process, after ours had read it
+        assert choices.fastest("two", ways) == "slow"
+        assert choices.fastest("three", ways) == "fast"
+        assert list(json.loads(file.read_text()).values()) == ["fast", "slow", "fast"]
     finally:
         choices._known.cache_clear()
 

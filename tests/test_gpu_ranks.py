@@ -89,7 +89,7 @@ process_group.shutdown()
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_losses_equal_the_reference(zero, tmp_path):
-    found = ranks.run(tmp_path / "run", SCRIPT, str(zero), limit_seconds=400, launcher=ranks.DEEPSPEED).found
+    found = ranks.run(tmp_path / "run", SCRIPT, str(zero), limit_seconds=400).found
     assert len(found["reference"]) == 2
     assert found["kernels"] == pytest.approx(found["reference"], rel=1e-4)
     steps, micro_steps, decoder_layers = 2, 2, 2

@@ -235,9 +235,7 @@ def test_two_ranks_at_every_stage_train_like_one_process(tmp_path):
     cases = [[0, "none", "all", "fp32", "fp16"], [2, "none", "response", "fp32", "fp16"]]
     cases += [[3, "cpu", "all", "fp32", "fp16"], [3, "cpu", "response", "bf16", "fp16"]]
     cases += [[0, "none", "response", "fp32", "ternary"], [3, "none", "all", "fp32", "int4"]]
-    found = ranks.run(
-        tmp_path / "run", SCRIPT, json.dumps(cases), str(tmp_path / "teacher"), launcher=ranks.DEEPSPEED
-    ).found
+    found = ranks.run(tmp_path / "run", SCRIPT, json.dumps(cases), str(tmp_path / "teacher")).found
     teacher, data = made.requires_grad_(False), ranks.tiny_data()
     expected = {}
     for tokens, embedding in {(case[2], case[4]) for case in cases}:

@@ -81,7 +81,7 @@ def test_offloaded_equals_resident_beside_a_student(tmp_path):
     for parameter in made.parameters():
         parameter.data.mul_(8)  # logits far from uniform
     made.save_pretrained(tmp_path / "teacher")
-    found = ranks.run(tmp_path, SCRIPT, str(tmp_path / "teacher"), launcher=ranks.DEEPSPEED).found
+    found = ranks.run(tmp_path, SCRIPT, str(tmp_path / "teacher")).found
     assert [name for name, good in found.items() if not good] == []
     assert len(found) == 2 * 2 * 11 + 1
 

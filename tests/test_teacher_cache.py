@@ -455,7 +455,7 @@ def big_model(seed):
 def test_two_ranks_micro_steps_and_resume(tmp_path):
     """Each block is trained on with what the teacher said to it, once, whoever gets it; losses as one process has them."""
     file = write(tmp_path / "corpus", "jsonl", texts(60))
-    found = ranks.run(tmp_path / "run", RANKS, str(file), launcher=ranks.DEEPSPEED).found
+    found = ranks.run(tmp_path / "run", RANKS, str(file)).found
     blocks = [block for block, _ in zip(TokenStream(str(file), byte_tokenizer(), 16, seed=5), range(16), strict=False)]
     alone = make(tmp_path / "alone", blocks, big_model(7).eval(), block_size=16, top_k=6, vocabulary=272)
     cache = TeacherCache(alone, blocks=16, block_size=16, vocabulary=272)

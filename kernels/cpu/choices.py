@@ -4,12 +4,13 @@ The answers are kept in ``choices.json`` beside the compiled kernels, by a key t
 oneDNN's instruction set and the number of threads. So a run that goes on computes as it began.
 """
 
+import fcntl
 import functools
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def fastest(what: str, ways: dict[str, Callable[[], object]]) -> str:
                 start = time.perf_counter()
                 way()
                 seconds[name] = min(seconds[name], time.perf_counter() - start)
-        _keep(key, min(seconds, key=seconds.get))
+        _known()[key] = _keep(key, min(seconds, key=seconds.get), ways)
     return _known()[key]
 
 
@@ -48,15 +49,27 @@ def _file() -> Path:
 @functools.cache
 def _known() -> dict[str, str]:
     """Choices made on this machine before."""
+    return _read()
+
+
+def _read() -> dict[str, str]:
     try:
         return dict(json.loads(_file().read_text(encoding="utf-8")))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
 
-def _keep(key: str, name: str) -> None:
-    """Adds a choice, also in the file; processes that write side by side may lose each other's, not the file."""
-    _known()[key] = name
-    with tempfile.NamedTemporaryFile("w", dir=cache_folder(), delete=False) as written:
-        json.dump(_known(), written, indent=1)
-    os.replace(written.name, _file())
+def _keep(key: str, name: str, possible: Collection[str]) -> str:
+    """Adds a choice to the file and returns it: that of the first process, where several were asked side by side.
+
+    None is lost, because a run that goes on without a choice that it began with would end with other weights.
+    """
+    with _file().with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        kept = _read()
+        if kept.get(key) not in possible:
+            kept[key] = name
+            with tempfile.NamedTemporaryFile("w", dir=cache_folder(), delete=False) as written:
+                json.dump(kept, written, indent=1)
+            os.replace(written.name, _file())
+    return kept[key]
