@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import select
+import signal
 import sys
 from collections.abc import Callable
 
@@ -30,6 +31,17 @@ SYSTEM = {
 }
 
 
+def end_at_once() -> None:
+    """Before `run` begins and after it, Ctrl-C and SIGTERM end the process without a word: libraries are loaded or closed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _end_at_once)
+
+
+def _end_at_once(number: int, _frame: object) -> None:
+    os._exit(128 + number)
+
+
 def run(body: Callable[[], int | None]) -> int:
     """Runs an entry and turns what a user can cause into an exit status and at most one line on stderr.
 
@@ -40,6 +52,10 @@ def run(body: Callable[[], int | None]) -> int:
         130 after Ctrl-C; 141 when whoever read the output has gone (`| head`).
     """
     open_streams()
+    at_once = signal.getsignal(signal.SIGINT) is _end_at_once
+    if at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         status = body() or 0
         sys.stdout.flush()
@@ -58,6 +74,9 @@ def run(body: Callable[[], int | None]) -> int:
     except MemoryError as error:
         do = "Lower the batch size or the context, or use a machine with more memory."
         return complain(UserError("memory", expected="enough for this command", got=str(error) or "too little", do=do))
+    finally:
+        if at_once:
+            end_at_once()
     return status
 
 

@@ -17,15 +17,16 @@ holds what they share. `run` walks through the table and skips what is done and 
 same path; rank 0 prints and writes.
 """
 
-from bitdistill import surroundings
+from bitdistill import console, surroundings
 
+if __name__ == "__main__":
+    console.end_at_once()
 surroundings.prepare()  # before anything loads torch
 surroundings.require_libraries()
 
 import sys
 from pathlib import Path
 
-from bitdistill import console
 from bitdistill.command_line import explicit_settings, parse_config
 from bitdistill.config import RunConfig
 from bitdistill.distributed import process_group, termination

@@ -338,6 +338,20 @@ def test_output_that_is_closed_from_the_start(tmp_path):
     assert (tmp_path / "result.txt").read_text() == "ours"
 
 
+@pytest.mark.parametrize("place", ["before", "inside", "after"])
+def test_ctrl_c_is_quiet_from_the_first_line_to_the_last(place):
+    script = (
+        "import os, signal, sys; from bitdistill import console\n"
+        "console.end_at_once()\n"
+        "interrupt = lambda place: os.kill(os.getpid(), signal.SIGINT) if sys.argv[1] == place else None\n"
+        "interrupt('before')\n"
+        "status = console.run(lambda: interrupt('inside'))\n"
+        "interrupt('after'); print('not reached' if status == 0 else ''); raise SystemExit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, place], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (130, "", "")
+
+
 def test_exit_statuses(capsys):
     def body(error):
         def run():
