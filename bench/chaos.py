@@ -17,6 +17,7 @@ Prints where each kill fell and a table of them. The exit status is 1 when a run
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import json
@@ -125,16 +126,15 @@ class Run:
             if victims:
                 break
         victim = draw.choice(victims)
-        victim.send_signal(self.signal)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(self.signal)
         status = self.wait(PATIENCE)
         if status is None:
-            for process in (*started, self.process):
-                process.kill()
+            _end(*started, self.process)
             self.wait()
             return f"still there {PATIENCE:.0f} s after {self.signal.name} to process {victim.pid}"
         left = psutil.wait_procs(started, timeout=5)[1]
-        for process in left:
-            process.kill()
+        _end(*left)
         if left:
             return f"left behind: {', '.join(str(process.pid) for process in left)}"
         expected = (0, 128 + self.signal) if self.signal != signal.SIGKILL else (status,)
@@ -148,6 +148,13 @@ class Run:
             return any(word.startswith("--local_rank=") for word in process.cmdline())
         except psutil.Error:
             return False
+
+
+def _end(*processes: psutil.Process | subprocess.Popen) -> None:
+    """Kills processes, of which some may end by themselves at this very moment."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
