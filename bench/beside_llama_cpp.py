@@ -12,6 +12,7 @@ in each round, and the medians are printed. Decoding: one token at a time after 
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,7 @@ KINDS = (
 
 def serve(kind: str, path: str) -> None:
     """A worker: says that it is ready, then answers each line with the seconds of decoding and of a prompt."""
-    run = (_ours if kind == "packed" else _llama_cpp)(path)
+    run = {"packed": _ours, "gguf": _llama_cpp, "gguf plain": _llama_cpp_plain}[kind](path)
     prompt = [(7 * i + 11) % 500 for i in range(PROMPT)]
     run(prompt[:CONTEXT], DECODED // 4)  # compiles, warms the caches
     print("ready", flush=True)
@@ -75,11 +76,38 @@ def _llama_cpp(path: str):
     return run
 
 
+def _llama_cpp_plain(path: str):
+    """Weights stay as the file has them, so that AMX is not used: llama.cpp 0.3.36's products with it end on some processors
+    with an illegal instruction (ggml-org/llama.cpp pull request 26954)."""
+    import llama_cpp
+
+    original = llama_cpp.llama_model_default_params
+
+    def plain():
+        parameters = original()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    llama_cpp.llama_model_default_params = llama_cpp.llama_cpp.llama_model_default_params = plain
+    return _llama_cpp(path)
+
+
 class Worker:
     """A runtime with a file, in a process of its own."""
 
     def __init__(self, python: str, kind: str, path: Path):
-        command = [python, "-P", __file__, "--serve", kind, str(path)]
+        self.kind = kind
+        try:
+            self._start(python, path)
+        except RuntimeError:
+            if kind != "gguf" or self.process.wait() != -signal.SIGILL:
+                raise
+            print("llama.cpp ended with an illegal instruction: once more without repacked weights", file=sys.stderr)
+            self.kind = "gguf plain"
+            self._start(python, path)
+
+    def _start(self, python: str, path: Path) -> None:
+        command = [python, "-P", __file__, "--serve", self.kind, str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -232,6 +260,7 @@ def measure(rows: list[dict], arguments) -> None:
             found.append(worker.ask())
     for row, found, worker in zip(rows, rounds, workers, strict=True):
         worker.close()
+        row["runtime"] += ", weights not repacked" if worker.kind == "gguf plain" else ""
         row |= {part: statistics.median(one[part] for one in found) for part in ("decode", "prompt")}
 
 

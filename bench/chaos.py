@@ -130,11 +130,11 @@ class Run:
             victim.send_signal(self.signal)
         status = self.wait(PATIENCE)
         if status is None:
-            _end(*started, self.process)
+            end_all(*started, self.process)
             self.wait()
             return f"still there {PATIENCE:.0f} s after {self.signal.name} to process {victim.pid}"
         left = psutil.wait_procs(started, timeout=5)[1]
-        _end(*left)
+        end_all(*left)
         if left:
             return f"left behind: {', '.join(str(process.pid) for process in left)}"
         expected = (0, 128 + self.signal) if self.signal != signal.SIGKILL else (status,)
@@ -150,7 +150,7 @@ class Run:
             return False
 
 
-def _end(*processes: psutil.Process | subprocess.Popen) -> None:
+def end_all(*processes: psutil.Process | subprocess.Popen) -> None:
     """Kills processes, of which some may end by themselves at this very moment."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):

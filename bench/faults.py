@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 import psutil
+from chaos import end_all
 
 from bitdistill.distributed.process_group import free_port
 
@@ -81,12 +82,10 @@ class Job:
         try:
             status = self.process.wait(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
-            for process in (*started, self.process):
-                process.kill()
+            end_all(*started, self.process)
             return [f"still there after {PATIENCE} s"]
         left = psutil.wait_procs(started, timeout=5)[1]
-        for process in left:
-            process.kill()
+        end_all(*left)
         print(f"  ended after {time.monotonic() - began:.0f} s with status {status}")
         return [f"left behind: {process.pid}" for process in left] + ([] if status else ["status 0"])
 
@@ -118,8 +117,7 @@ def full_disk(job: Job) -> list[str]:
 def cut_shard(job: Job) -> list[str]:
     """Kills the ranks and cuts a part of the newest checkpoint."""
     job.until_checkpoint(2)
-    for rank in job.ranks():
-        rank.kill()
+    end_all(*job.ranks())
     wrong = job.end()
     shard = next(job.checkpoints()[-1].glob("global_step*/*rank_1_*optim_states.pt"))
     os.truncate(shard, shard.stat().st_size // 2)
