@@ -173,7 +173,7 @@ def products(bench: Bench) -> None:
 
             def ours(_, ternary=ternary, I=I, O=O):
                 codes, scale = bit_linear.quantize_input(bench.normal(M, I))
-                return lambda: matmul.int8_linear(codes, scale, *ternary, [O], dtype=torch.bfloat16)
+                return lambda: matmul.int8_linear(codes, scale, *ternary[:2], [O], dtype=torch.bfloat16)
 
             def theirs(_, weight=weight, I=I):
                 x = bench.normal(M, I)

@@ -95,7 +95,7 @@ class RefineConfig:
             (absmean, gptq and tequila). The baseline has one scale per tensor. Groups cost 16 / group_size bits per weight.
         group_size: columns of a group: 64, 128 or 256.
         act_scale: which activations share one int8 scale: those of a token (the paper), or each block of 32 columns of a token,
-            as in llama.cpp. With blocks, the ternary layers run in plain PyTorch on a GPU. The baseline always uses token.
+            as in llama.cpp. The baseline always uses token.
         vocabulary: full, or trimmed to the tokens that the training texts use and those that their merges need, for teacher
             and student alike (docs/method.md). The embedding becomes smaller, and other texts are cut into more tokens.
         vocabulary_threshold: a trimmed vocabulary keeps tokens that occur more often than this.

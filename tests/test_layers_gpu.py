@@ -194,11 +194,13 @@ def test_operators_are_well_formed(backward, device):
     checks.remove("test_aot_dispatch_dynamic")
     gain = torch.rand(32, device=device, requires_grad=True)
     for operator, arguments in (
-        (bit_linear._quantize_activation, (x.detach(),)),
-        (bit_linear._quantize_weights, ([weight.detach() for weight in weights],)),
-        (bit_linear._rms_norm_quantize, (x, gain, 1e-6)),
-        (bit_linear._swiglu_norm_quantize, (x, x * 2, gain, 1e-6, "silu")),
-        (bit_linear._swiglu_norm_quantize, (x, x * 2, None, 1e-6, "gelu_pytorch_tanh")),
+        (bit_linear._quantize_activation, (x.detach(), False)),
+        (bit_linear._quantize_activation, (x.detach(), True)),
+        (bit_linear._quantize_weights, ([weight.detach() for weight in weights], 0)),
+        (bit_linear._quantize_weights, ([weight.detach() for weight in weights], 32)),
+        (bit_linear._rms_norm_quantize, (x, gain, 1e-6, False)),
+        (bit_linear._swiglu_norm_quantize, (x, x * 2, gain, 1e-6, "silu", False)),
+        (bit_linear._swiglu_norm_quantize, (x, x * 2, None, 1e-6, "gelu_pytorch_tanh", True)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=checks)
 

@@ -20,9 +20,10 @@ def production_launches() -> list[Launch]:
             launches.append(
                 Launch(
                     kernel=kernel,
-                    shape=f"N 16384, I {I}",
+                    shape=f"N 16384, I {I}{', blocks' if I == 4096 and not twice else ''}",
                     signature={name: types[name] for name in names},
-                    constexprs={"I": I, "ROWS": ROWS, "BLOCK": BLOCK} | ({"TWICE": twice[0]} if twice else {}),
+                    constexprs={"I": I, "ROWS": ROWS, "BLOCK": BLOCK}
+                    | ({"TWICE": twice[0]} if twice else {"ACT_BLOCKS": I == 4096}),
                     num_warps=num_warps,
                     aligned=tuple(name for name in names if name not in ("eps", "run")),
                 )

@@ -25,9 +25,10 @@ def production_launches() -> list[Launch]:
     }
     for width in (1024, 2560, 9728, 16_384):
         ROWS, BLOCK, num_warps = row_tile(width)
-        constexprs = {"I": width, "ROWS": ROWS, "BLOCK": BLOCK}
-        shape = f"N 16384, I {width}"
-        launches.append(Launch(_quantize_activation, shape, rows, constexprs, num_warps, aligned=tuple(rows)))
+        for blocks in (False, True):
+            constexprs = {"I": width, "ACT_BLOCKS": blocks, "ROWS": ROWS, "BLOCK": BLOCK}
+            shape = f"N 16384, I {width}{', blocks' if blocks else ''}"
+            launches.append(Launch(_quantize_activation, shape, rows, constexprs, num_warps, aligned=tuple(rows)))
     weights = dict.fromkeys(("address_ptr", "shape_ptr"), "*i64")
     weights |= dict.fromkeys(("item_ptr", "counter_ptr"), "*i32") | {"partial_ptr": "*fp64"}
     weights |= {"codes_ptr": "*i8", "scale_ptr": "*fp32"}

@@ -20,10 +20,10 @@ def production_launches() -> list[Launch]:
                 launches.append(
                     Launch(
                         kernel=kernel,
-                        shape=f"N 16384, I {I}, {'gelu' if gelu else 'silu'}",
+                        shape=f"N 16384, I {I}, {'gelu' if gelu else 'silu'}{', blocks' if I == 6144 and not chunks else ''}",
                         signature={name: types[name] for name in names},
                         constexprs={"I": I, "GELU": gelu, "NORM": True, "ROWS": ROWS, "BLOCK": BLOCK}
-                        | ({"CHUNKS": chunks[0]} if chunks else {}),
+                        | ({"CHUNKS": chunks[0]} if chunks else {"ACT_BLOCKS": I == 6144}),
                         num_warps=num_warps,
                         aligned=tuple(name for name in names if name not in ("eps", "run")),
                     )

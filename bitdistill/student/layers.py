@@ -125,16 +125,12 @@ class BitLinear(nn.Module):
 
     def on_reference(self) -> bool:
         """Whether it runs in PyTorch even where there are kernels."""
-        if self.annealing < 1 or not self.quantizer.has_kernels:
-            return True
-        kernels = kernels_for(self.weight.device)
-        return kernels is not None and not kernels.knows(self.quantizer.columns(self), self.act_scale)
+        return self.annealing < 1 or not self.quantizer.has_kernels
 
     def _on_reference(self, x: Tensor) -> Tensor:
         self._refuse_partitions()
         if kernels_for(x.device) is not None:
-            blocks = ", activation scales of blocks" if self.act_scale == "block" else ""
-            _say_once("annealing" if self.annealing < 1 else f"{self.quantizer}{blocks}")
+            _say_once("annealing" if self.annealing < 1 else str(self.quantizer))
         x = x if self.subln is None else self.subln(x)
         codes, scale = self.codes()
         bias, weight = self.quantizer.bias(self, codes), self.weight
@@ -237,10 +233,7 @@ def _hooked(module: nn.Module) -> bool:
 
 @functools.cache
 def _say_once(what: str) -> None:
-    process_group.say(
-        f"{what}: the ternary layers run on plain PyTorch; the kernels know absmean, no annealing, "
-        "and on a GPU one scale per tensor and per token"
-    )
+    process_group.say(f"{what}: the ternary layers run on plain PyTorch; the kernels know absmean and no annealing")
 
 
 def bit_linears(model: nn.Module) -> dict[str, BitLinear]:

@@ -183,6 +183,21 @@ def _groups(way: str) -> Callable:
     return check
 
 
+def _columns(kernels, device):
+    """Scales of rows, of groups of columns and of blocks on a GPU: the output, and the gradients both ways."""
+    for x, weight, bias, _, dy in _tensors(device):
+        for act_scale, columns in (("token", 64), ("token", weight.shape[1]), ("block", 64), ("block", None)):
+            parts = None if columns is None else reference.quantize_weight_groups(weight, columns)
+            expected = reference.bit_linear(x, weight, bias, parts, columns, act_scale)
+            theirs = torch.autograd.grad(expected, [x, weight, bias], dy)
+            activation, ternary = kernels.quantize_input(x, act_scale), kernels.ternarize([weight], columns)
+            for backward, bound in (("exact", 1e-4), ("fast", 5e-2)):
+                y = kernels.ternary_linear(x, activation, [weight], [bias], ternary, torch.float32, backward)
+                _near("output", y, expected, 1e-6)
+                for a, b in zip(torch.autograd.grad(y, [x, weight, bias], dy), theirs, strict=True):
+                    _near("gradient", a, b, bound)
+
+
 def checks_of(device: torch.device) -> dict[str, Callable]:
     """What is checked on a device, by name: functions of (kernels, device) that raise AssertionError."""
     checks = {}
@@ -193,6 +208,8 @@ def checks_of(device: torch.device) -> dict[str, Callable]:
         checks = {f"product {method}": _product(method) for method in METHODS}
         checks |= {f"product {way}": _groups(way) for way in WAYS}
         checks["gradients by digits"] = _gradients_by_digits
+    else:
+        checks["scales of columns"] = _columns
     return checks | {
         "quantize_input": _quantize_input,
         "ternarize": _ternarize,

@@ -42,7 +42,6 @@ __all__ = [
     "digit_gradients",
     "gated_quantize_input",
     "has_products",
-    "knows",
     "leave_out_products",
     "norm_quantize_input",
     "quantize_input",
@@ -61,12 +60,6 @@ class Activation(NamedTuple):
 
 
 # --- quantizers ----------------------------------------------------------------------------------------------------------
-
-
-def knows(columns: int | None, act_scale: str) -> bool:
-    """Whether these kernels have weight scales of groups of `columns` (None: one per linear) and activation scales per
-    `act_scale`: all."""
-    return True
 
 
 def _empty_codes(x: Tensor, act_scale: str) -> tuple[Tensor, Tensor, int]:

@@ -39,11 +39,15 @@ class GradientCodes(NamedTuple):
 
 
 @triton.jit
-def _folded(dy_ptr, act_scale_ptr, weight_scale_ptr, n, o, N, O, dy_stride, end_0, end_1):
+def _folded(
+    dy_ptr, act_scale_ptr, weight_scale_ptr, n, o, N, O, dy_stride, end_0, end_1, ROW_SCALES: tl.constexpr
+):  # fmt: skip
     """A tile of dY in fp32, times weight_scale, and times act_scale; 0 outside."""
     inside = (n < N)[:, None] & (o < O)[None, :]
     dy = tl.load(dy_ptr + n.to(tl.int64)[:, None] * dy_stride + o[None, :], mask=inside, other=0.0).to(tl.float32)
-    segment = (o >= end_0).to(tl.int32) + (o >= end_1).to(tl.int32)
+    segment = o
+    if not ROW_SCALES:
+        segment = (o >= end_0).to(tl.int32) + (o >= end_1).to(tl.int32)
     weight_scale = tl.load(weight_scale_ptr + segment, mask=o < O, other=0.0)
     act_scale = tl.load(act_scale_ptr + n, mask=n < N, other=0.0)
     return dy * weight_scale[None, :], dy * act_scale[:, None]
@@ -58,12 +62,12 @@ def _peak(x, AXIS: tl.constexpr):
 @triton.jit
 def _peaks(
     dy_ptr, act_scale_ptr, weight_scale_ptr, row_ptr, column_ptr, N, O, dy_stride, end_0, end_1,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+    ROW_SCALES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """row_ptr fp32 (tiles along O, N) and column_ptr fp32 (tiles along N, O): the peaks of each tile."""
     tile_O, tile_N = tl.program_id(0), tl.program_id(1)
     n, o = tile_N * BLOCK_N + tl.arange(0, BLOCK_N), tile_O * BLOCK_O + tl.arange(0, BLOCK_O)
-    rows, columns = _folded(dy_ptr, act_scale_ptr, weight_scale_ptr, n, o, N, O, dy_stride, end_0, end_1)
+    rows, columns = _folded(dy_ptr, act_scale_ptr, weight_scale_ptr, n, o, N, O, dy_stride, end_0, end_1, ROW_SCALES)
     tl.store(row_ptr + tile_O.to(tl.int64) * N + n, _peak(rows, 1), mask=n < N)
     tl.store(column_ptr + tile_N.to(tl.int64) * O + o, _peak(columns, 0), mask=o < O)
 
@@ -79,11 +83,12 @@ def _rounded(value, random):
 @triton.jit
 def _codes(
     dy_ptr, act_scale_ptr, weight_scale_ptr, row_scale_ptr, column_scale_ptr, row_ptr, column_ptr,
-    N, O, dy_stride, column_stride, end_0, end_1, seed, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+    N, O, dy_stride, column_stride, end_0, end_1, seed,
+    ROW_SCALES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     tile_O, tile_N = tl.program_id(0), tl.program_id(1)
     n, o = tile_N * BLOCK_N + tl.arange(0, BLOCK_N), tile_O * BLOCK_O + tl.arange(0, BLOCK_O)
-    rows, columns = _folded(dy_ptr, act_scale_ptr, weight_scale_ptr, n, o, N, O, dy_stride, end_0, end_1)
+    rows, columns = _folded(dy_ptr, act_scale_ptr, weight_scale_ptr, n, o, N, O, dy_stride, end_0, end_1, ROW_SCALES)
     row_scale = tl.load(row_scale_ptr + n, mask=n < N, other=1.0)
     column_scale = tl.load(column_scale_ptr + o, mask=o < O, other=1.0)
     # Philox gives four words for a counter: a quarter of the tile counts, and the four are laid side by side.
@@ -116,7 +121,8 @@ def quantize_gradient(
 
     Args:
         dy: (N, O) fp32, bf16 or fp16, N and O at least 1, neighboring columns. act_scale: fp32, N values.
-        weight_scale: fp32 (S,), of each segment of columns. sizes: columns of each segment. seed: int32.
+        weight_scale: fp32 (S,), of each segment of columns, or (O, 1), of each column. sizes: columns of each segment.
+        seed: int32.
 
     Returns: GradientCodes. ``|code * scale - value| < scale``, exact in the mean; zeros stay zero.
 
@@ -129,7 +135,13 @@ def quantize_gradient(
     assert 1 <= len(sizes) <= MAX_SEGMENTS, sizes
     ends = sizes[0], sum(sizes[:2])
     grid = (triton.cdiv(O, BLOCK_O), triton.cdiv(N, BLOCK_N))
-    blocks = {"BLOCK_N": BLOCK_N, "BLOCK_O": BLOCK_O, "num_warps": WARPS, "enable_fp_fusion": True}
+    blocks = {
+        "ROW_SCALES": weight_scale.dim() == 2,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_O": BLOCK_O,
+        "num_warps": WARPS,
+        "enable_fp_fusion": True,
+    }
     row_peaks = torch.empty((grid[0], N), dtype=torch.float32, device=dy.device)
     column_peaks = torch.empty((grid[1], O), dtype=torch.float32, device=dy.device)
     folded = (dy, act_scale, weight_scale)

@@ -52,7 +52,7 @@ def _int8_linear(
     a_ptr,  # int8 (N, I): act_codes, or a gradient's codes
     a_scale_ptr,  # fp32 (N,)
     b_ptr,  # int8 (O, I): weight_codes, or transposed codes
-    b_scale_ptr,  # fp32 (S,)
+    b_scale_ptr,  # fp32 (S,), or (O,)
     bias_ptr,  # (O,)
     y_ptr,
     N,
@@ -63,7 +63,7 @@ def _int8_linear(
     y_stride,
     end_0,  # where segments 0 and 1 end
     end_1,
-    SEGMENTS: tl.constexpr,  # 0: no b_scale
+    SEGMENTS: tl.constexpr,  # 0: no b_scale; -1: one for each row of b
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,  # I is a multiple of BLOCK_I
     BLOCK_N: tl.constexpr,
@@ -93,6 +93,8 @@ def _int8_linear(
     if SEGMENTS > 0:
         segment = (o >= end_0).to(tl.int32) + (o >= end_1).to(tl.int32)
         scale = scale * tl.load(b_scale_ptr + segment, mask=o < O, other=0.0)[None, :]
+    if SEGMENTS < 0:
+        scale = scale * tl.load(b_scale_ptr + o, mask=o < O, other=0.0)[None, :]
     y = acc.to(tl.float32) * scale
     if HAS_BIAS:
         y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
@@ -312,7 +314,8 @@ def int8_linear(
 
     Args:
         act_codes: int8 (N, I). act_scale: fp32, N values. weight_codes: int8 (O, I), any int8 values.
-        weight_scale: fp32 (S,), of each segment of columns; None for 1. sizes: columns of each segment, their sum O.
+        weight_scale: fp32 (S,), of each segment of columns; (O, 1), of each column; None for 1.
+        sizes: columns of each segment, their sum O.
         bias: (O,) or None. dtype: of the result.
 
     Returns: (N, O) in `dtype`.
@@ -329,10 +332,11 @@ def int8_linear(
         return y
     part, processors = _tile_family(a.device)
     tile = choose_tile(INT8_TILES[part], N, O, I, processors)
+    segments = 0 if weight_scale is None else len(sizes) if weight_scale.dim() == 1 else -1
     _int8_linear[(triton.cdiv(N, tile.rows) * triton.cdiv(O, tile.columns),)](
         a, act_scale, b, act_scale if weight_scale is None else weight_scale, y if bias is None else bias, y,
-        N, O, I, a.stride(0), b.stride(0), y.stride(0), *(_ends(sizes) if weight_scale is not None else (O, O)),
-        SEGMENTS=0 if weight_scale is None else len(sizes), HAS_BIAS=bias is not None, EVEN=I % tile.inner == 0,
+        N, O, I, a.stride(0), b.stride(0), y.stride(0), *(_ends(sizes) if segments > 0 else (O, O)),
+        SEGMENTS=segments, HAS_BIAS=bias is not None, EVEN=I % tile.inner == 0,
         BLOCK_N=tile.rows, BLOCK_O=tile.columns, BLOCK_I=tile.inner, GROUP=GROUP,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

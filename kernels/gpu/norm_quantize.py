@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, quantize_tile, row_tile, rows_of
+from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, row_tile, rows_of, store_quantized
 from bitdistill.kernels.gpu.rounding import rounded
 
 PARTS = 256  # runs of rows whose parts of dgain are added at the end; also the programs of a backward pass
@@ -35,7 +35,7 @@ def inverse_rms(x, eps, I: tl.constexpr):
 @triton.jit
 def _rms_norm_quantize(
     x_ptr, gain_ptr, codes_ptr, scale_ptr, rstd_ptr, N, x_stride, eps,
-    I: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    I: tl.constexpr, ACT_BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -44,9 +44,8 @@ def _rms_norm_quantize(
     rstd = inverse_rms(x, eps, I)
     tl.store(rstd_ptr + rows, rstd, mask=rows < N)
     gain = tl.load(gain_ptr + columns, mask=columns < I, other=0.0)
-    codes, scale = quantize_tile(rounded(x * rstd[:, None] * gain, x_ptr.dtype.element_ty))
-    tl.store(codes_ptr + rows[:, None] * I + columns, codes.to(tl.int8), mask=inside)
-    tl.store(scale_ptr + rows, scale, mask=rows < N)
+    y = rounded(x * rstd[:, None] * gain, x_ptr.dtype.element_ty)
+    store_quantized(y, codes_ptr, scale_ptr, rows, columns, inside, N, I, ACT_BLOCKS, ROWS, BLOCK)
 
 
 @triton.jit
@@ -88,11 +87,12 @@ def _rms_norm_backward(
     tl.store(part_ptr + program * I + columns, part, mask=columns < I)
 
 
-def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float) -> tuple[Quantized, Tensor]:
-    """``y = x / sqrt(mean(x^2) + eps) * gain``, quantized to int8 per token.
+def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float, blocks: bool = False) -> tuple[Quantized, Tensor]:
+    """``y = x / sqrt(mean(x^2) + eps) * gain``, quantized to int8 per token or block.
 
     Args:
         x: (..., I) fp32, bf16 or fp16 on the GPU. gain: (I,). eps: added to the mean square.
+        blocks: whether each ACT_BLOCK columns of a token have a scale.
 
     Returns: (Quantized, rstd fp32 (..., 1), which the backward pass wants).
 
@@ -105,13 +105,14 @@ def rms_norm_quantize(x: Tensor, gain: Tensor, eps: float) -> tuple[Quantized, T
     rows = rows_of("x", x)
     gain = gain_of(gain, x)
     N, I = rows.shape
-    out = empty_quantized(x.shape, x.device)
+    out = empty_quantized(x.shape, x.device, blocks)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     if N:
         ROWS, BLOCK, num_warps = row_tile(I)
         _rms_norm_quantize[(triton.cdiv(N, ROWS),)](
-            rows, gain, *out, rstd, N, rows.stride(0), eps, I, ROWS, BLOCK, num_warps=num_warps, enable_fp_fusion=True
-        )
+            rows, gain, *out, rstd, N, rows.stride(0), eps, I, blocks, ROWS, BLOCK,
+            num_warps=num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
     return out, rstd
 
 

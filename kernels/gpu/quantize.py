@@ -31,11 +31,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitdistill.kernels.numerics import ACT_MAX, EPSILON
+from bitdistill.kernels.numerics import ACT_BLOCK, ACT_MAX, EPSILON
 
 MAX_WIDTH = 32_768  # a row in the registers of 16 warps; 28,672 is the widest linear of Llama 70B
 PEAK = tl.constexpr(float(ACT_MAX))
 _EPSILON = tl.constexpr(EPSILON)
+_ACT_BLOCK = tl.constexpr(ACT_BLOCK)
 
 # 64 rows of 128 columns: whole 128-byte lines of codes, 32 values per thread.
 TILE_O, TILE_I, TILE_WARPS = 64, 128, 8
@@ -49,14 +50,15 @@ class Quantized(NamedTuple):
     """Activations as the integer product takes them: ``x ~ act_scale * act_codes``."""
 
     act_codes: Tensor  # int8 (..., I)
-    act_scale: Tensor  # fp32 (..., 1)
+    act_scale: Tensor  # fp32 (..., 1); or (..., B) of blocks of ACT_BLOCK columns
 
 
 class TernaryWeight(NamedTuple):
     """``W ~ weight_scale * weight_codes``."""
 
     weight_codes: Tensor  # int8 (O, I)
-    weight_scale: Tensor  # fp32 ()
+    weight_scale: Tensor  # fp32 (); or (O, G) of rows and groups of columns
+    columns: int = 0  # of such a group
 
 
 # ---------------------------------------------------------------------------------------------------- activations
@@ -86,22 +88,41 @@ def quantize_tile(x):
 
 
 @triton.jit
+def store_quantized(
+    y, codes_ptr, scale_ptr, rows, columns, inside, N,
+    I: tl.constexpr, ACT_BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Quantizes rows (ROWS, BLOCK) in fp32, zero beyond their width I, and stores codes and scales: of a token, or of each
+    ACT_BLOCK columns of it."""
+    if ACT_BLOCKS:
+        count: tl.constexpr = (I + _ACT_BLOCK - 1) // _ACT_BLOCK
+        parts, scales = quantize_tile(tl.reshape(y, (ROWS * (BLOCK // _ACT_BLOCK), _ACT_BLOCK)))
+        codes = tl.reshape(parts, (ROWS, BLOCK))
+        scales = tl.reshape(scales, (ROWS, BLOCK // _ACT_BLOCK))
+        block = tl.arange(0, BLOCK // _ACT_BLOCK)
+        tl.store(scale_ptr + rows[:, None] * count + block, scales, mask=(rows < N)[:, None] & (block < count))
+    else:
+        codes, scale = quantize_tile(y)
+        tl.store(scale_ptr + rows, scale, mask=rows < N)
+    tl.store(codes_ptr + rows[:, None] * I + columns, codes.to(tl.int8), mask=inside)
+
+
+@triton.jit
 def _quantize_activation(
-    x_ptr, codes_ptr, scale_ptr, N, x_stride, I: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, codes_ptr, scale_ptr, N, x_stride,
+    I: tl.constexpr, ACT_BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     inside = (rows[:, None] < N) & (columns < I)
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    codes, scale = quantize_tile(x)
-    tl.store(codes_ptr + rows[:, None] * I + columns, codes.to(tl.int8), mask=inside)
-    tl.store(scale_ptr + rows, scale, mask=rows < N)
+    store_quantized(x, codes_ptr, scale_ptr, rows, columns, inside, N, I, ACT_BLOCKS, ROWS, BLOCK)
 
 
 def row_tile(width: int) -> tuple[int, int, int]:
     """(ROWS, BLOCK, num_warps) for rows of ``width``: 4,096 values or one row per program, 32 values per thread up to 16
     warps, i.e. four 16-byte loads of bf16 under way in each thread."""
-    block = triton.next_power_of_2(width)
+    block = max(ACT_BLOCK, triton.next_power_of_2(width))
     rows = max(1, 4096 // block)
     return rows, block, max(4, min(16, rows * block // 1024))
 
@@ -124,36 +145,42 @@ def rows_of(name: str, x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or width == 1 else rows.contiguous()
 
 
-def empty_quantized(shape: Sequence[int], device: torch.device) -> Quantized:
-    """Room for the codes and scales of activations of this shape (..., I)."""
-    vector = (*shape[:-1], 1)
+def scales_of(width: int, blocks: bool) -> int:
+    """Activation scales of a token of `width` columns: one, or one for each ACT_BLOCK columns."""
+    return triton.cdiv(width, ACT_BLOCK) if blocks else 1
+
+
+def empty_quantized(shape: Sequence[int], device: torch.device, blocks: bool = False) -> Quantized:
+    """Room for the codes and scales, of tokens or of blocks, of activations of this shape (..., I)."""
+    vector = (*shape[:-1], scales_of(shape[-1], blocks))
     return Quantized(
         torch.empty(tuple(shape), dtype=torch.int8, device=device),
         torch.empty(vector, dtype=torch.float32, device=device),
     )
 
 
-def quantize_activation(x: Tensor) -> Quantized:
-    """Per-token absmax int8: ``clip(round(x * (127 / m)), -128, 127)``, ``m = max(max|x|, EPSILON)``.
+def quantize_activation(x: Tensor, blocks: bool = False) -> Quantized:
+    """Absmax int8 per token or block: ``clip(round(x * (127 / m)), -128, 127)``, ``m = max(max|x|, EPSILON)``.
 
     Args:
         x: (..., I) fp32, bf16 or fp16 on the GPU, I <= MAX_WIDTH; any strides (copied where rows are not contiguous).
+        blocks: whether each ACT_BLOCK columns of a token have an m of their own.
 
-    Returns: Quantized(act_codes int8 (..., I), act_scale fp32 (..., 1) = m / 127).
+    Returns: Quantized(act_codes int8 (..., I), act_scale fp32 (..., 1), or (..., B) of blocks, = m / 127).
 
     Raises:
         ValueError: another dtype, no columns, or rows too wide.
 
-    Numerics: bit for bit ``reference.quantize_activation``. A row with a NaN or an infinity has it as its scale; its
-    codes mean nothing.
+    Numerics: bit for bit ``reference.quantize_activation``, or `quantize_activation_blocks`. A row or block with a NaN or an
+    infinity has it as its scale; its codes mean nothing.
     """
     rows = rows_of("x", x)
-    out = empty_quantized(x.shape, x.device)
+    out = empty_quantized(x.shape, x.device, blocks)
     N, I = rows.shape
     if N:
         ROWS, BLOCK, num_warps = row_tile(I)
         _quantize_activation[(triton.cdiv(N, ROWS),)](
-            rows, *out, N, rows.stride(0), I, ROWS, BLOCK, num_warps=num_warps, enable_fp_fusion=True
+            rows, *out, N, rows.stride(0), I, blocks, ROWS, BLOCK, num_warps=num_warps, enable_fp_fusion=True
         )
     return out
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitdistill.kernels.gpu.norm_quantize import gain_of, inverse_rms, runs
-from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, quantize_tile, row_tile, rows_of
+from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, row_tile, rows_of, store_quantized
 from bitdistill.kernels.gpu.rounding import rounded
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
@@ -49,7 +49,8 @@ def _gated(gate, GELU: tl.constexpr):
 @triton.jit
 def _swiglu_norm_quantize(
     gate_ptr, up_ptr, gain_ptr, codes_ptr, scale_ptr, rstd_ptr, N, gate_stride, up_stride, eps,
-    I: tl.constexpr, GELU: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    I: tl.constexpr, GELU: tl.constexpr, NORM: tl.constexpr, ACT_BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -61,9 +62,8 @@ def _swiglu_norm_quantize(
         rstd = inverse_rms(y, eps, I)
         tl.store(rstd_ptr + rows, rstd, mask=rows < N)
         y = y * rstd[:, None] * tl.load(gain_ptr + columns, mask=columns < I, other=0.0)
-    codes, scale = quantize_tile(rounded(y, gate_ptr.dtype.element_ty))
-    tl.store(codes_ptr + rows[:, None] * I + columns, codes.to(tl.int8), mask=inside)
-    tl.store(scale_ptr + rows, scale, mask=rows < N)
+    y = rounded(y, gate_ptr.dtype.element_ty)
+    store_quantized(y, codes_ptr, scale_ptr, rows, columns, inside, N, I, ACT_BLOCKS, ROWS, BLOCK)
 
 
 @triton.jit
@@ -143,13 +143,14 @@ def _swiglu_norm_backward(
 
 
 def swiglu_norm_quantize(
-    gate: Tensor, up: Tensor, gain: Tensor | None, eps: float, activation: str = "silu"
+    gate: Tensor, up: Tensor, gain: Tensor | None, eps: float, activation: str = "silu", blocks: bool = False
 ) -> tuple[Quantized, Tensor | None]:
     """``h = act(gate) * up``, ``y = h / sqrt(mean(h^2) + eps) * gain`` (or h without a gain), quantized to int8.
 
     Args:
         gate, up: (..., I) fp32, bf16 or fp16 on the GPU; halves of one wider tensor are taken as they are.
         gain: (I,), or None for no norm. eps: of the norm. activation: one of ACTIVATIONS.
+        blocks: whether each ACT_BLOCK columns of a token have a scale.
 
     Returns: (Quantized, rstd fp32 (..., 1) or None).
 
@@ -161,14 +162,14 @@ def swiglu_norm_quantize(
     """
     gates, ups = _pair(gate, up, activation)
     N, I = gates.shape
-    out = empty_quantized(gate.shape, gate.device)
+    out = empty_quantized(gate.shape, gate.device, blocks)
     rstd = None if gain is None else torch.empty((*gate.shape[:-1], 1), dtype=torch.float32, device=gate.device)
     norm = out.act_scale if gain is None else gain_of(gain, gate)  # a pointer has to be there, read or not
     if N:
         ROWS, BLOCK, num_warps = gated_tile(I)
         _swiglu_norm_quantize[(triton.cdiv(N, ROWS),)](
             gates, ups, norm, *out, out.act_scale if rstd is None else rstd, N, gates.stride(0), ups.stride(0), eps,
-            I, activation != "silu", gain is not None, ROWS, BLOCK, num_warps=num_warps, enable_fp_fusion=True,
+            I, activation != "silu", gain is not None, blocks, ROWS, BLOCK, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out, rstd
 
