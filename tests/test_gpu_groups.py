@@ -210,14 +210,12 @@ def test_linears_side_by_side(act_scale, columns, device):
         assert torch.equal(y, torch.cat([in_pytorch(x, weight, None, act_scale, columns) for weight in weights], 1))
 
 
-@pytest.mark.parametrize("act_scale", ["token", "block"])
-@pytest.mark.parametrize("weight_scale", ["row", "group"])
-def test_a_student_against_the_reference(weight_scale, act_scale, device, monkeypatch):
+def test_a_student_against_the_reference(device, monkeypatch):
     """The loss and every gradient of a student with widths that are no whole groups, on held codes; no layer in PyTorch."""
-    student = wide_student(weight_scale).train().to(device)
+    student = wide_student("group").train().to(device)
     tokens = torch.randint(3, 97, (1, 6), generator=torch.Generator().manual_seed(0)).to(device)
     for layer in bit_linears(student).values():
-        layer.act_scale = act_scale
+        layer.act_scale = "block"
     results = []
     for kernels in (bit_linear, None):
         with monkeypatch.context() as patch:
