@@ -30,8 +30,8 @@ from bitdistill.kernels.reference import spread_scales
 _EPSILON, _MAX_SCALE = tl.constexpr(EPSILON), tl.constexpr(MAX_SCALE)
 ROWS, CHUNK, WARPS = 16, 256, 4  # of a program that ternarizes: 32 values per thread at a time
 
-# Inner steps are units: of 32 to 256 columns. At 256 two stages fit into the shared memory of every part. Two sums of 128 x 128, in
-# int32 and in fp32, do not fit into the registers of sm_100.
+# Inner steps are units: of 32 to 256 columns. At 256 two stages fit into the shared memory of every part. Two sums of
+# 128 x 128, in int32 and in fp32, do not fit into the registers of sm_100.
 TILES = (Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 4, 3, 0.75))
 WIDE_TILES = (Tile(64, 128, 256, 8, 2), Tile(64, 64, 256, 4, 2, 0.75))
 
