@@ -14,6 +14,8 @@ from bitdistill.kernels.gpu.matmul import (
 )
 from gpu_launches.launch import Launch
 
+ROWS = -1  # in the place of the number of segments: one scale for each row of the weights
+
 
 def production_launches() -> list[Launch]:
     """The three products at the widths of Qwen3 0.6B (q, k, v in one) and 1.7B (MLP), for bench/gpu_compile.py."""
@@ -21,6 +23,7 @@ def production_launches() -> list[Launch]:
     for part in INT8_TILES:
         launches += [_launch(_int8_linear, tile, part, 3, "*bf16") for tile in INT8_TILES[part]]
         launches.append(_launch(_int8_linear, INT8_TILES[part][0], part, 0, "*fp32"))
+        launches.append(_launch(_int8_linear, INT8_TILES[part][0], part, ROWS, "*bf16"))
         for dy, tiles in (("*bf16", GRADIENT_TILES[part]), ("*fp32", FP32_TILES)):
             for tile in tiles:
                 launches += [_launch(_grad_input, tile, part, 3, dy), _launch(_grad_weight, tile, part, 0, dy)]
