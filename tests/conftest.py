@@ -6,6 +6,7 @@ GPU kernels run on the real device where there is one; else Triton interprets th
 import importlib.metadata
 import importlib.util
 import os
+import signal
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -17,6 +18,11 @@ openmp.wait_briefly()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job, whose children would ignore Ctrl-C, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 
