@@ -4,7 +4,7 @@ The answers are kept in ``choices.json`` beside the compiled kernels, by a key t
 oneDNN's instruction set and the number of threads. So a run that goes on computes as it began.
 """
 
-import fcntl
+import contextlib
 import functools
 import json
 import os
@@ -14,6 +14,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
+
+# Windows has none: there two processes that choose at the same moment may lose one choice.
+with contextlib.suppress(ImportError):
+    import fcntl
 
 from bitdistill.kernels.cpu.compilation import cache_folder
 
@@ -64,8 +68,9 @@ def _keep(key: str, name: str, possible: Collection[str]) -> str:
 
     None is lost, because a run that goes on without a choice that it began with would end with other weights.
     """
-    with _file().with_suffix(".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+    with _file().with_suffix(".lock").open("ab") as lock:
+        if os.name == "posix":
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         kept = _read()
         if kept.get(key) not in possible:
             kept[key] = name
