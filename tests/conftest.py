@@ -63,6 +63,18 @@ def device() -> str:
 
 
 @pytest.fixture
+def poisoned(monkeypatch):
+    """`torch.empty` hands out NaN and 77, so that what a kernel does not write is seen."""
+    empty = torch.empty
+
+    def filled(*shape, **options):
+        tensor = empty(*shape, **options)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.fixture
 def moved_bytes(monkeypatch):
     """``with moved_bytes() as moved: launch(...)``: the bytes that unmasked loads and stores of a launch touch.
 

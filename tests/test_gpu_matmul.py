@@ -15,18 +15,8 @@ from gpu_launches.gradient_codes import production_launches as launches_of_gradi
 from gpu_launches.launch import Launch
 from gpu_launches.matmul import production_launches as launches_of_matmul
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 SMALL = matmul.Tile(32, 16, 32, 4, 2)  # so that small shapes have several tiles, groups of tiles and inner steps
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that a kernel leaves unwritten holds NaN, or 77."""
-    empty = torch.empty
-
-    def poison(*args, **kwargs):
-        return empty(*args, **kwargs).fill_(float("nan") if kwargs["dtype"].is_floating_point else 77)
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ The answers are kept in ``choices.json`` beside the compiled kernels, by a key t
 oneDNN's instruction set and the number of threads. So a run that goes on computes as it began.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -15,11 +14,10 @@ from pathlib import Path
 
 import torch
 
-# Windows has none: there two processes that choose at the same moment may lose one choice.
-with contextlib.suppress(ImportError):
-    import fcntl
-
 from bitdistill.kernels.cpu.compilation import cache_folder
+
+if os.name == "posix":  # without it, two processes that choose at the same moment may lose one choice
+    import fcntl
 
 ISA = "ONEDNN_MAX_CPU_ISA"  # oneDNN, torch's library of products, obeys it; read once, when it is loaded
 TRIALS = 7  # the least of so many is right on a busy machine, too

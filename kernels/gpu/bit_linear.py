@@ -184,17 +184,12 @@ def _ternary_linear(
     fast: bool,
 ) -> Tensor:
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(list(biases))
-    if act_scale.shape[-1] > 1 or _is_grouped(weight_scale):
+    if act_scale.shape[-1] > 1 or groups.is_grouped(weight_scale):
         factors = (act_codes, act_scale, weight_codes, weight_scale, columns)
         y = groups.grouped_linear(*factors, sizes, bias, dtype=dtype)
     else:
         y = matmul.int8_linear(act_codes, act_scale, weight_codes, weight_scale, sizes, bias, dtype=dtype)
     return y.view(*x.shape[:-1], y.shape[1])
-
-
-def _is_grouped(weight_scale: Tensor) -> bool:
-    """Whether scales change inside a row."""
-    return weight_scale.dim() == 2 and weight_scale.shape[1] > 1
 
 
 @_ternary_linear.register_fake
@@ -214,7 +209,7 @@ def _linear_gradients(ctx, dy):
     needs_x, needs_weights, needs_biases = (ctx.needs_input_grad[place] for place in (0, 3, 4))
     dx, dws, dbs = None, [None] * len(ctx.sizes), [None] * len(ctx.bias_dtypes)
     ops = torch.ops.bitdistill
-    blocks, grouped = act_scale.shape[-1] > 1, _is_grouped(weight_scale)
+    blocks, grouped = act_scale.shape[-1] > 1, groups.is_grouped(weight_scale)
     if ctx.fast and not (blocks and grouped):
         # Scales inside a sum have no int8 product: that gradient is computed below.
         of_tokens = act_scale.new_ones((*act_scale.shape[:-1], 1)) if blocks else act_scale

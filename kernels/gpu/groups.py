@@ -172,6 +172,11 @@ def _grouped_linear(
     tl.store(y_ptrs, narrow(total, y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (o < O)[None, :])
 
 
+def is_grouped(weight_scale: Tensor) -> bool:
+    """Whether scales change inside a row."""
+    return weight_scale.dim() == 2 and weight_scale.shape[1] > 1
+
+
 def grouped_linear(
     act_codes: Tensor,
     act_scale: Tensor,
@@ -197,7 +202,7 @@ def grouped_linear(
     """
     a, b = _matrix(act_codes), _matrix(weight_codes)
     (N, I), O = a.shape, b.shape[0]
-    blocks, grouped = act_scale.shape[-1] > 1, weight_scale.dim() == 2 and weight_scale.shape[1] > 1
+    blocks, grouped = act_scale.shape[-1] > 1, is_grouped(weight_scale)
     assert blocks or grouped, (act_scale.shape, weight_scale.shape)
     y = torch.empty((N, O), dtype=dtype, device=a.device)
     if N == 0 or O == 0:
