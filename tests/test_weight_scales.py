@@ -33,7 +33,6 @@ from bitdistill.kernels.reference import (
     snapped_scale,
     spread_scales,
 )
-from bitdistill.runtime import cuda
 from bitdistill.runtime.compiled import compiled_product
 from bitdistill.runtime.cpu import Runtime
 from bitdistill.runtime.packed_file import config_checksum, read_packed
@@ -311,13 +310,6 @@ def test_version_2_is_read(tmp_path):
     old, new = read_packed(tmp_path / "old.safetensors"), read_packed(path)
     assert old.config == new.config
     assert np.array_equal(plain_logits(old, [[5, 6, 7]])[0], plain_logits(new, [[5, 6, 7]])[0])
-
-
-def test_a_gpu_takes_rows_and_refuses_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda, "usable_device", torch.device)
-    write_packed(tmp_path / "s.safetensors", wide_student("group"))
-    with pytest.raises(UserError, match=r"device: expected .* row.*; got .* every 64 columns"):
-        cuda.CudaRuntime(tmp_path / "s.safetensors", "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------- refusals

@@ -18,18 +18,29 @@ def production_launches() -> list[Launch]:
     i32 = dict.fromkeys(("N", "C"), "i32")
     cache = {"keys_ptr": "*bf16", "values_ptr": "*bf16"}
     product = {"acc_ptr": "*i32", "act_scale_ptr": "*fp32", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
-    launches.append(
-        Launch(
-            _rope_and_cache_kernel,
-            "16 + 2 * 8 heads of 128",
-            product
-            | dict.fromkeys(("q_gain_ptr", "k_gain_ptr", "cos_ptr", "sin_ptr"), "*fp32")
-            | {"positions_ptr": "*i32", "slots_ptr": "*i32", "q_ptr": "*fp32", **cache, **i32, "eps": "fp32"},
-            {"SPLITS": 2, "BIAS": False, "OWN_PLANES": False, "NORM": True, "H": 16, "K": 8, "D": 128, "BLOCK": 64},
-            num_warps=1,
-            aligned=("acc_ptr", "weight_scale_ptr", "q_gain_ptr", "k_gain_ptr", "q_ptr", "keys_ptr", "values_ptr"),
+    for what, kind in (("", "*i32"), (", scaled", "*fp32")):
+        launches.append(
+            Launch(
+                _rope_and_cache_kernel,
+                f"16 + 2 * 8 heads of 128{what}",
+                product
+                | {"acc_ptr": kind}
+                | dict.fromkeys(("q_gain_ptr", "k_gain_ptr", "cos_ptr", "sin_ptr"), "*fp32")
+                | {"positions_ptr": "*i32", "slots_ptr": "*i32", "q_ptr": "*fp32", **cache, **i32, "eps": "fp32"},
+                {
+                    "SPLITS": 1 if what else 2,
+                    "BIAS": False,
+                    "OWN_PLANES": False,
+                    "NORM": True,
+                    "H": 16,
+                    "K": 8,
+                    "D": 128,
+                    "BLOCK": 64,
+                },
+                num_warps=1,
+                aligned=("acc_ptr", "weight_scale_ptr", "q_gain_ptr", "k_gain_ptr", "q_ptr", "keys_ptr", "values_ptr"),
+            )
         )
-    )
     for heads, kv_heads, width, tokens in ((16, 8, 128, 1), (16, 8, 128, 16), (4, 1, 256, 1), (4, 1, 256, 4)):
         block_r = max(16, tokens * heads // kv_heads)
         launches.append(
@@ -45,15 +56,23 @@ def production_launches() -> list[Launch]:
                 aligned=("q_ptr", "keys_ptr", "values_ptr", "mixed_ptr", "C"),
             )
         )
-    for heads in (16, 32):
+    for heads, blocks in ((16, False), (32, False), (32, True)):
         block = heads * 128
         launches.append(
             Launch(
                 _merge_kernel,
-                f"{heads} heads of 128",
+                f"{heads} heads of 128{', blocks' if blocks else ''}",
                 {"mixed_ptr": "*fp32", "peak_ptr": "*fp32", "sum_ptr": "*fp32", "subln_ptr": "*fp32"}
-                | {"codes_ptr": "*i8", "act_scale_ptr": "*fp32", "N": "i32", "P": "i32", "subln_eps": "fp32"},
-                {"SPLITS": MAX_SPLITS, "SUBLN": True, "H": heads, "D": 128, "BLOCK": block},
+                | {
+                    "input_scale_ptr": "*fp32",
+                    "codes_ptr": "*i8",
+                    "act_scale_ptr": "*fp32",
+                    "N": "i32",
+                    "P": "i32",
+                    "subln_eps": "fp32",
+                },
+                {"SPLITS": MAX_SPLITS, "SUBLN": True, "H": heads, "D": 128, "BLOCK": block}
+                | {"DIVIDED": False, "ACT_BLOCKS": blocks},
                 num_warps=row_warps(block),
                 aligned=("mixed_ptr", "peak_ptr", "sum_ptr", "subln_ptr", "codes_ptr", "P"),
             )

@@ -31,10 +31,7 @@ class Target:
 
 
 NO_SUBLN = "SubLN before o_proj and down_proj: the paper's stage 1"
-PLAIN_TRAINING = (
-    "the training kernels of a GPU: with scales of rows or groups, or activations in blocks, PyTorch trains there"
-)
-_SHARED = (NO_SUBLN, PLAIN_TRAINING)
+_SHARED = (NO_SUBLN,)
 TARGETS = {
     target.name: target
     for target in (

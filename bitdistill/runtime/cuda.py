@@ -20,7 +20,6 @@ import torch
 
 from bitdistill.errors import UserError
 from bitdistill.kernels import packing as layout
-from bitdistill.kernels.numerics import ACT_BLOCK
 from bitdistill.runtime.base import BaseRuntime, check_new_tokens
 from bitdistill.runtime.batching import Stats
 from bitdistill.runtime.decoder_parts import layer_norms, model_numbers
@@ -95,25 +94,6 @@ class CudaRuntime(BaseRuntime):
                 "kv_cache", expected=f"one of {', '.join(KV_CACHES)}", got=repr(kv_cache), do="Choose one of these."
             )
         self.model: PackedModel = read_packed(path)
-        config = self.model.config
-        divided = any(linear.input_scale for linear in config.linears.values())
-        if config.weight_scale == "group" or config.act_scale == "block" or divided:
-            of_weights = f"a weight scale for every {config.group_size} columns"
-            of_activations = f"an activation scale for every {ACT_BLOCK} columns of a token"
-            found = (
-                of_weights
-                if config.weight_scale == "group"
-                else "scales of input channels"
-                if divided
-                else of_activations
-            )
-            raise UserError(
-                "device",
-                expected="a student with one weight scale per tensor or row, and one activation scale per token (the GPU "
-                "kernels know no others)",
-                got=f"{path}, with {found}",
-                do='Use the CPU runtime (device "cpu").',
-            )
         longest = self.model.config.max_position_embeddings
         if context is not None and not 1 <= context <= longest:
             do = "Leave it out for the model's own context."
@@ -333,27 +313,41 @@ def _load(model: PackedModel, device: torch.device):
 def _group(model: PackedModel, names: list[str], device: torch.device):
     """Projections that read one input, packed for the GPU."""
     from bitdistill.kernels.gpu.decode import pack_2bit
+    from bitdistill.kernels.gpu.decode_groups import pack_groups
     from bitdistill.kernels.gpu.decoder import Group
 
-    linears, tensors = [model.config.linears[name] for name in names], model.tensors
+    config, tensors = model.config, model.tensors
+    linears = [config.linears[name] for name in names]
     epsilons = {linear.subln_eps for linear in linears}
     assert len(epsilons) == 1, f"{names}: some have a SubLN, some not, or of another eps: {epsilons}"
     subln_eps = epsilons.pop()
+    columns, blocks = config.scale_columns(linears[0]), config.act_scale == "block"
+    grouped = columns is not None and columns < linears[0].in_features
     codes = [torch.from_numpy(model.weight_codes(name)).to(device) for name in names]
-    subln = bias = None
+    scales = [model.weight_scales(name) for name in names]
+    if not grouped:  # one for each row
+        scales = [np.broadcast_to(s.reshape(-1), (l.out_features,)) for s, l in zip(scales, linears, strict=True)]
+    scales = [torch.from_numpy(np.array(scale)).to(device) for scale in scales]
+    subln = input_scale = bias = None
     if subln_eps is not None:
         subln = torch.from_numpy(np.stack([tensors[f"{name}.subln"] for name in names])).to(device)
-    elif len(names) > 1:
-        codes = [torch.cat(codes)]
+    if any(linear.input_scale for linear in linears):
+        ones = np.ones(linears[0].in_features, np.float32)
+        divisors = [tensors.get(f"{name}.input_scale", ones) for name in names]
+        input_scale = torch.from_numpy(np.stack(divisors)).to(device)
+    if subln is None and input_scale is None:  # all read the same codes
+        codes, scales = [torch.cat(codes)], [torch.cat(scales)]
     if any(linear.bias for linear in linears):
         parts = [
             tensors.get(f"{n}.bias", np.zeros(l.out_features, np.float32)) for n, l in zip(names, linears, strict=True)
         ]
         bias = torch.from_numpy(np.concatenate(parts)).to(device)
-    rows = [(name, linear.out_features) for name, linear in zip(names, linears, strict=True)]
-    scales = [np.broadcast_to(model.weight_scales(name).reshape(-1), (out_features,)) for name, out_features in rows]
-    weight_scale = torch.from_numpy(np.concatenate(scales)).to(device)
-    return Group(tuple(map(pack_2bit, codes)), weight_scale, bias, subln, subln_eps or 0.0)
+    if grouped or blocks:
+        group = columns if grouped else 0
+        matrices, weight_scale = tuple(pack_groups(*pair, group) for pair in zip(codes, scales, strict=True)), None
+    else:
+        matrices, weight_scale = tuple(map(pack_2bit, codes)), torch.cat(scales)
+    return Group(matrices, weight_scale, bias, subln, subln_eps or 0.0, input_scale, blocks)
 
 
 def _table(model: PackedModel, name: str, device: torch.device):

@@ -24,7 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from bitdistill.kernels.gpu.decode import PROGRAMS
-from bitdistill.kernels.gpu.decode_rows import Product, product_columns, quantize_row, rms_norm_row, row_warps
+from bitdistill.kernels.gpu.decode_rows import (
+    Product,
+    empty_codes,
+    pointers,
+    product_columns,
+    quantize_row,
+    rms_norm_row,
+    row_warps,
+)
 from bitdistill.kernels.gpu.rounding import round_to_bf16
 
 BLOCK_S = 32  # positions of a block, half as many of wide heads (registers); a split takes whole blocks
@@ -189,6 +197,7 @@ def _merge_kernel(
     peak_ptr,
     sum_ptr,
     subln_ptr,
+    input_scale_ptr,
     codes_ptr,  # int8 (1, N, P)
     act_scale_ptr,
     N,
@@ -196,6 +205,8 @@ def _merge_kernel(
     subln_eps,
     SPLITS: tl.constexpr,
     SUBLN: tl.constexpr,
+    DIVIDED: tl.constexpr,
+    ACT_BLOCKS: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -220,7 +231,9 @@ def _merge_kernel(
     y = tl.where(inside, tl.div_rn(mixed, tl.where(inside, total, 1.0)), 0.0)
     if SUBLN:
         y = rms_norm_row(y, subln_ptr, i, inside, H * D, subln_eps)
-    quantize_row(y, codes_ptr + n.to(tl.int64) * P, act_scale_ptr + n, i, P)
+    quantize_row(
+        y, input_scale_ptr, codes_ptr, act_scale_ptr, n.to(tl.int64), i, inside, P, DIVIDED, ACT_BLOCKS, BLOCK
+    )  # fmt: skip
 
 
 # --- launch -----------------------------------------------------------------------------------------------------------
@@ -253,9 +266,9 @@ def rope_and_cache(
     q = torch.empty(rows, heads, width, dtype=torch.float32, device=product.acc.device)
     block = triton.next_power_of_2(width // 2)
     _rope_and_cache_kernel[(rows, heads + 2 * kv_heads)](
-        product.acc, product.act_scale, product.weight_scale, q if product.bias is None else product.bias,
-        *((q, q) if norms is None else norms), *rope, positions, slots, q, cache.keys, cache.values, rows, capacity, eps,
-        SPLITS=len(product.acc), BIAS=product.bias is not None, OWN_PLANES=len(product.act_scale) == 3,
+        *pointers(product, q), *((q, q) if norms is None else norms), *rope, positions, slots, q, cache.keys, cache.values,
+        rows, capacity, eps,
+        SPLITS=len(product.acc), BIAS=product.bias is not None, OWN_PLANES=product.planes == 3,
         NORM=norms is not None, H=heads, K=kv_heads, D=width, BLOCK=block, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return q
@@ -322,24 +335,31 @@ def _block_s(block_d: int) -> int:
 
 
 def merge_quantize(
-    parts: tuple[Tensor, Tensor, Tensor], act_columns: int, subln: Tensor | None = None, subln_eps: float = 0.0
+    parts: tuple[Tensor, Tensor, Tensor],
+    act_columns: int,
+    subln: Tensor | None = None,
+    subln_eps: float = 0.0,
+    input_scale: Tensor | None = None,
+    blocks: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The splits of `attend` put together, and int8 codes of ``[SubLN](heads side by side)``.
+    """The splits of `attend` put together, and int8 codes of ``[SubLN](heads side by side) [/ input_scale]``.
 
     Args:
         parts: from `attend`. act_columns: P of the o projection. subln: float32 (1, H * D) or None.
         subln_eps: eps of that norm.
+        input_scale: float32 (1, H * D), by which they are divided before they are rounded, or None.
+        blocks: whether each ACT_BLOCK columns of a token have a scale.
 
-    Returns: (act_codes int8 (1, N, P), act_scale float32 (1, N)).
+    Returns: (act_codes int8 (1, N, P), act_scale float32 (1, N), or (1, N, P / 32)).
     """
     mixed, peak, total = parts
     splits, rows, heads, width = mixed.shape
-    codes = torch.empty(1, rows, act_columns, dtype=torch.int8, device=mixed.device)
-    scale = torch.empty(1, rows, dtype=torch.float32, device=mixed.device)
+    codes, scale = empty_codes(1, rows, act_columns, mixed.device, blocks)
     block = triton.next_power_of_2(act_columns)
     _merge_kernel[(rows,)](
-        mixed, peak, total, scale if subln is None else subln, codes, scale, rows, act_columns, subln_eps,
-        SPLITS=splits, SUBLN=subln is not None, H=heads, D=width, BLOCK=block,
-        num_warps=row_warps(block), enable_fp_fusion=False,
+        mixed, peak, total, scale if subln is None else subln, scale if input_scale is None else input_scale,
+        codes, scale, rows, act_columns, subln_eps,
+        SPLITS=splits, SUBLN=subln is not None, DIVIDED=input_scale is not None, ACT_BLOCKS=blocks,
+        H=heads, D=width, BLOCK=block, num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale

@@ -9,7 +9,7 @@ products.
     next_token              the largest of all becomes the next token; the positions move on
 
 A product arrives as the integers of decode.accumulate, in splits. It is summed and scaled here, where it is read: ``y =
-sum_S(acc) * (act_scale * weight_scale) + bias``. The residual stream is fp32.
+sum_S(acc) * (act_scale * weight_scale) + bias``. One of decode_groups.py arrives scaled. The residual stream is fp32.
 
 Quantizers follow numerics.py to the bit. Multiplications and additions are not fused: scales and biases round as in the
 reference, and a fused ``x * (127 / peak) + 1.5 * 2**23`` would change codes at ties (the clip in between also forbids
@@ -30,9 +30,11 @@ import triton.language as tl
 from torch import Tensor
 
 from bitdistill.kernels.gpu.decode import PackedMatrix
-from bitdistill.kernels.gpu.quantize import PEAK, codes_of, peak_of
+from bitdistill.kernels.gpu.quantize import PEAK, codes_of, peak_of, quantize_tile
 from bitdistill.kernels.gpu.rounding import round_to_integer
+from bitdistill.kernels.numerics import ACT_BLOCK
 
+_ACT_BLOCK = tl.constexpr(ACT_BLOCK)
 LOGITS_BLOCK = 1024  # words of the vocabulary that one program scales and searches
 # What `final_norm` writes and `logits_argmax` puts together: (factor of the high plane, factor of the low plane).
 _PLANES = {"int8": (255.0, 1.0), "fp16": (1.0, 1.0 / 2048.0)}
@@ -40,17 +42,28 @@ _PLANES = {"int8": (255.0, 1.0), "fp16": (1.0, 1.0 / 2048.0)}
 
 @dataclass(frozen=True)
 class Product:
-    """A product that is not scaled yet: ``y = sum_S(acc) * (act_scale * weight_scale) + bias``.
+    """A product without its bias, and perhaps without its scales: ``y = sum_S(acc) * (act_scale * weight_scale) + bias``.
 
     Args:
-        acc: int32 (S, N, O). act_scale: float32 (planes, N): one, or one for each of the matrices side by side.
+        acc: int32 (S, N, O); or float32 (1, N, O), scaled: then both scales are None.
+        act_scale: float32 (planes, N): one, or one for each of the matrices side by side.
         weight_scale: float32 (O,). bias: float32 (O,) or None.
     """
 
     acc: Tensor
-    act_scale: Tensor
-    weight_scale: Tensor
+    act_scale: Tensor | None
+    weight_scale: Tensor | None
     bias: Tensor | None = None
+
+    @property
+    def planes(self) -> int:
+        """How many scales of activations its columns have; 1 where it is scaled."""
+        return 1 if self.act_scale is None else len(self.act_scale)
+
+    def last(self) -> "Product":
+        """The product of the last row alone."""
+        act_scale = None if self.act_scale is None else self.act_scale[:, -1:].contiguous()
+        return Product(self.acc[:, -1:].contiguous(), act_scale, self.weight_scale, self.bias)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -60,13 +73,14 @@ class Product:
 def product_columns(
     acc_ptr, act_scale_ptr, weight_scale_ptr, bias_ptr, n, plane, o, inside, N, O, SPLITS: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
-    """Columns o of row n of a product, scaled: fp32, 0 where not inside."""
+    """Columns o of row n of a product, scaled, unless it is so already: fp32, 0 where not inside."""
     row = acc_ptr + n.to(tl.int64) * O
     acc = tl.load(row + o, mask=inside, other=0)
     for split in tl.static_range(1, SPLITS):
         acc += tl.load(row + tl.cast(split, tl.int64) * N * O + o, mask=inside, other=0)
-    scale = tl.load(act_scale_ptr + plane * N + n) * tl.load(weight_scale_ptr + o, mask=inside, other=0.0)
-    y = acc.to(tl.float32) * scale
+    y = acc.to(tl.float32)
+    if acc_ptr.dtype.element_ty == tl.int32:
+        y = y * (tl.load(act_scale_ptr + plane * N + n) * tl.load(weight_scale_ptr + o, mask=inside, other=0.0))
     if BIAS:
         y += tl.load(bias_ptr + o, mask=inside, other=0.0)
     return y
@@ -80,12 +94,24 @@ def rms_norm_row(x, gain_ptr, i, inside, I, eps):
 
 
 @triton.jit
-def quantize_row(y, codes_ptr, act_scale_ptr, i, P):
-    """Stores the int8 codes of one row (y is 0 in the padding) and its act_scale."""
-    peak = peak_of(y, 0)
-    codes = codes_of(y, tl.div_rn(PEAK, peak))
-    tl.store(codes_ptr + i, codes.to(tl.int8), mask=i < P)
-    tl.store(act_scale_ptr, tl.div_rn(peak, PEAK))
+def quantize_row(
+    y, input_scale_ptr, codes_ptr, act_scale_ptr, row, i, inside, P,
+    DIVIDED: tl.constexpr, ACT_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stores the int8 codes of one row (y is 0 in the padding), perhaps divided by the scales of its columns, and its
+    act_scale, or those of its blocks."""
+    if DIVIDED:
+        y = tl.div_rn(y, tl.load(input_scale_ptr + i, mask=inside, other=1.0))
+    if ACT_BLOCKS:
+        parts, scales = quantize_tile(tl.reshape(y, (BLOCK // _ACT_BLOCK, _ACT_BLOCK)))
+        codes = tl.reshape(parts, (BLOCK,))
+        block = tl.arange(0, BLOCK // _ACT_BLOCK)
+        tl.store(act_scale_ptr + row * (P // _ACT_BLOCK) + block, scales, mask=block < P // _ACT_BLOCK)
+    else:
+        peak = peak_of(y, 0)
+        codes = codes_of(y, tl.div_rn(PEAK, peak))
+        tl.store(act_scale_ptr + row, tl.div_rn(peak, PEAK))
+    tl.store(codes_ptr + row * P + i, codes.to(tl.int8), mask=i < P)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -139,8 +165,9 @@ def _residual_norm_kernel(
     post_gain_ptr,
     gain_ptr,
     subln_ptr,  # float32 (PLANES, I)
+    input_scale_ptr,  # float32 (PLANES, I)
     codes_ptr,  # int8 (PLANES, N, P); FORM "fp16": float16 (2, N, P)
-    act_scale_ptr,  # float32 (PLANES, N)
+    act_scale_ptr,  # float32 (PLANES, N), or (PLANES, N, P / 32)
     N,
     I,
     P,
@@ -151,6 +178,8 @@ def _residual_norm_kernel(
     POST: tl.constexpr,
     NORM: tl.constexpr,
     SUBLN: tl.constexpr,
+    DIVIDED: tl.constexpr,
+    ACT_BLOCKS: tl.constexpr,
     PLANES: tl.constexpr,
     FORM: tl.constexpr,  # "codes" | "int8" | "fp16": for a BitLinear, for an integer head, for a float16 head
     BLOCK: tl.constexpr,
@@ -176,7 +205,10 @@ def _residual_norm_kernel(
             z = y
             if SUBLN:
                 z = rms_norm_row(y, subln_ptr + plane * I, i, inside, I, subln_eps)
-            quantize_row(z, codes_ptr + (plane * N + row) * P, act_scale_ptr + plane * N + n, i, P)
+            quantize_row(
+                z, input_scale_ptr + plane * I, codes_ptr, act_scale_ptr, plane * N + row, i, inside, P,
+                DIVIDED, ACT_BLOCKS, BLOCK,
+            )  # fmt: skip
     else:
         peak = peak_of(y, 0)
         if FORM == "int8":
@@ -201,6 +233,7 @@ def _gated_kernel(
     weight_scale_ptr,
     bias_ptr,
     subln_ptr,
+    input_scale_ptr,
     codes_ptr,
     act_scale_ptr,
     N,
@@ -209,9 +242,11 @@ def _gated_kernel(
     subln_eps,
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
-    UP_PLANE: tl.constexpr,  # which act_scale the up projection has: 0, or 1 if it has a SubLN of its own
+    UP_PLANE: tl.constexpr,  # which act_scale the up projection has: 0, or 1 if it reads codes of its own
     SILU: tl.constexpr,
     SUBLN: tl.constexpr,
+    DIVIDED: tl.constexpr,
+    ACT_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0)
@@ -229,7 +264,9 @@ def _gated_kernel(
     y = gate / (1.0 + tl.exp(-slope)) * up
     if SUBLN:
         y = rms_norm_row(y, subln_ptr, i, inside, I, subln_eps)
-    quantize_row(y, codes_ptr + n.to(tl.int64) * P, act_scale_ptr + n, i, P)
+    quantize_row(
+        y, input_scale_ptr, codes_ptr, act_scale_ptr, n.to(tl.int64), i, inside, P, DIVIDED, ACT_BLOCKS, BLOCK
+    )  # fmt: skip
 
 
 @triton.jit
@@ -318,8 +355,10 @@ def residual_norm_quantize(
     subln_eps: float = 0.0,
     product: Product | None = None,
     post_gain: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    blocks: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``x += [norm](product)`` in place, then int8 codes of ``[SubLN]([norm](x))``.
+    """``x += [norm](product)`` in place, then int8 codes of ``[SubLN]([norm](x)) [/ input_scale]``.
 
     Args:
         x: float32 (N, I), contiguous: the residual stream, changed where there is a product.
@@ -328,8 +367,10 @@ def residual_norm_quantize(
         subln: float32 (planes, I): one set of codes for each, or None. subln_eps: theirs.
         product: what is added to x first, (N, I), or None.
         post_gain: float32 (I,) of a norm after the product (Gemma), or None.
+        input_scale: float32 (planes, I), by which each set is divided before it is rounded, or None.
+        blocks: whether each ACT_BLOCK columns of a token have a scale.
 
-    Returns: (act_codes int8 (planes, N, P), zero in the padding; act_scale float32 (planes, N)).
+    Returns: (act_codes int8 (planes, N, P), zero in the padding; act_scale float32 (planes, N), or (planes, N, P / 32)).
 
     Raises:
         ValueError: x is not a contiguous float32 (N >= 1, I), or P is below I.
@@ -337,8 +378,9 @@ def residual_norm_quantize(
     Numerics: given the same y, codes and scales are those of reference.quantize_activation; the sum inside a norm has
     its own order.
     """
-    planes = 1 if subln is None else len(subln)
-    codes, scale = _residual_norm(x, act_columns, planes, "codes", gain, eps, subln, subln_eps, product, post_gain)
+    planes = max(1 if own is None else len(own) for own in (subln, input_scale))
+    codes, scale = empty_codes(planes, len(x), act_columns, x.device, blocks)
+    _residual_norm(x, codes, scale, "codes", gain, eps, subln, subln_eps, product, post_gain, input_scale)
     return codes, scale
 
 
@@ -349,36 +391,55 @@ def final_norm(
 
     Returns: (planes int8 or float16 (2 * N, P), all high rows first; act_scale float32 (N,)).
     """
-    planes, scale = _residual_norm(x, act_columns, 2, form, gain, eps, None, 0.0, product, post_gain)
+    rows, kind = len(x), torch.float16 if form == "fp16" else torch.int8
+    planes = torch.empty(2, rows, act_columns, dtype=kind, device=x.device)
+    scale = torch.empty(1, rows, dtype=torch.float32, device=x.device)
+    _residual_norm(x, planes, scale, form, gain, eps, None, 0.0, product, post_gain, None)
     return planes.flatten(0, 1), scale[0]
 
 
-def _residual_norm(x, act_columns, planes, form, gain, eps, subln, subln_eps, product, post_gain):
+def empty_codes(planes: int, rows: int, act_columns: int, device: torch.device, blocks: bool) -> tuple[Tensor, Tensor]:
+    """Room for codes int8 (planes, N, P) and their scales, float32 (planes, N), or (planes, N, P / 32).
+
+    Args:
+        planes: sets of codes. rows: N. act_columns: P. device: where.
+        blocks: whether each ACT_BLOCK columns of a token have a scale.
+    """
+    shape = (planes, rows, act_columns // ACT_BLOCK) if blocks else (planes, rows)
+    codes = torch.empty(planes, rows, act_columns, dtype=torch.int8, device=device)
+    return codes, torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _residual_norm(x, codes, scale, form, gain, eps, subln, subln_eps, product, post_gain, input_scale):
+    planes, _, act_columns = codes.shape
     if x.dtype != torch.float32 or x.dim() != 2 or len(x) == 0 or not x.is_contiguous() or x.shape[1] > act_columns:
         raise ValueError(
             f"x: expected contiguous float32 (N >= 1, I <= {act_columns}); got {x.dtype} {tuple(x.shape)}. "
             "Pass whole rows of the residual stream."
         )
     rows, width = x.shape
-    kind = torch.float16 if form == "fp16" else torch.int8
-    codes = torch.empty(planes, rows, act_columns, dtype=kind, device=x.device)
-    scale = torch.empty(planes, rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(act_columns)
     none = x  # a pointer that the kernel does not use
     _residual_norm_kernel[(rows,)](
-        x, *_pointers(product, none), _or(post_gain, none), _or(gain, none), _or(subln, none), codes, scale,
-        rows, width, act_columns, eps, subln_eps,
+        x, *pointers(product, none), _or(post_gain, none), _or(gain, none), _or(subln, none), _or(input_scale, none),
+        codes, scale, rows, width, act_columns, eps, subln_eps,
         SPLITS=0 if product is None else len(product.acc), BIAS=product is not None and product.bias is not None,
-        POST=post_gain is not None, NORM=gain is not None, SUBLN=subln is not None, PLANES=planes, FORM=form,
+        POST=post_gain is not None, NORM=gain is not None, SUBLN=subln is not None,
+        DIVIDED=input_scale is not None, ACT_BLOCKS=scale.dim() == 3, PLANES=planes, FORM=form,
         BLOCK=block, num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
-    return codes, scale
 
 
 def gated_quantize(
-    product: Product, act_columns: int, activation: str, subln: Tensor | None = None, subln_eps: float = 0.0
+    product: Product,
+    act_columns: int,
+    activation: str,
+    subln: Tensor | None = None,
+    subln_eps: float = 0.0,
+    input_scale: Tensor | None = None,
+    blocks: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """int8 codes of ``[SubLN](act(gate) * up)``.
+    """int8 codes of ``[SubLN](act(gate) * up) [/ input_scale]``.
 
     Args:
         product: (N, 2 * I), the columns of gate, then of up; two planes of act_scale when each has its own.
@@ -386,18 +447,20 @@ def gated_quantize(
         activation: "silu" or "gelu_pytorch_tanh".
         subln: float32 (1, I) or None.
         subln_eps: eps of that norm.
+        input_scale: float32 (1, I), by which it is divided before it is rounded, or None.
+        blocks: whether each ACT_BLOCK columns of a token have a scale.
 
-    Returns: (act_codes int8 (1, N, P), act_scale float32 (1, N)).
+    Returns: (act_codes int8 (1, N, P), act_scale float32 (1, N), or (1, N, P / 32)).
     """
     rows, width = product.acc.shape[1], product.acc.shape[2] // 2
-    codes = torch.empty(1, rows, act_columns, dtype=torch.int8, device=product.acc.device)
-    scale = torch.empty(1, rows, dtype=torch.float32, device=product.acc.device)
+    codes, scale = empty_codes(1, rows, act_columns, product.acc.device, blocks)
     block = triton.next_power_of_2(act_columns)
     none = scale
     _gated_kernel[(rows,)](
-        *_pointers(product, none), _or(subln, none), codes, scale, rows, width, act_columns, subln_eps,
-        SPLITS=len(product.acc), BIAS=product.bias is not None, UP_PLANE=len(product.act_scale) - 1,
-        SILU=activation == "silu", SUBLN=subln is not None, BLOCK=block,
+        *pointers(product, none), _or(subln, none), _or(input_scale, none), codes, scale, rows, width, act_columns,
+        subln_eps, SPLITS=len(product.acc), BIAS=product.bias is not None, UP_PLANE=product.planes - 1,
+        SILU=activation == "silu", SUBLN=subln is not None, DIVIDED=input_scale is not None, ACT_BLOCKS=blocks,
+        BLOCK=block,
         num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale
@@ -444,7 +507,12 @@ def _or(tensor: Tensor | None, none: Tensor) -> Tensor:
     return none if tensor is None else tensor
 
 
-def _pointers(product: Product | None, none: Tensor) -> tuple[Tensor, ...]:
+def pointers(product: Product | None, none: Tensor) -> tuple[Tensor, ...]:
+    """What `product_columns` reads: acc, act_scale, weight_scale, bias.
+
+    Args:
+        product: or None, where the kernel reads none. none: stands for what there is not.
+    """
     if product is None:
         return none, none, none, none
-    return product.acc, product.act_scale, product.weight_scale, _or(product.bias, none)
+    return product.acc, _or(product.act_scale, none), _or(product.weight_scale, none), _or(product.bias, none)

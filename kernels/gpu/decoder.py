@@ -3,13 +3,14 @@ tensors.
 
     x = embed(ids) -> per layer: norm, q k v | RoPE, cache | attention | o | norm, gate up | act | down -> norm -> head
 
-A layer takes ten launches, of decode.py (products), decode_rows.py (the operations between them) and decode_attention.py.
+A layer takes ten launches, of decode.py (products; decode_groups.py where scales change along a row), decode_rows.py (the
+operations between them) and decode_attention.py.
 The same launches serve a piece of a prompt (many rows of one slot) and a step (one row of each slot). A step reads its
 tokens and positions from device tensors and leaves the likeliest next ones there. So one CUDA graph, captured once, serves
 every step: a replay costs one launch, where ten launches per layer would take more time than their work.
 
 Projections that read the same input are one matrix (q, k, v; gate, up): one launch, which reads the activations once. Where
-each has a SubLN of its own they stay separate matrices that write into common accumulators.
+each has a SubLN or input scales of its own they stay separate matrices that write into common accumulators.
 
 Shape suffixes: N tokens, V vocabulary, I in_features, O out_features of all projections of a group.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from bitdistill.kernels.gpu.decode import PackedMatrix, accumulate, interpreted, splits_of
 from bitdistill.kernels.gpu.decode_attention import KVCache, attend, merge_quantize, rope_and_cache
+from bitdistill.kernels.gpu.decode_groups import GroupedMatrix, accumulate_groups
 from bitdistill.kernels.gpu.decode_rows import (
     Product,
     embed,
@@ -40,16 +42,21 @@ class Group:
     """Ternary projections that read one input.
 
     Args:
-        matrices: one of all their rows; or one each, in their order, where each has a SubLN.
-        weight_scale: float32 (O,), the scale of a row's projection. bias: float32 (O,) or None.
+        matrices: one of all their rows; or one each, in their order, where each has a SubLN or input scales.
+        weight_scale: float32 (O,), the scale of a row's projection; None for matrices that hold their scales.
+        bias: float32 (O,) or None.
         subln: float32 (len(matrices), I) or None. subln_eps: theirs.
+        input_scale: float32 (len(matrices), I), by which inputs are divided, or None.
+        blocks: whether each ACT_BLOCK columns of a token have a scale; only with matrices that hold their scales.
     """
 
-    matrices: tuple[PackedMatrix, ...]
-    weight_scale: Tensor
+    matrices: tuple[PackedMatrix, ...] | tuple[GroupedMatrix, ...]
+    weight_scale: Tensor | None
     bias: Tensor | None
     subln: Tensor | None
     subln_eps: float
+    input_scale: Tensor | None = None
+    blocks: bool = False
 
     @property
     def act_columns(self) -> int:
@@ -59,22 +66,36 @@ class Group:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        tensors = [tensor for tensor in (self.weight_scale, self.bias, self.subln) if tensor is not None]
-        return sum(part.nbytes for part in (*self.matrices, *tensors))
+        tensors = (self.weight_scale, self.bias, self.subln, self.input_scale)
+        return sum(part.nbytes for part in (*self.matrices, *tensors) if part is not None)
+
+    @property
+    def rounding(self) -> dict:
+        """How its input becomes codes: arguments of the functions that quantize."""
+        return {
+            "subln": self.subln,
+            "subln_eps": self.subln_eps,
+            "input_scale": self.input_scale,
+            "blocks": self.blocks,
+        }
 
     def product(self, act_codes: Tensor, act_scale: Tensor) -> Product:
-        """The group's products, not scaled yet, of int8 (planes, N, act_columns) and float32 (planes, N)."""
-        if len(self.matrices) == 1:
-            acc = accumulate(act_codes[0], self.matrices[0])
-        else:
-            rows, columns = act_codes.shape[1], len(self.weight_scale)
-            splits = splits_of(rows, columns, self.matrices[0].data.shape[1])
-            acc = torch.empty(splits, rows, columns, dtype=torch.int32, device=act_codes.device)
-            column = 0
-            for codes, matrix in zip(act_codes, self.matrices, strict=True):
+        """The group's products of int8 (planes, N, act_columns) and float32 (planes, N), or (planes, N, B) with blocks."""
+        scaled = isinstance(self.matrices[0], GroupedMatrix)
+        if len(self.matrices) == 1 and not scaled:
+            return Product(accumulate(act_codes[0], self.matrices[0]), act_scale, self.weight_scale, self.bias)
+        rows, columns = act_codes.shape[1], sum(matrix.rows for matrix in self.matrices)
+        splits = 1 if scaled else splits_of(rows, columns, self.matrices[0].data.shape[1])
+        kind = torch.float32 if scaled else torch.int32
+        acc = torch.empty(splits, rows, columns, dtype=kind, device=act_codes.device)
+        column = 0
+        for codes, scale, matrix in zip(act_codes, act_scale, self.matrices, strict=True):
+            if scaled:
+                accumulate_groups(codes, scale, matrix, acc, column)
+            else:
                 accumulate(codes, matrix, acc, column)
-                column += matrix.rows
-        return Product(acc, act_scale, self.weight_scale, self.bias)
+            column += matrix.rows
+        return Product(acc, None, None, self.bias) if scaled else Product(acc, act_scale, self.weight_scale, self.bias)
 
 
 @dataclass(frozen=True)
@@ -184,9 +205,7 @@ class Sequences:
             if wanted == "none":
                 return None
             if wanted == "last":
-                x = x[-1:].contiguous()
-                acc, act_scale = product.acc[:, -1:].contiguous(), product.act_scale[:, -1:].contiguous()
-                product = Product(acc, act_scale, product.weight_scale, product.bias)
+                x, product = x[-1:].contiguous(), product.last()
             logits, blocks = self._logits(x, product, post_gain)
             last = tuple(part[-1:] for part in blocks)
             self.positions[slot] = first + len(ids) - 1
@@ -251,7 +270,13 @@ class Sequences:
         for layer, cache in zip(model.layers, self.caches, strict=True):
             group = layer.qkv
             codes = residual_norm_quantize(
-                x, group.act_columns, layer.input_norm, model.eps, group.subln, group.subln_eps, product, post_gain
+                x,
+                group.act_columns,
+                layer.input_norm,
+                model.eps,
+                product=product,
+                post_gain=post_gain,
+                **group.rounding,
             )
             q = rope_and_cache(
                 group.product(*codes), cache, positions, slots, self._rope[layer.rope], model.num_attention_heads,
@@ -259,16 +284,15 @@ class Sequences:
             )  # fmt: skip
             parts = attend(q, cache, positions, slots, model.attention_scale, layer.window, one_slot)
             group = layer.o
-            product = group.product(*merge_quantize(parts, group.act_columns, group.subln, group.subln_eps))
+            product = group.product(*merge_quantize(parts, group.act_columns, **group.rounding))
             post_gain, group = layer.post_attention_norm, layer.gate_up
             codes = residual_norm_quantize(
-                x, group.act_columns, layer.pre_mlp_norm, model.eps, group.subln, group.subln_eps, product, post_gain
-            )
+                x, group.act_columns, layer.pre_mlp_norm, model.eps, product=product, post_gain=post_gain,
+                **group.rounding,
+            )  # fmt: skip
             product = group.product(*codes)
             group = layer.down
-            product = group.product(
-                *gated_quantize(product, group.act_columns, model.activation, group.subln, group.subln_eps)
-            )
+            product = group.product(*gated_quantize(product, group.act_columns, model.activation, **group.rounding))
             post_gain = layer.post_mlp_norm
         return x, product, post_gain
 
