@@ -1,4 +1,4 @@
-"""Stage 3 with a teacher that runs beside the student, and with what it said on disk: memory, seconds of a step, losses.
+"""Stage 3 with a teacher that runs beside the student, and with the teacher's outputs on disk: memory, seconds of a step, losses.
 
     python bench/real_model.py DIR
     python bench/cached_teacher.py --teacher DIR --layers 10 [--rows 64 --steps 3]

@@ -3,15 +3,15 @@
     python bench/communication.py [--json FILE]                 bytes of every ZeRO stage, with one and two micro-steps
     python bench/communication.py --scaling [--json FILE]       seconds per step on one rank and on two, weak and strong
 
-The step is the main job's: a Qwen3-shaped student with random weights (6 million, of which 5 in ternary layers), fine-tuned on
-random tokens. Counted is every collective that reaches torch.distributed, and by its payload what a rank sends when N ranks
-pass parts around a ring, as nccl and gloo do:
+The step is the main job's: a Qwen3-shaped student with random weights (6 million, of which 5 in ternary layers), fine-tuned
+on random tokens. Every collective that reaches torch.distributed is counted. Its payload of B bytes determines what a rank
+sends when N ranks pass parts around a ring, as nccl and gloo do:
 
     all-reduce 2 B (N-1)/N     reduce-scatter, all-gather B (N-1)/N     broadcast, reduce B         B the bytes of the whole
 
-ZeRO 3 is counted as it is, where the codes of the ternary layers are gathered, and with fp32 weights, as DeepSpeed alone gathers
-them: the losses of both must be equal, bit for bit. "large" stands for a model of more than a billion parameters, of which
-DeepSpeed leaves nothing gathered between forward and backward pass.
+ZeRO 3 is counted as it is, where the codes of the ternary layers are gathered, and with fp32 weights, as DeepSpeed alone
+gathers them: the losses of both must be equal, bit for bit. "large" stands for a model of more than a billion parameters,
+for which DeepSpeed keeps nothing gathered between the forward and the backward pass.
 """
 
 from bitdistill.distributed import openmp

@@ -66,7 +66,9 @@ def refused(text: str, names: Collection[str], command: str) -> UserError:
     if unknown:
         name = unknown["a"] or unknown["c"] or f"{unknown['group']}.{unknown['b']}"
         do = did_you_mean(name, names) + f"All are in {command} --help."
-        return UserError("command line", expected=f"options of {command}", got=f"{name}, which is none", do=do)
+        return UserError(
+            "command line", expected=f"options of {command}", got=f"{name}, which is not one of them", do=do
+        )
     option = _ARGPARSE.search(text)
     if option and "expected one argument" in option["rest"]:
         do = f"Write it behind {option['name']}, or leave that out."

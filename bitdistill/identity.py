@@ -1,8 +1,8 @@
-"""What local files and folders hold, in a few words that change when their content does, and not when only their dates do.
+"""A short description of local files and folders that changes when their content does, and not when only their dates do.
 
-The words are names, sizes and digests of the content. A file is read once: its digest is remembered together with what the
-system says of the file (size, both times, inode), of which a program cannot set the time of the last change. Only of
-what is very large are pieces read, spread evenly over every file.
+It consists of names, sizes and digests of the content. A file is read once: its digest is remembered together with what the
+system records about the file (size, both times, inode), and no program can set the time of its last change. When the files
+are very large together, only pieces are read, spread evenly over each file.
 """
 
 import contextlib

@@ -15,9 +15,8 @@ parameters, W ranks and N tokens in a micro-step of one rank, the bytes on a ran
     logits           one chunk of rows of the LM head with its temporaries (kernels/vocabulary.py)
     process          Python, PyTorch and the libraries; on a GPU the CUDA context, NCCL's buffers and the allocator's fragments
 
-FLOP of a step with P_m weights in matrices: 6 P_m N, 8 P_m N with gradient checkpointing, and 2 P_t N for a teacher. A rank
-sends 2 x 4 P (W - 1) / W bytes per optimizer step at ZeRO 0 to 2 (gradients are reduced, weights gathered), and
-3 x 4 P (W - 1) / W at ZeRO 3, which gathers the weights in the forward and in the backward pass.
+FLOP of a step with P_m weights in matrices: 6 P_m N, 8 P_m N with gradient checkpointing, and 2 P_t N for a teacher.
+`sent_bytes` has the bytes that a rank sends per optimizer step.
 
 Source: Rajbhandari et al., ZeRO (arXiv 1910.02054), sections 5 and 7; Korthikanti et al. (arXiv 2205.05198) for the way to
 count activations, here with the tensors that this project's layers keep. `python bench/plan_check.py` compares the memory with

@@ -1,8 +1,9 @@
 """Going on from a checkpoint that other ranks, another ZeRO stage, or PyTorch alone have written.
 
-Of a Trainer's `checkpoint-N` everything but the optimizer's tensors is the same for all: the steps done and what was logged
-(trainer_state.json), the learning rates (scheduler.pt). The state of the random numbers is one file per rank. `adopt` puts these
-beside the checkpoints in the form that a Trainer on the present ranks reads; `Adopted.state` gives the tensors (saved_state.py).
+In a Trainer's `checkpoint-N`, everything but the optimizer's tensors is the same for all layouts: the steps done and what
+was logged (trainer_state.json), the learning rates (scheduler.pt). The state of the random numbers is one file per rank.
+`adopt` puts these beside the checkpoints in the form that a Trainer on the present ranks reads; `Adopted.state` gives the
+tensors (saved_state.py).
 """
 
 import json

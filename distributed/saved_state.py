@@ -5,9 +5,8 @@
     ZeRO 1, 2    and zero_pp_rank_R_mp_rank_00_optim_states.pt           each group of parameters laid end to end, cut into R
     ZeRO 3       zero_pp_rank_R_mp_rank_00_{model,optim}_states.pt       each parameter cut into R equal parts, the last padded
 
-The files are mapped into memory, so a rank reads of them what it asks for, one parameter at a time, and nothing is ever whole
-that need not be. DeepSpeed's own way (`ds_to_universal`) writes every tensor to a file of its own first, and does not read what
-one rank without ZeRO wrote.
+The files are mapped into memory, so a rank reads only the parts that it needs, one parameter at a time. DeepSpeed's own way
+(`ds_to_universal`) writes every tensor to a file of its own first, and does not read what one rank without ZeRO wrote.
 """
 
 import math

@@ -1,12 +1,12 @@
-"""A rank that stands still is named after a time, and the run ends, where the other ranks would wait for it for hours.
+"""Names a rank that stands still and ends the run; otherwise the other ranks would wait for it for hours.
 
-While the ranks train they do the same things in the same order, so a rank that waits for another one has done at least as much
-as that one. Each rank counts what it does (`beat`), and a thread of it tells the others how far it is and that it lives. When
-nobody has got further for `patience` seconds, the rank that no longer lives (a stopped process, a machine that is gone)
-is named, else the one that is behind (a hanging file system, a loop without end).
+While the ranks train they do the same things in the same order, so a rank that waits for another one has done at least as
+much as that one. Each rank counts what it does (`beat`), and one of its threads tells the others this count and that the
+rank is alive. When no rank has made progress for `patience` seconds, the rank that is no longer alive (a stopped process, a
+machine that is gone) is named, or else the rank that is behind (a hanging file system, an endless loop).
 
-The ranks tell each other through a store that rank 0 serves. A network that is cut keeps a question to it waiting for as long as
-TCP does, whatever time-out was set; so a second thread watches that the first one gets its answers.
+The ranks tell each other through a store that rank 0 serves. When the network is cut, a request to the store waits until
+TCP gives up, whatever time-out was set; so a second thread checks that the first one still gets its answers.
 """
 
 import threading

@@ -1,12 +1,13 @@
 """SIGTERM, which a cluster sends before it takes a machine away, and Ctrl-C: trained work is saved, and the process ends in time.
 
-While a stage trains, the signal is only noted: the trainer finishes its step, saves a checkpoint and ends the run. Anywhere
-else the run ends at once, for only a stage that can be repeated in minutes is lost. Either way the exit status is 128 and the
-number of the signal, as shells have it (143, 130), at the latest `PATIENCE_SECONDS` after it. A second Ctrl-C ends at once.
+While a stage trains, the signal is only noted: the trainer finishes its step, saves a checkpoint and ends the run. At any
+other time the run ends at once, because only a stage that can be repeated in minutes is lost. In both cases the process
+ends within `PATIENCE_SECONDS` of the signal, with 128 plus the signal's number as its exit status, as in shells (143, 130).
+A second Ctrl-C ends it at once.
 
-DeepSpeed's command (`deepspeed train.py`) does not hand the signal on: it dies, and its ranks would go on without it. So each
-rank watches whether the command is still there, and takes its end for the signal. Where the end of the command is the end of
-everything, as in a container, start.py takes its place.
+DeepSpeed's command (`deepspeed train.py`) does not pass the signal on: it ends, and its ranks would continue without it. So
+each rank watches whether the command is still running, and treats its end like the signal. In a container, which ends
+together with the command, start.py replaces it.
 """
 
 import contextlib

@@ -52,7 +52,7 @@ def check(
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print(
-        "tokens/s: decoding, expected of two cores with AVX2 and 30 GB/s (docs/performance.md).", highlight=False
+        "tokens/s: decoding, estimated for two cores with AVX2 and 30 GB/s (docs/performance.md).", highlight=False
     )
     for what in TARGETS[deploy_target].gives_up if deploy_target else ():
         console.print(f"given up for {TARGETS[deploy_target].title}: {what}", highlight=False)

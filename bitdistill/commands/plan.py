@@ -151,7 +151,7 @@ def _show(found: list[Plan], work: Work, device: Device, devices: str, model: st
     if len(found) > SHOWN:
         console.print(f"{len(found) - SHOWN} more settings are not shown; they are slower or do not fit.")
     if best.fits:
-        console.print("The fastest that fits, with the least machinery:")
+        console.print("The fastest setting that fits (of equally fast ones, the simplest):")
         print(command_line(best, model, device.kind))
     else:
         short = min(plan.device_bytes for plan in found) / GIB

@@ -5,10 +5,11 @@
                                and as metadata: the digest of both, where the documents go on, whether the corpus ends here
 
 The tokens of all shards one after the other are those of corpus.TokenStream, which is the specification: documents, each
-with its EOS. Shard i holds batches i * SHARD_BATCHES and following, whoever makes it. The ranks make a shard each at a time,
-until there are as many tokens as are needed or the corpus ends; every rank reads the texts of the others, too, which takes
-little beside making tokens of them. A shard is complete or absent. So whatever ended the work, on however many ranks it goes
-on, the same shards come out; and a run that needs more tokens goes on after the last.
+with its EOS. Shard i holds batches i * SHARD_BATCHES and following, whichever rank makes it. Each rank makes one shard at a
+time, until there are as many tokens as are needed or the corpus ends. Every rank reads all texts, but makes tokens of its
+own share only; reading takes little time compared with that. A shard is complete or absent. So the same shards come out
+whatever interrupts the work and however many ranks continue it; a run that needs more tokens continues after the last
+shard.
 
 `ShardedStream` gives the blocks of `TokenStream` in its order. Block n is found by arithmetic, so nothing is read again after a
 resume, and no rank holds more than the blocks it looks at. With `document_mask` its blocks say where documents begin.

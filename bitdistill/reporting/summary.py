@@ -1,4 +1,4 @@
-"""The report in sentences: the result, and how the ternary layers did while they were trained."""
+"""The report in sentences: the result, and how healthy the ternary layers were in training."""
 
 import math
 
@@ -67,7 +67,7 @@ def summary(run: Run) -> list[str]:
 
 
 def health_verdict(run: Run) -> str | None:
-    """One line on how the ternary layers fared while they trained; None when nothing was measured."""
+    """One line on the health of the ternary layers in training; None when nothing was measured."""
     measured, stages = sum(map(len, run.health.values())), ", ".join(run.health)
     if run.warnings:
         kinds: dict[str, list[str]] = {}

@@ -369,7 +369,7 @@ class Runtime(Predictor):
 
 def _check_slots(slots: int) -> None:
     if not 1 <= slots <= MAX_SLOTS:
-        raise UserError("slots", expected=f"1 to {MAX_SLOTS}", got=str(slots), do="Give a number of this range.")
+        raise UserError("slots", expected=f"1 to {MAX_SLOTS}", got=str(slots), do="Give a number in this range.")
 
 
 def _say_compiling(_name: str) -> None:

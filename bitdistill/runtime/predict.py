@@ -98,7 +98,7 @@ def needed_task(runtime: Predictor) -> Task:
         raise UserError(
             "RUN_OR_FILE",
             expected="a packed file that knows its task",
-            got=f"{runtime.model.path}, which an earlier version wrote, or somebody who named no task",
+            got=f"{runtime.model.path}, which names no task (an earlier version wrote it, or none was given)",
             do="Export the run again (--stage export), or use `bitdistill generate` with the whole prompt.",
         )
     return runtime.header.task

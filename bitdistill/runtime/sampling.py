@@ -65,7 +65,7 @@ class Sampling:
         ):
             if not right:
                 raise UserError(
-                    field, expected=expected, got=str(getattr(self, field)), do="Give a number of this range."
+                    field, expected=expected, got=str(getattr(self, field)), do="Give a number in this range."
                 )
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0):
             raise UserError(

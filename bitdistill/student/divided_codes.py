@@ -7,9 +7,9 @@ micro-step. A BitLinear multiplies with the codes alone. So once per optimizer s
    bit: kernels/reference.py sums in fp64 and rounds once, so that the order does not matter;
 2. makes the codes of its part, four to a byte, and the ranks gather them: a sixteenth of the bytes of fp32.
 
-For the time of a training step, DeepSpeed is told that these weights are there: each is a tensor of the right shape without
-memory (one number, expanded). The layer never reads it, autograd gives it its gradient, and DeepSpeed sums that and divides it
-among the ranks as ever.
+During a training step, DeepSpeed is told that these weights are already gathered: each is a tensor of the right shape
+without memory (one number, expanded). The layer never reads it, autograd gives it its gradient, and DeepSpeed sums that and
+divides it among the ranks as usual.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Rotary position embeddings of Hugging Face models by the compiled kernel, while they train on a CPU.
 
-Attention calls a function of its modeling file, so it is the function that is replaced, for every model of that file: the
-kernel gives the same bits.
+Attention calls a function of its modeling file. This function is replaced, for every model that uses the file; the kernel
+gives the same bits.
 """
 
 import functools

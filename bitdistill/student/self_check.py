@@ -1,6 +1,6 @@
 """Whether the kernels of a device compute what the reference computes: checked once per machine, before they are used.
 
-Nobody has tested every processor, GPU, driver and version on which the kernels will run. The first process that wants them
+Nobody has tested every processor, GPU, driver and version on which the kernels will run. The first process that uses them
 on a machine therefore compares each kernel with `kernels/reference.py` on a few shapes. It does so in a process of its own;
 if that process dies, the kernel counts as wrong. The answers are kept in ``self_check.json`` beside the compiled kernels,
 under all that they depend on: the processor or GPU, its driver, the versions of the libraries, the environment variables

@@ -18,10 +18,10 @@ A layer uses held codes only inside such a block. At every use it checks whether
     another `step`                             quantized again
 
 What this cannot notice is code that writes into `.data` without an optimizer, inside the block or between two blocks with
-the same step. The trainer opens the block around its training step, with the number of finished optimizer steps. Of
-parameters that ZeRO-3 has divided the ranks gather the codes, once per optimizer step (divided_codes.py). Codes that do not
-belong to the weight are not an error: the layer quantizes its weight itself. Each step has buffers of its own, so a graph
-that is still alive keeps the codes it was made with.
+the same step. The trainer opens the block around its training step, with the number of finished optimizer steps. For
+parameters that ZeRO-3 has divided, the ranks gather the codes, once per optimizer step (divided_codes.py). Codes that do
+not belong to the weight are not an error: the layer quantizes its weight itself. Each step has buffers of its own, so a
+graph that is still alive keeps the codes it was made with.
 
 **int8 codes of an input** that several layers read (q, k, v; gate, up). They are stored with the storage of that input, so
 that they cannot outlive it, and are released when the last sibling has taken them. They are valid for the same view of the

@@ -1,4 +1,4 @@
-"""The files of a teacher's cache: of its logits for stage 2 (teacher_cache.py), and of what it says in stage 3 (row_cache.py).
+"""The files of a teacher's cache: its logits for stage 2 (teacher_cache.py), or its outputs for stage 3 (row_cache.py).
 
 A cache is a folder with a header, `cache.json` (format, version, what is held, sizes), and shards, each complete or absent.
 """

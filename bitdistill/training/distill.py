@@ -83,7 +83,7 @@ class Distillation(Objective):
 
     Args:
         student: the model inside whatever DeepSpeed wraps around it.
-        teacher: frozen; or what it said to every row, read from disk.
+        teacher: frozen; or its outputs for every row, read from disk.
         lambda_logits, kd_temperature, kd_tau_squared, kd_tokens: logits distillation; lambda 0 turns it off.
         relation: convention, or "none". relation_layers: of the student; teacher_relation_layers: of the teacher.
         split_heads, relation_temperature, relation_causal: of the relations.

@@ -4,9 +4,9 @@ Losses are looked at when they are computed, gradients when they arrive at their
 as complete: so the last complete checkpoint is always a good one. All ranks stop together and say the same.
 
 A gradient is seen by a hook on its parameter, on each rank its own, before an engine averages or partitions it, and before
-clipping spreads a single NaN over all parameters. The ranks agree when the optimizer is asked to step. DeepSpeed does that inside
-of the backward call, so the Trainer's `on_pre_optimizer_step` would come too late; and with ZeRO it would leave out such a
-step without a word and go on.
+clipping spreads a single NaN over all parameters. The ranks agree when the optimizer is asked to step. DeepSpeed does that
+inside the backward call, so the Trainer's `on_pre_optimizer_step` would come too late; and with ZeRO it would skip such a
+step silently and continue.
 """
 
 import math

@@ -2,9 +2,10 @@
 
     L_HS = 1/N sum_t 1/L sum_l |s_lt - h_lt|^2 / |h_lt|^2        s, h: student and teacher after layer l at token t
 
-Every layer gets a target of its own, so a ternary layer is told directly what it should have computed, and not only through all
-the layers above it. The error is relative to each token's own norm: the residual stream of a language model grows from layer
-to layer, and by a factor of a hundred at its first token. 0 is a perfect copy, 1 is what a student that says nothing gets.
+Every layer gets a target of its own, so a ternary layer is told directly what it should have computed, and not only through
+all the layers above it. The error is relative to each token's own norm: the residual stream of a language model grows from
+layer to layer, and by a factor of a hundred at its first token. A perfect copy has the loss 0, and a student whose states
+are all 0 has the loss 1.
 
 The method's paper does not have this term; it is 0 by default. Sources of the idea: TinyBERT, arXiv 1909.10351, section 3.1 (a
 loss on each layer's hidden states); Patient Knowledge Distillation, arXiv 1908.09355 (normalized hidden states).

@@ -6,9 +6,9 @@ the same products as A. So a row no longer than a head is wide is kept as T (T +
 than half of T D. A longer row is kept as it is. For attention_maps, R^T of each key head is kept, and Q in the directions
 of these keys.
 
-Numbers are kept in fp16 beside a power of two for each tensor of a row, so that none is too large. What a teacher computed
-in fp16 or bf16 is then kept exactly in a long row, but for numbers below 2^-14 of the largest; a number of a short row, or of
-a teacher in fp32, is moved by at most 2^-12 of itself or 2^-25 of the largest.
+Numbers are kept in fp16, with a power of two per tensor and row as a common factor, so that none is too large. In a long
+row, what a teacher computed in fp16 or bf16 is then kept exactly, except numbers below 2^-14 of the largest. A number of a
+short row, or of a teacher in fp32, is changed by at most 2^-12 of itself or 2^-25 of the largest.
 
 Shape suffixes: H heads, T tokens, D head width.
 """

@@ -1,11 +1,11 @@
-"""The teacher of stage 3, run once: what it said to every training row, on disk, so that stage 3 trains without it.
+"""The teacher of stage 3, run once: its outputs for every training row, on disk, so that stage 3 trains without it.
 
-For each row are kept
+Kept for each row:
 
-* what its logits follow from, at the positions that are distilled on: the final hidden state (2 bytes x hidden size; the LM
-  head is kept once, in head.safetensors), from which the loss is the live teacher's to rounding. Or with `top_k` the K
+* what its logits are computed from, at the positions that are distilled: the final hidden state (2 bytes x hidden size; the
+  LM head is kept once, in head.safetensors), from which the loss is the live teacher's to rounding. Or with `top_k` the K
   largest logits, without a head: 4 K + 4 bytes (6 K + 4 above 65,536 words), where all other words count as one;
-* what the relations follow from, for each distilled layer: relation_states.py.
+* what the relations are computed from, for each distilled layer: relation_states.py.
 
     cache.json                         versioned header: what is held, and the size of every shard
     head.safetensors                   the teacher's LM head
@@ -201,7 +201,7 @@ def _finite(x: Tensor) -> Tensor:
         raise UserError(
             "teacher.dtype",
             expected="a teacher whose activations are finite",
-            got=f"NaN or infinity in what it said, in {str(x.dtype).removeprefix('torch.')}",
+            got=f"NaN or infinity in its outputs, in {str(x.dtype).removeprefix('torch.')}",
             do="Give --teacher.dtype bfloat16, or float32.",
         )
     return x

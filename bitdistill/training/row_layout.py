@@ -136,7 +136,7 @@ def row_layout(
             "distill.cache_top_k",
             expected=f"1 to {teacher.vocab_size}, the model's words",
             got=str(top_k),
-            do="Set it to a number of this range, or leave it out to keep final hidden states.",
+            do="Set it to a number in this range, or leave it out to keep final hidden states.",
         )
     lengths, positions = row_sizes(rows, distilled)
     heads, groups = teacher.num_attention_heads, teacher.num_key_value_heads

@@ -1,8 +1,8 @@
 """In which order the rows of a task are trained on: the same for every number of ranks and micro-steps.
 
-A step takes the next rows of the epoch's order, whoever gets them. When the last rows of an epoch do not fill a micro-batch on
-each rank, accelerate would hand out rows of its beginning once more, and how many would depend on the number of ranks. Here the
-batches are filled up with rows that are none: one padding token without a label that no mean counts.
+A step takes the next rows in the epoch's order, whichever rank gets them. When the last rows of an epoch do not fill a
+micro-batch on each rank, accelerate would hand out rows of its beginning once more, and how many would depend on the number
+of ranks. Here the batches are filled up with empty rows instead: one padding token without a label, which no mean counts.
 """
 
 from collections.abc import Iterator, Sequence

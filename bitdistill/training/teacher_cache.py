@@ -79,7 +79,7 @@ class Layout:
                 "pretrain.kd_top_k",
                 expected=f"1 to {self.vocabulary}, the model's words",
                 got=str(self.top_k),
-                do="Set it to a number of this range.",
+                do="Set it to a number in this range.",
             )
 
     @property

@@ -1,4 +1,4 @@
-"""What a stage hears from its teacher, which runs beside the student or, in stage 3, ran before (row_cache.py)."""
+"""The teacher's outputs for a training step: from a teacher in memory or, in stage 3, from its cache on disk (row_cache.py)."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
