@@ -32,7 +32,7 @@ TRAIN = [
 EVAL = ["lm-eval>=0.4.13"]
 BENCH = ["asv>=0.6.4"]
 LLAMA_CPP = ["llama-cpp-python>=0.3.34"]  # proves GGUF files; pip compiles llama.cpp for some minutes
-SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21", "uvloop>=0.21; sys_platform != 'win32'"]
 TEST = [
     "openai>=1.60",
     "httpx>=0.27",

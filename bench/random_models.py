@@ -11,11 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from bitdistill.export.write import write_tensors
 from bitdistill.kernels import packing as layout
 from bitdistill.kernels.tables import quantize_table
-from bitdistill.runtime.packed_file import Config, Linear
+from bitdistill.runtime.packed_file import TOKENIZER, Config, Linear
 
 WEIGHT_SCALE = 0.02
 CONTEXT = 40_960
@@ -71,8 +75,18 @@ def random_embedding(shape: Shape) -> np.ndarray:
     return np.multiply(table, np.float32(WEIGHT_SCALE), out=table)
 
 
-def write_packed_model(path: Path, shape: Shape, packing: str, embedding: str) -> None:
-    """A packed student with two SubLN norms per layer and no tokenizer."""
+def byte_tokenizer(vocabulary: int) -> bytes:
+    """A tokenizer.json of so many tokens: one for each byte, and others that no text needs but a random model answers with."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = {token: number for number, token in enumerate(alphabet)}
+    tokens |= {f"word{number}": number for number in range(len(alphabet), vocabulary)}
+    tokenizer = Tokenizer(BPE(tokens, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    return tokenizer.to_str().encode()
+
+
+def write_packed_model(path: Path, shape: Shape, packing: str, embedding: str, tokenizer: bytes = b"") -> None:
+    """A packed student with two SubLN norms per layer, with this tokenizer.json or none."""
     tensors, linears, norms = {}, {}, {"model.norm": shape.hidden}
     for number, (name, (rows, columns)) in enumerate(shape.linears().items()):
         packed = layout.pack(random_codes(rows, columns, number), packing)
@@ -102,6 +116,8 @@ def write_packed_model(path: Path, shape: Shape, packing: str, embedding: str) -
     half = np.arange(0, shape.head_dim, 2, dtype=np.float32) / np.float32(shape.head_dim)
     tensors["rope.full_attention.inv_freq"] = (1 / np.float32(1e6) ** half).astype(np.float32)
     tensors["rope.full_attention.attention_scaling"] = np.array(1, np.float32)
+    if tokenizer:
+        tensors[TOKENIZER] = np.frombuffer(tokenizer, np.uint8)
     config = Config(
         model_type="qwen3",
         vocab_size=shape.vocabulary,
@@ -121,7 +137,7 @@ def write_packed_model(path: Path, shape: Shape, packing: str, embedding: str) -
         eos_token_ids=[],
         packing=packing,
         embedding=embedding,
-        tokenizer_bytes=0,
+        tokenizer_bytes=len(tokenizer),
         linears=linears,
         norms=norms,
     )

@@ -1,6 +1,7 @@
 """The server with many clients beside the runtime's own batch: tokens per second in all, and the time to the first token.
 
     python bench/serving.py FILE [--clients 16] [--requests 48] [--new_tokens 64] [--threads 2] [--json FILE]
+    python bench/serving.py --shape 0.6B           the same with random weights in Qwen3-0.6B's shape
     python bench/serving.py FILE --soak 7200      memory every minute under whole answers, streams and clients that leave
 
 Clients stream from prompts that differ from their first token on. The runtime's own batch answers the same prompts with
@@ -15,11 +16,15 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+import aiohttp
 import httpx
 
 from measure import machine, resident_bytes, table, write_json
+from random_models import SHAPES, byte_tokenizer, write_packed_model
 
 PROMPT = "{0} and {1} are two numbers that somebody wrote on a wall, long before anybody could read them."
 
@@ -63,8 +68,7 @@ def own_batch(file: str, options) -> float:
 async def many_clients(address: str, options) -> dict[str, float]:
     """So many clients, each with one request after the other."""
     waiting, first, tokens = prompts(options.requests), [], 0
-    limits = httpx.Limits(max_connections=options.clients)
-    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+    async with aiohttp.ClientSession(address, timeout=aiohttp.ClientTimeout(total=600)) as client:
 
         async def one_client() -> None:
             nonlocal tokens
@@ -72,14 +76,14 @@ async def many_clients(address: str, options) -> dict[str, float]:
                 body = {"model": "student", "prompt": waiting.pop(), "max_tokens": options.new_tokens, "temperature": 0}
                 body |= {"stream": True, "stream_options": {"include_usage": True}}
                 started, seen = time.perf_counter(), False
-                async with client.stream("POST", "/v1/completions", json=body) as answer:
-                    async for line in answer.aiter_lines():
-                        if not line.startswith("data: {"):
+                async with client.post("/v1/completions", json=body) as answer:
+                    async for line in answer.content:
+                        if not line.startswith(b"data: {"):
                             continue
                         if not seen:
                             first.append(time.perf_counter() - started)
                             seen = True
-                        if '"usage":' in line:
+                        if b'"usage":' in line:
                             tokens += json.loads(line[6:])["usage"]["completion_tokens"]
 
         warm = {"model": "student", "prompt": "x", "max_tokens": 4}
@@ -95,7 +99,7 @@ def soak(address: str, pid: int, seconds: float) -> list[dict[str, float]]:
     """Resident memory of the server, every minute (at least ten times), under a mixture of requests."""
     started, lines, i = time.monotonic(), [], 0
     pause = min(60.0, seconds / 10)
-    with httpx.Client(base_url=address, timeout=120) as client:
+    with httpx.Client(base_url=address, timeout=600) as client:
         while (now := time.monotonic() - started) < seconds:
             body = {"model": "student", "prompt": f"{i % 13} again " * (1 + i % 11), "max_tokens": 8 + i % 9}
             client.post("/v1/completions", json=body)
@@ -114,7 +118,8 @@ def soak(address: str, pid: int, seconds: float) -> list[dict[str, float]]:
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", help="a packed file")
+    parser.add_argument("file", nargs="?", help="a packed file")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights in this shape, in place of a file")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--new_tokens", type=int, default=64)
@@ -122,6 +127,18 @@ def main() -> None:
     parser.add_argument("--soak", type=float, help="so many seconds")
     parser.add_argument("--json")
     options = parser.parse_args()
+    if bool(options.file) == bool(options.shape):
+        parser.error("give a packed file or --shape")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.shape:
+            shape = SHAPES[options.shape]
+            options.file = f"{folder}/{options.shape}.safetensors"
+            write_packed_model(Path(options.file), shape, "2bit", "int8", byte_tokenizer(shape.vocabulary))
+        measure_server(options)
+
+
+def measure_server(options) -> None:
+    """One soak, or one comparison, of a packed file."""
     result = {"machine": machine()}
     if options.soak:
         with server(options.file, options.threads, options.clients) as (address, pid):

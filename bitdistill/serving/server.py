@@ -53,8 +53,8 @@ def run_server(
         timeout_keep_alive=30,
         limit_concurrency=limits.slots + limits.max_queue + 64,  # connections
         h11_max_incomplete_event_size=1 << 16,
-        http="h11",
-        loop="asyncio",
+        http="h11",  # its bounds on what a client may send before the first line ends are known
+        loop="auto",  # uvloop, where it is installed
         ws="none",
     )
     for number in (
