@@ -25,11 +25,13 @@ STAGES = ("base", "teacher", "pretrain", "distill", "baseline")
 NEVER_RESTS = [sys.executable, "-c", "while True: pass"]
 
 
-def demo_seconds(folder: Path, max_steps: int, threads: int) -> dict[str, float]:
+def demo_seconds(folder: Path, max_steps: int, threads: int | None) -> dict[str, float]:
     """Seconds of each training stage of a demo of `max_steps` steps per stage."""
     options = ["--output_dir", str(folder), "--max_steps", str(max_steps), "--report", "false"]
     options += ["--evaluate.enabled", "false", "--export.enabled", "false"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("OMP_NUM_THREADS", None)
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     command = [sys.executable, str(ROOT / "bitdistill" / "train.py"), *options]
     job = subprocess.run(command, env=environment, capture_output=True, text=True)
     if job.returncode:
@@ -37,7 +39,7 @@ def demo_seconds(folder: Path, max_steps: int, threads: int) -> dict[str, float]
     return {stage: json.loads((folder / stage / "done.json").read_text())["seconds"] for stage in STAGES}
 
 
-def one_round(max_steps: int, threads: int) -> dict[str, dict[str, float]]:
+def one_round(max_steps: int, threads: int | None) -> dict[str, dict[str, float]]:
     """{"alone", "busy"}: seconds of each stage."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--max_steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, help="of OpenMP; by default the main job decides")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
@@ -69,7 +71,8 @@ def main() -> int:
         )
         rows.append([stage, f"{alone:.1f}", f"{busy:.1f}", f"{busy / alone:.2f}"])
     ratio = busy / alone
-    print(f"{arguments.threads} threads, {arguments.max_steps} steps per stage, load before {load:.1f}")
+    threads = arguments.threads or "as many as the main job takes"
+    print(f"threads: {threads}; {cores()} cores, {arguments.max_steps} steps per stage, load before {load:.1f}")
     print(table(rows, "<>>>"))
     print(f"limit {LIMIT}: {'holds' if ratio <= LIMIT else 'does not hold'}")
     if arguments.json:

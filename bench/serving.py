@@ -13,10 +13,12 @@ import asyncio
 import contextlib
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -45,6 +47,8 @@ def server(file: str, threads: int, slots: int):
             break
     else:
         raise SystemExit("the server did not start")
+    # A pipe that nobody reads would stop the server as soon as it is full.
+    threading.Thread(target=shutil.copyfileobj, args=(process.stderr, sys.stderr), daemon=True).start()
     try:
         yield found[0], process.pid
     finally:

@@ -109,8 +109,8 @@ def run(job: Job) -> None:
             "stage",
             expected=f"one of {', '.join(there)} with these settings",
             got=wanted,
-            do="`base` belongs to the demo, `refine` and `pretrain` to a run without --student, and `pretrain` "
-            "must be enabled.",
+            do="`base` belongs to the demo, `refine` and `pretrain` to a run without --student. pretrain, baseline, evaluate "
+            "and export must be enabled (--export.enabled true), and export needs evaluate.",
         )
     stages = there if wanted == "all" else (wanted,)
     if replaced := job.results_to_replace(stages):

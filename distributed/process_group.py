@@ -39,6 +39,9 @@ from bitdistill.errors import UserError
 # How long a rank waits for the others: rank 0 may tokenize a corpus in that time. A *failed* rank is noticed by the
 # launcher within a second, this only bounds a silent hang.
 PATIENCE = timedelta(hours=2)
+# Below this hidden size a model trains with one thread. Measured by bench/small_models.py (docs/log.md, 2026-11-29).
+SMALL_WIDTH = 256
+_share: int | None = None  # threads of this rank; None where the user has decided
 
 
 def ranks_started() -> int:
@@ -286,10 +289,27 @@ def device() -> str:
 
 def _use_threads(local_ranks: int) -> None:
     """This rank's share of the cores, unless the user has decided."""
+    global _share
     if not os.environ.get("OMP_NUM_THREADS"):
-        threads = max(1, available_cpus() // local_ranks)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes
-        torch.set_num_threads(threads)
+        _share = max(1, available_cpus() // local_ranks)
+        os.environ["OMP_NUM_THREADS"] = str(_share)  # for child processes
+        torch.set_num_threads(_share)
+
+
+def fit_threads(width: int) -> int:
+    """Gives a small model one thread, and any other this rank's share of the cores.
+
+    The products of a small model are over before a second thread has begun. It gains little on a machine of its own, and
+    where another process keeps a core busy, every step waits for the thread that has no core (`bench/busy.py`).
+
+    Args:
+        width: the hidden size of the widest model that takes part in a step.
+
+    Returns: torch's threads from now on. Where OMP_NUM_THREADS was set before `initialize`, they stay as they are.
+    """
+    if _share is not None:
+        torch.set_num_threads(1 if width < SMALL_WIDTH else _share)
+    return torch.get_num_threads()
 
 
 def _quieten(is_rank_0: bool) -> None:

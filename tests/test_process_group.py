@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import ranks
 from bitdistill.distributed import process_group
@@ -99,6 +100,19 @@ process_group.shutdown()
     assert found == {
         "started": 1, "group": False, "sum": 2.0, "world_size": 1, "is_main": True, "processes": 1, "type": "DistributedType.NO"
     }  # fmt: skip
+
+
+def test_a_small_model_gets_one_thread_and_others_the_share_of_their_rank(monkeypatch):
+    given = []
+    monkeypatch.setattr("torch.set_num_threads", given.append)
+    monkeypatch.setattr(process_group, "_share", 6)
+    for width in (64, process_group.SMALL_WIDTH - 1, process_group.SMALL_WIDTH, 4096, 64):
+        process_group.fit_threads(width)
+    assert given == [1, 1, 6, 6, 1]
+
+    monkeypatch.setattr(process_group, "_share", None)  # OMP_NUM_THREADS was given
+    assert process_group.fit_threads(64) == torch.get_num_threads()
+    assert len(given) == 5
 
 
 def test_without_a_group_every_function_is_the_identity():

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -50,6 +51,7 @@ def serving(file, *options, key=None):
         if process.poll() is None:
             process.terminate()
         process.wait(30)
+        assert "socket.send() raised" not in "".join(lines), "a client that leaves must cost no line of the log"
 
 
 @pytest.fixture(scope="module")
@@ -385,3 +387,17 @@ def test_a_port_that_is_taken(file):
         got = subprocess.run(command, capture_output=True, text=True, check=False)
     assert got.returncode == 2
     assert got.stderr.startswith("bitdistill: port: expected an address that is free")
+
+
+def test_a_client_that_resets_its_connection_costs_no_line_of_the_log(file):
+    """asyncio and uvloop warn about each write to a connection that is gone. A log that nobody reads would stop the server."""
+    with serving(file, "--slots", "16") as (server, _process):
+        host, port = server.removeprefix("http://").split(":")
+        body = json.dumps({"model": NAME, "prompt": "x", "max_tokens": 300, "stream": True, "n": 16})
+        request = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        for _ in range(4):
+            with socket.create_connection((host, int(port)), timeout=60) as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.sendall(f"{request}content-length: {len(body)}\r\n\r\n{body}".encode())
+                connection.recv(100)
+        assert httpx.get(f"{server}/health", timeout=60).status_code == 200

@@ -1,5 +1,6 @@
 """Runs the application: opens a socket, starts uvicorn, and lets running answers finish before it ends."""
 
+import logging
 import signal
 import socket
 import sys
@@ -44,6 +45,8 @@ def run_server(
     print(f"bitdistill: {service.name} at http://{shown}:{listening.getsockname()[1]}/ (Ctrl-C ends)", file=sys.stderr)
     if host not in LOOPBACK and api_key is None:
         print("bitdistill: whoever reaches this address can use it: no API key is set", file=sys.stderr)
+    # The event loop warns about each write to a connection that the client has reset, a line for each token.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     config = uvicorn.Config(
         app,
         log_level="warning",

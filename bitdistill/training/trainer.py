@@ -323,6 +323,8 @@ class StageTrainer(Trainer):
             process_group.say(f"{self.stage}: continues at {checkpoint.name}{how}")
         elif resume:
             process_group.say(f"{self.stage}: no complete checkpoint to continue from, starts at step 0")
+        if self.args.device.type == "cpu":
+            process_group.fit_threads(max(model.config.hidden_size for model in self._models().values()))
         started = time.perf_counter()
         with termination.deferred(), self._watched():
             start = self._adopted.folder if self._adopted else checkpoint
