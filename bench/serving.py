@@ -5,7 +5,7 @@
     python bench/serving.py FILE --soak 7200      memory every minute under whole answers, streams and clients that leave
 
 Clients stream from prompts that differ from their first token on. The runtime's own batch answers the same prompts with
-`generate_batch` and as many slots, in a process of its own as the server is, before it and after it.
+`generate_batch` and as many slots, in a process of its own as the server is, before each round of the server and after it.
 """
 
 import argparse
@@ -99,8 +99,8 @@ async def many_clients(address: str, options) -> dict[str, float]:
     return {"tokens_per_second": tokens / seconds, "first_token_p50": quantiles[9], "first_token_p95": quantiles[18]}
 
 
-def soak(address: str, pid: int, seconds: float) -> list[dict[str, float]]:
-    """Resident memory of the server, every minute (at least ten times), under a mixture of requests."""
+def soak(address: str, pid: int, seconds: float, rest: float) -> list[dict[str, float]]:
+    """Resident memory of the server, every minute (at least ten times), under a mixture of requests with a rest after three."""
     started, lines, i = time.monotonic(), [], 0
     pause = min(60.0, seconds / 10)
     with httpx.Client(base_url=address, timeout=600) as client:
@@ -111,6 +111,7 @@ def soak(address: str, pid: int, seconds: float) -> list[dict[str, float]]:
                 next(answer.iter_lines())
             client.post("/v1/completions", content=b"{" * (i % 300))
             i += 1
+            time.sleep(rest)
             if now >= pause * len(lines):
                 lines.append(
                     {"seconds": round(now), "resident_bytes": sum(resident_bytes(pid).values()), "requests": 3 * i}
@@ -127,8 +128,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="the server this often, between the runtime's own batches"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--soak", type=float, help="so many seconds")
+    parser.add_argument("--rest", type=float, default=0.0, help="seconds between the soak's requests")
     parser.add_argument("--json")
     options = parser.parse_args()
     if bool(options.file) == bool(options.shape):
@@ -146,19 +151,21 @@ def measure_server(options) -> None:
     result = {"machine": machine()}
     if options.soak:
         with server(options.file, options.threads, options.clients) as (address, pid):
-            result["soak"] = soak(address, pid, options.soak)
+            result["soak"] = soak(address, pid, options.soak, options.rest)
     else:
-        before = own_batch(options.file, options)
-        with server(options.file, options.threads, options.clients) as (address, _):
-            served = asyncio.run(many_clients(address, options))
-        own = [before, own_batch(options.file, options)]
+        own, served = [own_batch(options.file, options)], []
+        for _ in range(options.rounds):
+            with server(options.file, options.threads, options.clients) as (address, _):
+                served.append(asyncio.run(many_clients(address, options)))
+            own.append(own_batch(options.file, options))
         result |= {"own_batch": own, "server": served, **{k: v for k, v in vars(options).items() if k != "file"}}
-        share = served["tokens_per_second"] / statistics.mean(own)
+        mean = {name: statistics.mean(one[name] for one in served) for name in served[0]}
+        share = mean["tokens_per_second"] / statistics.mean(own)
         print(table([
             ["", "tokens/s", "first token p50", "p95"],
-            ["the runtime's own batch", f"{own[0]:.1f}, {own[1]:.1f}", "", ""],
-            [f"server, {options.clients} clients", f"{served['tokens_per_second']:.1f} ({share:.0%})",
-             f"{served['first_token_p50']:.2f} s", f"{served['first_token_p95']:.2f} s"],
+            ["the runtime's own batch", ", ".join(f"{one:.1f}" for one in own), "", ""],
+            [f"server, {options.clients} clients: {share:.0%}", ", ".join(f"{one['tokens_per_second']:.1f}" for one in served),
+             f"{mean['first_token_p50']:.2f} s", f"{mean['first_token_p95']:.2f} s"],
         ], "<>>>"))  # fmt: skip
     if options.json:
         write_json(options.json, result)
