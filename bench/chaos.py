@@ -254,6 +254,8 @@ def disturbed(folder: Path, ranks: int, signal_number: signal.Signals, kills: Ki
 
 def main() -> int:
     """Returns 0 when every disturbed run ended as the undisturbed one."""
+    # A shell's background job ignores Ctrl-C, and hands that on to what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="how often a run is killed (default: 50)")
     parser.add_argument("--minutes", type=float, default=1e6, help="after which nothing is killed any more")
