@@ -52,14 +52,16 @@ def one_way(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]
     from bitdistill.distributed.teacher import load_teacher
     from bitdistill.training.distill import Distillation, fine_tune
     from bitdistill.training.row_cache import CachedTeacher, finish_rows, write_rows
-    from bitdistill.training.row_layout import row_layout
+    from bitdistill.training.row_layout import TeacherNeeds, row_layout
     from bitdistill.training.trainer import training_arguments
     from training_step import resident_bytes, task_rows
 
     process_group.initialize("cpu", alone=True)
     rows = task_rows(given.rows)
     kept = {"lambda_logits": 10.0, "kd_tokens": "response", "kd_temperature": 5.0, "top_k": None, "relation": "eq12"}
-    layout = row_layout(AutoConfig.from_pretrained(given.teacher), rows, **kept, layers=[-1], split_heads=None)
+    layout = row_layout(
+        AutoConfig.from_pretrained(given.teacher), rows, TeacherNeeds(**kept, layers=[-1], split_heads=None)
+    )
     load = lambda: load_teacher(given.teacher, dtype=torch.float32, device="cpu")  # noqa: E731
     started = time.perf_counter()
     if way == "write":

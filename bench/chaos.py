@@ -91,9 +91,7 @@ class Run:
         stage = self.stage
         writes_result = (self.folder / f".{stage}.unfinished").exists()
         if stage in TRAINED:
-            # glob, not Path.glob: the job removes these folders meanwhile, which Path.glob does not bear.
-            saved = map(Path, glob.glob(f"{glob.escape(str(self.folder))}/checkpoints/{stage}/checkpoint-*"))
-            if any(checkpoint.exists() and not (checkpoint / MARKER).exists() for checkpoint in saved):
+            if any(saved.exists() and not (saved / MARKER).exists() for saved in checkpoints(self.folder, stage)):
                 return stage, "saves a checkpoint"
             return stage, "saves its result" if writes_result else "trains"
         if stage == "export" and not writes_result and (self.folder / stage / "done.json").exists():
@@ -148,6 +146,13 @@ class Run:
             return any(word.startswith("--local_rank=") for word in process.cmdline())
         except psutil.Error:
             return False
+
+
+def checkpoints(folder: Path, stage: str) -> list[Path]:
+    """The checkpoints of a stage of a run that is going on, complete or not, the newest last."""
+    # glob, not Path.glob: the job removes these folders meanwhile, which Path.glob does not bear.
+    found = map(Path, glob.glob(f"{glob.escape(str(folder))}/checkpoints/{stage}/checkpoint-*"))
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def end_all(*processes: psutil.Process | subprocess.Popen) -> None:

@@ -14,7 +14,6 @@ the weights of the undisturbed run, bit for bit. The exit status is 1 where it d
 """
 
 import argparse
-import glob
 import hashlib
 import os
 import shlex
@@ -26,7 +25,7 @@ import time
 from pathlib import Path
 
 import psutil
-from chaos import end_all
+from chaos import MARKER, checkpoints, end_all
 
 from bitdistill.distributed.process_group import free_port
 
@@ -60,8 +59,7 @@ class Job:
 
     def checkpoints(self) -> list[Path]:
         """The complete ones, the newest last."""
-        found = map(Path, glob.glob(f"{glob.escape(str(self.folder))}/checkpoints/base/checkpoint-*/complete.json"))
-        return sorted((path.parent for path in found), key=lambda path: int(path.name.split("-")[1]))
+        return [path for path in checkpoints(self.folder, "base") if (path / MARKER).exists()]
 
     def until_checkpoint(self, number: int = 1) -> None:
         """Waits for so many complete checkpoints."""

@@ -1,5 +1,6 @@
 """What all measurements here need: the machine's name, its read bandwidth, resident memory, energy, medians."""
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -9,7 +10,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,28 @@ def resident_bytes(pid: int | str = "self") -> dict[str, int]:
     return {"anonymous": fields["RssAnon"] + fields["RssShmem"], "file": fields["RssFile"]}
 
 
+@contextlib.contextmanager
+def sampled(look: Callable[[], int], poll_seconds: float) -> Iterator[list[int]]:
+    """A thread looks every `poll_seconds` while the block runs; gives a list whose only item is the largest number so far."""
+    peak, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            try:
+                peak[0] = max(peak[0], look())
+            except (FileNotFoundError, KeyError, ProcessLookupError):  # the process has just ended
+                return
+            ended.wait(poll_seconds)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
+
+
 def peak_resident(command: list[str], poll_seconds: float = 0.02, **options: Any) -> tuple[str, int]:
     """Runs a command and samples the resident memory of its process.
 
@@ -119,25 +142,11 @@ def peak_resident(command: list[str], poll_seconds: float = 0.02, **options: Any
         subprocess.CalledProcessError: it failed; stderr says why.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-    peak, done = 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.is_set():
-            try:
-                peak = max(peak, sum(resident_bytes(process.pid).values()))
-            except (FileNotFoundError, KeyError, ProcessLookupError):  # it has just ended
-                return
-            time.sleep(poll_seconds)
-
-    watcher = threading.Thread(target=sample)
-    watcher.start()
-    output, errors = process.communicate()
-    done.set()
-    watcher.join()
+    with sampled(lambda: sum(resident_bytes(process.pid).values()), poll_seconds) as peak:
+        output, errors = process.communicate()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, output, errors)
-    return output, peak
+    return output, peak[0]
 
 
 def peak_growth(work: Callable[[], object]) -> int:
@@ -163,22 +172,10 @@ def peak_anonymous_growth(work: Callable[[], object], poll_seconds: float = 0.00
     peak of this, so a thread looks again and again.
     """
     gc.collect()
-    before, peak, ended = resident_bytes()["anonymous"], 0, threading.Event()
-
-    def look() -> None:
-        nonlocal peak
-        while not ended.is_set():
-            peak = max(peak, resident_bytes()["anonymous"])
-            ended.wait(poll_seconds)
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
+    before = resident_bytes()["anonymous"]
+    with sampled(lambda: resident_bytes()["anonymous"], poll_seconds) as peak:
         work()
-    finally:
-        ended.set()
-        watcher.join()
-    return max(1, peak - before, resident_bytes()["anonymous"] - before)
+    return max(1, peak[0] - before, resident_bytes()["anonymous"] - before)
 
 
 class Energy:

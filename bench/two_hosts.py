@@ -14,7 +14,6 @@ The weights must be those of the undisturbed run, bit for bit. Needs root, iprou
 """
 
 import argparse
-import glob
 import hashlib
 import os
 import shlex
@@ -23,6 +22,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from chaos import MARKER, checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTS = {"bitdistill-a": "10.77.0.1", "bitdistill-b": "10.77.0.2"}
@@ -102,7 +103,7 @@ def left_behind() -> list[str]:
 def pull(launcher: str, folder: Path) -> list[str]:
     """Starts the job, pulls the cable after its first checkpoint. Returns what was wrong with the end."""
     processes = start(launcher, folder)
-    while not glob.glob(f"{glob.escape(str(folder))}/checkpoints/base/checkpoint-*/complete.json"):
+    while not any((path / MARKER).exists() for path in checkpoints(folder, "base")):
         if any(process.poll() is not None for process in processes):
             return ["ended before its first checkpoint"]
         time.sleep(0.05)

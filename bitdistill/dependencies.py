@@ -11,7 +11,7 @@ from bitdistill.config import DistillConfig, RunConfig, TrainingConfig
 from bitdistill.data.sources import Sources
 from bitdistill.data.tasks import Task
 from bitdistill.student.quantizers import quantizer_named
-from bitdistill.training.row_layout import what_is_kept
+from bitdistill.training.row_layout import TeacherNeeds
 
 DOES_NOT_CHANGE_THE_RESULT = ("logging_steps", "save_steps", "health_steps")
 OF_TRIMMING = ("vocabulary", "vocabulary_threshold")  # a stage of their own, not part of stage 1
@@ -24,11 +24,29 @@ def optimization(section: TrainingConfig) -> dict[str, Any]:
     return {field.name: getattr(section, field.name) for field in dataclasses.fields(TrainingConfig)}
 
 
-def said_by_teacher(section: DistillConfig) -> dict[str, Any]:
-    """What stage 3 needs to hear of its teacher, as `row_layout.row_layout` takes it, by the settings of stage 3."""
+def teacher_needs(section: DistillConfig) -> TeacherNeeds:
+    """Which outputs of the teacher stage 3 needs, by its settings."""
     names = ("lambda_logits", "kd_tokens", "kd_temperature", "relation", "split_heads")
     given = section.relation_layers if section.teacher_relation_layers is None else section.teacher_relation_layers
-    return {name: getattr(section, name) for name in names} | {"top_k": section.cache_top_k, "layers": list(given)}
+    taken = {name: getattr(section, name) for name in names}
+    return TeacherNeeds(**taken, top_k=section.cache_top_k, layers=list(given))
+
+
+def sections_in_effect(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The sections of the settings, without those that have no effect in this run."""
+    names = ("base", "teacher", "refine", "pretrain", "distill", "baseline", "evaluate", "export")
+    sections = {name: dataclasses.asdict(getattr(config, name)) for name in names}
+    if not config.pretrain.lambda_logits > 0:
+        for name in OF_STAGE_2_LOGITS:
+            del sections["pretrain"][name]
+    for name in ("pretrain", "distill"):
+        if not sections[name]["lambda_hidden"] > 0:  # results of earlier versions do not name it
+            del sections[name]["lambda_hidden"]
+    if not config.distill.teacher_cache:
+        for name in OF_TEACHER_CACHE:
+            del sections["distill"][name]
+    sections["refine"] = config.refine.in_effect()
+    return sections
 
 
 def known_settings(
@@ -44,21 +62,10 @@ def known_settings(
 
     Args:
         config: the run's settings. sources: its files. task: what config.task names.
-        identity: what a local file or folder holds, in a few words (identity.py).
+        identity: a short description of what a local file or folder holds (identity.py).
         stage_2_blocks: blocks of the corpus that stage 2 sees. trimming_blocks: those that a trimmed vocabulary is made for.
     """
-    names = ("base", "teacher", "refine", "pretrain", "distill", "baseline", "evaluate", "export")
-    sections = {name: dataclasses.asdict(getattr(config, name)) for name in names}
-    if not config.pretrain.lambda_logits > 0:
-        for name in OF_STAGE_2_LOGITS:
-            del sections["pretrain"][name]
-    for name in ("pretrain", "distill"):
-        if not sections[name]["lambda_hidden"] > 0:  # results of earlier versions do not name it
-            del sections[name]["lambda_hidden"]
-    if not config.distill.teacher_cache:
-        for name in OF_TEACHER_CACHE:
-            del sections["distill"][name]
-    sections["refine"] = config.refine.in_effect()
+    sections = sections_in_effect(config)
     trimming = {name: sections["refine"].pop(name) for name in OF_TRIMMING}
     sections["distill steps"] = optimization(config.distill)
     groups = {
@@ -84,7 +91,7 @@ def known_settings(
         "embedding": {"embedding": config.refine.embedding},
         "cache": {"cache": kept},
         "teacher cache": {
-            "teacher_cache": what_is_kept(**said_by_teacher(config.distill)) | {"precision": config.precision}
+            "teacher_cache": teacher_needs(config.distill).what_is_kept() | {"precision": config.precision}
         },
         "corpus": corpus,
         "blocks": blocks,

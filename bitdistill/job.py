@@ -25,7 +25,7 @@ from bitdistill.data.demo import demo_of_run
 from bitdistill.data.sources import Sources
 from bitdistill.data.tasks import pad_token
 from bitdistill.data.token_shards import ShardedStream
-from bitdistill.dependencies import known_settings, optimization, said_by_teacher
+from bitdistill.dependencies import known_settings, optimization, teacher_needs
 from bitdistill.distributed import presets, process_group
 from bitdistill.distributed.checkpoint import full_state_dict
 from bitdistill.errors import UserError
@@ -359,8 +359,8 @@ class Job:
         return Layout(self.stage_2_blocks, section.block_size, section.kd_top_k, section.kd_temperature, vocabulary)
 
     def row_layout(self, teacher, rows) -> RowLayout:
-        """What stage 3 needs to hear of a teacher with this configuration about the training rows."""
-        return row_layout(teacher, rows, **said_by_teacher(self.config.distill))
+        """What the cache of a teacher with this configuration holds of the training rows."""
+        return row_layout(teacher, rows, teacher_needs(self.config.distill))
 
     def task_rows(self, tokenizer, vocabulary: int) -> dict[str, Any]:
         """The training rows as tokens below `vocabulary`, the model's, and what they are padded with, for `fine_tune`.

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from bitdistill.errors import UserError
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # of a tokenizer with byte fallback
 _PROBES = ("a", "A", "1", ".", "的")
 
 
@@ -78,7 +78,7 @@ class TextTokens:
         added = tokenizer.get_added_tokens_decoder()
         self.special = {token.content: index for index, token in added.items() if token.special}
         if getattr(tokenizer.model, "byte_fallback", False):  # some files declare the bytes special, too: they are text
-            self.special = {text: index for text, index in self.special.items() if not _BYTE_TOKEN.fullmatch(text)}
+            self.special = {text: index for text, index in self.special.items() if not BYTE_TOKEN.fullmatch(text)}
         written = {token.content: index for index, token in added.items() if token.content in (chat_template or "")}
         written = {text: index for text, index in written.items() if self._is_found(text, index)}
         self._ordinary = [text for text in written if text not in self.special]  # control tokens in a turn alone

@@ -17,6 +17,8 @@ Rules, pinned (docs/method.md, section 1):
 """
 
 ACT_MAX = 127  # the largest int8 activation code in magnitude; -128 is allowed by the paper's clip but never produced
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # of an MLP's gate: the ones that have kernels
+TOKENS_OF_A_SUM = 2**17  # over so many tokens int32 holds every sum of int8 times int8
 IGNORED = -100  # the label of a position that is not to be learned, as torch's cross-entropy has it
 EPSILON = 1e-5  # lower clamp of both scales before use, as in the authors' code; the paper names no value
 

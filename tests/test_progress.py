@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bitdistill.training import trainer
-from bitdistill.training.trainer import in_words
+from bitdistill.training import progress_bar
+from bitdistill.training.progress_bar import in_words
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ def test_durations_in_words(seconds, words):
 @pytest.mark.parametrize(("already_done", "said"), [(0, "about 10 min to go"), (40, "about 6 min to go")])
 def test_a_stage_is_foretold_from_its_second_to_fourth_step(monkeypatch, capsys, already_done, said):
     clock = [0.0]
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock[0])
-    bar, state = trainer._ProgressBar("pretrain"), SimpleNamespace(max_steps=104, global_step=already_done)
+    monkeypatch.setattr(progress_bar.time, "perf_counter", lambda: clock[0])
+    bar, state = progress_bar.ProgressBar("pretrain"), SimpleNamespace(max_steps=104, global_step=already_done)
     bar.on_train_begin(None, state, None)
     clock[0] = 500.0  # the first step compiles
     for _ in range(8):
@@ -42,7 +42,7 @@ def test_a_stage_is_foretold_from_its_second_to_fourth_step(monkeypatch, capsys,
 
 
 def test_a_stage_of_a_few_steps_is_not(capsys):
-    bar, state = trainer._ProgressBar("distill"), SimpleNamespace(max_steps=4, global_step=0)
+    bar, state = progress_bar.ProgressBar("distill"), SimpleNamespace(max_steps=4, global_step=0)
     bar.on_train_begin(None, state, None)
     for _ in range(4):
         state.global_step += 1

@@ -15,11 +15,11 @@ from bitdistill.export.parity import prove_parity
 from bitdistill.export.write import write_packed
 from bitdistill.kernels.reference import bit_linear, quantize_activation, quantize_weight, quantize_weight_groups
 from bitdistill.student import quantizers
-from bitdistill.student.calibration import InputStatistics, output_error
+from bitdistill.student.calibration import InputStatistics, calibrate_inputs, output_error
 from bitdistill.student.gptq import gptq_codes, gptq_factor
 from bitdistill.student.layers import BitLinear, SubLN, bit_linears
 from bitdistill.student.quantizers import awq_channel_scale, awq_codes, quantizer_named
-from bitdistill.student.refine import calibrate_inputs, load_student, refine, save_student
+from bitdistill.student.refine import load_student, refine, save_student
 from bitdistill.student.sharing import WeightCodes
 from bitdistill.training.health import measure, snapshot
 

@@ -21,9 +21,10 @@ from transformers import (
 from bitdistill.errors import UserError
 from bitdistill.kernels.reference import bit_linear, rms_norm
 from bitdistill.names import PROJECTIONS
+from bitdistill.student.calibration import calibrate_gains
 from bitdistill.student.layers import assert_fp32_masters, bit_linears
 from bitdistill.student.loading import check_same_vocabulary, load_language_model, load_tokenizer
-from bitdistill.student.refine import calibrate_gains, load_student, refine, save_student
+from bitdistill.student.refine import load_student, refine, save_student
 
 SHAPE = dict(
     vocab_size=67,

@@ -24,7 +24,7 @@ from bitdistill.training import row_cache
 from bitdistill.training.distill import Distillation
 from bitdistill.training.relation_states import compressed, doubled, expanded, halved, state_shape
 from bitdistill.training.row_cache import CachedTeacher, finish_rows, write_rows
-from bitdistill.training.row_layout import check_room, row_layout, row_sizes, what_is_kept
+from bitdistill.training.row_layout import TeacherNeeds, check_room, row_layout, row_sizes
 from bitdistill.training.trainer import Counts
 
 torch.set_num_threads(1)
@@ -65,7 +65,7 @@ def another_teacher(layers=3, heads=4, groups=2, width=12, hidden=40):
 
 def needs(objective, rows, teacher):
     """The layout for the settings of a Distillation."""
-    return row_layout(teacher.module.config, rows, **objective)
+    return row_layout(teacher.module.config, rows, TeacherNeeds(**objective))
 
 
 def make(folder, teacher, rows, layout, batch_size=3):
@@ -198,6 +198,9 @@ def test_sizes_are_known_before_anything_is_written(tmp_path):
 
 
 def test_other_settings_that_share_a_cache():
+    def what_is_kept(**settings):
+        return TeacherNeeds(**settings).what_is_kept()
+
     one = {"lambda_logits": 10.0, "kd_tokens": "response", "kd_temperature": 5.0, "top_k": None, "relation": "eq12"}
     one |= {"layers": [-1], "split_heads": None}
     same = [{"lambda_logits": 1.0}, {"kd_temperature": 2.0}, {"relation": "alg1"}]

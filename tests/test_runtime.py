@@ -18,7 +18,7 @@ from bitdistill.errors import UserError
 from bitdistill.evaluation import scoring
 from bitdistill.export.write import write_packed
 from bitdistill.kernels.cpu.decoder import Decoder
-from bitdistill.runtime import batching
+from bitdistill.runtime import base, batching
 from bitdistill.runtime import cpu as runtime
 from bitdistill.runtime.cpu import Runtime
 from bitdistill.runtime.packed_file import read_packed
@@ -290,7 +290,7 @@ def test_slots_hold_what_they_say(prompts, count):
 
 def test_more_room_is_made_when_it_is_needed(qwen3, monkeypatch):
     """And what was known is taken along."""
-    monkeypatch.setattr(runtime, "MIN_CAPACITY", 8)
+    monkeypatch.setattr(base, "MIN_CAPACITY", 8)
     long, short = prompt(30), prompt(4, seed=1)
     qwen3.forget()
     want = list(qwen3.generate_ids(long, 20)), list(qwen3.generate_ids(short, 2))

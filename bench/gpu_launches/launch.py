@@ -64,7 +64,6 @@ class Compiled:
     registers: int
     spills: int
     shared_bytes: int
-    shared_limit: int
     instruction: str  # the int8 tensor-core instruction found, or ""
     problems: tuple[str, ...]
 
@@ -107,7 +106,6 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
         registers,
         spills,
         compiled.metadata.shared,
-        limit,
         found[0] if found else "",
         tuple(problems),
     )

@@ -26,7 +26,8 @@ def machine() -> str:
     if cpuinfo.is_file():
         models = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def full_precision_size(folder: str | Path) -> dict[str, Any]:

@@ -18,6 +18,10 @@ from bitdistill.runtime.sampling import Sampling
 from bitdistill.runtime.text_stream import TextStream
 from bitdistill.text_tokens import TextTokens, tokenizer_of
 
+MIN_CAPACITY = (
+    256  # so few sizes that growing copies seldom, and a GPU captures few graphs; huge pages are resident whole
+)
+
 
 class BaseRuntime:
     """The part of a runtime that does not depend on where it computes.
@@ -154,6 +158,11 @@ class BaseRuntime:
         if limit is not None and len(ids) > limit:
             raise UserError(field, expected=f"at most {limit} tokens", got=str(len(ids)), do="Shorten the text.")
         return ids.tolist()
+
+
+def cache_capacity(positions: int, context: int) -> int:
+    """Positions that a KV cache gets room for: a power of two of MIN_CAPACITY or more, but no more than the context."""
+    return min(context, max(MIN_CAPACITY, 1 << (positions - 1).bit_length()))
 
 
 def check_new_tokens(max_new_tokens: int) -> None:

@@ -24,7 +24,7 @@ from bitdistill.errors import UserError
 from bitdistill.kernels.cpu.compilation import watch_compilation
 from bitdistill.kernels.cpu.decoder import Decoder, KVCache
 from bitdistill.names import KV_CACHES
-from bitdistill.runtime.base import check_new_tokens, stop_strings
+from bitdistill.runtime.base import cache_capacity, check_new_tokens, stop_strings
 from bitdistill.runtime.batching import ROWS_PER_STEP, Batch, Request, Stats
 from bitdistill.runtime.compiled import decoder_model
 from bitdistill.runtime.labels import label_requests, label_tree
@@ -36,7 +36,6 @@ from bitdistill.runtime.text_stream import TextStream
 
 MAX_SLOTS = 16
 MAX_THREADS = 1024  # a slip of the finger would fill the machine with threads
-MIN_CAPACITY = 256  # positions of a KV cache at least; powers of two from there, for huge pages make all of it resident
 
 
 @dataclass
@@ -334,7 +333,7 @@ class Runtime(Predictor):
         """Slots with room for `count` more sequences of `positions`: those at hand, or a larger cache that remembers what
         they hold. An unfinished iterator goes on in its own."""
         if self._slots is None or not self._slots.fits(count, positions):
-            capacity = min(self.context, max(MIN_CAPACITY, 1 << (positions - 1).bit_length()))
+            capacity = cache_capacity(positions, self.context)
             larger = Slots(self._keys_values(count, capacity), self.model.config.window)
             if self._slots is not None:
                 larger.remember(self._slots)

@@ -20,7 +20,7 @@ import torch
 
 from bitdistill.errors import UserError
 from bitdistill.kernels import packing as layout
-from bitdistill.runtime.base import BaseRuntime, check_new_tokens
+from bitdistill.runtime.base import BaseRuntime, cache_capacity, check_new_tokens
 from bitdistill.runtime.batching import Stats
 from bitdistill.runtime.decoder_parts import layer_norms, model_numbers
 from bitdistill.runtime.packed_file import PackedModel, read_packed
@@ -29,7 +29,6 @@ from bitdistill.runtime.sampling import Sampler, Sampling
 PREFILL_TOKENS = 512
 TABLE_ROWS = 4_096  # rows of an embedding that are unpacked at once while it is loaded
 KV_CACHES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-MIN_CAPACITY = 256  # positions; capacities are powers of two, so that few graphs are captured
 MIN_CAPABILITY = (7, 5)  # int8 tensor cores
 
 
@@ -149,7 +148,7 @@ class CudaRuntime(BaseRuntime):
         found = next((free for free in self._free if free.count == count and free.capacity >= positions), None)
         if found is None:
             self._free = [free for free in self._free if free.count != count]  # too short now: their memory goes
-            capacity = min(self.context, max(MIN_CAPACITY, 1 << (positions - 1).bit_length()))
+            capacity = cache_capacity(positions, self.context)
             found = Sequences(self._weights, count, capacity, self._cache_dtype)
         else:
             self._free.remove(found)

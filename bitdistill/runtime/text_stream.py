@@ -15,12 +15,11 @@ How a token becomes text:
 
 import codecs
 import json
-import re
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+from bitdistill.text_tokens import BYTE_TOKEN
 
 
 class TextStream:
@@ -41,7 +40,7 @@ class TextStream:
         decoders = _decoders(tokenizer)
         self._byte_level, self._byte_fallback = "ByteLevel" in decoders, "ByteFallback" in decoders
         special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._special = {i for i, text in special.items() if not (self._byte_fallback and _BYTE_TOKEN.fullmatch(text))}
+        self._special = {i for i, text in special.items() if not (self._byte_fallback and BYTE_TOKEN.fullmatch(text))}
         self._stop = [word for word in stop if word]
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # The last token that is no special one: the next one is read after it.
@@ -77,7 +76,7 @@ class TextStream:
             return ""
         if self._byte_level:
             return self._utf8.decode(_byte_level(name))
-        byte = _BYTE_TOKEN.fullmatch(name) if self._byte_fallback else None
+        byte = BYTE_TOKEN.fullmatch(name) if self._byte_fallback else None
         if byte:
             text = self._utf8.decode(bytes.fromhex(byte[1]))
         else:
@@ -115,7 +114,7 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
         return b""
     if "ByteLevel" in _decoders(tokenizer):
         return _byte_level(name)
-    if byte := _BYTE_TOKEN.fullmatch(name):
+    if byte := BYTE_TOKEN.fullmatch(name):
         return bytes.fromhex(byte[1])
     return name.replace("\u2581", " ").encode()
 

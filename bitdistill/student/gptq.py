@@ -18,7 +18,7 @@ from torch import Tensor
 from bitdistill.kernels.numerics import EPSILON
 from bitdistill.kernels.reference import group_scales, weight_scale
 
-BLOCK_COLUMNS = 128
+COLUMNS_AT_ONCE = 128  # whose errors reach the columns after them in one product
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in GPTQ
 
 
@@ -85,7 +85,7 @@ def compensated_codes(
     return codes, scales
 
 
-def gptq_codes(weight: Tensor, factor: Tensor, columns: int = BLOCK_COLUMNS) -> tuple[Tensor, Tensor]:
+def gptq_codes(weight: Tensor, factor: Tensor, columns: int = COLUMNS_AT_ONCE) -> tuple[Tensor, Tensor]:
     """``codes_j = clip(round(W_j / s), -1, 1)``, column by column.
 
     Args:

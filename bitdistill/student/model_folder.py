@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bitdistill.errors import UserError
+from bitdistill.kernels.numerics import ACTIVATIONS
 from bitdistill.student.model_weights import (
     Tensors,
     has_own_head,
@@ -38,7 +39,6 @@ FAMILIES = {
     "gemma3_text": "Gemma3ForCausalLM",
 }
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length of the text
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 MOST_FREQUENCIES = 1_000_000  # of all rotary embeddings together; a config may say anything
 LAYER_KINDS = ("full_attention", "sliding_attention")
 WITHOUT_A_STEP = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")

@@ -192,14 +192,17 @@ def not_finite(tensors: Tensors, dtype: torch.dtype, part: int = 0, parts: int =
         tensors: from `tensors_of` or `with_prefix`. dtype: that the model will be loaded in, in which large numbers may overflow.
         part, parts: which share of the tensors is read, so that several ranks can divide the work.
     """
+    by_file: dict[Path, list[str]] = {}
     for name in sorted(tensors)[part::parts]:
-        file, *_ = tensors[name]
+        by_file.setdefault(tensors[name][0], []).append(name)
+    for file, names in by_file.items():
         with safe_open(file, framework="pt") as stored:
-            found = name in stored.keys()  # noqa: SIM118 - not a mapping
-            values = stored.get_tensor(name if found else name.removeprefix("model.")).to(dtype)
-        if not torch.isfinite(values.sum(dtype=torch.float64)):
-            bad = values.numel() - int(torch.isfinite(values).sum())
-            return f"{bad:,} of {values.numel():,} numbers of {name} are NaN or infinite in {dtype}"
+            there = set(stored.keys())
+            for name in names:
+                values = stored.get_tensor(name if name in there else name.removeprefix("model.")).to(dtype)
+                if not torch.isfinite(values.sum(dtype=torch.float64)):
+                    bad = values.numel() - int(torch.isfinite(values).sum())
+                    return f"{bad:,} of {values.numel():,} numbers of {name} are NaN or infinite in {dtype}"
     return None
 
 

@@ -92,6 +92,47 @@ class RowLayout:
         )
 
 
+@dataclass(frozen=True)
+class TeacherNeeds:
+    """The settings of stage 3 that say which outputs of the teacher it needs.
+
+    Args:
+        lambda_logits, kd_tokens, kd_temperature, relation, split_heads: as in distill.Distillation.
+        top_k: words kept of each position; None keeps final hidden states. layers: of the teacher.
+    """
+
+    lambda_logits: float
+    kd_tokens: str
+    kd_temperature: float
+    top_k: int | None
+    relation: str
+    layers: Sequence[int]
+    split_heads: int | None
+
+    @property
+    def distilled(self) -> str:
+        """Where logits are distilled, as in RowLayout."""
+        return self.kd_tokens if self.lambda_logits > 0 else LABEL_FREE
+
+    @property
+    def words(self) -> int | None:
+        """Words kept of each distilled position; None for final hidden states, or nothing."""
+        return None if self.distilled == LABEL_FREE else self.top_k
+
+    def what_is_kept(self) -> dict[str, Any]:
+        """What a cache depends on, besides teacher and rows: equal for settings that can share one."""
+        forms = {"none": "none", "pr382": "padded states", "attention_maps": "queries and keys"}
+        related = self.relation != "none"
+        return {
+            "distilled": self.distilled,
+            "top_k": self.words,
+            "temperature": None if self.words is None else self.kd_temperature,
+            "relations": forms.get(self.relation, "states"),
+            "layers": list(self.layers) if related else [],
+            "split_heads": self.split_heads if related else None,
+        }
+
+
 def row_sizes(rows, distilled: str) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, positions that logits are distilled on) of each training row, int64 (n,).
 
@@ -108,77 +149,40 @@ def row_sizes(rows, distilled: str) -> tuple[np.ndarray, np.ndarray]:
     return lengths, {"response": counted, "all": lengths, LABEL_FREE: np.zeros_like(lengths)}[distilled]
 
 
-def row_layout(
-    teacher,
-    rows,
-    *,
-    lambda_logits: float,
-    kd_tokens: str,
-    kd_temperature: float,
-    top_k: int | None,
-    relation: str,
-    layers: Sequence[int],
-    split_heads: int | None,
-) -> RowLayout:
-    """What stage 3 needs of its teacher.
+def row_layout(teacher, rows, needs: TeacherNeeds) -> RowLayout:
+    """What a cache of this teacher holds of these rows.
 
     Args:
-        teacher: its configuration. rows: a data set from tasks.encode.
-        lambda_logits, kd_tokens, kd_temperature, relation, split_heads: as in distill.Distillation.
-        top_k: words kept of each position; None keeps final hidden states. layers: of the teacher.
+        teacher: its configuration. rows: a data set from tasks.encode. needs: of stage 3.
 
     Raises:
         UserError: top_k above the vocabulary.
     """
-    distilled = kd_tokens if lambda_logits > 0 else LABEL_FREE
-    if distilled != LABEL_FREE and top_k is not None and top_k > teacher.vocab_size:
+    if needs.words is not None and needs.words > teacher.vocab_size:
         raise UserError(
             "distill.cache_top_k",
             expected=f"1 to {teacher.vocab_size}, the model's words",
-            got=str(top_k),
+            got=str(needs.words),
             do="Set it to a number in this range, or leave it out to keep final hidden states.",
         )
-    lengths, positions = row_sizes(rows, distilled)
+    lengths, positions = row_sizes(rows, needs.distilled)
     heads, groups = teacher.num_attention_heads, teacher.num_key_value_heads
     width = getattr(teacher, "head_dim", None) or teacher.hidden_size // heads
-    states = state_shape(relation, heads, groups, width, split_heads)
+    states = state_shape(needs.relation, heads, groups, width, needs.split_heads)
     kept = {
         "rows": len(lengths),
         "longest": int(lengths.max(initial=0)),
-        "distilled": distilled,
-        "hidden": teacher.hidden_size if distilled != LABEL_FREE and top_k is None else 0,
-        "top_k": top_k or 0 if distilled != LABEL_FREE else 0,
+        "distilled": needs.distilled,
+        "hidden": teacher.hidden_size if needs.distilled != LABEL_FREE and needs.top_k is None else 0,
+        "top_k": needs.words or 0,
         "vocabulary": teacher.vocab_size,
-        "temperature": float(kd_temperature) if top_k is not None else 1.0,
-        "layers": tuple(layers) if states is not None else (),
+        "temperature": float(needs.kd_temperature) if needs.top_k is not None else 1.0,
+        "layers": tuple(needs.layers) if states is not None else (),
         "states": states,
-        "padded": relation == "pr382",
+        "padded": needs.relation == "pr382",
     }
     size = int(RowLayout(**kept, row_bytes=0).bytes_of(lengths, positions).sum())
     return RowLayout(**kept, row_bytes=size)
-
-
-def what_is_kept(
-    *,
-    lambda_logits: float,
-    kd_tokens: str,
-    kd_temperature: float,
-    top_k: int | None,
-    relation: str,
-    layers: Sequence[int],
-    split_heads: int | None,
-) -> dict[str, Any]:
-    """The settings that a cache depends on, besides teacher and rows: equal for settings that can share one.
-
-    Args:
-        lambda_logits, kd_tokens, kd_temperature, top_k, relation, layers, split_heads: as in row_layout.
-    """
-    kept = {"distilled": kd_tokens if lambda_logits > 0 else LABEL_FREE, "top_k": None, "temperature": None}
-    if lambda_logits > 0 and top_k is not None:
-        kept |= {"top_k": top_k, "temperature": kd_temperature}
-    forms = {"none": "none", "pr382": "padded states", "attention_maps": "queries and keys"}
-    kept |= {"relations": forms.get(relation, "states"), "layers": [] if relation == "none" else list(layers)}
-    return kept | {"split_heads": None if relation == "none" else split_heads}
 
 
 def check_room(folder: Path, layout: RowLayout) -> None:

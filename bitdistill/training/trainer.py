@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -35,10 +34,10 @@ from bitdistill.student.sharing import WeightCodes
 from bitdistill.training.annealing import Annealing
 from bitdistill.training.finite import FiniteSteps
 from bitdistill.training.head import head_products
+from bitdistill.training.progress_bar import ProgressBar
 from bitdistill.training.row_order import NO_ROW, FilledRows, RowOrder
 
 EXTRA_STATE, STEP_ROWS = "bitdistill_state.json", "step_rows"
-TIMED_STEPS = 3  # after the first, from which the length of a stage is foretold
 TOTAL = "all"  # the name under which the weighted sum of the loss terms is counted
 
 
@@ -199,7 +198,7 @@ class StageTrainer(Trainer):
         self.add_callback(self._finite)  # before _Files, which completes a checkpoint
         self.add_callback(_Files(self, run_dir / "metrics.jsonl"))
         if process_group.is_main():
-            self.add_callback(_ProgressBar(stage))
+            self.add_callback(ProgressBar(stage))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay on matrices only: never on norms (SubLN included) or biases. ds_shape: ZeRO-3's true shape."""
@@ -430,44 +429,6 @@ def drop_lines(path: Path, stage: str, after_step: int) -> None:
         if line["stage"] != stage or line["step"] <= after_step:
             kept.append(text)
     write_whole(path, "".join(f"{text}\n" for text in kept))
-
-
-class _ProgressBar(TrainerCallback):
-    """One bar per stage, with the loss terms beside it, and once how long the stage will take."""
-
-    def __init__(self, stage: str):
-        self.stage, self.bar = stage, None
-        self.first_step, self.first_end = 0, 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"{self.stage:<9}", unit="step")
-        self.first_step = state.global_step + 1
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
-        timed = state.global_step - self.first_step  # the first step also compiles and fills caches: it is not timed
-        if timed == 0:
-            self.first_end = time.perf_counter()
-        elif timed == TIMED_STEPS < state.max_steps - self.first_step:
-            seconds = (time.perf_counter() - self.first_end) / timed * (state.max_steps - state.global_step)
-            self.bar.write(f"{self.stage}: {state.max_steps:,} steps, about {in_words(seconds)} to go on this machine")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {name.removeprefix("loss_"): value for name, value in (logs or {}).items() if name.startswith("loss_")}
-        if shown and self.bar is not None:
-            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-def in_words(seconds: float) -> str:
-    """A duration as people say it: 40 s, 12 min, 3.5 h or 2.1 days."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"
 
 
 def collate_blocks(features: Iterable[dict[str, Any]]) -> dict[str, Tensor]:

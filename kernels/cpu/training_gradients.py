@@ -28,10 +28,9 @@ from bitdistill.kernels.cpu.training_products import (
     dense_products_are_exact,
     ternary_product,
 )
-from bitdistill.kernels.numerics import ACT_MAX
+from bitdistill.kernels.numerics import ACT_MAX, TOKENS_OF_A_SUM
 
 DIGITS = 3  # planes of int8 codes that are as good as a float32
-TOKENS_OF_A_SUM = 1 << 17  # of int8 times int8, in int32
 
 
 def scaled(

@@ -43,7 +43,6 @@ from bitdistill.kernels.cpu.rows import BLOCK, get, put
 from bitdistill.kernels.cpu.training_quantize import put_codes
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _EPSILON, _ACT_MAX, _ZERO, _ONE = (np.float32(value) for value in (EPSILON, ACT_MAX, 0, 1))
 _LINEAR = np.float32(math.sqrt(8 / math.pi))
 _CUBIC, _SLOPE, _FAR = np.float32(0.044715), np.float32(3 * 0.044715), np.float32(64)

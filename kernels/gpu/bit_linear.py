@@ -29,9 +29,7 @@ from torch import Tensor
 
 from bitdistill.kernels.gpu import groups, matmul, norm_quantize, quantize, swiglu_quantize
 from bitdistill.kernels.gpu.gradient_codes import quantize_gradient, transpose_codes
-from bitdistill.kernels.numerics import ACT_BLOCK
-
-TOKENS_OF_A_SUM = 2**17  # of int8 times int8, in int32
+from bitdistill.kernels.numerics import ACT_BLOCK, TOKENS_OF_A_SUM
 
 
 class Activation(NamedTuple):

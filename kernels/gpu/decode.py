@@ -28,8 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitdistill.kernels.packing import INT4_GROUP
+
 ROW_ALIGN = 16  # rows of weights begin at multiples of 16 bytes: one vector load
-INT4_GROUP = 32  # columns that share a scale, as in the packed file
 INT4_ROWS = 64  # rows of an int4 tile: (64, 32) bytes that lie together
 DECODE_ROWS = 16  # up to so many rows take the decoding tiles
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H200: split I until there are about as many

@@ -23,8 +23,8 @@ from torch import Tensor
 from bitdistill.kernels.gpu.norm_quantize import gain_of, inverse_rms, runs
 from bitdistill.kernels.gpu.quantize import Quantized, empty_quantized, row_tile, rows_of, store_quantized
 from bitdistill.kernels.gpu.rounding import rounded
+from bitdistill.kernels.numerics import ACTIVATIONS
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _SQRT_8_PI = tl.constexpr(math.sqrt(8 / math.pi))
 
 
