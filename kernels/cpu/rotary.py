@@ -2,7 +2,8 @@
 
     y = x * cos + rotate_half(x) * sin          rotate_half(a, b) = (-b, a), the halves of a head
 
-Every operation is rounded as in PyTorch, so that results and gradients are those of transformers, bit for bit.
+Every operation is rounded as in PyTorch, so that results and gradients are those of transformers, bit for bit. Results lie in
+memory as (B, T, H, D), and there as (B, H, T, D): attention may round its own sums in another order after it.
 
 Addresses are int64, strides in bytes. Shape suffixes: B sequences, H heads, T positions, D head width.
 """
