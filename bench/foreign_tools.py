@@ -1,17 +1,21 @@
 """Students in the tools that people have: written in every format and type, and compared with what was trained.
 
-    python bench/foreign_tools.py [--llama_cpp PYTHON] [--mlx PYTHON] [--student FOLDER] [--only NAME ...] [--json FILE]
+    python bench/foreign_tools.py [--llama_cpp PYTHON] [--mlx PYTHON] [--transformers PYTHON] [--student FOLDER] [--rows FILE]
+                                  [--only NAME ...] [--json FILE]
 
 PYTHON is the interpreter of an environment that has the tool and need not have this project:
 
     python -m venv llama && llama/bin/pip install llama-cpp-python numpy          compiles for some minutes
     python -m venv mlx && mlx/bin/pip install "mlx[cpu]" mlx-lm numpy
+    python -m venv hf && hf/bin/pip install torch transformers compressed-tensors numpy
 
 Students: random ones of the four families with biases, head norms and sliding windows, for each file type and each kind of
 scales; and --student, a folder as stage 1, 2 or 3 leaves it (RUN/distill), or a base model's, which becomes ternary without any
-training. Compared on texts: mean KL(student || tool), same likeliest token, perplexity of the tool over the student's, and
-greedy continuations. "rounding" is the student against itself with activations rounded in the other way (in blocks of 32 where
-it has them per token, per token where it has blocks): how much the rounding of activations alone changes.
+training (bench/trained_families.py trains tiny ones of all four). Compared on texts, or on the first rows of --rows: mean
+KL(student || tool), same likeliest token, perplexity of the tool over the student's, and greedy continuations; and whether
+the proof's bar is met, as in `bitdistill export`. "rounding" is the student against itself with activations rounded in the
+other way (in blocks of 32 where it has them per token, per token where it has blocks): how much the rounding of activations
+alone changes.
 """
 
 import argparse
@@ -30,7 +34,7 @@ import transformers
 
 from bitdistill.data import demo
 from bitdistill.errors import UserError
-from bitdistill.export.agreement import NEW_TOKENS, compare_answers, tool_elsewhere
+from bitdistill.export.agreement import MAX_MEAN_KL, MIN_SAME_TOP1, NEW_TOKENS, compare_answers, tool_elsewhere
 from bitdistill.export.gguf_file import write_gguf
 from bitdistill.export.hugging_face import write_hugging_face
 from bitdistill.export.tools import tool_answers, tool_version, torch_answers
@@ -119,13 +123,22 @@ def rounding(model, prompts: list[list[int]], ours) -> dict[str, Any]:
             layer.act_scale = "block" if layer.act_scale == "token" else "token"
 
 
-def examine(name: str, model, tokenizer, pythons: dict[str, str | None]) -> list[dict[str, Any]]:
+def texts_of(rows: Path | None) -> list[str]:
+    """The texts that are compared: TEXTS, or the first twelve of a file of reviews, as the demo's task asks about them."""
+    if rows is None:
+        return TEXTS
+    lines = rows.read_text(encoding="utf-8").splitlines()[:12]
+    return [f"Review: {json.loads(line)['text']}\nVerdict:" for line in lines]
+
+
+def examine(name: str, model, tokenizer, pythons: dict[str, str | None], texts: list[str]) -> list[dict[str, Any]]:
     """All formats and types of one student, a row each.
 
     Args:
         name: for the rows. model, tokenizer: the student. pythons: format -> interpreter, None for this one.
+        texts: what is compared.
     """
-    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
     ours = torch_answers(model, prompts, NEW_TOKENS)
     rows = [_row(name, "student", "other rounding", "", rounding(model, prompts, ours))]
     cases = [("gguf", kind) for kind in ("auto", *GGUF_TYPES)]
@@ -167,10 +180,11 @@ def _row(name: str, format: str, kind: str, tool: str, found: dict[str, Any]) ->
 def _line(row: dict[str, Any]) -> str:
     """A row of a Markdown table."""
     if "refused" in row:
-        return f"| {row['student']} | {row['format']} {row['type']} | refused: {row['refused']} | | | |"
+        return f"| {row['student']} | {row['format']} {row['type']} | refused: {row['refused']} | | | | |"
     cells = [f"{row['mean_kl']:.1e}", f"{100 * row['same_top1']:.1f} %", f"{row['perplexity_ratio']:.4f}"]
     greedy = f"{100 * row['same_greedy']:.0f} % of {row['greedy_tokens']}"
-    return " | ".join([f"| {row['student']}", f"{row['format']} {row['type']}".strip(), *cells, greedy]) + " |"
+    proven = "yes" if row["mean_kl"] <= MAX_MEAN_KL and row["same_top1"] >= MIN_SAME_TOP1 else "NO"
+    return " | ".join([f"| {row['student']}", f"{row['format']} {row['type']}".strip(), *cells, greedy, proven]) + " |"
 
 
 def main() -> None:
@@ -178,6 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--llama_cpp", metavar="PYTHON", help="interpreter of an environment with llama-cpp-python")
     parser.add_argument("--mlx", metavar="PYTHON", help="interpreter of an environment with mlx-lm")
+    parser.add_argument("--transformers", metavar="PYTHON", help="one with torch, transformers and compressed-tensors")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="a JSONL file of reviews, a `text` in each line")
     parser.add_argument(
         "--student", type=Path, metavar="FOLDER", help="this student alone, in place of the random ones"
     )
@@ -185,18 +201,20 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     arguments = parser.parse_args()
     pythons = {"gguf": arguments.llama_cpp, "mlx": arguments.mlx}
+    pythons |= dict.fromkeys(("transformers", "compressed-tensors"), arguments.transformers)
     pythons = {format: python for format, python in pythons.items() if python or tool_version(format)}
-    pythons |= {format: None for format in ("transformers", "compressed-tensors") if tool_version(format)}
     if arguments.student:
-        students = {arguments.student.name: given_student(arguments.student)}
+        students = {"/".join(arguments.student.resolve().parts[-2:]): given_student(arguments.student)}
     else:
         tokenizer = demo.train_tokenizer(TEXTS * 20)
         students = {name: (model, tokenizer) for name, model in tiny_students(tokenizer).items()}
-    print("| student | format | mean KL | same likeliest token | perplexity | greedy |\n|---|---|---|---|---|---|")
+    print(
+        "| student | format | mean KL | same likeliest token | perplexity | greedy | bar met |\n|---|---|---|---|---|---|---|"
+    )
     rows = []
     for name, (model, tokenizer) in students.items():
         if not arguments.only or name.startswith(tuple(arguments.only)):
-            rows += examine(name, model, tokenizer, pythons)
+            rows += examine(name, model, tokenizer, pythons, texts_of(arguments.rows))
             print(_line(next(row for row in rows if row["student"] == name)), flush=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")

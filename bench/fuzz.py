@@ -50,6 +50,7 @@ from bitdistill.data.corpus import token_blocks
 from bitdistill.data.tasks import load_rows, load_task
 from bitdistill.errors import UserError
 from bitdistill.export.gguf_file import write_gguf
+from bitdistill.export.hugging_face import write_hugging_face
 from bitdistill.export.write import write_packed
 from bitdistill.runtime.packed_file import config_checksum, read_packed
 from bitdistill.student.gguf_base import convert_gguf
@@ -167,7 +168,29 @@ def make_targets(folder: Path) -> dict[str, Target]:
         "settings.yaml": Target(
             folder / "run.yaml", lambda: parse_config(["--config", str(folder / "run.yaml")])[1], "text", share=1
         ),
-    }  # fmt: skip
+    } | exported_targets(folder, config, tokenizer)  # fmt: skip
+
+
+def exported_targets(folder: Path, config, tokenizer) -> dict[str, Target]:
+    """Our own exports for other tools, given as a base model: their weights are codes, and no damage may hide this."""
+    student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(config.to_dict() | {"intermediate_size": 64})))
+    refine(student, norms="none", weight_scale="row")
+    found = {}
+    for format in ("mlx", "compressed-tensors"):
+        write_hugging_face(folder / format, student, tokenizer, format)
+
+        def read(path=folder / format):
+            try:
+                open_model(path)
+            except UserError as error:
+                if "full-precision weights" in error.expected:
+                    return "quantized"
+                raise
+            raise AssertionError("codes were taken for full-precision weights")
+
+        for file, kind in (("config.json", "json"), ("model.safetensors", "binary")):
+            found[f"{format}: {file}"] = Target(folder / format / file, read, kind, share=1)
+    return found
 
 
 def _header(path: Path) -> dict[str, str]:

@@ -292,6 +292,7 @@ def all_sections() -> list[tuple[Callable, float]]:
         (kernels.linears, 90),
         (kernels.quantizers, 60),
         (kernels.vectors, 40),
+        (kernels.grouped_vectors, 40),
         (models.decoding, 110),
         (kernels.relations, 30),
         (kernels.vocabulary, 30),

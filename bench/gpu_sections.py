@@ -337,6 +337,33 @@ def vectors(bench: Bench) -> None:
         bench.row("decoding product, 2 bits, one row", what, timing, floor=floor, target=target, note=note)
 
 
+def grouped_vectors(bench: Bench) -> None:
+    """The same where scales change along a row: groups of 128 columns, and blocks of 32 columns of the activations."""
+    from bitdistill.kernels.gpu.decode_groups import accumulate_groups, pack_groups
+
+    for name, shape in bench.shapes.items():
+        for O, I in ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)):
+            for group, blocks in ((128, False), (128, True), (0, True)):
+                bench.deadline.check()
+                kind = " and ".join(["groups of 128"] * (group > 0) + ["blocks"] * blocks)
+                scale = torch.ones((O, -(-I // group)) if group else (O,), device=bench.device)
+                codes = torch.randint(-1, 2, (O, I), dtype=torch.int8, device=bench.device)
+                first = pack_groups(codes, scale, group)
+                copies = 1 if bench.dry else copies_needed(first.nbytes, 256)
+                matrices = [first, *(pack_groups(codes, scale, group) for _ in range(copies - 1))]
+                act = torch.zeros(1, first.act_columns, dtype=torch.int8, device=bench.device)
+                act_scale = torch.ones((1, first.act_columns // 32) if blocks else (1,), device=bench.device)
+                replay = bench.timer.graph([partial(accumulate_groups, act, act_scale, matrix) for matrix in matrices])
+                (whole,) = bench.timer.compare({f"{kind} {O} x {I}": [replay]}).values()
+                timing = whole and Timing(
+                    *(x / copies for x in (whole.median, whole.smallest, whole.largest)), whole.waits
+                )
+                note, floor = f"{first.nbytes / 1e6:.3g} MB, {copies} copies", bench.moved(first.nbytes)
+                bench.row(
+                    "decoding product, 2 bits, one row", f"{name}: {O} x {I}, {kind}", timing, floor=floor, note=note
+                )
+
+
 def relations(bench: Bench) -> None:
     """Relations of Q, K and V in 32 heads, forward and backward, beside log_softmax and kl_div on whole (L, L) logits."""
     from bitdistill.kernels.gpu.relation_kl import relation_kl_rows
