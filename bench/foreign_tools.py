@@ -123,11 +123,11 @@ def rounding(model, prompts: list[list[int]], ours) -> dict[str, Any]:
             layer.act_scale = "block" if layer.act_scale == "token" else "token"
 
 
-def texts_of(rows: Path | None) -> list[str]:
-    """The texts that are compared: TEXTS, or the first twelve of a file of reviews, as the demo's task asks about them."""
+def texts_of(rows: Path | None, count: int) -> list[str]:
+    """The texts that are compared: TEXTS, or the first of a file of reviews, as the demo's task asks about them."""
     if rows is None:
         return TEXTS
-    lines = rows.read_text(encoding="utf-8").splitlines()[:12]
+    lines = rows.read_text(encoding="utf-8").splitlines()[:count]
     return [f"Review: {json.loads(line)['text']}\nVerdict:" for line in lines]
 
 
@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--mlx", metavar="PYTHON", help="interpreter of an environment with mlx-lm")
     parser.add_argument("--transformers", metavar="PYTHON", help="one with torch, transformers and compressed-tensors")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="a JSONL file of reviews, a `text` in each line")
+    parser.add_argument("--count", type=int, default=4, help="how many rows of it")
     parser.add_argument(
         "--student", type=Path, metavar="FOLDER", help="this student alone, in place of the random ones"
     )
@@ -214,7 +215,7 @@ def main() -> None:
     rows = []
     for name, (model, tokenizer) in students.items():
         if not arguments.only or name.startswith(tuple(arguments.only)):
-            rows += examine(name, model, tokenizer, pythons, texts_of(arguments.rows))
+            rows += examine(name, model, tokenizer, pythons, texts_of(arguments.rows, arguments.count))
             print(_line(next(row for row in rows if row["student"] == name)), flush=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
