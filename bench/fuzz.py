@@ -188,8 +188,7 @@ def exported_targets(folder: Path, config, tokenizer) -> dict[str, Target]:
                 raise
             raise AssertionError("codes were taken for full-precision weights")
 
-        for file, kind in (("config.json", "json"), ("model.safetensors", "binary")):
-            found[f"{format}: {file}"] = Target(folder / format / file, read, kind, share=1)
+        found[f"{format}: config.json"] = Target(folder / format / "config.json", read, "json", share=1)
     return found
 
 
