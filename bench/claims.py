@@ -231,7 +231,7 @@ def main() -> int:
     parser.add_argument("--resident", metavar="FILE", help="memory from a --json file of bench/resident.py")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument(
-        "--from", dest="source", metavar="FILE", help="a --json file of an earlier run; measures nothing, and reads the studies of accuracy again"
+        "--from", dest="source", metavar="FILE", help="a --json file of an earlier run: only accuracy is read again"
     )
     parser.add_argument("--page", metavar="FILE", help="writes the table there")
     parser.add_argument("--readme", metavar="FILE", help="writes the main rows of the table there")
