@@ -238,7 +238,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.source:
         report = json.loads(Path(arguments.source).read_text())
-        report["rows"] = [row for row in report["rows"] if not row["claim"].startswith(ACCURACY)] + accuracy_rows()
+        accuracy = {one["claim"]: one for one in accuracy_rows()}
+        report["rows"] = [accuracy.get(one["claim"], one) for one in report["rows"]]
     else:
         with tempfile.TemporaryDirectory() as temporary:
             folder = arguments.folder or Path(temporary)

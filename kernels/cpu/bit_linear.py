@@ -34,7 +34,7 @@ from bitdistill.kernels.cpu.rows import BLOCK, COMPILED, rows_of, share_rows
 from bitdistill.kernels.cpu.training_gradients import digit_gradients, exact_gradients, fast_gradients, scaled
 from bitdistill.kernels.cpu.training_groups import grouped_product
 from bitdistill.kernels.cpu.training_products import Ternary, has_products, leave_out_products, ternary_product
-from bitdistill.kernels.numerics import ACT_BLOCK, EPSILON
+from bitdistill.kernels.numerics import ACT_BLOCK, ACTIVATIONS, EPSILON
 
 PIECE = 1 << 16  # weights that are quantized at a time
 __all__ = [
@@ -205,15 +205,15 @@ def gated_quantize_input(
 
     Args:
         gate, up: (..., I) of one float dtype. gain: (I,) or None. eps: inside the square root.
-        activation: one of training_norms.ACTIVATIONS. act_scale: as in `quantize_input`.
+        activation: one of numerics.ACTIVATIONS. act_scale: as in `quantize_input`.
 
     Returns: (Activation, anchor (..., I) in gate.dtype), differentiable in gate, up and gain.
 
     Raises:
         ValueError: another activation, or gate and up differ in shape or dtype.
     """
-    if activation not in training_norms.ACTIVATIONS:
-        known = " or ".join(training_norms.ACTIVATIONS)
+    if activation not in ACTIVATIONS:
+        known = " or ".join(ACTIVATIONS)
         raise ValueError(f"activation: expected {known}; got {activation}. Others have no kernel.")
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(

@@ -331,7 +331,7 @@ def gated_quantize_input(
     """int8 codes of ``rms_norm(act(gate) * up, gain, eps)``, or without a gain of ``act(gate) * up``, and the anchor.
 
     Args:
-        gate, up: (..., I) fp32, bf16 or fp16. gain: (I,) or None. activation: one of swiglu_quantize.ACTIVATIONS.
+        gate, up: (..., I) fp32, bf16 or fp16. gain: (I,) or None. activation: one of numerics.ACTIVATIONS.
         eps: of the norm. act_scale: as in `quantize_input`.
 
     Returns: (Activation, anchor (..., I) in gate.dtype), differentiable in gate, up and gain.
