@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bitdistill.kernels.numerics import ACT_BLOCK
 from gpu_baselines import (
     FakeQuantLinear,
     Skipped,
@@ -313,17 +314,10 @@ def vectors(bench: Bench) -> None:
     cases += [("square", *(2 * (256 if bench.dry else 8192,)))]
     for name, O, I in cases:
         bench.deadline.check()
-        first = pack_2bit(torch.randint(-1, 2, (O, I), dtype=torch.int8, device=bench.device))
-        copies = 1 if bench.dry else copies_needed(first.nbytes, 256)
-        matrices = [first]
-        for _ in range(copies - 1):
-            matrices.append(pack_2bit(torch.randint(-1, 2, (O, I), dtype=torch.int8, device=bench.device)))
-        act = torch.randint(-127, 128, (1, first.act_columns), dtype=torch.int8, device=bench.device)
-        act[:, I:] = 0
-        replay = bench.timer.graph([partial(accumulate, act, matrix) for matrix in matrices])
-        (whole,) = bench.timer.compare({f"product {O} x {I}": [replay]}).values()
-        timing = whole and Timing(*(x / copies for x in (whole.median, whole.smallest, whole.largest)), whole.waits)
-        megabytes = first.nbytes / 1e6
+        timing, nbytes, copies = one_row_product(
+            bench, "product", O, I, pack_2bit, lambda act: partial(accumulate, act)
+        )
+        megabytes = nbytes / 1e6
         if name == "square":
             target = Target("seconds", 6.5e-6)
         elif megabytes >= 12:
@@ -333,7 +327,7 @@ def vectors(bench: Bench) -> None:
         else:
             target = Target("seconds", 2.5e-6) if megabytes < 1.5 else Target()
         what, note = f"{name}: {O} x {I}", f"{megabytes:.3g} MB, {copies} copies in one CUDA graph"
-        floor = bench.moved(first.nbytes)
+        floor = bench.moved(nbytes)
         bench.row("decoding product, 2 bits, one row", what, timing, floor=floor, target=target, note=note)
 
 
@@ -346,22 +340,40 @@ def grouped_vectors(bench: Bench) -> None:
             for group, blocks in ((128, False), (128, True), (0, True)):
                 bench.deadline.check()
                 kind = " and ".join(["groups of 128"] * (group > 0) + ["blocks"] * blocks)
-                scale = torch.ones((O, -(-I // group)) if group else (O,), device=bench.device)
-                codes = torch.randint(-1, 2, (O, I), dtype=torch.int8, device=bench.device)
-                first = pack_groups(codes, scale, group)
-                copies = 1 if bench.dry else copies_needed(first.nbytes, 256)
-                matrices = [first, *(pack_groups(codes, scale, group) for _ in range(copies - 1))]
-                act = torch.zeros(1, first.act_columns, dtype=torch.int8, device=bench.device)
-                act_scale = torch.ones((1, first.act_columns // 32) if blocks else (1,), device=bench.device)
-                replay = bench.timer.graph([partial(accumulate_groups, act, act_scale, matrix) for matrix in matrices])
-                (whole,) = bench.timer.compare({f"{kind} {O} x {I}": [replay]}).values()
-                timing = whole and Timing(
-                    *(x / copies for x in (whole.median, whole.smallest, whole.largest)), whole.waits
-                )
-                note, floor = f"{first.nbytes / 1e6:.3g} MB, {copies} copies", bench.moved(first.nbytes)
-                bench.row(
-                    "decoding product, 2 bits, one row", f"{name}: {O} x {I}, {kind}", timing, floor=floor, note=note
-                )
+                scale = torch.rand((O, -(-I // group)) if group else (O,), device=bench.device).half().float()
+
+                def multiply(act, blocks=blocks):
+                    of_act = torch.rand((1, act.shape[1] // ACT_BLOCK) if blocks else (1,), device=bench.device)
+                    return partial(accumulate_groups, act, of_act)
+
+                pack = partial(pack_groups, scale=scale, group=group)
+                timing, nbytes, copies = one_row_product(bench, kind, O, I, pack, multiply)
+                note, floor = f"{nbytes / 1e6:.3g} MB, {copies} copies in one CUDA graph", bench.moved(nbytes)
+                what = f"{name}: {O} x {I}, {kind}"
+                bench.row("decoding product, 2 bits, one row", what, timing, floor=floor, note=note)
+
+
+def one_row_product(
+    bench: Bench, kind: str, O: int, I: int, pack: Callable, multiply: Callable
+) -> tuple[Timing | None, int, int]:
+    """One row of random codes times packed (O, I) matrices, so many of them in one CUDA graph that no cache holds them.
+
+    Args:
+        kind: for the timer. pack: of int8 codes (O, I). multiply: of int8 (1, P), gives what multiplies it with a matrix.
+
+    Returns: the time of one product, the bytes of a matrix, and how many there were.
+    """
+    draw = lambda: torch.randint(-1, 2, (O, I), dtype=torch.int8, device=bench.device)  # noqa: E731
+    first = pack(draw())
+    copies = 1 if bench.dry else copies_needed(first.nbytes, 256)
+    matrices = [first, *(pack(draw()) for _ in range(copies - 1))]
+    act = torch.randint(-127, 128, (1, first.act_columns), dtype=torch.int8, device=bench.device)
+    act[:, I:] = 0
+    product = multiply(act)
+    replay = bench.timer.graph([partial(product, matrix) for matrix in matrices])
+    (whole,) = bench.timer.compare({f"{kind} {O} x {I}": [replay]}).values()
+    timing = whole and Timing(*(x / copies for x in (whole.median, whole.smallest, whole.largest)), whole.waits)
+    return timing, first.nbytes, copies
 
 
 def relations(bench: Bench) -> None:

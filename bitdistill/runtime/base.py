@@ -18,9 +18,8 @@ from bitdistill.runtime.sampling import Sampling
 from bitdistill.runtime.text_stream import TextStream
 from bitdistill.text_tokens import TextTokens, tokenizer_of
 
-MIN_CAPACITY = (
-    256  # so few sizes that growing copies seldom, and a GPU captures few graphs; huge pages are resident whole
-)
+# Positions of a KV cache at least. With few sizes, growing copies seldom, and a GPU captures few graphs.
+MIN_CAPACITY = 256
 
 
 class BaseRuntime:

@@ -171,23 +171,12 @@ def _accumulate_groups_kernel(
     for step in range(0, P // (4 * PIECE), RUNS):
         for k in tl.static_range(RUNS):
             run = step + k
-            f0, f1, f2, f3 = _four_fields(tl.load(weights + run * (TILE * PIECE)), ASM)
-            acc, total = _add_piece(
-                acc, total, acts, act_scales, weight_scales, there, f0, 4 * run,
-                ACT_BLOCKS, PIECES, (4 * k + 1) % UNIT == 0, PIECE, TILE,
-            )  # fmt: skip
-            acc, total = _add_piece(
-                acc, total, acts, act_scales, weight_scales, there, f1, 4 * run + 1,
-                ACT_BLOCKS, PIECES, (4 * k + 2) % UNIT == 0, PIECE, TILE,
-            )  # fmt: skip
-            acc, total = _add_piece(
-                acc, total, acts, act_scales, weight_scales, there, f2, 4 * run + 2,
-                ACT_BLOCKS, PIECES, (4 * k + 3) % UNIT == 0, PIECE, TILE,
-            )  # fmt: skip
-            acc, total = _add_piece(
-                acc, total, acts, act_scales, weight_scales, there, f3, 4 * run + 3,
-                ACT_BLOCKS, PIECES, (4 * k + 4) % UNIT == 0, PIECE, TILE,
-            )  # fmt: skip
+            fields = _four_fields(tl.load(weights + run * (TILE * PIECE)), ASM)
+            for field in tl.static_range(4):
+                acc, total = _add_piece(
+                    acc, total, acts, act_scales, weight_scales, there, fields[field], 4 * run + field,
+                    ACT_BLOCKS, PIECES, (4 * k + field + 1) % UNIT == 0, PIECE, TILE,
+                )  # fmt: skip
     if not ACT_BLOCKS:
         total = total * tl.load(act_scale_ptr + n, mask=there, other=0.0)[:, None]
     elif PIECES == 0:
@@ -203,9 +192,8 @@ def group_tile(rows: int, out_features: int) -> tuple[int, int, int, int]:
         rows: N. out_features: O of the matrix.
     """
     if rows > DECODE_ROWS:
-        return (
-            (32, 64, 4, 3) if rows <= 32 else (64, 64, 8, 3)
-        )  # with 4 warps the sums of 64 rows do not fit into registers
+        # With 4 warps the sums of 64 rows do not fit into registers.
+        return (32, 64, 4, 3) if rows <= 32 else (64, 64, 8, 3)
     return (16, 16, 1, 4) if triton.cdiv(out_features, 32) < PROGRAMS else (16, 32, 2, 4)
 
 
