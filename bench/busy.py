@@ -74,6 +74,8 @@ def main() -> int:
     threads = arguments.threads or "as many as the main job takes"
     print(f"threads: {threads}; {cores()} cores, {arguments.max_steps} steps per stage, load before {load:.1f}")
     print(table(rows, "<>>>"))
+    each = [sum(one["busy"].values()) / sum(one["alone"].values()) for one in rounds]
+    print(f"ratio of each round: {', '.join(f'{one:.2f}' for one in each)}")
     print(f"limit {LIMIT}: {'holds' if ratio <= LIMIT else 'does not hold'}")
     if arguments.json:
         write_json(arguments.json, {"machine": machine(), "load": load, "rounds": rounds, "ratio": ratio})

@@ -34,7 +34,7 @@ import transformers
 
 from bitdistill.data import demo
 from bitdistill.errors import UserError
-from bitdistill.export.agreement import MAX_MEAN_KL, MIN_SAME_TOP1, NEW_TOKENS, compare_answers, tool_elsewhere
+from bitdistill.export.agreement import NEW_TOKENS, compare_answers, meets_bar, tool_elsewhere
 from bitdistill.export.gguf_file import write_gguf
 from bitdistill.export.hugging_face import write_hugging_face
 from bitdistill.export.tools import tool_answers, tool_version, torch_answers
@@ -183,7 +183,7 @@ def _line(row: dict[str, Any]) -> str:
         return f"| {row['student']} | {row['format']} {row['type']} | refused: {row['refused']} | | | | |"
     cells = [f"{row['mean_kl']:.1e}", f"{100 * row['same_top1']:.1f} %", f"{row['perplexity_ratio']:.4f}"]
     greedy = f"{100 * row['same_greedy']:.0f} % of {row['greedy_tokens']}"
-    proven = "yes" if row["mean_kl"] <= MAX_MEAN_KL and row["same_top1"] >= MIN_SAME_TOP1 else "NO"
+    proven = "yes" if meets_bar(row) else "NO"
     return " | ".join([f"| {row['student']}", f"{row['format']} {row['type']}".strip(), *cells, greedy, proven]) + " |"
 
 

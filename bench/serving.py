@@ -72,6 +72,7 @@ def own_batch(file: str, options) -> float:
 async def many_clients(address: str, options) -> dict[str, float]:
     """So many clients, each with one request after the other."""
     waiting, first, tokens = prompts(options.requests), [], 0
+    # aiohttp, because httpx takes as much of the processor for a line of a stream as the server does.
     async with aiohttp.ClientSession(address, timeout=aiohttp.ClientTimeout(total=600)) as client:
 
         async def one_client() -> None:

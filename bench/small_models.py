@@ -4,7 +4,8 @@
 
 DIR is a Hugging Face folder with a tokenizer, for instance the demo's RUN/demo/base; its configuration is widened. Below
 some width threads wait for each other for as long as they help, and they lose much when another process keeps a core busy.
-The project's limit, `process_group.SMALL_WIDTH`, is read off this table. One thread and all take turns; medians of all steps.
+The project's limit, `process_group.SMALL_WIDTH`, is read off this table. One thread and all take turns; medians
+of all steps, with the least and the most.
 """
 
 from bitdistill.distributed import openmp
@@ -55,7 +56,10 @@ def main() -> None:
                     spec |= {"folder": f"{scratch}/{width}-{threads}-{number}"}
                     found += child("training_step.py", spec, {}, threads)["seconds"]
             one, several = (statistics.median(found) for found in seconds.values())
-            rows.append([str(width), f"{one:.3f}", f"{several:.3f}", f"{one / several:.2f}"])
+            shown = [
+                f"{statistics.median(found):.3f} [{min(found):.3f}, {max(found):.3f}]" for found in seconds.values()
+            ]
+            rows.append([str(width), *shown, f"{one / several:.2f}"])
     print(table(rows, "<>>>"))
 
 

@@ -99,6 +99,11 @@ def tool_elsewhere(
             return (logits, found["continuations"].tolist()), str(found["version"])
 
 
+def meets_bar(found: dict[str, Any]) -> bool:
+    """Whether a tool's answers are near enough to the student's. Args: found: from `compare_answers`."""
+    return found["mean_kl"] <= MAX_MEAN_KL and found["same_top1"] >= MIN_SAME_TOP1
+
+
 def prove_agreement(
     format: str,
     path: str | Path,
@@ -128,7 +133,7 @@ def prove_agreement(
         theirs, version = tool_elsewhere(python, format, path, prompts, NEW_TOKENS, threads)
     proof = compare_answers(torch_answers(model, prompts, NEW_TOKENS), theirs, prompts)
     proof |= {"tool": version, "max_mean_kl": MAX_MEAN_KL, "min_same_top1": MIN_SAME_TOP1}
-    if not (proof["mean_kl"] <= MAX_MEAN_KL and proof["same_top1"] >= MIN_SAME_TOP1):
+    if not meets_bar(proof):
         raise UserError(
             "format",
             expected=f"a mean KL of at most {MAX_MEAN_KL} and the same likeliest token at {100 * MIN_SAME_TOP1:.0f} % of tokens",
