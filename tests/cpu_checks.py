@@ -13,7 +13,7 @@ import numpy as np
 from numba import int64
 
 from bitdistill.kernels import packing
-from bitdistill.kernels.cpu import activations, compilation, floats, grouped, matmul, tables, vector
+from bitdistill.kernels.cpu import activations, compilation, floats, grouped, matmul, tables, tiles, vector
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.numerics import EPSILON
 
@@ -116,6 +116,73 @@ def check_digits():
     _all_digits(source.ctypes.data, out.ctypes.data)
     for digit in range(5):
         np.testing.assert_array_equal(out[digit], source // 3**digit % 3)
+
+
+# --- operations of tiles.py -------------------------------------------------------------------------------------------
+
+
+@jit
+def _tiles_2x2(tokens, acts, stride, codes, steps, sums, sums_stride, signed):
+    """32 rows of codes, which lie as two times `steps` tiles; adds to `sums`."""
+    tiles.configure(tokens)
+    second = sums + 16 * sums_stride
+    tiles.load_sums_0(sums, sums_stride)
+    tiles.load_sums_1(sums + 64, sums_stride)
+    tiles.load_sums_2(second, sums_stride)
+    tiles.load_sums_3(second + 64, sums_stride)
+    for step in range(steps):
+        at, here, there = acts + 64 * step, codes + 1024 * step, codes + 1024 * (steps + step)
+        if signed:
+            tiles.multiply_2x2_signed(at, at + 16 * stride, stride, here, there)
+        else:
+            tiles.multiply_2x2(at, at + 16 * stride, stride, here, there)
+    tiles.store_sums_0(sums, sums_stride)
+    tiles.store_sums_1(sums + 64, sums_stride)
+    tiles.store_sums_2(second, sums_stride)
+    tiles.store_sums_3(second + 64, sums_stride)
+    tiles.release()
+
+
+@jit
+def _tiles_1x4(tokens, acts, stride, codes, steps, sums, sums_stride, signed):
+    """64 rows of codes; writes `sums`, twice, so that what is zeroed is seen to be."""
+    tiles.configure(tokens)
+    for _ in range(2):
+        tiles.zero_sums()
+        for step in range(steps):
+            if signed:
+                tiles.multiply_1x4_signed(acts + 64 * step, stride, codes + 1024 * step, 1024 * steps)
+            else:
+                tiles.multiply_1x4(acts + 64 * step, stride, codes + 1024 * step, 1024 * steps)
+        tiles.store_sums_0(sums, sums_stride)
+        tiles.store_sums_1(sums + 64, sums_stride)
+        tiles.store_sums_2(sums + 128, sums_stride)
+        tiles.store_sums_3(sums + 192, sums_stride)
+    tiles.release()
+
+
+def check_tiles(tokens, steps, signed, extreme=None):
+    """Both forms for a number of tokens, at odd addresses; what lies around the sums stays as it is."""
+    rng = np.random.default_rng(64 * tokens + steps)
+    columns, low, high = 64 * steps, -127 if signed else 0, 127 if signed else 2
+    acts = rng.integers(-127, 128, (tokens, columns), dtype=np.int8)
+    codes = rng.integers(low, high + 1, (64, columns), dtype=np.int16)
+    if extreme is not None:
+        acts[:], codes[:] = extreme, high
+    blocks = codes.astype(np.uint8).reshape(4, 16, columns // 4, 4).transpose(0, 2, 1, 3)
+    expected = acts.astype(np.int64) @ codes.T.astype(np.int64)
+    blocks, stride = odd(np.ascontiguousarray(blocks).reshape(-1)), columns + 13
+    rows = np.full((tokens, stride), 99, np.int8)
+    rows[:, :columns] = acts
+    rows = odd(rows)
+    for kernel, groups, most, start in ((_tiles_2x2, 2, 32, 7), (_tiles_1x4, 4, 16, 0)):
+        if tokens > most or (kernel is _tiles_2x2 and tokens <= 16):
+            continue
+        sums = np.full((tokens + 1, 16 * groups + 3), 7, np.int32)
+        kernel(tokens, rows.ctypes.data, stride, blocks.ctypes.data, steps, sums.ctypes.data, sums.strides[0], signed)
+        np.testing.assert_array_equal(sums[:-1, : 16 * groups], expected[:, : 16 * groups] + start)
+        sums[:-1, : 16 * groups] = 7
+        assert (sums == 7).all()
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -273,6 +340,9 @@ def run():
     """Everything, small."""
     check_operations()
     check_digits()
+    if tiles.TILES:
+        for tokens in (1, 5, 16, 17, 32):
+            check_tiles(tokens, 2, signed=tokens % 2 == 1)
     check_planes(np.random.default_rng(2).standard_normal((2, 49)).astype(np.float32))
     check_products([(1, 1, 1), (33, 37, 5), (17, 1090, 1), (16, 260, 11)])
     check_extremes(1290, 1)
@@ -324,7 +394,7 @@ def assembly():
     from numba.core.dispatcher import Dispatcher
 
     for name, module in list(sys.modules.items()):
-        for value in vars(module).values() if name.startswith("bitdistill.kernels.cpu.") else ():
+        for value in vars(module).values() if name.startswith(("bitdistill.kernels.cpu.", "__main__")) else ():
             if isinstance(value, Dispatcher):
                 value._cache = NullCache()  # what comes from the cache cannot be inspected
     foreign = compilation.FEATURES == "neon_dot" and platform.machine() not in ("aarch64", "arm64")
@@ -332,7 +402,7 @@ def assembly():
         JITCodeLibrary._finalize_specific = lambda library: None
         CPUContext.get_executable = lambda context, library, *rest: library._ensure_finalized() or [].append
     found = {}
-    for kernel, arguments in KERNELS:
+    for kernel, arguments in (*KERNELS, *([(_tiles_2x2, 8)] if tiles.TILES else [])):
         kernel.compile((int64,) * arguments)
         signature = kernel.signatures[0]
         text = for_arm(kernel.inspect_llvm(signature)) if foreign else kernel.inspect_asm(signature)

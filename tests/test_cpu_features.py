@@ -9,9 +9,11 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from bitdistill.kernels.cpu import compilation
 from bitdistill.kernels.cpu.compilation import FEATURE_SETS, FEATURES, choose_features
 
 CHECKS = Path(__file__).with_name("cpu_checks.py")
@@ -40,7 +42,7 @@ def test_portable_runs_on_a_processor_with_nothing_but_sse2():
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    FEATURES not in ("avx512_vbmi", "avx512_vnni", "avx_vnni"), reason="the other tests run it, or none can"
+    FEATURES not in ("amx", "avx512_vbmi", "avx512_vnni", "avx_vnni"), reason="the other tests run it, or none can"
 )
 def test_avx2_runs_where_there_is_more():
     process("run", BITDISTILL_CPU_FEATURES="avx2")
@@ -55,7 +57,9 @@ VNNI_512 = {
     "_multiply_int8": {"vpdpbusd zmm": 4},
     "_multiply_int4": {"vpdpbusd zmm": 16},
 }
+TILES = {"_tiles_2x2": {"tdpbsud": 4, "tdpbssd": 4, "tileloadd": 12, "ldtilecfg": 1}}
 EXPECTED = {
+    "amx": ("sapphirerapids", AVX512 + ",+avx512vbmi,+amx-tile,+amx-int8", VNNI_512 | TILES),
     "avx512_vbmi": ("sapphirerapids", AVX512 + ",+avx512vbmi", VNNI_512),
     "avx512_vnni": ("cascadelake", AVX512, VNNI_512),
     "avx_vnni": (
@@ -108,16 +112,17 @@ def test_compiles_to_the_instructions_it_is_written_for(features):
             assert found[kernel].get(instruction, 0) >= count, (kernel, instruction, found[kernel])
     for kernel in ("_multiply_2bit", "_multiply_base3", "_multiply_int8", "_multiply_int4"):
         assert found[kernel].get("prefetcht0", 0) + found[kernel].get("prfm", 0) >= 1
-    if features == "avx512_vbmi":
+    if features in ("amx", "avx512_vbmi"):
         assert found["_multiply_base3"].get("vpermi2b zmm", 0) + found["_multiply_base3"].get("vpermt2b zmm", 0) >= 1
         assert "vpshufb zmm" not in found["_multiply_base3"]
-    if features.startswith("avx512"):
+    if features.startswith(("amx", "avx512")):
         assert "vpmaddubsw zmm" not in found["_tile_8"]
 
 
 def test_choice():
     everything = frozenset().union(*FEATURE_SETS.values())
-    assert choose_features(None, everything) == "avx512_vbmi"
+    assert choose_features(None, everything) == "amx"
+    assert choose_features(None, everything - {"amx-int8"}) == "avx512_vbmi"
     assert choose_features("", everything - {"avx512vbmi"}) == "avx512_vnni"
     assert choose_features(None, frozenset({"avx2", "f16c", "fma", "avxvnni"})) == "avx_vnni"
     assert choose_features(None, frozenset({"avx2", "f16c", "fma"})) == "avx2"
@@ -125,6 +130,30 @@ def test_choice():
     assert choose_features(None, frozenset({"neon", "dotprod"})) == "neon_dot"
     assert choose_features("portable", everything) == "portable"
     assert choose_features("neon_dot", frozenset(), compiled=False) == "neon_dot"
+
+
+def test_tiles_are_offered_only_where_the_system_grants_them(monkeypatch):
+    features = "+amx-tile,+amx-int8,+avx512vnni,-amx-bf16"
+    monkeypatch.setattr(
+        compilation.llvmlite.binding, "get_host_cpu_features", lambda: SimpleNamespace(flatten=lambda: features)
+    )
+    monkeypatch.setattr(compilation.numba.config, "CPU_FEATURES", None)
+    for granted, expected in ((True, {"amx-tile", "amx-int8", "avx512vnni"}), (False, {"avx512vnni"})):
+        monkeypatch.setattr(compilation, "may_use_tiles", lambda granted=granted: granted)
+        assert compilation.target()[1] == expected
+    monkeypatch.setattr(compilation.numba.config, "CPU_FEATURES", features)  # named, so trusted
+    assert "amx-tile" in compilation.target()[1]
+
+
+def test_asking_for_tiles_never_fails(monkeypatch):
+    answer = compilation.may_use_tiles.__wrapped__()
+    assert answer in (True, False)
+    if FEATURES == "amx":
+        assert answer
+    for system, machine in (("linux", "aarch64"), ("darwin", "x86_64"), ("win32", "AMD64")):
+        monkeypatch.setattr(compilation.sys, "platform", system)
+        monkeypatch.setattr(compilation.platform, "machine", lambda machine=machine: machine)
+        assert not compilation.may_use_tiles.__wrapped__()
 
 
 def test_refused_choices():

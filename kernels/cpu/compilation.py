@@ -3,7 +3,8 @@
 Instruction sets. `FEATURES` names how the vector operations of vector.py are done. It is chosen from what the target of
 Numba offers, the best first:
 
-    avx512_vbmi  64-byte vectors, vpdpbusd, byte permutations of 128 entries      Ice Lake, Sapphire Rapids, Zen 4 and 5
+    amx          as avx512_vbmi, and int8 products of tiles of 16 x 64 (tiles.py)  Sapphire Rapids and later
+    avx512_vbmi  64-byte vectors, vpdpbusd, byte permutations of 128 entries      Ice Lake, Zen 4 and 5
     avx512_vnni  64-byte vectors, vpdpbusd                                        Cascade Lake
     avx_vnni     32-byte vectors, vpdpbusd                                        Alder Lake and later without AVX512
     avx2         32-byte vectors, vpmaddubsw                                      Haswell, Zen 1 to 3
@@ -12,6 +13,10 @@ Numba offers, the best first:
 
 The environment variable BITDISTILL_CPU_FEATURES chooses another. Integer results are the same for all of them.
 
+Linux gives tiles only to a process that asks for them, because their state makes the frame of a signal 8 KB larger. So this
+module asks when it is imported; where the answer is no, the processor counts as one without AMX. Forked processes inherit
+the answer, and started ones ask again.
+
 The cache on disk. Numba notices when a function's own file changes, but not when the files of the functions that it calls
 do, nor this choice. The machine code is therefore kept in ``$XDG_CACHE_HOME/bitdistill/KEY`` (~/.cache by default), where
 KEY is a hash of all that it depends on: the sources of this folder, the versions of Numba and llvmlite, the processor's
@@ -19,9 +24,11 @@ name and features, and `FEATURES`. Numba writes each file whole and renames it, 
 time. With NUMBA_DISABLE_JIT=1 nothing is compiled and every set can be chosen: vector.py then computes in numpy.
 """
 
+import ctypes
 import functools
 import hashlib
 import os
+import platform
 import sys
 import threading
 import warnings
@@ -39,6 +46,7 @@ from bitdistill.errors import UserError
 
 # name -> the features of the target that it needs, by LLVM's names
 FEATURE_SETS = {
+    "amx": {"amx-tile", "amx-int8", "avx512vbmi", "avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
     "avx512_vbmi": {"avx512vbmi", "avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
     "avx512_vnni": {"avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
     "avx_vnni": {"avxvnni", "avx2", "f16c", "fma"},
@@ -47,16 +55,30 @@ FEATURE_SETS = {
     "portable": set(),
 }
 VARIABLE = "BITDISTILL_CPU_FEATURES"
+_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA = 158, 0x1023, 18  # Linux on x86-64: the call, its request, the state
 _decorating = threading.Lock()
 
 
+@functools.cache
+def may_use_tiles() -> bool:
+    """Asks Linux for the tile registers of AMX: whether this process and those that it forks may use them."""
+    if sys.platform != "linux" or platform.machine() != "x86_64" or sys.maxsize < 2**32:
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA) == 0
+
+
 def target() -> tuple[str, frozenset[str]]:
-    """The processor that Numba compiles for: its name and its features, by LLVM's names."""
+    """The processor that Numba compiles for: its name and its features, by LLVM's names.
+
+    AMX is left out where the system refuses it, but not out of features that NUMBA_CPU_FEATURES names, which are trusted.
+    """
     name = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
-    text = numba.config.CPU_FEATURES
-    if text is None:
-        text = llvmlite.binding.get_host_cpu_features().flatten()
-    return name, frozenset(feature[1:] for feature in text.split(",") if feature.startswith("+"))
+    named = numba.config.CPU_FEATURES
+    text = llvmlite.binding.get_host_cpu_features().flatten() if named is None else named
+    features = frozenset(feature[1:] for feature in text.split(",") if feature.startswith("+"))
+    if "amx-tile" in features and not may_use_tiles() and named is None:
+        features = frozenset(feature for feature in features if not feature.startswith("amx"))
+    return name, features
 
 
 def choose_features(forced: str | None, offered: frozenset[str], compiled: bool = True) -> str:

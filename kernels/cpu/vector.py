@@ -26,8 +26,8 @@ from bitdistill.kernels.cpu.compilation import FEATURES
 from bitdistill.kernels.cpu.floats import V
 from bitdistill.kernels.cpu.native import native
 
-AVX512 = FEATURES in ("avx512_vbmi", "avx512_vnni")
-VBMI = FEATURES == "avx512_vbmi"
+AVX512 = FEATURES in ("amx", "avx512_vbmi", "avx512_vnni")
+VBMI = FEATURES in ("amx", "avx512_vbmi")
 WIDE = FEATURES not in ("avx2", "portable")
 NEON = FEATURES == "neon_dot"
 SIGNED_OFFSET = 128 if WIDE and not NEON else 0  # what `dot_signed` adds to every code

@@ -1,0 +1,225 @@
+"""Tile products of AMX for compiled code: 16 tokens x 64 columns times 64 columns x 16 rows of a weight, in one instruction.
+
+    sums[n, o] += sum over k of acts[n, k] * codes[o, k]        16 x 16 int32, k over 64 columns
+
+The registers are fixed, so that an operation names no register:
+
+    four tiles of sums        one of 16 tokens x 16 rows each
+    two tiles of activations  16 tokens x 64 int8 codes, read as they lie in records (activations.py), any stride
+    two tiles of codes        16 blocks of packing.py that follow each other: 16 rows x 64 columns in 1024 bytes
+
+    `multiply_2x2`  sums 0, 1: tokens 0 .. 15 with the first and the second codes; sums 2, 3: tokens 16 .. 31 with them
+    `multiply_1x4`  sums 0, 1, 2, 3: tokens 0 .. 15 with four times 16 rows of codes
+
+Four tiles of sums are what hides the latency of a product, which is three times what it occupies the multiplier. `configure`
+sets the number of tokens, from 1 to 32: rows of a tile that are not there cost no time, and their memory is not touched.
+
+Codes are unsigned bytes (u = code + 1), or int8 in the operations named `_signed`. Sums wrap at 32 bits. Between `configure`
+and `release` a thread owns tiles; without `release` every later switch of threads would save 8 KB. Where TILES is false,
+only the numpy functions beside the instructions exist. All addresses are int64, and no alignment is needed.
+"""
+
+import ctypes
+import threading
+
+import llvmlite.binding
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from bitdistill.kernels.cpu.compilation import FEATURES
+from bitdistill.kernels.cpu.native import native
+
+TILES = FEATURES == "amx"
+TILE_ROWS = 16  # tokens of a tile of activations, rows of the weight of a tile of codes
+TILE_COLUMNS = 64
+TILE_BLOCKS = 16  # blocks of a tile of codes
+_SUMS, _ACTS, _CODES = (0, 1, 2, 3), (4, 5), (6, 7)  # numbers of the registers
+_LINE = 64  # bytes from one row of a tile of codes to the next
+
+if TILES and not numba.config.DISABLE_JIT:
+    llvmlite.binding.initialize_native_asmparser()
+
+# --- IR ---------------------------------------------------------------------------------------------------------------
+
+_I64 = ir.IntType(64)
+
+
+def _assembly(builder, lines, *values):
+    """Instructions that read and write memory and tiles, with `values` in registers $0, $1, ..."""
+    kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
+    constraints = ",".join([*["r"] * len(values), "~{memory}"])
+    builder.asm(kind, "\n".join(lines), constraints, values, side_effect=True)
+    return ir.Constant(_I64, 0)
+
+
+def _configuration(tokens):
+    """The 64 bytes of `ldtilecfg` for a number of tokens: palette 1, then bytes per row and rows of each register."""
+    rows = _rows(tokens)
+    content = np.zeros(64, np.uint8)
+    content[0] = 1
+    for tile in (*_SUMS, *_ACTS, *_CODES):
+        content[16 + 2 * tile] = 64
+        content[48 + tile] = TILE_ROWS if tile in _CODES else rows[tile % 2 if tile in _ACTS else tile // 2]
+    return content
+
+
+def _rows(tokens):
+    """Rows of the first and the second tile of activations. One tile alone goes with all four tiles of sums."""
+    return min(tokens, TILE_ROWS), tokens - TILE_ROWS if tokens > TILE_ROWS else tokens
+
+
+# --- numpy ------------------------------------------------------------------------------------------------------------
+
+_thread = threading.local()  # its `rows` of two tiles of activations, and `sums`: what the registers hold
+
+
+def _py_configure(tokens):
+    _thread.rows = _rows(tokens)
+    return _py_zero()
+
+
+def _py_release():
+    del _thread.rows, _thread.sums
+    return 0
+
+
+def _py_zero():
+    first, second = _thread.rows
+    _thread.sums = [np.zeros((rows, TILE_ROWS), np.int32) for rows in (first, first, second, second)]
+    return 0
+
+
+def _py_read(address, stride, rows, dtype):
+    """`rows` rows of 64 bytes at an address."""
+    lines = [(ctypes.c_char * 64).from_address(int(address + row * stride)) for row in range(rows)]
+    return np.stack([np.frombuffer(line, dtype) for line in lines])
+
+
+def _py_multiply(tile, acts, stride, codes, dtype):
+    """Adds one product to a tile of sums."""
+    sums = _thread.sums[tile]
+    left = _py_read(acts, stride, len(sums), np.int8).astype(np.int32)
+    right = _py_read(codes, _LINE, TILE_BLOCKS, dtype).reshape(TILE_BLOCKS, TILE_ROWS, 4)
+    sums += left @ right.transpose(0, 2, 1).reshape(TILE_COLUMNS, TILE_ROWS).astype(np.int32)
+
+
+def _py_multiply_2x2(dtype):
+    def multiply(acts, more_acts, stride, codes, more_codes):
+        for tile in _SUMS:
+            _py_multiply(tile, (acts, more_acts)[tile // 2], stride, (codes, more_codes)[tile % 2], dtype)
+        return 0
+
+    return multiply
+
+
+def _py_multiply_1x4(dtype):
+    def multiply(acts, stride, codes, step):
+        for tile in _SUMS:
+            _py_multiply(tile, acts, stride, codes + tile * step, dtype)
+        return 0
+
+    return multiply
+
+
+# --- operations -------------------------------------------------------------------------------------------------------
+
+
+@native(types.int64(types.int64), _py_configure)
+def configure(builder, tokens):
+    """Takes the tiles for this thread, for 1 to 32 tokens; the sums become zero. Returns 0."""
+    lines = np.concatenate([_configuration(tokens) for tokens in range(2 * TILE_ROWS + 1)])
+    kind = ir.ArrayType(ir.IntType(8), len(lines))
+    table = builder.module.globals.get("bitdistill.tile_configurations")
+    if table is None:
+        table = ir.GlobalVariable(builder.module, kind, "bitdistill.tile_configurations")
+        table.initializer, table.global_constant, table.linkage = ir.Constant(kind, lines.tolist()), True, "internal"
+    address = builder.add(builder.ptrtoint(table, _I64), builder.mul(tokens, ir.Constant(_I64, 64)))
+    return _assembly(builder, ["ldtilecfg ($0)"], address)
+
+
+@native(types.int64(), _py_release)
+def release(builder):
+    """Gives the tiles back. Returns 0."""
+    return _assembly(builder, ["tilerelease"])
+
+
+@native(types.int64(), _py_zero)
+def zero_sums(builder):
+    """All four tiles of sums become zero. Returns 0."""
+    return _assembly(builder, [f"tilezero %tmm{tile}" for tile in _SUMS])
+
+
+def _load_sums(tile):
+    def python(address, stride):
+        _thread.sums[tile] = _py_read(address, stride, len(_thread.sums[tile]), np.int32).copy()
+        return 0
+
+    @native(types.int64(types.int64, types.int64), python)
+    def load(builder, address, stride):
+        """A tile of sums from rows of 16 int32, `stride` bytes apart. Returns 0."""
+        return _assembly(builder, [f"tileloadd ($0,$1,1), %tmm{tile}"], address, stride)
+
+    return load
+
+
+def _store_sums(tile):
+    def python(address, stride):
+        for row, sums in enumerate(_thread.sums[tile]):
+            ctypes.memmove(int(address + row * stride), sums.ctypes.data, sums.nbytes)
+        return 0
+
+    @native(types.int64(types.int64, types.int64), python)
+    def store(builder, address, stride):
+        """A tile of sums to rows of 16 int32, `stride` bytes apart. Returns 0."""
+        return _assembly(builder, [f"tilestored %tmm{tile}, ($0,$1,1)"], address, stride)
+
+    return store
+
+
+load_sums_0, load_sums_1, load_sums_2, load_sums_3 = (_load_sums(tile) for tile in _SUMS)
+store_sums_0, store_sums_1, store_sums_2, store_sums_3 = (_store_sums(tile) for tile in _SUMS)
+
+
+def _multiply_2x2(instruction, dtype):
+    @native(types.int64(*[types.int64] * 5), _py_multiply_2x2(dtype))
+    def multiply(builder, acts, more_acts, stride, codes, more_codes):
+        """Two tiles of activations, `stride` bytes from token to token, with two tiles of codes. Returns 0."""
+        lines = [
+            "tileloadd ($0,$2,1), %tmm4",
+            "tileloadd ($3,$5,1), %tmm6",
+            f"{instruction} %tmm6, %tmm4, %tmm0",
+            "tileloadd ($4,$5,1), %tmm7",
+            f"{instruction} %tmm7, %tmm4, %tmm1",
+            "tileloadd ($1,$2,1), %tmm5",
+            f"{instruction} %tmm6, %tmm5, %tmm2",
+            f"{instruction} %tmm7, %tmm5, %tmm3",
+        ]
+        line = ir.Constant(_I64, _LINE)
+        return _assembly(builder, lines, acts, more_acts, stride, codes, more_codes, line)
+
+    return multiply
+
+
+def _multiply_1x4(instruction, dtype):
+    @native(types.int64(*[types.int64] * 4), _py_multiply_1x4(dtype))
+    def multiply(builder, acts, stride, codes, step):
+        """One tile of activations with four tiles of codes, `step` bytes apart. Returns 0."""
+        lines = ["tileloadd ($0,$1,1), %tmm4"]
+        for tile in _SUMS:
+            register = _CODES[tile % 2]
+            lines += [
+                f"tileloadd (${2 + tile},$6,1), %tmm{register}",
+                f"{instruction} %tmm{register}, %tmm4, %tmm{tile}",
+            ]
+        places = [builder.add(codes, builder.mul(step, ir.Constant(_I64, tile))) for tile in _SUMS]
+        return _assembly(builder, lines, acts, stride, *places, ir.Constant(_I64, _LINE))
+
+    return multiply
+
+
+multiply_2x2 = _multiply_2x2("tdpbsud", np.uint8)
+multiply_2x2_signed = _multiply_2x2("tdpbssd", np.int8)
+multiply_1x4 = _multiply_1x4("tdpbsud", np.uint8)
+multiply_1x4_signed = _multiply_1x4("tdpbssd", np.int8)
