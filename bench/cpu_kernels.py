@@ -21,13 +21,13 @@ import torch
 from torch.nn import functional as F
 
 from bitdistill.kernels import packing as layout
-from bitdistill.kernels.cpu import activations, matmul
+from bitdistill.kernels.cpu import activations, matmul, unpacking
 from bitdistill.kernels.cpu.compilation import FEATURES, jit
 from measure import Bandwidth, cores, machine, summary, table, write_json
 
 COLD_BYTES = 256 * 2**20
 BITS = {"2bit": 2.0, "base3": 1.6}
-CODE = {"2bit": matmul.TWO_BIT, "base3": matmul.BASE3}
+CODE = {"2bit": unpacking.TWO_BIT, "base3": unpacking.BASE3}
 GEMM_TOKENS = (8, 64, 256)
 
 

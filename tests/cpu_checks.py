@@ -13,7 +13,7 @@ import numpy as np
 from numba import int64
 
 from bitdistill.kernels import packing
-from bitdistill.kernels.cpu import activations, compilation, floats, grouped, matmul, tables, tiles, vector
+from bitdistill.kernels.cpu import activations, compilation, floats, grouped, matmul, tables, tiles, unpacking, vector
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.numerics import EPSILON
 
@@ -100,8 +100,8 @@ def check_operations():
 @jit
 def _all_digits(source, out):
     for at in range(0, 256, 64):
-        rest, u4 = matmul.top_digit(vector.load_bytes(source + at))
-        u0, u1, u2, u3 = matmul.low_digits(rest)
+        rest, u4 = unpacking.top_digit(vector.load_bytes(source + at))
+        u0, u1, u2, u3 = unpacking.low_digits(rest)
         vector.store_bytes(out + at, u0)
         vector.store_bytes(out + 256 + at, u1)
         vector.store_bytes(out + 512 + at, u2)
@@ -211,7 +211,7 @@ def check_planes(x):
             assert record[:4].view(np.float32)[0] == expected[2][n, 0]
             assert record[4:8].view(np.int32)[0] == codes[n].sum()
             assert not record[48:64].any()
-            assert not record[64 + columns : 64 + -(-columns // 4) * 4 + 16].any()
+            assert not record[64 + columns : activations.group_sums_offset(columns)].any()
             sums = record[activations.group_sums_offset(columns) :].view(np.int32)[: -(-columns // 32)]
             np.testing.assert_array_equal(sums, np.add.reduceat(codes[n], range(0, columns, 32)))
 
@@ -344,7 +344,7 @@ def run():
         for tokens in (1, 5, 16, 17, 32):
             check_tiles(tokens, 2, signed=tokens % 2 == 1)
     check_planes(np.random.default_rng(2).standard_normal((2, 49)).astype(np.float32))
-    check_products([(1, 1, 1), (33, 37, 5), (17, 1090, 1), (16, 260, 11)])
+    check_products([(1, 1, 1), (33, 37, 5), (17, 1090, 1), (16, 260, 11), (50, 300, 18)])
     check_extremes(1290, 1)
     check_extremes(260, 4)
     rng = np.random.default_rng(4)
@@ -366,7 +366,7 @@ def run():
 KERNELS = (
     (matmul._multiply_2bit, 4),
     (matmul._multiply_base3, 4),
-    (matmul.unpack_blocks, 5),
+    (unpacking.unpack_blocks, 5),
     (matmul._tile_8, 6),
     (matmul._tile_4, 6),
     (tables._multiply_int8, 5),

@@ -31,7 +31,7 @@ def test_hand_example():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 400), st.integers(1, 19), st.integers(0, 2**32 - 1))
+@given(st.integers(1, 70), st.integers(1, 400), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_any_shape(rows, columns, tokens, seed):
     rng = np.random.default_rng(seed)
     cpu_checks.check_product(codes(rng, rows, columns), acts(rng, tokens, columns))
@@ -43,13 +43,21 @@ def test_any_number_of_tokens(tokens):
     cpu_checks.check_product(codes(rng, 100, 530), acts(rng, tokens, 530))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns"), [(31, 150, 530), (33, 340, 1100), (64, 130, 513), (81, 16, 2048)]
+)
+def test_many_tokens_in_several_chunks_and_groups(tokens, rows, columns):
+    rng = np.random.default_rng(tokens)
+    cpu_checks.check_product(codes(rng, rows, columns), acts(rng, tokens, columns))
+
+
 @pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 8, 12, 16, 20, 21, 4096])
 def test_vectors_that_hold_blocks_of_several_row_groups(columns):
     rng = np.random.default_rng(columns)
     cpu_checks.check_product(codes(rng, 16 * 12 + 3, columns), acts(rng, 3, columns))
 
 
-@pytest.mark.parametrize(("columns", "tokens"), [(5000, 1), (1100, 5), (260, 9), (64, 2)])
+@pytest.mark.parametrize(("columns", "tokens"), [(5000, 1), (1100, 5), (260, 9), (64, 2), (1100, 33)])
 def test_largest_sums(columns, tokens):
     cpu_checks.check_extremes(columns, tokens)
 
@@ -76,14 +84,14 @@ def test_zeros_no_tokens_and_strided_activations():
         assert matmul.ternary_accumulate(act[:0], packed, name, 20).shape == (0, 20)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 5, 18])
 def test_ranges_of_row_groups_write_their_rows_and_nothing_else(tokens):
     rng = np.random.default_rng(5)
     weight, act = codes(rng, 16 * 9, 77), acts(rng, tokens, 77)
     expected = act.astype(np.int32) @ weight.T.astype(np.int32)
     stride = activations.record_bytes(77) + 64
     records = np.full((tokens, stride), 55, np.uint8)  # what a record does not own is not read
-    records[:, 48 : 64 + 80 + 16] = 0
+    records[:, 48 : activations.group_sums_offset(77)] = 0
     records[:, 64 : 64 + 77] = act.view(np.uint8)
     records[:, 4:8] = act.sum(1, dtype=np.int32)[:, None].view(np.uint8)
     scratch = np.full(matmul.SCRATCH_BYTES + 64, 99, np.uint8)
@@ -199,7 +207,7 @@ def test_record_has_its_scale_its_sum_and_zeros_around_the_codes():
     assert record[4:8].view(np.int32)[0] == expected.sum().item()
     np.testing.assert_array_equal(record[64 : 64 + 37].view(np.int8), expected[0].numpy())
     assert not record[48:64].any()
-    assert not record[64 + 37 : 64 + 40 + 16].any()
+    assert not record[64 + 37 : activations.group_sums_offset(37)].any()
 
 
 def test_quantizer_refuses_what_is_not_float32_rows():

@@ -3,12 +3,13 @@
     offset 0            float32  act_scale
     offset 4            int32    sum of the codes: what weights stored as code + 1 add too much
     offset 48           16 zeros
-    offset CODES = 64   int8     codes of the I columns, then zeros: up to a multiple of 4, and 16 more
+    offset CODES = 64   int8     codes of the I columns, then zeros: at least 16 after a multiple of 4, and up to what follows
     group_sums_offset   int32    sums of the codes of every group of columns (planes and groups only)
     act_scales_offset   float32  act_scale of every 32 columns (blocks only)
 
 Why the zeros: a vector of packed weights may also hold blocks of the row groups before and after (packing.py), up to four
-of them, whose products must vanish. A buffer of N tokens is N records, `record_bytes` apart or more.
+of them, whose products must vanish; and a tile (tiles.py) takes 64 columns, whatever is left of a row. A buffer of N tokens
+is N records, `record_bytes` apart or more.
 
 Integer tables (LM heads) need activations of more than 8 bits, because the model was not trained with quantized ones there.
 Two planes keep 16 bits: ``x ~ act_scale * (255 hi + lo)`` with hi and lo in -127..127, in one record each, so that a

@@ -33,18 +33,14 @@ from bitdistill.kernels.cpu.floats import add, load, multiply, splat, store
 from bitdistill.kernels.cpu.matmul import (
     CHUNK,
     GROUPS,
-    MARGIN,
     PREFETCH,
     SCRATCH_BYTES,
     SLOT,
-    TWO_BIT,
     check_packed,
     dot_base3,
-    low_digits,
-    top_digit,
-    unpack_blocks,
 )
 from bitdistill.kernels.cpu.native import float32s, int8s, int32s
+from bitdistill.kernels.cpu.unpacking import MARGIN, TWO_BIT, low_digits, top_digit, unpack_blocks
 from bitdistill.kernels.cpu.vector import (
     AVX512,
     add_ints,

@@ -10,9 +10,10 @@ in the blocks of another group, which are multiplied with these zeros.
 * One token (`_multiply_2bit`, `_multiply_base3`), or two, as the planes of one token of an LM head are: packed bytes are
   read once and taken apart in registers. They are prefetched PREFETCH bytes ahead; without that, memory would wait for the
   loop. They may be read-only and have any alignment, and nothing beyond the last vector is read.
-* More tokens: up to CHUNK blocks are taken apart into `scratch`, which stays in the first-level cache, and are multiplied
-  with one tile of tokens after the other (of eight tokens where there are 32 wide registers, else of four, then two, then
-  one).
+* From TILED_TOKENS tokens on, where the processor has tile products: tile_products.py.
+* More tokens elsewhere: up to CHUNK blocks are taken apart into `scratch`, which stays in the first-level cache, and are
+  multiplied with one tile of tokens after the other (of eight tokens where there are 32 wide registers, else of four, then
+  two, then one).
 
 int16 sums (vector.py): a dot step adds at most 2 * 2 * 128 = 512 in magnitude, so 64 steps fit. For one token with 2-bit
 bytes, half of the fields are left in place, four times too large, which saves shifts; of those, 16 steps fit.
@@ -27,20 +28,17 @@ import numpy as np
 from bitdistill.kernels.cpu.activations import CODES, record_bytes
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.native import int32s
+from bitdistill.kernels.cpu.tile_products import TILED_TOKENS, TILED_UNPACKED_BYTES, tiled_gemm
+from bitdistill.kernels.cpu.tiles import TILES
+from bitdistill.kernels.cpu.unpacking import MARGIN, TWO_BIT, low_digits, top_digit, unpack_blocks
 from bitdistill.kernels.cpu.vector import (
     AVX512,
-    SHUFFLES,
-    VBMI,
-    add_bytes,
     add_ints,
     add_sums,
     and_bytes,
     dot,
     load_bytes,
     load_ints,
-    lookup16,
-    lookup128,
-    min_bytes,
     no_sums,
     prefetch,
     repeat_byte,
@@ -48,79 +46,20 @@ from bitdistill.kernels.cpu.vector import (
     repeat_quad,
     shift_ints,
     shift_words,
-    store_bytes,
     store_ints,
-    sub_bytes,
     sub_ints,
-    table,
-    third,
     widen,
 )
 from bitdistill.kernels.packing import PACKINGS, packed_bytes, row_groups
 
-TWO_BIT, BASE3 = range(2)  # numbers of PACKINGS
 PREFETCH = 4096
 STEPS_2BIT, STEPS_BASE3 = 16, 12  # vectors of a GEMV before a `widen`
 CHUNK = 64  # blocks of a row group that are unpacked at a time; a tile adds up as many before a `widen`
 GROUPS = 4  # row groups that are unpacked at a time, 16 KB: a tile's activations come from the second-level cache once for all
-MARGIN = 4 * 64  # bytes before and after them, for the foreign blocks of a vector
 SLOT = 64 * CHUNK + 2 * MARGIN
-UNPACKED_BYTES = GROUPS * SLOT
+UNPACKED_BYTES = max(GROUPS * SLOT, TILED_UNPACKED_BYTES)
 ACC_BYTES = 32768  # accumulators of tables.py
 SCRATCH_BYTES = UNPACKED_BYTES + ACC_BYTES + 128
-
-# --- five base-3 digits of a byte -------------------------------------------------------------------------------------
-#
-# q = 81 u4 + r. Taking 81 off, modulo 256, as long as that makes it smaller leaves r; 81 u4 ends in the four bits of u4.
-# With byte permutations of 128 entries, one look-up gives the other four digits, as the 2-bit fields of a byte.
-# With 16 entries: write r = 16 h + l = 9 a + b. Tables of h and of l, with residues of 9 chosen so that their sum is below 16,
-# give b; r - b = 9 a has a different lower half for each of its nine values. (Below 81, h = 5 only comes with l = 0.)
-# With neither, divisions by 3.
-
-_FIELDS = [[r // 3**d % 3 for d in range(4)] for r in range(81)] + [[0] * 4] * 47
-_FIELDS = [a | b << 2 | c << 4 | d << 6 for a, b, c, d in _FIELDS]
-_FIELDS_LOW, _FIELDS_HIGH = table(*_FIELDS[:64]), table(*_FIELDS[64:])
-_RESIDUE_H = table(2, 0, 7, 5, 3, 1)  # 16 h modulo 9, as -2 .. 5, plus 2
-_RESIDUE_L = table(*(l % 9 for l in range(16)))
-_B = [(i - 2) % 9 for i in range(16)]
-_B_OF, _U0_OF, _U1_OF = table(*_B), table(*(b % 3 for b in _B)), table(*(b // 3 for b in _B))
-_A = [9 * low % 16 for low in range(16)]  # 9 * 9 = 81 = 1 modulo 16: the lower half of 9 a, times 9, is a
-_U2_OF, _U3_OF = table(*(min(a, 8) % 3 for a in _A)), table(*(min(a, 8) // 3 for a in _A))
-
-
-@jit
-def top_digit(q):
-    """q = 81 u4 + rest: rest, u4."""
-    n81 = repeat_byte(81)
-    once = min_bytes(q, sub_bytes(q, n81))
-    rest = min_bytes(once, sub_bytes(once, n81))
-    return rest, and_bytes(sub_bytes(q, rest), repeat_byte(15))
-
-
-@jit
-def low_digits(rest):
-    """rest = u0 + 3 u1 + 9 u2 + 27 u3: four vectors of bytes 0, 1 or 2."""
-    if VBMI:
-        three = repeat_byte(3)
-        fields = lookup128(_FIELDS_LOW(), _FIELDS_HIGH(), rest)
-        u0 = and_bytes(fields, three)
-        u1 = and_bytes(shift_words(fields, 2), three)
-        u2 = and_bytes(shift_words(fields, 4), three)
-        u3 = and_bytes(shift_words(fields, 6), three)
-    elif SHUFFLES:
-        high = lookup16(_RESIDUE_H(), and_bytes(shift_words(rest, 4), repeat_byte(15)))
-        index = add_bytes(high, lookup16(_RESIDUE_L(), rest))
-        nines = sub_bytes(rest, lookup16(_B_OF(), index))
-        u0, u1 = lookup16(_U0_OF(), index), lookup16(_U1_OF(), index)
-        u2, u3 = lookup16(_U2_OF(), nines), lookup16(_U3_OF(), nines)
-    else:
-        n1 = third(rest)
-        n2 = third(n1)
-        u3 = third(n2)
-        u0 = sub_bytes(rest, add_bytes(n1, add_bytes(n1, n1)))
-        u1 = sub_bytes(n1, add_bytes(n2, add_bytes(n2, n2)))
-        u2 = sub_bytes(n2, add_bytes(u3, add_bytes(u3, u3)))
-    return u0, u1, u2, u3
 
 
 # --- one or two tokens -------------------------------------------------------------------------------------------------
@@ -255,30 +194,6 @@ def _multiply_base3_twice(weight, blocks, codes, other_codes, group):
 
 
 @jit
-def unpack_blocks(weight, packing, first, count, out):
-    """Blocks first .. first + count - 1 as bytes u at `out`; up to four more before and after are written as well."""
-    three = repeat_byte(3)
-    if packing == TWO_BIT:
-        for vector in range(first // 4, (first + count + 3) // 4):
-            at = out + 64 * (4 * vector - first)
-            q = load_bytes(weight + 64 * vector)
-            store_bytes(at, and_bytes(q, three))
-            store_bytes(at + 64, and_bytes(shift_words(q, 2), three))
-            store_bytes(at + 128, and_bytes(shift_words(q, 4), three))
-            store_bytes(at + 192, and_bytes(shift_words(q, 6), three))
-    else:
-        for vector in range(first // 5, (first + count + 4) // 5):
-            at = out + 64 * (5 * vector - first)
-            rest, u4 = top_digit(load_bytes(weight + 64 * vector))
-            u0, u1, u2, u3 = low_digits(rest)
-            store_bytes(at, u0)
-            store_bytes(at + 64, u1)
-            store_bytes(at + 128, u2)
-            store_bytes(at + 192, u3)
-            store_bytes(at + 256, u4)
-
-
-@jit
 def _add_to(acc, sums):
     store_ints(acc, add_ints(load_ints(acc), widen(sums)))
 
@@ -387,6 +302,9 @@ def gemm(weight, packing, in_features, records, stride, tokens, acc, acc_stride,
                 product, other = _multiply_base3_twice(weight, blocks, codes, codes + stride, group)
             store_ints(acc + 64 * group, sub_ints(product, total))
             store_ints(acc + 4 * acc_stride + 64 * group, sub_ints(other, other_total))
+        return
+    if TILES and tokens >= TILED_TOKENS:
+        tiled_gemm(weight, packing, blocks, records, stride, tokens, acc, acc_stride, first_group, last_group, scratch)
         return
     for group in range(first_group, last_group):
         for n in range(tokens):

@@ -31,15 +31,14 @@ from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.floats import LANES, add, load, multiply, multiply_add, splat, store, total
 from bitdistill.kernels.cpu.matmul import (
     ACC_BYTES,
-    BASE3,
     PREFETCH,
     SCRATCH_BYTES,
-    TWO_BIT,
     UNPACKED_BYTES,
     check_packed,
     gemm,
 )
 from bitdistill.kernels.cpu.native import float16s, float32s, int32s, uint8s
+from bitdistill.kernels.cpu.unpacking import BASE3, TWO_BIT
 from bitdistill.kernels.cpu.vector import (
     SIGNED_OFFSET,
     add_ints,

@@ -81,7 +81,7 @@ def _py_configure(tokens):
 
 
 def _py_release():
-    del _thread.rows, _thread.sums
+    _thread.rows = _thread.sums = None
     return 0
 
 
