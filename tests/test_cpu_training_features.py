@@ -15,8 +15,9 @@ ONEDNN = ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_AMX"]
 OWN = [name for name, needed in FEATURE_SETS.items() if needed <= CPU_FEATURES]
 
 
-def process(**environment):
-    done = subprocess.run([sys.executable, __file__], env=os.environ | environment, capture_output=True, text=True)
+def process(*arguments, **environment):
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split()
 
@@ -37,6 +38,37 @@ def test_exact_with_each_instruction_set_of_onednn(isa):
 @pytest.mark.parametrize("features", OWN)
 def test_exact_with_each_instruction_set_of_ours(features):
     assert process(BITDISTILL_CPU_FEATURES=features)[1] == features
+
+
+@pytest.mark.slow
+def test_tile_products_exact_in_numpy():
+    """Without the instructions: what they do, written in numpy."""
+    assert process("tiles", NUMBA_DISABLE_JIT="1", BITDISTILL_CPU_FEATURES="amx") == ["exact"]
+
+
+def tiles():
+    """Products of tiles in every form, with remainders of tokens, of pairs of columns and of tiles of tokens."""
+    from bitdistill.kernels.cpu import training_products as products
+
+    generator = torch.Generator().manual_seed(0)
+    for N, I, O in [(1, 64, 64), (33, 64, 192), (70, 192, 64)]:
+        codes, gradient = (
+            torch.randint(-127, 128, (N, width), generator=generator, dtype=torch.int8) for width in (I, O)
+        )
+        weight = torch.randint(-1, 2, (O, I), generator=generator, dtype=torch.int8)
+        ternary = products.Ternary(weight, torch.ones(1), (O,))
+        for kind, value, other in (("forward", codes, weight.long().t()), ("backward", gradient, weight.long())):
+            expected = value.long() @ other
+            assert torch.equal(products.ternary_product(kind, value, ternary, "tiles").long(), expected)
+            row, column, bias = (torch.randn(n, generator=generator) for n in (N, *[expected.shape[1]] * 2))
+            for rest in ((column, bias), (None, None)):
+                for dtype in (torch.float32, torch.bfloat16):
+                    ours = products.scaled_product(kind, value, ternary, row, *rest, dtype, "tiles")
+                    assert torch.equal(ours, products.scaled(expected.int(), row, *rest, dtype))
+        assert torch.equal(
+            products.dense_product(gradient, codes, None, "tiles").long(), gradient.long().t() @ codes.long()
+        )
+    print("exact")
 
 
 def run():
@@ -80,4 +112,4 @@ def run():
 
 
 if __name__ == "__main__":
-    run()
+    tiles() if "tiles" in sys.argv else run()

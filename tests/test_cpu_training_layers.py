@@ -40,7 +40,7 @@ def in_pytorch(monkeypatch):
 @pytest.fixture
 def counted(monkeypatch):
     """Calls of the quantizers and of products, by name."""
-    calls = dict.fromkeys(("ternarize_each", "quantize_input", "ternary_product"), 0)
+    calls = dict.fromkeys(("ternarize_each", "quantize_input", "scaled_product"), 0)
 
     def count(name, function):
         def wrapper(*args, **kwargs):
@@ -98,7 +98,7 @@ def test_siblings_share_codes_and_one_product(biases, counted):
     for _ in range(2):  # micro-steps of one optimizer step
         with codes.hold(step=0):
             outputs = [layer(x) for layer in family]
-    assert counted == {"ternarize_each": 1, "quantize_input": 2, "ternary_product": 2}
+    assert counted == {"ternarize_each": 1, "quantize_input": 2, "scaled_product": 2}
     dys = [torch.randn_like(y) for y in outputs]
     expected = [reference.bit_linear(x, layer.weight, layer.bias) for layer in family]
     inputs = [x, *model.parameters()]
@@ -173,7 +173,7 @@ def test_a_student_against_the_reference(name, counted, in_pytorch, monkeypatch)
         loss = student(input_ids=tokens, labels=tokens).loss
         loss.backward()
     assert counted["ternarize_each"] == 1
-    assert counted["ternary_product"] == 2 * 3 * 4  # forward and recomputed, 3 layers, q/k/v + o + gate/up + down
+    assert counted["scaled_product"] == 2 * 3 * 4  # forward and recomputed, 3 layers, q/k/v + o + gate/up + down
     assert abs(loss - expected) < 1e-4
     for key, parameter in student.named_parameters():
         cosine = torch.nn.functional.cosine_similarity(parameter.grad.flatten(), truth[key].flatten(), 0)

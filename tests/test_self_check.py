@@ -72,6 +72,8 @@ def test_every_check_notices(check, name, damage):
 
 @pytest.mark.parametrize("method", training_products.METHODS)
 def test_a_wrong_product_is_noticed(method, monkeypatch):
+    if method not in training_products.possible(torch.zeros(70, 576, dtype=torch.int8), 192):
+        pytest.skip(f"this processor has no products by {method}")
     right = training_products.METHODS[method]
     monkeypatch.setitem(training_products.METHODS, method, lambda *work: (right(*work), work[3].view(-1)[7].add_(1)))
     with pytest.raises(AssertionError, match=r"1 of .* values differ"):
@@ -98,7 +100,7 @@ def test_a_wrong_kernel_is_not_used_and_named(answers, capsys):
     said = capsys.readouterr().out
     assert "ternarize (AssertionError: scale" in said
     assert "plain PyTorch" in said
-    assert "12 of 13 checks against PyTorch hold; not: ternarize (" in backend.kernel_states()["cpu kernels"]
+    assert "13 of 14 checks against PyTorch hold; not: ternarize (" in backend.kernel_states()["cpu kernels"]
 
 
 def test_a_wrong_product_leaves_the_other(answers, capsys):
@@ -177,4 +179,4 @@ def test_a_kernel_that_hangs_is_an_answer(monkeypatch):
 def test_env_shows_the_state():
     command = [sys.executable, "-m", "bitdistill.cli", "env"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=True)
-    assert "cpu kernels    13 of 13 checks against PyTorch hold" in done.stdout
+    assert "cpu kernels    14 of 14 checks against PyTorch hold" in done.stdout

@@ -151,13 +151,23 @@ def _product(method: str) -> Callable:
     def check(kernels, device):
         from bitdistill.kernels.cpu import training_products as products
 
-        for x, weight, _, _, dy in _tensors(device):
+        for x, weight, bias, _, dy in _tensors(device):
             ternary = kernels.ternarize([weight])
             for kind, value in (("forward", x), ("backward", dy)):
-                codes, weight_codes = reference.quantize_activation(value)[0], ternary.weight_codes.long()
+                (codes, scale), weight_codes = reference.quantize_activation(value), ternary.weight_codes.long()
                 expected = codes.long() @ (weight_codes.t() if kind == "forward" else weight_codes)
                 if method in products.possible(codes, expected.shape[1]):
                     _same(kind, products.ternary_product(kind, codes, ternary, method).long(), expected)
+                    rest = (ternary.of_columns(), bias.detach()) if kind == "forward" else (None, None)
+                    ours = products.scaled_product(kind, codes, ternary, scale, *rest, torch.float32, method)
+                    _same(f"{kind}, scaled", ours, products.scaled(expected.int(), scale, *rest, torch.float32))
+            codes, columns = (reference.quantize_activation(value)[0] for value in (x, dy))
+            if (
+                method in products.possible_dense(columns.shape[1], codes.shape[1])
+                and products.dense_products_are_exact()
+            ):
+                ours = products.dense_product(columns, codes, method=method)
+                _same("dense", ours.long(), columns.long().t() @ codes.long())
 
     return check
 

@@ -31,9 +31,9 @@ from torch.nn import functional as F
 from bitdistill.kernels import reference
 from bitdistill.kernels.cpu import training_norms, training_quantize
 from bitdistill.kernels.cpu.rows import BLOCK, COMPILED, rows_of, share_rows
-from bitdistill.kernels.cpu.training_gradients import digit_gradients, exact_gradients, fast_gradients, scaled
+from bitdistill.kernels.cpu.training_gradients import digit_gradients, exact_gradients, fast_gradients
 from bitdistill.kernels.cpu.training_groups import grouped_product
-from bitdistill.kernels.cpu.training_products import Ternary, has_products, leave_out_products, ternary_product
+from bitdistill.kernels.cpu.training_products import Ternary, has_products, leave_out_products, scaled, scaled_product
 from bitdistill.kernels.numerics import ACT_BLOCK, ACTIVATIONS, EPSILON
 
 PIECE = 1 << 16  # weights that are quantized at a time
@@ -331,7 +331,7 @@ def _product(codes: Tensor, act_scale: Tensor, ternary: Ternary, bias: Tensor | 
     by_row, by_column = None if blocks else act_scale, None if grouped else ternary.of_columns()
     if blocks or grouped:
         return scaled(grouped_product(codes, act_scale, ternary, dtype), by_row, by_column, bias, dtype)
-    return scaled(ternary_product("forward", codes, ternary), by_row, by_column, bias, dtype)
+    return scaled_product("forward", codes, ternary, by_row, by_column, bias, dtype)
 
 
 class _TernaryLinear(torch.autograd.Function):

@@ -26,23 +26,12 @@ from bitdistill.kernels.cpu.training_products import (
     Ternary,
     dense_product,
     dense_products_are_exact,
+    scaled_product,
     ternary_product,
 )
 from bitdistill.kernels.numerics import ACT_MAX, TOKENS_OF_A_SUM
 
 DIGITS = 3  # planes of int8 codes that are as good as a float32
-
-
-def scaled(
-    acc: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """``acc * (row_scale * column_scale) + bias``, any of them None; acc is int32 or float32 and is overwritten."""
-    half, integers = dtype == torch.bfloat16, acc.dtype == torch.int32
-    out = torch.empty(acc.shape, dtype=torch.bfloat16) if half else acc.view(torch.float32)
-    row, *rest = [0 if values is None else values.data_ptr() for values in (row_scale, column_scale, bias)]
-    work = (acc.data_ptr(), integers, acc.shape[1], row, *rest, out.data_ptr(), half)
-    share_rows(training_quantize.scale_rows, *acc.shape, *work)
-    return out if dtype in COMPILED else out.to(dtype)
 
 
 def exact_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
@@ -145,19 +134,21 @@ def _quantized_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight, p
     scales = ternary.of_columns().data_ptr() if needs_x else 0
     work = (address, stride, half, O, scales, *pointers, N, planes)
     share_rows(training_quantize.gradient_codes, N, O, *work)
+    if planes == 1:  # the scales as the sums come out
+        if needs_x:
+            dx = scaled_product("backward", row_codes, ternary, row_scale, None, None, torch.float32)
+        if needs_weight:
+            dw = dense_product(column_codes, codes, column_scale)
+        return dx, dw
     if needs_x:
         dx = _joined(ternary_product("backward", row_codes, ternary), row_scale, planes)
     if needs_weight:
-        width = codes.shape[1]
-        acc = dense_product(column_codes.t(), codes) if N else torch.zeros((planes * O, width), dtype=torch.int32)
-        dw = _joined(acc, column_scale, planes)
+        dw = _joined(dense_product(column_codes, codes), column_scale, planes)
     return dx, dw
 
 
 def _joined(acc: Tensor, row_scale: Tensor, planes: int) -> Tensor:
     """The fp32 product from the int32 ones of all planes, one below the other."""
-    if planes == 1:
-        return scaled(acc, row_scale, None, None, torch.float32)
     rows, width = len(acc) // planes, acc.shape[1]
     out = torch.empty((rows, width), dtype=torch.float32)
     work = (acc.data_ptr(), 4 * rows * width, width, row_scale.data_ptr(), out.data_ptr())

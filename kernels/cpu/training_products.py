@@ -1,8 +1,11 @@
 """The int8 products of training on a CPU: those of oneDNN, through torch, or our own, whichever is faster on this machine.
 
-    forward     act_codes (N, I) @ weight_codes (O, I).T         -> int32 (N, O)
-    backward    row_codes (N, O) @ weight_codes (O, I)           -> int32 (N, I)
-    dense       column_codes (N, O).T @ act_codes (N, I)         -> int32 (O, I), where int8 times int8 is exact
+    forward     act_codes (N, I) @ weight_codes (O, I).T         -> (N, O)
+    backward    row_codes (N, O) @ weight_codes (O, I)           -> (N, I)
+    dense       column_codes (N, O).T @ act_codes (N, I)         -> (O, I), where int8 times int8 is exact
+
+Each of them is there as int32, and scaled, ``acc * (row_scale * column_scale) + bias`` in floats. Tiles (AMX) scale the sums
+as they come out of the registers; the others write them first.
 
 **Exactness.** Without VNNI, oneDNN multiplies by instructions whose sums saturate at 16 bits. With a ternary operand they
 never get that large, but with +-127 on both sides they do. So `dense` products are used only on machines where
@@ -20,9 +23,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bitdistill.kernels.cpu import training_blocks
+from bitdistill.kernels.cpu import training_blocks, training_quantize, training_tiles
 from bitdistill.kernels.cpu.choices import fastest
-from bitdistill.kernels.cpu.rows import share_rows
+from bitdistill.kernels.cpu.rows import COMPILED, share_rows
+from bitdistill.kernels.cpu.tiles import TILES
 from bitdistill.kernels.reference import spread_scales
 
 
@@ -89,6 +93,20 @@ class Ternary:
             self.kept[kind] = blocks
         return self.kept[kind]
 
+    def tiles(self, kind: str) -> Tensor:
+        """The codes as training_tiles.py reads them, for `kind` "forward" or "backward"; made once."""
+        name = f"tiles {kind}"
+        if name not in self.kept:
+            (O, I), codes = self.weight_codes.shape, self.weight_codes
+            if kind == "forward":
+                tiles = torch.empty(O * I, dtype=torch.int8)
+                work = (codes.data_ptr(), I, tiles.data_ptr())
+                share_rows(training_tiles.lay_out_rows, O // 16, 16 * I, *work, block=1)
+            else:
+                tiles = _tiles_of_columns(codes)
+            self.kept[name] = tiles
+        return self.kept[name]
+
 
 # --- the ways to multiply ------------------------------------------------------------------------------------------------
 
@@ -111,7 +129,43 @@ def _own(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
     share_rows(training_blocks.multiply_blocks, width // 16, 16 * K * N, *work, block=1)
 
 
-METHODS: dict[str, Callable] = {"onednn": _onednn, "own": _own}
+def _tiles(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
+    """training_tiles.py."""
+    _multiply_tiles(codes, ternary.tiles(kind), out)
+
+
+METHODS: dict[str, Callable] = {"onednn": _onednn, "own": _own, "tiles": _tiles}
+
+
+def _tiles_of_columns(codes: Tensor) -> Tensor:
+    """int8 (K, N) as a right operand."""
+    (K, N), padded = codes.shape, -(-codes.shape[0] // 64) * 64
+    tiles = torch.empty(padded * N, dtype=torch.int8)
+    work = (codes.data_ptr(), K, N, tiles.data_ptr())
+    share_rows(training_tiles.lay_out_columns, N // 16, 16 * padded, *work, block=1)
+    return tiles
+
+
+def _transposed(codes: Tensor) -> Tensor:
+    """int8 (K, M) as a left operand (M, K), rows padded with zeros to a multiple of 64."""
+    (K, M), padded = codes.shape, -(-codes.shape[0] // 64) * 64
+    rows = torch.empty((M, padded), dtype=torch.int8)
+    work = (codes.data_ptr(), K, M, rows.data_ptr())
+    share_rows(training_tiles.lay_out_transposed, M // 16, 16 * padded, *work, block=1)
+    return rows
+
+
+def _multiply_tiles(left: Tensor, right: Tensor, out: Tensor, row_scale=None, column_scale=None, bias=None) -> None:
+    """``out = left @ right``, scaled where out is of floats; right is laid out in tiles."""
+    (M, K), width = left.shape, out.shape[1]
+    kinds = {
+        torch.int32: training_tiles.INT32,
+        torch.float32: training_tiles.FLOAT32,
+        torch.bfloat16: training_tiles.BF16,
+    }
+    scales = (0 if values is None else values.data_ptr() for values in (row_scale, column_scale, bias))
+    work = (left.data_ptr(), M, right.data_ptr(), K // 64, width, *scales, out.data_ptr(), kinds[out.dtype])
+    share_rows(training_tiles.multiply_tiles, -(-width // 32), 32 * K * M, *work, block=1)
 
 
 _left_out: set[str] = set()
@@ -137,6 +191,8 @@ def possible(codes: Tensor, width: int) -> list[str]:
     names = ["onednn"]
     if width % 16 == 0 and codes.shape[1] % 4 == 0:
         names.append("own")
+    if TILES and width % 16 == 0 and codes.shape[1] % 64 == 0:
+        names.append("tiles")
     return [name for name in names if name not in _left_out]
 
 
@@ -159,9 +215,76 @@ def ternary_product(kind: str, codes: Tensor, ternary: Ternary, method: str | No
     return out
 
 
-def dense_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of int8 matrices within +-127, any strides, int32; where `dense_products_are_exact`."""
-    return torch._int_mm(_plain(a), _plain(b))
+def scaled_product(
+    kind: str, codes: Tensor, ternary: Ternary, row_scale: Tensor | None, column_scale: Tensor | None,
+    bias: Tensor | None, dtype: torch.dtype, method: str | None = None,
+) -> Tensor:  # fmt: skip
+    """`ternary_product`, `scaled`.
+
+    Args:
+        kind, codes, ternary, method: as in `ternary_product`. row_scale, column_scale, bias, dtype: as in `scaled`.
+
+    Returns: (N, O), or (N, I) backward, in dtype.
+    """
+    O, I = ternary.weight_codes.shape
+    width = O if kind == "forward" else I
+    if len(codes) and "tiles" in possible(codes, width):
+        name = method or _fastest(kind, codes, ternary, torch.empty((len(codes), width), dtype=torch.int32))
+        if name == "tiles":
+            out = torch.empty((len(codes), width), dtype=dtype if dtype in COMPILED else torch.float32)
+            _multiply_tiles(codes, ternary.tiles(kind), out, row_scale, column_scale, bias)
+            return out.to(dtype)
+    return scaled(ternary_product(kind, codes, ternary, method), row_scale, column_scale, bias, dtype)
+
+
+def scaled(
+    acc: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``acc * (row_scale * column_scale) + bias``.
+
+    Args:
+        acc: int32 or float32 (N, W), overwritten. row_scale: fp32 (N,). column_scale, bias: fp32 (W,). Any may be None.
+        dtype: of the result.
+    """
+    half, integers = dtype == torch.bfloat16, acc.dtype == torch.int32
+    out = torch.empty(acc.shape, dtype=torch.bfloat16) if half else acc.view(torch.float32)
+    row, *rest = [0 if values is None else values.data_ptr() for values in (row_scale, column_scale, bias)]
+    work = (acc.data_ptr(), integers, acc.shape[1], row, *rest, out.data_ptr(), half)
+    share_rows(training_quantize.scale_rows, *acc.shape, *work)
+    return out if dtype in COMPILED else out.to(dtype)
+
+
+def dense_product(
+    column_codes: Tensor, act_codes: Tensor, row_scale: Tensor | None = None, method: str | None = None
+) -> Tensor:
+    """``column_codes.T @ act_codes``, where `dense_products_are_exact`.
+
+    Args:
+        column_codes: int8 (N, P), contiguous, within +-127. act_codes: int8 (N, I), contiguous, within +-127.
+        row_scale: fp32 (P,), or None.
+        method: "onednn" or "tiles"; the faster by default.
+
+    Returns: int32 (P, I); with row_scale fp32, multiplied by it.
+    """
+    shape = (column_codes.shape[1], act_codes.shape[1])
+    if not len(act_codes):
+        return torch.zeros(shape, dtype=torch.int32 if row_scale is None else torch.float32)
+    names = possible_dense(*shape)
+    if method is None and len(names) > 1:
+        ways = {name: functools.partial(dense_product, column_codes, act_codes, row_scale, name) for name in names}
+        method = fastest(f"dense {shape[0]}x{shape[1]}, {len(act_codes).bit_length()} bits", ways)
+    if "tiles" in names and method != "onednn":
+        out = torch.empty(shape, dtype=torch.int32 if row_scale is None else torch.float32)
+        _multiply_tiles(_transposed(column_codes), _tiles_of_columns(act_codes), out, row_scale)
+        return out
+    acc = torch._int_mm(_plain(column_codes.t()), _plain(act_codes))
+    return acc if row_scale is None else scaled(acc, row_scale, None, None, torch.float32)
+
+
+def possible_dense(rows: int, columns: int) -> list[str]:
+    """Names of the methods of a `dense_product` of this shape."""
+    tiles = TILES and rows % 16 == 0 and columns % 16 == 0 and not is_left_out("tiles")
+    return ["onednn", "tiles"] if tiles else ["onednn"]
 
 
 @functools.cache
@@ -171,7 +294,7 @@ def dense_products_are_exact() -> bool:
         full = torch.full((N, O), 127, dtype=torch.int8)
         signs = torch.where(torch.arange(N * I).view(N, I) % 7 < 5, 127, -127).to(torch.int8)
         expected = full.t().long() @ signs.long()
-        if not torch.equal(dense_product(full.t(), signs).long(), expected):
+        if not torch.equal(dense_product(full, signs, method="onednn").long(), expected):
             return False
     return True
 

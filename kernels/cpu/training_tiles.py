@@ -1,0 +1,175 @@
+"""The int8 products of training by AMX (tiles.py): a left operand, rows of int8, times a right operand laid out in tiles.
+
+    acc = left (M, K) @ right (K, N)        out = acc, or acc * (row_scale * column_scale) + bias in float32 or bf16
+
+A right operand is 1,024 bytes for each 16 of its N columns and 64 of its K rows, in this order: what `lay_out_rows` makes
+of codes (N, K), and `lay_out_columns` of codes (K, N). For ``dW = column_codes.T @ act_codes`` the left operand is made as
+well, by `lay_out_transposed`; both are padded with zeros to whole tiles of tokens.
+
+The sums over K stay in the tile registers and are scaled where they come out, in the first-level cache: oneDNN's product
+writes them to memory, and a second function reads them there.
+
+Addresses are int64, strides in bytes. N is a multiple of 16, K of 64.
+"""
+
+import numpy as np
+
+from bitdistill.kernels.cpu.compilation import jit
+from bitdistill.kernels.cpu.floats import LANES, add, load_int32, multiply, splat
+from bitdistill.kernels.cpu.native import float32s, int8s
+from bitdistill.kernels.cpu.rows import get, put
+from bitdistill.kernels.cpu.tile_layout import interleave_codes, transpose_codes, transpose_ints
+from bitdistill.kernels.cpu.tiles import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    configure,
+    multiply_2x2_signed,
+    release,
+    store_sums_0,
+    store_sums_1,
+    store_sums_2,
+    store_sums_3,
+    zero_sums,
+)
+
+TILE_BYTES = TILE_ROWS * TILE_COLUMNS
+LEFT_BYTES = 1 << 19  # of the left operand that meet all columns at a time: they stay in the second-level cache
+INT32, FLOAT32, BF16 = range(3)  # what a product writes
+
+
+@jit
+def lay_out_rows(first, last, codes, columns, tiles):
+    """The right operand ``codes.T``, of groups first .. last - 1 of 16 rows.
+
+    Args:
+        first, last: groups. codes: address of int8 (R, columns). columns: K, a multiple of 64.
+        tiles: address of int8 (R * columns,).
+    """
+    depth = columns // TILE_COLUMNS
+    for group in range(first, last):
+        for tile in range(depth):
+            source = codes + TILE_ROWS * group * columns + TILE_COLUMNS * tile
+            transpose_ints(source, columns, tiles + TILE_BYTES * (group * depth + tile), TILE_COLUMNS)
+
+
+@jit
+def _whole(source, columns, count, room):
+    """`count` rows of 16 bytes and zeros, 64 rows in all, at `room`."""
+    rows = int8s(room, TILE_BYTES)
+    rows[:] = 0
+    for n in range(count):
+        rows[16 * n : 16 * n + 16] = int8s(source + n * columns, 16)
+
+
+@jit
+def lay_out_columns(first, last, codes, rows, columns, tiles):
+    """The right operand ``codes``, of groups first .. last - 1 of 16 columns; rows beyond the last are zeros.
+
+    Args:
+        first, last: groups. codes: address of int8 (rows, columns). rows, columns: K and N.
+        tiles: address of int8 (N * K rounded up to a multiple of 64,).
+    """
+    depth = (rows + TILE_COLUMNS - 1) // TILE_COLUMNS
+    room = np.empty(TILE_BYTES, np.int8)
+    for tile in range(depth):
+        count = min(TILE_COLUMNS, rows - TILE_COLUMNS * tile)
+        for group in range(first, last):
+            source = codes + TILE_COLUMNS * tile * columns + TILE_ROWS * group
+            target = tiles + TILE_BYTES * (group * depth + tile)
+            if count < TILE_COLUMNS:
+                _whole(source, columns, count, room.ctypes.data)
+                interleave_codes(room.ctypes.data, 16, target, TILE_COLUMNS)
+            else:
+                interleave_codes(source, columns, target, TILE_COLUMNS)
+
+
+@jit
+def lay_out_transposed(first, last, codes, rows, columns, transposed):
+    """The left operand ``codes.T``, of groups first .. last - 1 of 16 columns; its rows end with zeros.
+
+    Args:
+        first, last, codes, rows, columns: as in `lay_out_columns`; N and K change places.
+        transposed: address of int8 (columns, rows rounded up to a multiple of 64).
+    """
+    depth = (rows + TILE_COLUMNS - 1) // TILE_COLUMNS
+    room, stride = np.empty(TILE_BYTES, np.int8), TILE_COLUMNS * depth
+    for tile in range(depth):
+        count = min(TILE_COLUMNS, rows - TILE_COLUMNS * tile)
+        for group in range(first, last):
+            source = codes + TILE_COLUMNS * tile * columns + TILE_ROWS * group
+            target = transposed + TILE_ROWS * group * stride + TILE_COLUMNS * tile
+            if count < TILE_COLUMNS:
+                _whole(source, columns, count, room.ctypes.data)
+                transpose_codes(room.ctypes.data, 16, target, stride)
+            else:
+                transpose_codes(source, columns, target, stride)
+
+
+@jit
+def _put_scaled(sums, count, width, row_scale, column_scale, bias, out, out_stride, half):
+    """``out = sums * (row_scale * column_scale) + bias`` of `count` rows of 16 or 32 sums, rounded as `scale_rows` does."""
+    size = 2 if half else 4
+    for n in range(count):
+        by = splat(float32s(row_scale + 4 * n, 1)[0] if row_scale != 0 else np.float32(1))
+        for i in range(0, width, LANES):
+            scale = multiply(by, get(column_scale + 4 * i, LANES, False)) if column_scale != 0 else by
+            value = multiply(load_int32(sums + 4 * (2 * TILE_ROWS * n + i)), scale)
+            if bias != 0:
+                value = add(value, get(bias + 4 * i, LANES, False))
+            put(out + n * out_stride + size * i, value, LANES, half)
+
+
+@jit
+def multiply_tiles(first, last, left, rows, right, depth, width, row_scale, column_scale, bias, out, kind):
+    """The product, of pairs first .. last - 1 of 16 columns each.
+
+    Args:
+        first, last: pairs; the last one of a right operand may be half of one.
+        left: address of int8 (rows, 64 * depth). rows: M.
+        right: address of the tiles of all columns. depth: K / 64. width: N.
+        row_scale: address of float32 (M,), column_scale: of float32 (N,). Either may be 0 for ones.
+        bias: address of float32 (N,), or 0 for none.
+        out: address of (M, N) numbers. kind: INT32 for the sums alone, else FLOAT32 or BF16.
+
+    Numerics: sums exact modulo 2**32; product and sum with the scales rounded one by one as in the reference.
+    """
+    stride, size = TILE_COLUMNS * depth, 2 if kind == BF16 else 4
+    room = np.empty(4 * TILE_ROWS * TILE_ROWS, np.int32)
+    sums = room.ctypes.data
+    at_once = max(2 * TILE_ROWS, LEFT_BYTES // stride // (2 * TILE_ROWS) * (2 * TILE_ROWS))
+    configured = 0
+    for begin in range(0, rows, at_once):
+        for pair in range(first, last):
+            column = 2 * TILE_ROWS * pair
+            wide = min(2 * TILE_ROWS, width - column)
+            codes = right + TILE_BYTES * depth * 2 * pair
+            more_codes = codes + TILE_BYTES * depth if wide > TILE_ROWS else codes
+            for row in range(begin, min(rows, begin + at_once), 2 * TILE_ROWS):
+                count = min(2 * TILE_ROWS, rows - row)
+                if count != configured:
+                    configure(count)
+                    configured = count
+                else:
+                    zero_sums()
+                acts = left + row * stride
+                more_acts = acts + TILE_ROWS * stride if count > TILE_ROWS else acts
+                for tile in range(depth):
+                    at, skip = TILE_COLUMNS * tile, TILE_BYTES * tile
+                    multiply_2x2_signed(acts + at, more_acts + at, stride, codes + skip, more_codes + skip)
+                target = out + size * (row * width + column)
+                place, place_stride = (target, 4 * width) if kind == INT32 else (sums, 8 * TILE_ROWS)
+                store_sums_0(place, place_stride)
+                if wide > TILE_ROWS:
+                    store_sums_1(place + 4 * TILE_ROWS, place_stride)
+                if count > TILE_ROWS:
+                    store_sums_2(place + TILE_ROWS * place_stride, place_stride)
+                    if wide > TILE_ROWS:
+                        store_sums_3(place + TILE_ROWS * place_stride + 4 * TILE_ROWS, place_stride)
+                if kind != INT32:
+                    _put_scaled(
+                        sums, count, wide, row_scale + 4 * row if row_scale != 0 else 0,
+                        column_scale + 4 * column if column_scale != 0 else 0, bias + 4 * column if bias != 0 else 0,
+                        target, size * width, kind == BF16,
+                    )  # fmt: skip
+    if configured:
+        release()
