@@ -7,15 +7,16 @@ logits of 8,192 rows of 151,936 words take 5 GB in fp32, and autograd would hold
 processed in chunks: a product gives the logits of a chunk, vocabulary_rows.py computes its losses and writes their gradient
 over the logits, and two more products turn that into dx and, summed in fp32, into dW. Because the loss is the end of the
 graph, all of this happens in the forward pass: four products altogether, nothing is recomputed, and the backward pass only
-multiplies by the incoming scalar. At any time, memory holds ``chunk_bytes`` of logits, and dW, which is a result. The
-vocabulary itself is never divided, because a row of it is below 1 MB.
+multiplies by the incoming scalar (on a CPU not even that where it is 1). At any time, memory holds ``chunk_bytes`` of
+logits, and dW, which is a result. The vocabulary itself is never divided, because a row of it is below 1 MB.
 
 For this, the weights of the two losses in what will be differentiated must be known in the forward pass (``ce_weight``,
 ``kl_weight``, up to a common factor such as a loss scale). A backward pass with other weights gets NaN, never a wrong
 gradient.
 
 It is one custom operator, so that torch.compile sees one node and not a graph break, and autocast cannot change what is
-inside. The work on rows is done by Triton kernels on a GPU (gpu/vocabulary_kl.py), and by PyTorch elsewhere.
+inside. The work on rows is done by Triton kernels on a GPU (gpu/vocabulary_kl.py), by compiled ones on a CPU
+(cpu/vocabulary_rows.py), and by PyTorch elsewhere.
 
 Cached words. Let K be the words whose teacher logits are cached, and r the log of the sum of exp(t / tau) over all others.
 For teacher and student alike, all other words together count as one further outcome:
@@ -40,11 +41,30 @@ from bitdistill.kernels.vocabulary_rows import dense_rows_, in_blocks, rest_rows
 # On a GPU 2,048 rows of 151,936 words in bf16, of student and teacher: 8,192 rows then read and write dW four times.
 # On a CPU a tenth of that: 682 rows of 49,152 words in fp32; products of fewer than 512 are slower.
 CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**27}
-SLICE_BYTES = 2**25  # of dW while a product is added to it: stays in the L2 cache
+SLICE_BYTES = {"cuda": 2**25, "cpu": 2**21}  # of dW while a product is added to it: stays in the L2 cache
+FEW_ROWS = (
+    64  # up to which dW costs a CPU least in fp32: writing it is most of the work, and a product in bf16 is copied
+)
+ROUNDINGS = 4 * torch.finfo(torch.float32).eps  # what the scalar of a backward pass went through: within them, it is 1
+
+
+class _Chosen:
+    """What `use_compiled_rows` chose."""
+
+    compiled_rows = True
+
+
+def use_compiled_rows(use: bool) -> None:
+    """Chooses for this process whether the compiled kernels work on rows of logits on a CPU, or the specification does.
+
+    Args:
+        use: True by default. False where the kernels were found wrong on this machine, or are not wanted.
+    """
+    _Chosen.compiled_rows = use
 
 
 def linear_cross_entropy(
-    x_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, chunk_bytes: int | None = None
+    x_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, ce_weight: float = 1.0, chunk_bytes: int | None = None
 ) -> Tensor:
     """``sum_n -log softmax(W x_n)[target_n]`` over the rows that have a target.
 
@@ -52,6 +72,7 @@ def linear_cross_entropy(
         x_NH: float; under autocast the products run in its dtype, else in the common dtype of x and W.
         weight_VH: float; fp32 masters or half precision, trained or frozen.
         targets_N: int64; -100 where a row has none (better not to pass such rows).
+        ce_weight: > 0, of the sum in the loss that will be differentiated. Another weight is right too, at a pass over dW.
         chunk_bytes: what logits and their temporaries may take at a time, at least one row; None is the device's CHUNK_BYTES.
 
     Returns: fp32 scalar; 0 with a graph for N = 0.
@@ -61,7 +82,7 @@ def linear_cross_entropy(
 
     Numerics: logits in the dtype of the products, everything over the vocabulary in fp32, dW summed in fp32.
     """
-    return _losses(x_NH, weight_VH, targets_N, chunk_bytes=chunk_bytes)[0]
+    return _losses(x_NH, weight_VH, targets_N, ce_weight=ce_weight, chunk_bytes=chunk_bytes)[0]
 
 
 def linear_distillation(
@@ -175,7 +196,7 @@ def linear_top_k(
         weight = weight_VH.to(dtype)
         for begin in range(0, N, at_once):
             of = slice(begin, min(begin + at_once, N))
-            t = _product_fp32(x_NH[of].to(dtype), weight.T)
+            t = _product(x_NH[of].to(dtype), weight.T).float()
             values, indices = t.topk(k)
             peak = values[:, :1]
             values_NK[of], indices_NK[of] = values - peak, indices
@@ -206,7 +227,6 @@ def _losses(
     device = x_NH.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(x_NH.dtype, weight_VH.dtype)
-    larger = max(ce_weight, kl_weight) or 1.0
     differentiate = torch.is_grad_enabled()
     losses, _, _ = _operator(
         x_NH,
@@ -217,8 +237,8 @@ def _losses(
         indices,
         values,
         log_rest,
-        ce_weight / larger,
-        kl_weight / larger,
+        ce_weight,
+        kl_weight,
         1 / temperature,
         dtype,
         differentiate and x_NH.requires_grad,
@@ -261,12 +281,17 @@ def _check(x, weight, targets, teacher_x, teacher_weight, indices, values, log_r
             raise ValueError(f"log_rest: expected ({len(x)},); got {tuple(log_rest.shape)}. One number per row.")
 
 
-def _row_functions(device: torch.device) -> tuple[Callable, Callable]:
-    """``dense_rows_`` and ``rest_rows_``: the kernels on a GPU, else the specification."""
+def _row_functions(device: torch.device, *dtypes: torch.dtype) -> tuple[Callable, Callable]:
+    """``dense_rows_`` and ``rest_rows_`` for logits of these dtypes: the kernels of the device, else the specification."""
     if device.type == "cuda":
         from bitdistill.kernels.gpu import vocabulary_kl
 
         return vocabulary_kl.dense_rows_, vocabulary_kl.rest_rows_
+    if device.type == "cpu" and _Chosen.compiled_rows:
+        from bitdistill.kernels.cpu import vocabulary_rows
+
+        if vocabulary_rows.serves(*dtypes):
+            return vocabulary_rows.dense_rows_, vocabulary_rows.rest_rows_
     return in_blocks(dense_rows_), in_blocks(rest_rows_)
 
 
@@ -291,23 +316,39 @@ def _logit_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.de
     return room[:, :vocabulary]
 
 
-def _add_product_(total_VH: Tensor, gradient_CV: Tensor, x_CH: Tensor, first: bool) -> None:
-    """``total = (0 if first else total) + gradient^T x`` in fp32, a slice of the vocabulary at a time."""
-    words = max(1, SLICE_BYTES // (4 * x_CH.shape[1]))
+def _add_product_(total_VH: Tensor, gradient_CV: Tensor, x_CH: Tensor, first: bool, factor: float) -> None:
+    """``total = (0 if first else total) + factor * gradient^T x`` in fp32, a slice of the vocabulary at a time."""
+    words = max(1, SLICE_BYTES[x_CH.device.type] // (4 * x_CH.shape[1]))
+    whole = x_CH.dtype == torch.float32 or (x_CH.device.type == "cpu" and len(x_CH) <= FEW_ROWS)
+    if whole:
+        x_CH = x_CH.float()
     for total, gradient in zip(total_VH.split(words), gradient_CV.split(words, dim=1), strict=True):
-        if x_CH.dtype == torch.float32:
-            total.addmm_(gradient.T, x_CH, beta=0.0 if first else 1.0)
+        if whole:
+            total.addmm_(gradient.T.float(), x_CH, beta=0.0 if first else 1.0, alpha=factor)
         elif first:
-            total.copy_(_product_fp32(gradient.T, x_CH))
+            total.copy_(_product(gradient.T, x_CH))
+            if factor != 1.0:
+                total.mul_(factor)
         else:
-            total.add_(_product_fp32(gradient.T, x_CH))
+            total.add_(_product(gradient.T, x_CH), alpha=factor)
 
 
-def _product_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in fp32. On a CPU a product in half precision is rounded to it once, as nn.Linear's gradient is."""
+def _factor(x: Tensor, weight: Tensor, ce_weight: float, kl_weight: float) -> tuple[float, float]:
+    """``(larger weight, what the operator multiplies its gradients by)``.
+
+    Gradients over logits are of the weights less the larger of them, so that half precision holds them. On a CPU, fp32
+    gradients are multiplied by it where they are summed, which costs nothing, and the backward pass finds them finished.
+    """
+    larger = max(ce_weight, kl_weight) or 1.0
+    finished = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return larger, larger if finished else 1.0
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, on a GPU in fp32. On a CPU, a product in half precision is rounded to it once, as nn.Linear's gradient is."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b).float()
+    return torch.mm(a, b)
 
 
 def chunked_losses(
@@ -333,19 +374,21 @@ def chunked_losses(
         x, weight, targets: the student's hidden states (N, H), LM head (V, H), and next tokens (N,).
         teacher_x, teacher_weight: the teacher's, for a KL over all words.
         indices, values, log_rest: the teacher's top-k words, their logits and the rest, for a KL over those.
-        ce_weight, kl_weight: multiply the two losses in the gradients. inverse_temperature: 1 / temperature.
+        ce_weight, kl_weight: multiply the two losses in what will be differentiated. inverse_temperature: 1 / temperature.
         dtype: of the student's products. grad_x, grad_weight: which gradients are wanted.
         chunk_bytes: memory for the logits of one chunk of rows.
 
-    Returns: ((CE, KL) fp32 (2,), dx like x, dW like W), the gradients of ``ce_weight * CE + kl_weight * KL``; one that is
-    not wanted is empty, (0,).
+    Returns: ((CE, KL) fp32 (2,), dx like x, dW like W), the gradients of ``ce_weight * CE + kl_weight * KL``, of which both
+    weights may be divided by the larger one (`_factor`); one that is not wanted is empty, (0,).
     """
     N, V = len(x), len(weight)
     device = x.device
     gradient = grad_x or grad_weight
     teacher_dtype = None if teacher_x is None else torch.promote_types(teacher_x.dtype, teacher_weight.dtype)
     bytes_a_logit = dtype.itemsize + (teacher_dtype.itemsize if teacher_dtype else 0)  # rows are worked on in place
-    dense_rows, rest_rows = _row_functions(device)
+    dense_rows, rest_rows = _row_functions(device, dtype, teacher_dtype or dtype)
+    larger, factor = _factor(x, weight, ce_weight, kl_weight)
+    weights = (ce_weight / larger, kl_weight / larger * inverse_temperature, inverse_temperature, gradient)
     at_once = _rows_at_once(N, V, bytes_a_logit, chunk_bytes)
     total = torch.zeros(2, dtype=torch.float64, device=device)
     dx = torch.empty_like(x) if grad_x else x.new_empty(0)
@@ -360,7 +403,6 @@ def chunked_losses(
         for begin in range(0, N, at_once):
             of = slice(begin, min(begin + at_once, N))
             z = torch.mm(x_of[of], w.T, out=z_room[: of.stop - begin])
-            weights = (ce_weight, kl_weight * inverse_temperature, inverse_temperature, gradient)
             if indices is not None:
                 ce_N, kl_N = top_k_rows_(rest_rows, z, indices[of], values[of], log_rest[of], targets[of], *weights)
             else:
@@ -373,9 +415,11 @@ def chunked_losses(
                 if dx.dtype == dtype == torch.float32:
                     torch.mm(z, w, out=dx[of])
                 else:
-                    dx[of] = _product_fp32(z, w)
+                    dx[of] = _product(z, w)
             if grad_weight:
-                _add_product_(dw, z, x_of[of], first=begin == 0)
+                _add_product_(dw, z, x_of[of], begin == 0, factor)
+        if grad_x and factor != 1.0:
+            dx.mul_(factor)
     return total.float(), dx, dw.to(weight.dtype)
 
 
@@ -393,17 +437,23 @@ def _shapes(x, weight, *others):
 def _save_gradients(ctx, inputs, output) -> None:
     _, dx, dw = output
     ctx.mark_non_differentiable(dx, dw)
+    ctx.set_materialize_grads(False)  # zeros as large as dW, for two outputs that nobody differentiates
     ctx.save_for_backward(dx, dw)
-    ctx.weights, ctx.wanted, ctx.others = inputs[8:10], inputs[12:14], len(inputs) - 2
+    larger, ctx.factor = _factor(*inputs[:2], *inputs[8:10])
+    ctx.weights = [weight / larger for weight in inputs[8:10]]
+    ctx.wanted, ctx.others = inputs[12:14], len(inputs) - 2
 
 
 def _scale_gradients(ctx, grad_losses, *_):
     of_ce, of_kl = ctx.weights
     scale = (grad_losses[0] * of_ce + grad_losses[1] * of_kl) / (of_ce**2 + of_kl**2 or 1.0)
     apart = torch.maximum((grad_losses[0] - scale * of_ce).abs(), (grad_losses[1] - scale * of_kl).abs())
-    scale = torch.where(apart <= 1e-3 * grad_losses.abs().amax(), scale, math.nan)
+    scale = torch.where(apart <= 1e-3 * grad_losses.abs().amax(), scale, math.nan) / ctx.factor
+    scale = torch.where((scale - 1).abs() <= ROUNDINGS, 1.0, scale)
+    # On a GPU, or while a graph is traced, nobody waits for the number.
+    finished = scale.device.type == "cpu" and type(scale) is Tensor and scale.item() == 1
     gradients = [
-        (gradient * scale).to(gradient.dtype) if wanted else None
+        (gradient if finished else (gradient * scale).to(gradient.dtype)) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     ]
     return (*gradients, *[None] * ctx.others)

@@ -1,5 +1,5 @@
 """What is computed on rows of logits: losses, and their gradient, which is written over the student's logits. Plain
-PyTorch; it is the specification of the GPU kernels of the same names (gpu/vocabulary_kl.py).
+PyTorch; it is the specification of the kernels of the same names (gpu/vocabulary_kl.py, cpu/vocabulary_rows.py).
 
 The KL is a sum of terms that are never negative, ``q - p - p d`` with ``d = log(q / p)``: where student and teacher
 agree, the difference of two logarithms would be noise. Maxima are subtracted before anything else, so that the

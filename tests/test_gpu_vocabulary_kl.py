@@ -194,7 +194,7 @@ def test_the_whole_operator_on_the_kernels(device, monkeypatch):
     ):
         both = []
         for functions in (kernels, references):
-            monkeypatch.setattr(vocabulary, "_row_functions", lambda _, chosen=functions: chosen)
+            monkeypatch.setattr(vocabulary, "_row_functions", lambda *_, chosen=functions: chosen)
             with torch.no_grad():
                 both.append(vocabulary.chunked_losses(x, weight, targets, *teacher, *weights))
         torch.testing.assert_close(*both, rtol=1e-5, atol=2e-6)

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from bitdistill.kernels.cpu import bit_linear, training_products
+from bitdistill.kernels import vocabulary
+from bitdistill.kernels.cpu import bit_linear, training_products, vocabulary_rows
 from bitdistill.student import backend, self_check
 
 CPU = torch.device("cpu")
@@ -80,6 +81,20 @@ def test_a_wrong_product_is_noticed(method, monkeypatch):
         self_check.checks_of(CPU)[f"product {method}"](bit_linear, CPU)
 
 
+@pytest.mark.parametrize("name", ["dense_rows_", "rest_rows_"])
+def test_wrong_losses_over_the_vocabulary_are_noticed(name, monkeypatch):
+    right = getattr(vocabulary_rows, name)
+
+    def slightly_wrong(z, *others):
+        results = right(z, *others)
+        z[0, 0] += 1e-3
+        return results
+
+    monkeypatch.setattr(vocabulary_rows, name, slightly_wrong)
+    with pytest.raises(AssertionError, match=r"gradient: relative error"):
+        self_check.checks_of(CPU)[self_check.VOCABULARY](bit_linear, CPU)
+
+
 def test_right_kernels_are_used_and_the_answer_is_kept(answers, fresh, capsys):
     asked = answers({})
     for _ in range(2):
@@ -110,6 +125,18 @@ def test_a_wrong_product_leaves_the_other(answers, capsys):
     assert training_products.possible(torch.zeros(4, 16, dtype=torch.int8), 16) == ["onednn"]
 
 
+def test_wrong_losses_over_the_vocabulary_are_left_out_alone(answers, capsys):
+    answers({self_check.VOCABULARY: "AssertionError: KL: relative error 1.0e+00, at most 1e-05 expected"})
+    assert backend.kernels_for(CPU) is bit_linear
+    said = capsys.readouterr().out
+    assert "losses over the vocabulary (AssertionError: KL" in said
+    assert "run on plain PyTorch" in said
+    assert vocabulary._row_functions(CPU, torch.float32)[0] is not vocabulary_rows.dense_rows_
+    backend.choose_kernels("auto")
+    assert backend.kernels_for(CPU) is bit_linear  # the answer is kept: still left out
+    assert vocabulary._row_functions(CPU, torch.float32)[0] is not vocabulary_rows.dense_rows_
+
+
 def test_without_a_product_for_every_shape_pytorch_does_it(answers):
     answers({"product onednn": "AssertionError: forward: 3 of 9 values differ from the reference"})
     assert backend.kernels_for(CPU) is None
@@ -132,8 +159,10 @@ def test_the_reference_by_hand(answers):
     asked = answers({})
     backend.choose_kernels("reference")
     assert backend.kernels_for(CPU) is None
+    assert vocabulary._row_functions(CPU, torch.float32)[0] is not vocabulary_rows.dense_rows_
     backend.choose_kernels("auto")
     assert backend.kernels_for(CPU) is bit_linear
+    assert vocabulary._row_functions(CPU, torch.float32)[0] is vocabulary_rows.dense_rows_
     assert len(asked) == 1
 
 

@@ -17,6 +17,14 @@ from bitdistill.kernels.vocabulary import linear_cross_entropy, linear_distillat
 torch.set_num_threads(1)
 
 
+@pytest.fixture(params=["compiled", "specification"], scope="module", autouse=True)
+def kind_of_rows(request):
+    """Every test runs on the compiled kernels and on what they have to compute."""
+    vocabulary.use_compiled_rows(request.param == "compiled")
+    yield request.param
+    vocabulary.use_compiled_rows(True)
+
+
 def rows(N=7, H=6, V=37, G=5, scale=1.0, seed=0):
     """x, weight, targets (one row without), teacher_x, teacher_weight. With a power of two for scale all logits are exact
     in fp32, so that no order of summation moves them."""
@@ -195,7 +203,8 @@ def test_a_kl_far_below_one_rounding_of_log_z():
     p, q = teacher.log_softmax(-1), logits.log_softmax(-1)
     exact = (p.exp() * (p - q)).sum(-1)
     none = torch.full((4,), IGNORED)
-    _, ours = vocabulary_rows.dense_rows_(logits.float(), teacher.float(), none, 1.0, 1.0, 1.0, False)
+    dense_rows, _ = vocabulary._row_functions(none.device, torch.float32)
+    _, ours = dense_rows(logits.float(), teacher.float(), none, 1.0, 1.0, 1.0, False)
     p, q = teacher.float().log_softmax(-1), logits.float().log_softmax(-1)
     naive = (p.exp() * (p - q)).sum(-1)
     assert ((ours - exact) / exact).abs().max() < 0.02
@@ -249,6 +258,42 @@ def test_other_weights_than_declared_give_nan_not_a_wrong_gradient():
     for wrong in (ce, kl, ce + kl, 0.5 * ce - 3 * kl):
         assert torch.autograd.grad(wrong, x, retain_graph=True)[0].isnan().all()
     assert (torch.autograd.grad(0 * ce + 0 * kl, x)[0] == 0).all()
+
+
+def test_a_gradient_that_is_finished_is_handed_over_and_stays_right():
+    """With the declared weights the backward pass multiplies nothing, and still owes nobody a tensor that others change."""
+    x, weight, targets, teacher_x, teacher_weight = rows()
+    declared = {"temperature": 2.0, "ce_weight": 1 / 7, "kl_weight": 3 / 7}
+    ours = leaves(x, weight)
+
+    def loss():
+        ce, kl = linear_distillation(*ours, targets, teacher_x, teacher_weight, **declared)
+        return ce / 7 + kl * (3 / 7)
+
+    expected = torch.autograd.grad(1024 * loss(), ours)  # as another weight: multiplied in the backward pass
+    kept = loss()
+    for times in (1, 2, 3):
+        kept.backward(retain_graph=times < 3)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a.grad, times * b / 1024, rtol=1e-6, atol=1e-7)
+    for tensor in ours:
+        tensor.grad.zero_()
+    loss().backward()
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a.grad, b / 1024, rtol=1e-6, atol=1e-7)
+    with pytest.raises(RuntimeError, match="second time"):
+        kept.backward()
+
+
+def test_cross_entropy_of_a_declared_weight():
+    x, weight, targets, *_ = rows()
+    ours = leaves(x, weight)
+    plain = torch.autograd.grad(linear_cross_entropy(*ours, targets) / 7, ours)
+    found = torch.autograd.grad(linear_cross_entropy(*ours, targets, ce_weight=1 / 7) / 7, ours)
+    twice = torch.autograd.grad(2 * linear_cross_entropy(*ours, targets, ce_weight=1 / 7), ours)
+    for a, b, c in zip(found, plain, twice, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(c, 14 * b, rtol=1e-6, atol=1e-6)
 
 
 def test_only_the_wanted_gradients():
@@ -352,6 +397,20 @@ def test_rows_in_blocks_are_the_same_rows(monkeypatch, of_teacher, dtype):
     assert torch.equal(blocks, whole)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("N", "chunk_bytes"), [(9, 10**9), (150, 10**9), (150, 2 * 80 * 70)])
+def test_dw_of_products_in_half_precision(N, chunk_bytes):
+    """Few rows, whose dW is a product in fp32; many, of one chunk, and of two that are added up; with a declared weight."""
+    x, weight, targets, *_ = rows(N=N, H=32, V=65, scale=1 / 16)
+    ours, exact = leaves(x, weight), leaves(x, weight, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(*ours, targets, ce_weight=1 / N, chunk_bytes=chunk_bytes) / N
+    found = torch.autograd.grad(loss, ours)
+    expected = torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum") / N, exact)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=0.02 * b.abs().max().item())
 
 
 class Largest(TorchDispatchMode):

@@ -1,4 +1,5 @@
-"""Chooses the implementation of a BitLinear on a device: Triton kernels, compiled CPU kernels, or the PyTorch reference.
+"""Chooses the implementation of a BitLinear on a device: Triton kernels, compiled CPU kernels, or the PyTorch reference;
+and on a CPU also whether losses over the vocabulary run on compiled kernels.
 
 Kernels are used only if a check on this machine found that they compute what the reference computes (self_check.py). After
 `choose_kernels("reference")` they are not used at all.
@@ -11,7 +12,8 @@ from types import ModuleType
 import torch
 
 from bitdistill.distributed import process_group
-from bitdistill.student.self_check import kernels_of, self_check
+from bitdistill.kernels import vocabulary
+from bitdistill.student.self_check import VOCABULARY, kernels_of, self_check
 
 
 class _Chosen:
@@ -28,6 +30,7 @@ def choose_kernels(kernels: str) -> None:
     """
     assert kernels in ("auto", "reference"), kernels
     _Chosen.kernels = kernels
+    vocabulary.use_compiled_rows(kernels == "auto")
     kernels_for.cache_clear()
 
 
@@ -60,6 +63,13 @@ def kernels_for(device: torch.device) -> ModuleType | None:
         )
         return None
     wrong = {name: problem for name, problem in self_check(device, process_group.say).items() if problem is not None}
+    if VOCABULARY in wrong:
+        vocabulary.use_compiled_rows(False)
+        process_group.say(
+            f"Kernels that are not right on this machine: {_list(wrong, [VOCABULARY])}. Losses over the vocabulary run on "
+            "plain PyTorch, slower. Please report it with the output of `bitdistill env`."
+        )
+        del wrong[VOCABULARY]
     kernels, products = kernels_of(device), [name for name in wrong if name.startswith("product ")]
     if products:
         kernels.leave_out_products([name.removeprefix("product ") for name in products])

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from bitdistill.files import write_whole
 from bitdistill.kernels import reference
+from bitdistill.kernels.numerics import IGNORED
 
 LIBRARIES = ("torch", "numba", "llvmlite", "triton")
 VARIABLES = (
@@ -37,6 +38,7 @@ VARIABLES = (
     "NUMBA_DISABLE_JIT",
 )
 SHAPES = ((5, 48, 32), (70, 576, 192), (3, 575, 33))  # N, I, O
+VOCABULARY = "losses over the vocabulary"  # the check whose kernels are left out alone
 PATIENCE = 600  # seconds for compilation and all checks
 
 
@@ -208,6 +210,28 @@ def _columns(kernels, device):
                     _near("gradient", a, b, bound)
 
 
+def _vocabulary(kernels, device):
+    from bitdistill.kernels import vocabulary_rows as specification
+    from bitdistill.kernels.cpu import vocabulary_rows as compiled
+
+    generator = torch.Generator().manual_seed(0)
+    for N, V, dtype in ((5, 48, torch.float32), (3, 2087, torch.float32), (4, 1033, torch.bfloat16)):
+        z, t = (3 * torch.randn((N, V), generator=generator) for _ in range(2))
+        z, t = z.to(dtype), (z + t / 10).to(dtype)
+        targets = torch.randint(0, V, (N,), generator=generator)
+        targets[1] = IGNORED
+        words, weights = t.float().topk(4), (0.5, 0.2, 0.2, True)
+        cached = (words.indices, words.values, torch.zeros(N), targets)
+        results = []
+        for of in (compiled, specification):
+            dense, alone, rest = z.clone(), z.clone(), z.clone()
+            losses = of.dense_rows_(dense, t, targets, *weights), of.dense_rows_(alone, None, targets, *weights)
+            of_cached = specification.top_k_rows_(of.rest_rows_, rest, *cached, *weights)
+            results.append([*losses[0], losses[1][0], *of_cached, dense.float(), alone.float(), rest.float()])
+        for name, a, b in zip(("CE", "KL", "CE", "CE", "KL", *["gradient"] * 3), *results, strict=True):
+            _near(name, a, b, 1e-5 if dtype == torch.float32 else 1e-3)  # half precision may round to a neighbor
+
+
 def checks_of(device: torch.device) -> dict[str, Callable]:
     """What is checked on a device, by name: functions of (kernels, device) that raise AssertionError."""
     checks = {}
@@ -218,6 +242,7 @@ def checks_of(device: torch.device) -> dict[str, Callable]:
         checks = {f"product {method}": _product(method) for method in METHODS}
         checks |= {f"product {way}": _groups(way) for way in WAYS}
         checks["gradients by digits"] = _gradients_by_digits
+        checks[VOCABULARY] = _vocabulary
     else:
         checks["scales of columns"] = _columns
     return checks | {

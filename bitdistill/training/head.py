@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from bitdistill.errors import UserError
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.kernels.vocabulary import linear_cross_entropy, linear_distillation, linear_distillation_top_k
+from bitdistill.student.backend import kernels_for
 from bitdistill.student.embeddings import multiplied_weight
 
 _PRODUCTS: ContextVar[torch.dtype | None] = ContextVar("dtype of the head's products", default=None)
@@ -69,6 +70,8 @@ def instead_of_logits(model: nn.Module, compute: Callable[[Tensor, Tensor], Any]
             do="Take another model: this one's loss cannot be computed without all of its logits.",
         )
     assert "forward" not in vars(head), "the head's forward was replaced already"
+    if head.weight.device.type == "cpu":
+        kernels_for(head.weight.device)  # finds out, once, whether the kernels that work on logits are right and wanted
 
     def forward(hidden_BPH: Tensor) -> Any:
         dtype = _PRODUCTS.get()
@@ -110,7 +113,8 @@ def head_cross_entropy(hidden_BPH: Tensor, weight_VH: Tensor, targets_BP: Tensor
         num_items: targets over all ranks and accumulation steps.
     """
     x_NH, targets_N = _chosen(targets_BP != IGNORED, hidden_BPH, targets_BP)
-    return linear_cross_entropy(x_NH, weight_VH, targets_N) / _count(num_items, len(x_NH))
+    items = _count(num_items, len(x_NH))
+    return linear_cross_entropy(x_NH, weight_VH, targets_N, ce_weight=1 / items) / items
 
 
 def head_distillation(
