@@ -88,7 +88,7 @@ def lay_out_transposed(first, last, codes, rows, columns, transposed):
     """The left operand ``codes.T``, of groups first .. last - 1 of 16 columns; its rows end with zeros.
 
     Args:
-        first, last, codes, rows, columns: as in `lay_out_columns`; N and K change places.
+        first, last: groups. codes: address of int8 (rows, columns). rows, columns: K and M.
         transposed: address of int8 (columns, rows rounded up to a multiple of 64).
     """
     depth = (rows + TILE_COLUMNS - 1) // TILE_COLUMNS
@@ -127,7 +127,7 @@ def multiply_tiles(first, last, left, rows, right, depth, width, row_scale, colu
         first, last: pairs; the last one of a right operand may be half of one.
         left: address of int8 (rows, 64 * depth). rows: M.
         right: address of the tiles of all columns. depth: K / 64. width: N.
-        row_scale: address of float32 (M,), column_scale: of float32 (N,). Either may be 0 for ones.
+        row_scale: address of float32 (M,), or 0 for ones. column_scale: of float32 (N,), or 0.
         bias: address of float32 (N,), or 0 for none.
         out: address of (M, N) numbers. kind: INT32 for the sums alone, else FLOAT32 or BF16.
 
