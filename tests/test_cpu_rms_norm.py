@@ -6,8 +6,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import ranks
+from bitdistill.distributed.teacher import Teacher
 from bitdistill.kernels.cpu.rms_norm import rms_norm
 from bitdistill.student import norms
+from bitdistill.training.teachers import LiveTeacher
 
 
 def gradients(function, x, gain, dy):
@@ -84,3 +86,13 @@ def test_half_precision_runs_as_transformers_wrote_it():
     expected = model(input_ids=tokens).logits
     norms.fuse_norms(model)
     assert torch.equal(model(input_ids=tokens).logits, expected)
+
+
+def test_a_live_teacher_runs_on_it_too():
+    model = ranks.tiny_model().requires_grad_(False)
+    expected = model(input_ids=torch.arange(24).reshape(2, 12)).logits
+    LiveTeacher(Teacher(model, model), [])
+    served = [module for module in model.modules() if isinstance(module, Qwen3RMSNorm)]
+    assert served
+    assert all("forward" in vars(norm) for norm in served)
+    torch.testing.assert_close(model(input_ids=torch.arange(24).reshape(2, 12)).logits, expected)

@@ -66,6 +66,27 @@ def test_padding_teacher_and_empty_batches():
     assert hidden_state_loss([torch.zeros(1, 1, 2)], [torch.zeros(1, 1, 2)], torch.ones(1, 1)).item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", [torch.ones(2, 4), torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])])
+def test_gradient_against_float64(mask, dtype):
+    teacher = [one.to(dtype) for one in states(0)]
+    student = [one.to(dtype).requires_grad_() for one in states(1)]
+    exact = [one.detach().double().requires_grad_() for one in student]
+    errors = [
+        (s - h.double()).square().sum(-1) / h.double().square().sum(-1) for h, s in zip(teacher, exact, strict=True)
+    ]
+    expected = sum((error * mask).sum() for error in errors) / (3 * mask.sum())
+    loss = hidden_state_loss(teacher, student, mask)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (7 * loss).backward()
+    (7 * expected).backward()
+    for one, of in zip(student, exact, strict=True):
+        assert one.grad.dtype == dtype
+        torch.testing.assert_close(
+            one.grad.double(), of.grad, rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-12
+        )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_are_those_of_transformers(family):
     model = tiny(family)

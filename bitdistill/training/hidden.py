@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from bitdistill.errors import UserError
@@ -43,12 +44,35 @@ def hidden_state_loss(
     """
     assert len(teacher_states) == len(student_states) > 0, "as many states of the teacher as of the student"
     rows_BT, total = mask_BT.bool(), torch.zeros((), device=mask_BT.device)
+    count = int(rows_BT.sum())
+    left_out_BT = None if count == rows_BT.numel() else ~rows_BT
     for teacher_BTH, student_BTH in zip(teacher_states, student_states, strict=True):
         assert teacher_BTH.shape == student_BTH.shape, "states of one width, for the same tokens"
-        target_NH = teacher_BTH.detach()[rows_BT].float()
-        norm_N = target_NH.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        total = total + ((student_BTH[rows_BT].float() - target_NH).square().sum(-1) / norm_N).sum()
-    return divide_by_items(total / len(teacher_states), int(rows_BT.sum()), num_items)
+        total = total + _RelativeError.apply(teacher_BTH.detach(), student_BTH, left_out_BT)
+    return divide_by_items(total / len(teacher_states), count, num_items)
+
+
+class _RelativeError(torch.autograd.Function):
+    """``sum_t |s_t - h_t|^2 / |h_t|^2`` in two passes over the states, and its gradient in one; nothing of their size is kept."""
+
+    @staticmethod
+    def forward(ctx, teacher_BTH, student_BTH, left_out_BT):
+        target_BTH = teacher_BTH.float()
+        norm_BT = torch.linalg.vector_norm(target_BTH, dim=-1).square_().clamp_min_(torch.finfo(torch.float32).tiny)
+        error_BT = torch.linalg.vector_norm(student_BTH.float() - target_BTH, dim=-1).square_().div_(norm_BT)
+        if left_out_BT is not None:
+            error_BT.masked_fill_(left_out_BT, 0.0)
+        ctx.save_for_backward(teacher_BTH, student_BTH, norm_BT, left_out_BT)
+        return error_BT.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        teacher_BTH, student_BTH, norm_BT, left_out_BT = ctx.saved_tensors
+        gradient_BTH = (student_BTH.float() - teacher_BTH.float()).mul_((2 * grad / norm_BT)[..., None])
+        if left_out_BT is not None:
+            gradient_BTH.masked_fill_(left_out_BT[..., None], 0.0)
+        return None, gradient_BTH.to(student_BTH.dtype), None
 
 
 def teacher_layers(student_depth: int, teacher_depth: int) -> list[int]:

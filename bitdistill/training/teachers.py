@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bitdistill.distributed.teacher import Teacher
+from bitdistill.student.norms import fuse_norms
 from bitdistill.training.capture import AttentionCapture
 from bitdistill.training.head import head_weight, hidden_states, instead_of_logits
 from bitdistill.training.hidden import HiddenStates, check_hidden_sizes, teacher_layers
@@ -42,6 +43,8 @@ class LiveTeacher:
 
     def __init__(self, teacher: Teacher, layers: Sequence[int], states_for: Any = None):
         self.teacher = teacher
+        if teacher.device.type == "cpu":
+            fuse_norms(teacher.module)
         self.capture = AttentionCapture(teacher.module, layers) if layers else None
         self.states = None
         if states_for is not None:
