@@ -198,8 +198,8 @@ def test_the_choice_is_kept_for_this_machine(monkeypatch, tmp_path):
         monkeypatch.setitem(
             training_products.METHODS, name, lambda *work, name=name, method=method: timed.append(name) or method(*work)
         )
-    ternary = bit_linear.ternarize([torch.randn(32, 64)])
-    codes = torch.randint(-127, 128, (9, 64), dtype=torch.int8)
+    ternary = bit_linear.ternarize([torch.randn(32, 36)])  # no whole tiles
+    codes = torch.randint(-127, 128, (9, 36), dtype=torch.int8)
     try:
         first = training_products.ternary_product("forward", codes, ternary)
         assert all(timed.count(name) > choices.TRIALS for name in training_products.possible(codes, 32))
@@ -214,6 +214,16 @@ def test_the_choice_is_kept_for_this_machine(monkeypatch, tmp_path):
         assert torch.equal(training_products.ternary_product("forward", codes, ternary), first)
     finally:
         choices._known.cache_clear()
+
+
+def test_tiles_are_taken_without_timing(monkeypatch):
+    codes, ternary = torch.ones(9, 64, dtype=torch.int8), bit_linear.ternarize([torch.randn(32, 64)])
+    if "tiles" not in training_products.possible(codes, 32):
+        pytest.skip("no AMX here")
+    monkeypatch.setattr(training_products, "fastest", lambda *_: pytest.fail("timed"))
+    monkeypatch.setitem(training_products.METHODS, "own", lambda *_: pytest.fail("not tiles"))
+    monkeypatch.setitem(training_products.METHODS, "onednn", lambda *_: pytest.fail("not tiles"))
+    training_products.ternary_product("forward", codes, ternary)
 
 
 def test_side_by_side_the_first_choice_holds_and_none_is_lost(monkeypatch, tmp_path):

@@ -238,3 +238,16 @@ def test_the_loss_curves_are_one(seed, in_pytorch):
         difference = train(backward, seed) / plain - 1
         assert difference.abs().max() <= 0.17, backward
         assert difference.mean().abs() <= 0.02, backward
+
+
+def test_gradients_that_lie_side_by_side_are_not_copied():
+    whole = torch.randn(3, 5, 24)
+    parts = whole.split([8, 6, 10], dim=-1)
+    assert torch.equal(sharing._side_by_side(parts), whole)
+    assert sharing._side_by_side(parts).data_ptr() == whole.data_ptr()
+    for others in ((parts[1], parts[0], parts[2]), parts[:2], (parts[0], parts[1].clone(), parts[2]), (parts[0],) * 2):
+        assert torch.equal(sharing._side_by_side(others), torch.cat(others, dim=-1))
+    assert whole.data_ptr() not in (
+        sharing._side_by_side(parts[:2]).data_ptr(),
+        sharing._side_by_side(parts[1:]).data_ptr(),
+    )

@@ -164,6 +164,32 @@ class WeightCodes:
         return result
 
 
+class _Split(torch.autograd.Function):
+    """``y.split(sizes, dim=-1)``, whose backward copies nothing where the gradients lie side by side already."""
+
+    @staticmethod
+    def forward(ctx, y, sizes):
+        return y.split(sizes, dim=-1)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return _side_by_side(gradients), None
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.cat(tensors, dim=-1)``: a view where they are neighbors in one contiguous tensor."""
+    first, width = tensors[0], sum(tensor.shape[-1] for tensor in tensors)
+    whole = (*first.shape[:-1], width)
+    strides = torch.empty(whole, device="meta").stride()
+    place = first.storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or tensor.stride() != strides or tensor.storage_offset() != place or tensor.dtype != first.dtype:
+            return torch.cat(list(tensors), dim=-1)
+        place += tensor.shape[-1]
+    return first.as_strided(whole, strides)
+
+
 @dataclass
 class _Shares:
     """Outputs left on an input tensor."""
@@ -203,7 +229,7 @@ class Siblings:
             codes = kernels.stacked([h.codes for h in held])
             activation = kernels.quantize_input(x, layer.act_scale)
             y = kernels.ternary_linear(x, activation, weights, biases, codes, dtype, layer.backward)
-            outputs = y.split([sibling.out_features for sibling in self.layers], dim=-1)
+            outputs = _Split.apply(y, [sibling.out_features for sibling in self.layers])
             shares = _Shares(key, dict(enumerate(outputs)))
             setattr(x, _ATTRIBUTE, shares)
         output = shares.outputs.pop(place)

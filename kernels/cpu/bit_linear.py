@@ -153,7 +153,9 @@ class _GatedQuantize(torch.autograd.Function):
         _ups, up_address, up_stride, _ = rows_of(up)
         _grads, grad_address, grad_stride, grad_half = rows_of(dy)
         gains = None if gain is None else _gain(gain)
-        dgate, dup = (torch.empty(rows.shape, dtype=rows.dtype) for _ in range(2))
+        # side by side, as the product that made gate and up wants their gradient
+        both = torch.empty((*gate.shape[:-1], 2 * rows.shape[1]), dtype=rows.dtype)
+        dgate, dup = both.chunk(2, dim=-1)
         parts = torch.empty((-(-len(rows) // BLOCK) if gain is not None else 0, rows.shape[1]), dtype=torch.float32)
         work = (
             grad_address,
@@ -172,11 +174,12 @@ class _GatedQuantize(torch.autograd.Function):
             rstd.data_ptr(),
             dgate.data_ptr(),
             dup.data_ptr(),
+            2 * rows.shape[1] * rows.element_size(),
             parts.data_ptr(),
         )
         share_rows(training_norms.gated_backward_rows, *rows.shape, *work, *outputs)
         dgain = None if gain is None else parts.sum(0).to(gain.dtype)
-        return dgate.view(gate.shape), dup.view(gate.shape), dgain, None, None, None
+        return dgate, dup, dgain, None, None, None
 
 
 @torch.compiler.disable

@@ -182,14 +182,15 @@ def norm_backward_rows(first, last, dy, dy_stride, dy_half, x, stride, half, wid
 
 @jit
 def gated_backward_rows(
-    first, last, dy, dy_stride, dy_half, gate, gate_stride, up, up_stride, half, width, gelu, gain, rstd, dgate, dup, dgain
+    first, last, dy, dy_stride, dy_half, gate, gate_stride, up, up_stride, half, width, gelu, gain, rstd, dgate, dup, out_stride,
+    dgain,
 ):  # fmt: skip
     """dgate and dup in gate's dtype, and dgain float32 (blocks, width); of no norm where gain is 0.
 
     Args:
         first, last, dy, dy_stride, dy_half, half, width, gain, rstd, dgain: as in `norm_backward_rows`.
         gate, gate_stride, up, up_stride, gelu: as in `gated_quantize_rows`.
-        dgate, dup: addresses of (N, width) floats.
+        dgate, dup: addresses of rows of `width` floats. out_stride: of these rows.
     """
     size, dy_size = 2 if half else 4, 2 if dy_half else 4
     kept = np.empty((2, width + LANES), np.float32)
@@ -212,7 +213,7 @@ def gated_backward_rows(
                 put(part + 4 * i, multiply_add(g, h_hat, before), left, False)
         mean = splat(total(products) / np.float32(width))
         for i in range(0, width, LANES):
-            left, out = width - i, size * (n * width + i)
+            left, out = width - i, n * out_stride + size * i
             act, ups_i = get(acts + 4 * i, left, False), get(ups + size * i, left, half)
             dh = get(grad + dy_size * i, left, dy_half)
             if gain != 0:
