@@ -85,10 +85,10 @@ def test_every_quantizer_takes_blocks(quantizer):
 @settings(max_examples=30, deadline=None)
 @given(
     packing_=st.sampled_from(packing.PACKINGS),
-    rows=st.integers(1, 50),
+    rows=st.integers(1, 90),
     in_features=st.integers(1, 700),
     columns=st.sampled_from([None, 64, 128, 256]),
-    tokens=st.integers(1, 20),
+    tokens=st.integers(1, 36),
     seed=st.integers(0, 99),
 )
 def test_compiled_rounding_and_products_are_the_reference_bit_for_bit(

@@ -12,8 +12,9 @@ stop are multiplied by holds the activation's scale, times the 16 rows' where th
 
 * One token: a vector of packed bytes may hold the last blocks of one group and the first of the next. It is taken apart
   once and multiplied twice: with the activations of the one group among zeros, and then with those of the other.
-* More tokens: chunks of blocks are unpacked as in matmul.py. A tile of tokens keeps its float sums in registers while it
-  goes through the groups of a chunk.
+* More tokens with one act_scale each, where the processor has tile products: grouped_tiles.py.
+* More tokens elsewhere: chunks of blocks are unpacked as in matmul.py. A tile of tokens keeps its float sums in registers
+  while it goes through the groups of a chunk.
 
 Scales are fp16 in the order of packing.py, (ceil(O / 16), G, 16). The sums of the activation codes of each group stand
 after the codes in a token's record (`write_group_sums`).
@@ -30,6 +31,7 @@ from bitdistill.kernels.cpu.activations import (
 )
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.floats import add, load, multiply, splat, store
+from bitdistill.kernels.cpu.grouped_tiles import scaled, tiled_grouped_gemm
 from bitdistill.kernels.cpu.matmul import (
     CHUNK,
     GROUPS,
@@ -39,7 +41,8 @@ from bitdistill.kernels.cpu.matmul import (
     check_packed,
     dot_base3,
 )
-from bitdistill.kernels.cpu.native import float32s, int8s, int32s
+from bitdistill.kernels.cpu.native import int8s, int32s
+from bitdistill.kernels.cpu.tiles import TILES
 from bitdistill.kernels.cpu.unpacking import MARGIN, TWO_BIT, low_digits, top_digit, unpack_blocks
 from bitdistill.kernels.cpu.vector import (
     AVX512,
@@ -54,11 +57,9 @@ from bitdistill.kernels.cpu.vector import (
     no_sums,
     prefetch,
     repeat_byte,
-    repeat_int,
     repeat_quad,
     shift_ints,
     shift_words,
-    sub_ints,
     widen,
 )
 from bitdistill.kernels.numerics import ACT_BLOCK
@@ -88,18 +89,6 @@ def write_group_sums(record, in_features, columns):
 def _row_scales(scales, stop, shift):
     """The 16 rows' weight scales at a stop, or ones; shift: log2 of the stops in a group of columns."""
     return splat(np.float32(1)) if scales == 0 else load_halves(scales + 32 * (stop >> shift))
-
-
-@jit
-def _scaled(total, sums, at, gap, rows):
-    """total + (sums - act_sum) * (act_scale * rows), 16 floats.
-
-    Args:
-        at: address of act_sum. gap: bytes from there to the block's act_scale; 0: there is none.
-    """
-    if gap != 0:
-        rows = multiply(splat(float32s(at + gap, 1)[0]), rows)
-    return add(total, multiply(floats_of(sub_ints(sums, repeat_int(int32s(at, 1)[0]))), rows))
 
 
 # --- one token ----------------------------------------------------------------------------------------------------------
@@ -147,7 +136,7 @@ def _multiply_base3(weight, blocks, record, act_sums, gap, scales, shift, group_
             source += 64
             quads += 20
             block += 5
-        total = _scaled(total, widen(sums), act_sums + 4 * g, gap, _row_scales(scales, g, shift))
+        total = scaled(total, widen(sums), act_sums + 4 * g, gap, _row_scales(scales, g, shift))
     return total
 
 
@@ -198,7 +187,7 @@ def _multiply_2bit(weight, blocks, record, act_sums, gap, scales, shift, group_b
             block += 4
         ones, fours = add_ints(widen(sums0), widen(sums2)), add_ints(widen(sums1), widen(sums3))
         sums = add_ints(ones, shift_ints(fours, 2))
-        total = _scaled(total, sums, act_sums + 4 * g, gap, _row_scales(scales, g, shift))
+        total = scaled(total, sums, act_sums + 4 * g, gap, _row_scales(scales, g, shift))
     return total
 
 
@@ -227,14 +216,14 @@ def _tile_8(blocks, count, group_blocks, codes, stride, act_sums, gap, scales, s
             s7 = dot(s7, u, repeat_quad(quad + 7 * stride))
         g = start // group_blocks
         by, at = _row_scales(scales, g, shift), act_sums + 4 * g
-        t0 = _scaled(t0, widen(s0), at, gap, by)
-        t1 = _scaled(t1, widen(s1), at + stride, gap, by)
-        t2 = _scaled(t2, widen(s2), at + 2 * stride, gap, by)
-        t3 = _scaled(t3, widen(s3), at + 3 * stride, gap, by)
-        t4 = _scaled(t4, widen(s4), at + 4 * stride, gap, by)
-        t5 = _scaled(t5, widen(s5), at + 5 * stride, gap, by)
-        t6 = _scaled(t6, widen(s6), at + 6 * stride, gap, by)
-        t7 = _scaled(t7, widen(s7), at + 7 * stride, gap, by)
+        t0 = scaled(t0, widen(s0), at, gap, by)
+        t1 = scaled(t1, widen(s1), at + stride, gap, by)
+        t2 = scaled(t2, widen(s2), at + 2 * stride, gap, by)
+        t3 = scaled(t3, widen(s3), at + 3 * stride, gap, by)
+        t4 = scaled(t4, widen(s4), at + 4 * stride, gap, by)
+        t5 = scaled(t5, widen(s5), at + 5 * stride, gap, by)
+        t6 = scaled(t6, widen(s6), at + 6 * stride, gap, by)
+        t7 = scaled(t7, widen(s7), at + 7 * stride, gap, by)
     store(acc, t0)
     store(acc + acc_stride, t1)
     store(acc + 2 * acc_stride, t2)
@@ -259,10 +248,10 @@ def _tile_4(blocks, count, group_blocks, codes, stride, act_sums, gap, scales, s
             s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
         g = start // group_blocks
         by, at = _row_scales(scales, g, shift), act_sums + 4 * g
-        t0 = _scaled(t0, widen(s0), at, gap, by)
-        t1 = _scaled(t1, widen(s1), at + stride, gap, by)
-        t2 = _scaled(t2, widen(s2), at + 2 * stride, gap, by)
-        t3 = _scaled(t3, widen(s3), at + 3 * stride, gap, by)
+        t0 = scaled(t0, widen(s0), at, gap, by)
+        t1 = scaled(t1, widen(s1), at + stride, gap, by)
+        t2 = scaled(t2, widen(s2), at + 2 * stride, gap, by)
+        t3 = scaled(t3, widen(s3), at + 3 * stride, gap, by)
     store(acc, t0)
     store(acc + acc_stride, t1)
     store(acc + 2 * acc_stride, t2)
@@ -277,7 +266,7 @@ def _tile_1(blocks, count, group_blocks, codes, act_sums, gap, scales, shift, ac
         for block in range(start, min(count, start + group_blocks)):
             sums = dot(sums, load_bytes(blocks + 64 * block), repeat_quad(codes + 4 * block))
         g = start // group_blocks
-        total = _scaled(total, widen(sums), act_sums + 4 * g, gap, _row_scales(scales, g, shift))
+        total = scaled(total, widen(sums), act_sums + 4 * g, gap, _row_scales(scales, g, shift))
     store(acc, total)
 
 
@@ -328,6 +317,12 @@ def grouped_gemm(
                 else:
                     y = _multiply_base3(weight, blocks, record, sums, gap, by, shift, group_blocks, group)
                 store(acc + 4 * n * acc_stride + 64 * group, y)
+        return
+    if TILES and not act_blocks:  # stops every 32 columns would take as long with tiles as without
+        tiled_grouped_gemm(
+            weight, packing, blocks, scales, groups, group_blocks, sums_at, records, stride, tokens, acc, acc_stride,
+            first_group, last_group, scratch,
+        )  # fmt: skip
         return
     for group in range(first_group, last_group):
         for n in range(tokens):

@@ -27,6 +27,7 @@ import numpy as np
 
 from bitdistill.kernels.cpu.activations import CODES, record_bytes
 from bitdistill.kernels.cpu.compilation import jit
+from bitdistill.kernels.cpu.grouped_tiles import TILED_GROUPED_BYTES
 from bitdistill.kernels.cpu.native import int32s
 from bitdistill.kernels.cpu.tile_products import TILED_TOKENS, TILED_UNPACKED_BYTES, tiled_gemm
 from bitdistill.kernels.cpu.tiles import TILES
@@ -57,7 +58,7 @@ STEPS_2BIT, STEPS_BASE3 = 16, 12  # vectors of a GEMV before a `widen`
 CHUNK = 64  # blocks of a row group that are unpacked at a time; a tile adds up as many before a `widen`
 GROUPS = 4  # row groups that are unpacked at a time, 16 KB: a tile's activations come from the second-level cache once for all
 SLOT = 64 * CHUNK + 2 * MARGIN
-UNPACKED_BYTES = max(GROUPS * SLOT, TILED_UNPACKED_BYTES)
+UNPACKED_BYTES = max(GROUPS * SLOT, TILED_UNPACKED_BYTES, TILED_GROUPED_BYTES)
 ACC_BYTES = 32768  # accumulators of tables.py
 SCRATCH_BYTES = UNPACKED_BYTES + ACC_BYTES + 128
 
