@@ -1,10 +1,11 @@
-"""Measures the packed products alone: GEMV from memory and from the cache, and GEMM, beside torch in fp32 and bf16.
+"""Measures the packed products alone: GEMV from memory and from the cache, and GEMM, beside torch in fp32, bf16 and int8.
 
     python bench/cpu_kernels.py [--rows 3072] [--columns 1024] [--threads 1 2] [--rounds 7] [--json FILE]
 
 GEMV "cold" multiplies different matrices of 256 MB in turn, so that every byte comes from memory; "hot" repeats one matrix.
 Rates are weights per second (for a GEMM multiply-adds, of two operations each): medians with their spread over alternating
 rounds, beside the read bandwidth measured in each round. Accumulators are checked against numpy before anything is timed.
+"torch int8" is `torch._int_mm`, oneDNN's int8 product, which takes more than 16 tokens.
 """
 
 from bitdistill.distributed import openmp
@@ -28,7 +29,7 @@ from measure import Bandwidth, cores, machine, summary, table, write_json
 COLD_BYTES = 256 * 2**20
 BITS = {"2bit": 2.0, "base3": 1.6}
 CODE = {"2bit": unpacking.TWO_BIT, "base3": unpacking.BASE3}
-GEMM_TOKENS = (8, 64, 256)
+GEMM_TOKENS = (8, 16, 64, 256)
 
 
 @jit
@@ -42,6 +43,14 @@ def _walk(weights, size, count, packing, out_features, in_features, records, str
         )  # fmt: skip
 
 
+def aligned(shape: tuple[int, int], dtype: type) -> np.ndarray:
+    """Zeros that begin at a multiple of 64 bytes, as the runtime's working memory does."""
+    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    buffer = np.zeros(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
 class Product:
     """One thread's share of the work: its own weights, activations and accumulators."""
 
@@ -53,11 +62,11 @@ class Product:
         self.size, self.copies, self.packing = packed.nbytes, copies, packing
         self.rows, self.columns, self.tokens = rows, columns, tokens
         stride = activations.record_bytes(columns)
-        self.records = np.zeros((tokens, stride), np.uint8)
+        self.records = aligned((tokens, stride), np.uint8)
         x = generator.standard_normal((tokens, columns)).astype(np.float32)
         for token in range(tokens):
             activations.quantize_activation(x[token].ctypes.data, columns, self.records[token].ctypes.data)
-        self.acc = np.empty((tokens, layout.row_groups(rows) * 16), np.int32)
+        self.acc = aligned((tokens, layout.row_groups(rows) * 16), np.int32)
         self.scratch = np.empty(matmul.SCRATCH_BYTES, np.uint8)
         self.run(1)
         act_codes = self.records[:, activations.CODES : activations.CODES + columns].view(np.int8)
@@ -88,6 +97,20 @@ class TorchProduct:
         with torch.inference_mode():
             for index in range(products):
                 F.linear(self.x, self.weights[index % len(self.weights)])
+
+
+class TorchIntegers:
+    """The same for int8 codes, `torch._int_mm`."""
+
+    def __init__(self, rows: int, columns: int, tokens: int):
+        self.weight = torch.randint(-1, 2, (rows, columns), dtype=torch.int8).t()
+        self.codes = torch.randint(-127, 128, (tokens, columns), dtype=torch.int8)
+
+    def run(self, products: int) -> None:
+        """`products` products."""
+        with torch.inference_mode():
+            for _ in range(products):
+                torch._int_mm(self.codes, self.weight)
 
 
 def rate(workers: list, products: int, multiply_adds: float) -> float:
@@ -137,6 +160,10 @@ def main() -> int:
             for tokens in GEMM_TOKENS:
                 worker = TorchProduct(rows, columns, dtype, tokens, 1)
                 cases.append((f"torch {name} GEMM, {tokens} tokens", None, [worker], max(1, 100 // tokens), tokens))
+        for tokens in GEMM_TOKENS:
+            if tokens > 16:
+                worker = TorchIntegers(rows, columns, tokens)
+                cases.append((f"torch int8 GEMM, {tokens} tokens", None, [worker], max(1, 400 // tokens), tokens))
         rates, streams = {label: [] for label, *_ in cases}, []
         for turn in range(-1, arguments.rounds):
             streams.append(bandwidth.gigabytes_per_second())

@@ -353,6 +353,7 @@ def run():
         acts = rng.integers(-127, 128, (9, shape[1]), dtype=np.int8)
         check_grouped(rng.integers(-1, 2, shape, dtype=np.int8), acts, columns)
         check_grouped_extremes(columns)
+    check_table("int8", 50, 128, 3)
     for format in tables.MATRIX_FORMATS:
         check_table(format, 33, 64, 2)
         check_table(format, 5, 96, 1)

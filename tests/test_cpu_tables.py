@@ -10,6 +10,16 @@ from bitdistill.kernels import packing
 from bitdistill.kernels.cpu import activations, matmul, tables
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"), [(50, 64, 2), (150, 128, 3), (130, 192, 9), (64, 64, 20), (70, 96, 4)]
+)
+def test_int8_tables_in_tiles_and_what_is_left_of_them(rows, columns, tokens):
+    """Whole and broken groups of 64 rows, columns that are no whole tiles, up to three passes of eight tokens."""
+    cpu_checks.check_table("int8", rows, columns, tokens)
+    for extreme in (0, 1):
+        cpu_checks.check_table("int8", rows, columns, tokens, extreme)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(tables.MATRIX_FORMATS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 6))
 def test_any_shape(format, rows, columns, tokens):

@@ -13,7 +13,7 @@ Positions are visited in chunks of CHUNK that begin at multiples of CHUNK. A pos
 and leaves the row's sums as they are. So the result of a row depends on its own position, window and sequence only, and
 neither on which rows are computed together nor on the threads. Rows of one prompt are computed in tiles: the query heads of
 up to TILE_ROWS rows of one sequence are multiplied with each chunk of keys and values while it is in the first-level cache,
-two queries at a time in registers.
+two queries at a time in registers, or four where there are 32 wide ones.
 """
 
 import numpy as np
@@ -35,6 +35,7 @@ from bitdistill.kernels.cpu.floats import (
     maximum_magnitude,
     multiply,
     multiply_add,
+    repeat,
     splat,
     store,
     store_bf16,
@@ -43,7 +44,7 @@ from bitdistill.kernels.cpu.floats import (
     total,
 )
 from bitdistill.kernels.cpu.native import float32s, int8s, uint16s
-from bitdistill.kernels.cpu.vector import prefetch
+from bitdistill.kernels.cpu.vector import AVX512, prefetch
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON
 
 FP32, BF16, INT8 = range(3)
@@ -61,9 +62,9 @@ def tile_rows(heads_per_group):
 
 @jit
 def attention_scratch_floats(heads_per_group, head_dim):
-    """Floats of private memory that `attend` needs: queries, sums, totals and maxima of a tile, and two chunks of weights."""
+    """Floats of private memory that `attend` needs: queries, sums, totals and maxima of a tile, and four chunks of weights."""
     queries = tile_rows(heads_per_group) * heads_per_group
-    return queries * (2 * padded(head_dim) + 2 * LANES) + 2 * CHUNK + padded(head_dim)
+    return queries * (2 * padded(head_dim) + 2 * LANES) + 4 * CHUNK + padded(head_dim)
 
 
 @jit
@@ -126,9 +127,18 @@ def _quantize(x, width, codes):
 
 
 @jit
+def _vectors(at, other, dtype):
+    """Sixteen cached numbers at `at`, and sixteen at `other`, as floats."""
+    if dtype == FP32:
+        return load(at), load(other)
+    if dtype == BF16:
+        return load_bf16(at), load_bf16(other)
+    return load_int8(at), load_int8(other)
+
+
+@jit
 def _scores(q0, q1, keys, dtype, head_dim, s0, s1):
     """q . k of two queries and the CHUNK positions at `keys`. Writes CHUNK floats to s0 and to s1."""
-    first, second = float32s(q0, head_dim), float32s(q1, head_dim)
     a0 = a1 = b0 = b1 = splat(np.float32(0))
     step = LANES * _element_bytes(dtype)
     other = step * head_dim
@@ -136,19 +146,43 @@ def _scores(q0, q1, keys, dtype, head_dim, s0, s1):
         at = keys + d * step
         prefetch(at + 2 * other)
         prefetch(at + 3 * other)
-        if dtype == FP32:
-            k0, k1 = load(at), load(at + other)
-        elif dtype == BF16:
-            k0, k1 = load_bf16(at), load_bf16(at + other)
-        else:
-            k0, k1 = load_int8(at), load_int8(at + other)
-        a, b = splat(first[d]), splat(second[d])
+        k0, k1 = _vectors(at, at + other, dtype)
+        a, b = repeat(q0 + 4 * d), repeat(q1 + 4 * d)
         a0, a1 = multiply_add(a, k0, a0), multiply_add(a, k1, a1)
         b0, b1 = multiply_add(b, k0, b0), multiply_add(b, k1, b1)
     store(s0, a0)
     store(s0 + ROW, a1)
     store(s1, b0)
     store(s1 + ROW, b1)
+
+
+@jit
+def _scores_of_four(queries, width, keys, dtype, head_dim, scores):
+    """`_scores` of four queries, `width` floats apart; their scores are CHUNK floats apart."""
+    row = 4 * width
+    a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = splat(np.float32(0))
+    step = LANES * _element_bytes(dtype)
+    other = step * head_dim
+    for d in range(head_dim):
+        at = keys + d * step
+        prefetch(at + 2 * other)
+        prefetch(at + 3 * other)
+        k0, k1 = _vectors(at, at + other, dtype)
+        query = queries + 4 * d
+        a, b = repeat(query), repeat(query + row)
+        a0, a1 = multiply_add(a, k0, a0), multiply_add(a, k1, a1)
+        b0, b1 = multiply_add(b, k0, b0), multiply_add(b, k1, b1)
+        a, b = repeat(query + 2 * row), repeat(query + 3 * row)
+        c0, c1 = multiply_add(a, k0, c0), multiply_add(a, k1, c1)
+        d0, d1 = multiply_add(b, k0, d0), multiply_add(b, k1, d1)
+    store(scores, a0)
+    store(scores + ROW, a1)
+    store(scores + 2 * ROW, b0)
+    store(scores + 3 * ROW, b1)
+    store(scores + 4 * ROW, c0)
+    store(scores + 5 * ROW, c1)
+    store(scores + 6 * ROW, d0)
+    store(scores + 7 * ROW, d1)
 
 
 @jit
@@ -175,7 +209,6 @@ def _soften(scores, first, low, high, key_scales, value_scales, dtype, maxima, t
 @jit
 def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
     """``sums += weights @ values`` of two queries, positions first .. last - 1 of a chunk."""
-    first_weights, second_weights = float32s(w0, CHUNK), float32s(w1, CHUNK)
     size = _element_bytes(dtype)
     for d in range(0, width, 2 * LANES):
         other = LANES if d + LANES < width else 0  # the last tile may be a single vector: it is then done twice
@@ -188,19 +221,44 @@ def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
         for p in range(first, last):
             at = values + size * (p * width + d)
             prefetch(at + CHUNK * size * width)
-            if dtype == FP32:
-                v0, v1 = load(at), load(at + 4 * other)
-            elif dtype == BF16:
-                v0, v1 = load_bf16(at), load_bf16(at + 2 * other)
-            else:
-                v0, v1 = load_int8(at), load_int8(at + other)
-            a, b = splat(first_weights[p]), splat(second_weights[p])
+            v0, v1 = _vectors(at, at + size * other, dtype)
+            a, b = repeat(w0 + 4 * p), repeat(w1 + 4 * p)
             a0, a1 = multiply_add(a, v0, a0), multiply_add(a, v1, a1)
             b0, b1 = multiply_add(b, v0, b0), multiply_add(b, v1, b1)
         store(sums0 + 4 * d, a0)
         store(sums0 + 4 * (d + other), a1)
         store(sums1 + 4 * d, b0)
         store(sums1 + 4 * (d + other), b1)
+
+
+@jit
+def _mix_four(weights, values, dtype, first, last, width, sums):
+    """`_mix` of four queries, whose weights are CHUNK floats apart, and their sums `width`."""
+    size, row = _element_bytes(dtype), 4 * width
+    for d in range(0, width, 2 * LANES):
+        other = LANES if d + LANES < width else 0  # the last tile may be a single vector: it is then done twice
+        low, high = sums + 4 * d, sums + 4 * (d + other)
+        a0, a1, b0, b1 = load(low), load(high), load(low + row), load(high + row)
+        c0, c1, d0, d1 = load(low + 2 * row), load(high + 2 * row), load(low + 3 * row), load(high + 3 * row)
+        for p in range(first, last):
+            at = values + size * (p * width + d)
+            prefetch(at + CHUNK * size * width)
+            v0, v1 = _vectors(at, at + size * other, dtype)
+            weight = weights + 4 * p
+            a, b = repeat(weight), repeat(weight + 4 * CHUNK)
+            a0, a1 = multiply_add(a, v0, a0), multiply_add(a, v1, a1)
+            b0, b1 = multiply_add(b, v0, b0), multiply_add(b, v1, b1)
+            a, b = repeat(weight + 8 * CHUNK), repeat(weight + 12 * CHUNK)
+            c0, c1 = multiply_add(a, v0, c0), multiply_add(a, v1, c1)
+            d0, d1 = multiply_add(b, v0, d0), multiply_add(b, v1, d1)
+        store(low, a0)
+        store(high, a1)
+        store(low + row, b0)
+        store(high + row, b1)
+        store(low + 2 * row, c0)
+        store(high + 2 * row, c1)
+        store(low + 3 * row, d0)
+        store(high + 3 * row, d1)
 
 
 @jit
@@ -236,14 +294,19 @@ def attend(cache, head, position, rows, heads_per_group, window, head_dim, scrat
         values = cache["values"] + number * (head * capacity + first) * width
         key_scales = cache["key_scales"] + 4 * (head * capacity + first)
         value_scales = cache["value_scales"] + 4 * (head * capacity + first)
-        for query in range(0, queries, 2):
-            pair = min(query + 1, queries - 1)  # of an odd number the last one is its own partner
-            if first >= position + pair // heads_per_group + 1:
-                continue  # all of it is the future of both
-            w0, w1 = weights, weights + 4 * CHUNK * (pair - query)
-            q0, q1 = scratch + 4 * query * width, scratch + 4 * pair * width
-            _scores(q0, q1, keys, dtype, head_dim, w0, w1)
-            for each in range(query, pair + 1):
+        query = 0
+        while query < queries:
+            four = AVX512 and queries - query >= 4
+            last = min(query + (4 if four else 2), queries) - 1  # of an odd number the last one is its own partner
+            if first >= position + last // heads_per_group + 1:
+                query = last + 1
+                continue  # all of it is the future of these
+            w1, q0, q1 = weights + 4 * CHUNK * (last - query), scratch + 4 * query * width, scratch + 4 * last * width
+            if four:
+                _scores_of_four(q0, width, keys, dtype, head_dim, weights)
+            else:
+                _scores(q0, q1, keys, dtype, head_dim, weights, w1)
+            for each in range(query, last + 1):
                 row = position + each // heads_per_group
                 low = max(0, row - window + 1) if window > 0 else 0
                 _soften(
@@ -252,8 +315,12 @@ def attend(cache, head, position, rows, heads_per_group, window, head_dim, scrat
                 )  # fmt: skip
             oldest = position + query // heads_per_group
             low = max(0, oldest - window + 1 - first) if window > 0 else 0
-            high = min(CHUNK, position + pair // heads_per_group + 1 - first)
-            _mix(w0, w1, values, dtype, low, high, width, sums + 4 * query * width, sums + 4 * pair * width)
+            high = min(CHUNK, position + last // heads_per_group + 1 - first)
+            if four:
+                _mix_four(weights, values, dtype, low, high, width, sums + 4 * query * width)
+            else:
+                _mix(weights, w1, values, dtype, low, high, width, sums + 4 * query * width, sums + 4 * last * width)
+            query = last + 1
     for query in range(queries):
         by = splat(total(load(totals + ROW * query)))
         for at in range(0, 4 * width, ROW):

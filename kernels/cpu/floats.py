@@ -257,6 +257,15 @@ def splat(builder, value):
     return _splat(builder, value)
 
 
+@native(V(A), lambda address: np.full(LANES, _py_array(address, 1, np.float32)[0], np.float32))
+def repeat(builder, address):
+    """The float at an address in every lane."""
+    pointer = builder.inttoptr(address, ir.PointerType(ir.FloatType()))
+    value = builder.load(pointer)
+    value.align = 4
+    return _splat(builder, value)
+
+
 @native(V(V, V), lambda a, b: a + b)
 def add(builder, a, b):
     """a + b"""
