@@ -34,7 +34,7 @@ def machine() -> dict[str, Any]:
         lines = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
         lines = {key.strip(): value.strip() for key, value in lines.items()}
         name = f"{lines.get('model name', name)} (family {lines.get('cpu family')}, model {lines.get('model')})"
-        wanted = ("avx2", "avx512_vnni", "avx512_vbmi", "avx_vnni", "avx512_bf16")
+        wanted = ("avx2", "avx512_vnni", "avx512_vbmi", "avx_vnni", "avx512_bf16", "amx_int8")
         flags = " ".join(flag for flag in wanted if flag in lines.get("flags", "").split())
     memory = int(meminfo.read_text().split()[1]) / 2**20 if meminfo.is_file() else 0.0
     return {
