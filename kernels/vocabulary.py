@@ -42,9 +42,7 @@ from bitdistill.kernels.vocabulary_rows import dense_rows_, in_blocks, rest_rows
 # On a CPU a tenth of that: 682 rows of 49,152 words in fp32; products of fewer than 512 are slower.
 CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**27}
 SLICE_BYTES = {"cuda": 2**25, "cpu": 2**21}  # of dW while a product is added to it: stays in the L2 cache
-FEW_ROWS = (
-    64  # up to which dW costs a CPU least in fp32: writing it is most of the work, and a product in bf16 is copied
-)
+FEW_ROWS = 64  # up to which dW costs a CPU no more in fp32 than in bf16, whose product has to be copied
 ROUNDINGS = 4 * torch.finfo(torch.float32).eps  # what the scalar of a backward pass went through: within them, it is 1
 
 
