@@ -21,6 +21,7 @@ import regressions
 import resident
 import roofline
 import scaling
+import slurm
 from bitdistill.kernels import packing
 from bitdistill.runtime.packed_file import read_packed
 from suite import side_by_side
@@ -401,3 +402,16 @@ def test_claims_of_cpu_training(tmp_path):
     rows = claims.cpu_training_rows(tmp_path / "training.json")
     assert [one["holds"] for one in rows] == ["does not hold", *["not measured"] * (len(cpu_training.TARGETS) - 1)]
     assert {one["holds"] for one in claims.cpu_training_rows(tmp_path / "absent")} == {"not measured"}
+
+
+def test_slurm_submits_the_script_of_the_page():
+    """What bench/slurm.py hands to sbatch is the page's script but for the size of the job, and what is trained."""
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    shown, given = slurm.batch_script(), slurm.submitted(Path("/a/run"))
+    assert shown in page
+    assert "--gpus-per-node" not in given
+    assert "--nproc_per_node 1 " in given
+    assert "bitdistill/train.py --output_dir /a/run --stage base " in given
+    kept = [line for line in shown.splitlines() if " 8" not in line and "..." not in line]
+    assert kept == [line for line in given.splitlines() if line in kept]
+    assert subprocess.run(["bash", "-n"], input=given, text=True, check=False).returncode == 0
