@@ -16,10 +16,10 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from bitdistill.export.write import write_tensors
 from bitdistill.kernels import packing as layout
 from bitdistill.kernels.tables import quantize_table
 from bitdistill.runtime.packed_file import TOKENIZER, Config, Linear
+from bitdistill.runtime.packed_writer import write_tensors
 
 WEIGHT_SCALE = 0.02
 CONTEXT = 40_960

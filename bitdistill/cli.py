@@ -6,6 +6,7 @@
     bitdistill predict RUN_OR_FILE --input FILE --output FILE    of each row of a file
     bitdistill chat RUN_OR_FILE                a conversation in the terminal
     bitdistill serve RUN_OR_FILE               an HTTP server with OpenAI's interface, and a page for the browser
+    bitdistill trim RUN_OR_FILE --input FILE --output FILE     a smaller file for the task: the words of these rows stay
     bitdistill info RUN_OR_FILE                what a packed file is, how large its parts are, and how to use it
     bitdistill eval RUN_OR_FILE                scores the packed student on its task, or on another; or another setting
     bitdistill eval RUN_OR_FILE --perplexity FILE     perplexity of a text, of all settings of a run
@@ -37,6 +38,7 @@ from bitdistill.commands.plan import plan
 from bitdistill.commands.predict import predict, predict_options
 from bitdistill.commands.report import env, report
 from bitdistill.commands.serve import serve, serve_options
+from bitdistill.commands.trim import trim, trim_options
 from bitdistill.errors import UserError
 
 COMMANDS = {
@@ -44,6 +46,7 @@ COMMANDS = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "trim": trim,
     "info": info,
     "eval": evaluate,
     "export": export,
@@ -58,6 +61,7 @@ COMMANDS = {
 PARSERS = {
     "generate": generate_options,
     "predict": predict_options,
+    "trim": trim_options,
     "chat": chat_options,
     "info": info_options,
     "serve": serve_options,

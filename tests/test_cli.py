@@ -135,7 +135,7 @@ def test_eval_scores_splits_and_perplexity(file, tmp_path, monkeypatch):
 
 def test_eval_refusals(file, tmp_path):
     for arguments, message in (
-        ([file], "task: expected a task for a bare file"),
+        ([file], "task: expected a task to score it on"),
         ([file, "--setting", "FP16-SFT", "--task", "sst2"], "setting: expected a run directory"),
         ([file, "--perplexity", "a.txt", "--lm_eval", "sst2"], "perplexity: expected --perplexity or --lm_eval"),
         ([tmp_path / "nowhere", "--task", "sst2"], "RUN_OR_FILE"),

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bitdistill.errors import UserError
 from bitdistill.student.loading import load_language_model, load_tokenizer
-from bitdistill.student.vocabulary import count_tokens, kept_tokens, trim_folder, trim_model, trim_tokenizer
+from bitdistill.student.vocabulary import trim_folder, trim_model
+from bitdistill.trimmed_tokenizer import count_tokens, kept_tokens, trim_tokenizer
 from tiny_students import CONFIGS
 
 TEXTS = [

@@ -10,6 +10,7 @@ from bitdistill import folders
 from bitdistill.commands.options import require_at_least, require_writable
 from bitdistill.errors import UserError
 from bitdistill.files import write_whole
+from bitdistill.prompts import Task
 from bitdistill.text_files import user_path
 
 DEFAULT_TOKENS = 512  # of a prompt with its answer, or of a block of text, where neither the user nor a run says
@@ -32,7 +33,7 @@ def evaluate(
     """Scores the packed student on the CPU through the same prompts as in training, or another setting of its run.
 
     Args:
-        run_or_file: a run directory (whose task, rows and length are the defaults), or a packed file.
+        run_or_file: a run directory (whose task, rows and length are the defaults), or a packed file (whose task and length are).
         setting: which setting of a run is scored: BitDistill by default; with --perplexity, all that the run has.
         task: sst2, mnli, qnli, cnndm or a YAML file.
         validation_file: a file of rows in place of the hub's.
@@ -62,19 +63,22 @@ def evaluate(
     }
     for option, (number, smallest) in least.items():
         require_at_least(option, number, smallest)
-    own = _run_defaults(user_path(run_or_file, "RUN_OR_FILE"))
+    path = user_path(run_or_file, "RUN_OR_FILE")
+    own = _file_defaults(path) if path.is_file() else _run_defaults(path)
     validation_file = folders.local_path(validation_file)
     options = _task_options(own, task, validation_file, extra_validation_files, max_length)
     if perplexity:
         text = folders.local_path(perplexity)
         result = _perplexity(run_or_file, setting, text, block_size, max_rows, threads)
     elif lm_eval:
-        files = {own.get("task"): own.get("validation_file")}  # the run's own rows, for its own task
+        # the run's own rows, for its own task
+        files = {own["task"]: own["validation_file"]} if own.get("validation_file") else {}
         result = _lm_eval(
             run_or_file, setting, lm_eval, validation_file, files, options["max_length"], max_rows, threads
         )
     elif options["task"] is None:
-        raise UserError("task", expected="a task for a bare file", got="none", do="Give --task.")
+        got = f"none, and {run_or_file} does not know its own"
+        raise UserError("task", expected="a task to score it on", got=got, do="Give --task.")
     else:
         result = _task_score(run_or_file, setting, options, max_rows, threads)
     if json_file:
@@ -95,6 +99,15 @@ def _task_options(
         "extra_validation_files": extra_files or known.get("extra_validation_files") or {},
         "max_length": max_length or known.get("max_length"),
     }
+
+
+def _file_defaults(path: Path) -> dict:
+    """Task and length of a packed file that knows them."""
+    from bitdistill.runtime.header import read_header
+    from bitdistill.runtime.packed_file import read_packed
+
+    header = read_header(read_packed(path).metadata)
+    return {"task": header.task, "max_length": header.max_length}
 
 
 def _run_defaults(run: Path) -> dict:
@@ -158,7 +171,7 @@ def _task_score(
     from bitdistill.data.tasks import load_task, load_validation
     from bitdistill.evaluation.score import metric_of, score_splits
 
-    task = load_task(options["task"])
+    task = options["task"] if isinstance(options["task"], Task) else load_task(options["task"])
     splits, left_out = load_validation(task, options["validation_file"], options["extra_validation_files"], max_rows)
     for split in left_out:
         print(f"[{split} is not scored; --extra_validation_files.{split} FILE adds it]", file=sys.stderr)

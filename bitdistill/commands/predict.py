@@ -4,24 +4,22 @@ Answers are appended to the output line by line. `OUTPUT.unfinished` says beside
 there, the same command goes on after the last whole line, and a command about anything else is refused.
 """
 
-import contextlib
 import csv
 import dataclasses
 import itertools
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from bitdistill import console
 from bitdistill.commands.options import Parser, add_runtime_options, require_at_least
+from bitdistill.commands.row_files import readable, task_rows
 from bitdistill.errors import UserError
 from bitdistill.files import checksum, write_whole
-from bitdistill.text_files import COMPRESSED, kind_of, read_lines, user_path
+from bitdistill.text_files import COMPRESSED, kind_of, user_path
 
 ROWS_TOGETHER = 64  # read, answered and written together: a second or two of work
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -64,7 +62,7 @@ def predict(
     if texts:
         _predict_one(runtime, task, texts, max_new_tokens, json)
     elif input is not None:
-        with _readable(input, input_format) as path:
+        with readable(input, input_format) as path:
             _predict_file(runtime, task, path, input, output, columns or [], overwrite, max_new_tokens)
 
 
@@ -87,55 +85,13 @@ def _predict_one(runtime, task, texts: list[str], max_new_tokens: int | None, as
 # --- the rows of a file -------------------------------------------------------------------------------------------------
 
 
-class _readable:
-    """The path of the input; what comes from a pipe is kept in a temporary file, because a CSV file is read more than once."""
-
-    def __init__(self, given: str, form: str | None):
-        self._given, self._form, self._folder = given, form, None
-
-    def __enter__(self) -> Path:
-        from bitdistill.data.rows import READERS
-
-        kinds = {kind.lstrip(".") for kind in (*READERS, ".txt")}
-        if self._form is not None and self._form not in kinds:
-            do = "Choose one of them."
-            raise UserError("input_format", expected=f"one of {', '.join(sorted(kinds))}", got=self._form, do=do)
-        pipe = user_path(self._given, "input").is_fifo()  # as `--input <(command)` gives
-        if self._given == "-" or pipe or self._form is not None:
-            self._folder = tempfile.mkdtemp(prefix="bitdistill-")
-            path = Path(self._folder, f"rows.{self._form or 'jsonl'}")
-            if self._given == "-" or pipe:
-                given = user_path(self._given, "input").open("rb") if pipe else contextlib.nullcontext(sys.stdin.buffer)
-                with given as source, path.open("wb") as file:
-                    shutil.copyfileobj(source, file)
-            else:
-                path.symlink_to(_existing(self._given).resolve())
-            return path
-        path = _existing(self._given)
-        if kind_of(path) not in (*READERS, ".txt"):
-            expected = f"{' '.join(READERS)} .txt, compressed ({' '.join(COMPRESSED)}) or not"
-            raise UserError("input", expected=expected, got=path.name, do="Convert the file, or give --input_format.")
-        return path
-
-    def __exit__(self, *exception) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder)
-
-
-def _existing(given: str) -> Path:
-    path = user_path(given, "input")
-    if not path.is_file():
-        raise UserError("input", expected="a file", got=str(path), do="Check the path.")
-    return path
-
-
 def _predict_file(
     runtime, task, path: Path, given: str, output: str, columns: list[str], overwrite: bool, max_new_tokens: int | None
 ) -> None:
     from tqdm import tqdm
 
     source = f"input {given}"
-    total = sum(1 for _ in _rows(path, source, task, columns))  # every row is checked before the first is answered
+    total = sum(1 for _ in task_rows(path, source, task, columns))  # every row is checked before the first is answered
     if total == 0:
         raise UserError(source, expected="at least one row", got="none", do="Give a file with rows.")
     about = {"input_sha256": checksum(path), "model_sha256": checksum(runtime.model.path), "rows": total}
@@ -143,7 +99,7 @@ def _predict_file(
     with _Output(output, _fields(task, columns), about, overwrite) as lines:
         if lines.written:
             print(f"[{lines.written:,} of {total:,} rows are answered already; going on]", file=sys.stderr)
-        rows = itertools.islice(_rows(path, source, task, columns), lines.written, None)
+        rows = itertools.islice(task_rows(path, source, task, columns), lines.written, None)
         shown = sys.stderr.isatty()
         with tqdm(total=total, initial=lines.written, unit="row", desc=task.name, disable=not shown) as bar:
             cut = 0
@@ -168,38 +124,6 @@ def _answers(runtime, rows: Iterable, max_new_tokens: int | None, bar) -> Iterat
         texts, places, kept, numbers = zip(*chunk, strict=True)
         options = {"first_row": numbers[0], "max_new_tokens": max_new_tokens, "progress": progress}
         yield from zip(predict_texts(runtime, texts, places, **options), kept, strict=True)
-
-
-def _rows(path: Path, source: str, task, columns: list[str]) -> Iterator[tuple[dict, str, dict, int]]:
-    """(texts of the prompt's columns, where it stands, columns to copy, number) of each row, checked."""
-    from bitdistill.data.rows import Row, RowFile
-    from bitdistill.runtime.predict import row_texts
-
-    wanted = list(dict.fromkeys([*task.columns, *columns]))
-    if kind_of(path) == ".txt":
-        if len(wanted) > 1:
-            got = f"text lines for {', '.join(wanted)}"
-            raise UserError(source, expected="a file with columns", got=got, do="Give a .jsonl or .csv file.")
-        lines = (line.rstrip("\r\n") for line in read_lines(path, "input", newline="\n"))
-        rows = (Row({wanted[0]: line}, number, number) for number, line in enumerate(lines, start=1))
-    else:
-        rows = RowFile(path, "input", wanted)
-    for row in _named(rows, path, source):
-        where = f"{row.place} of {source.removeprefix('input ')}"
-        for column in columns:
-            if column not in row.values:
-                got = f"{', '.join(row.values) or 'none'} in {row.place}"
-                raise UserError("columns", expected=column, got=got, do="Name columns that the input has.")
-        yield row_texts(task, row.values, row.place, source), where, {c: row.values[c] for c in columns}, row.number
-
-
-def _named(rows: Iterable, path: Path, source: str) -> Iterator:
-    """The rows; errors name what the user gave, not the file that standard input was kept in."""
-    try:
-        yield from rows
-    except UserError as error:
-        field = error.field.replace(f"input {path}", source)
-        raise UserError(field, expected=error.expected, got=error.got, do=error.do) from error
 
 
 # --- the output ---------------------------------------------------------------------------------------------------------

@@ -5,31 +5,24 @@ is written: gains are multipliers (Gemma's ``1 + w`` is stored as such), and RoP
 buffers, so that a reader needs to know nothing about RoPE scaling.
 """
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from bitdistill.errors import UserError
-from bitdistill.files import whole_file
 from bitdistill.kernels import packing as layout
 from bitdistill.kernels.packing import INT4_GROUP
 from bitdistill.kernels.tables import quantize_table
 from bitdistill.names import LAYER_NORMS
 from bitdistill.runtime.packed_file import (
     EMBEDDINGS,
-    FORMAT,
     TOKENIZER,
-    VERSION,
     Config,
     Linear,
-    config_checksum,
-    data_checksum,
 )
+from bitdistill.runtime.packed_writer import write_tensors
 from bitdistill.text_tokens import tokenizer_of
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -108,26 +101,6 @@ def _sizes(config: Config, tensors: dict[str, np.ndarray], file_bytes: int, para
         "parameters": parameters,
         "model_bits_per_parameter": 8 * file_bytes / parameters,
     }
-
-
-def write_tensors(
-    path: Path, config: Config, tensors: dict[str, np.ndarray], metadata: dict[str, Any] | None = None
-) -> None:
-    """Writes the tensors that `config.expected_tensors()` names, atomically, with checksums.
-
-    Args:
-        path: the file. config, tensors, metadata: what `read_packed` gives back.
-    """
-    expected = config.expected_tensors()
-    assert {name: (tensor.dtype.type, tensor.shape) for name, tensor in tensors.items()} == expected
-    header = {"format": FORMAT, "version": str(VERSION)}
-    header["config"] = json.dumps(asdict(config))
-    header["metadata"] = json.dumps(metadata or {})
-    header["config_sha256"] = config_checksum(header)
-    header["data_sha256"] = data_checksum(tensors)
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
-        _sort_metadata(temporary)
 
 
 def _collect(
@@ -353,18 +326,3 @@ def _quantize_table(name: str, table: np.ndarray, embedding: str, packing: str) 
     else:
         packed = layout.pack(codes, packing)
     return {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale}
-
-
-def _sort_metadata(path: Path) -> None:
-    """Puts the header's metadata in the order of its keys, in place.
-
-    The library writes them in an order that differs from one process to the next; equal students shall be equal files.
-    """
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
-        assert len(text) == length, "the header must keep its length, because the data follows it"
-        file.seek(8)
-        file.write(text)
