@@ -243,6 +243,7 @@ def main() -> int:
     folder.chmod(0o755)
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     os.environ.update(PATH=tools, GLOO_SOCKET_IFNAME=CABLE, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the nodes are taken down, too
     disconnect()
     connect()
     cluster = Cluster(folder)
