@@ -77,7 +77,7 @@ def _uses(runtime, files: list[str]) -> tuple[np.ndarray, list[list[int]], int]:
             while chunk := list(itertools.islice(rows, ROWS_TOGETHER)):
                 texts, places, columns, _ = zip(*chunk, strict=True)
                 encoded, _ = task_prompts(runtime, texts, places, None)
-                prompts += encoded[: PROVED - len(prompts)] if len(prompts) < PROVED else []
+                prompts += encoded[: max(PROVED - len(prompts), 0)]
                 number += len(encoded)
                 for column in answers:
                     encoded += answer_tokens(task, tokenizer, [str(values[column]) for values in columns])

@@ -16,7 +16,6 @@ from numba import types
 
 from bitdistill.kernels.cpu.native import native
 
-ROWS, BYTES = 16, 64  # of a tile
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _SIXTEEN_BYTES, _SIXTEEN_INTS = ir.VectorType(_I8, 16), ir.VectorType(_I32, 16)
 _COPY = types.int64(types.int64, types.int64, types.int64, types.int64)

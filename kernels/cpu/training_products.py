@@ -11,8 +11,8 @@ as they come out of the registers; the others write them first.
 never get that large, but with +-127 on both sides they do. So `dense` products are used only on machines where
 `dense_products_are_exact` has found them to be exact.
 
-**Choice.** Where there are tiles, they are taken: 1.1 to 7 times as fast as oneDNN on every shape that was tried, they need no
-timing, which a busy machine can spoil. Elsewhere METHODS are timed on the first product of a kind, width and number of tokens
+**Choice.** Where there are tiles, they are taken: they were at least as fast as oneDNN on every shape that was tried, and need
+no timing, which a busy machine can spoil. Elsewhere METHODS are timed on the first product of a kind, width and number of tokens
 (rounded to a power of two), with the given operands, and the fastest is known from then on (choices.py). All methods give the
 same integers, so the choice affects time only.
 """
