@@ -1,12 +1,15 @@
 """The same students in llama.cpp and in our runtime: size, speed of decoding and of reading a prompt, distance from the student.
 
-    python bench/beside_llama_cpp.py --llama_cpp PYTHON [--student FOLDER ...] [--shapes 0.6B] [--rounds 3] [--json FILE]
+    python bench/beside_llama_cpp.py --llama_cpp PYTHON [--student FOLDER ...] [--shapes 0.6B] [--threads 1] [--json FILE]
 
 PYTHON is the interpreter of an environment with llama-cpp-python (bench/foreign_tools.py says how to make one). FOLDER is a
 student as a stage leaves it, or a base model's, which is made ternary without training; --shapes are Qwen3 students of real
-size with random weights. A student that is made here has activations in blocks of 32 and scales of groups of 64 columns
-("group 64"), or one of the tensor for the types with blocks of 256 ("tensor"). One thread; every kind is measured once
-in each round, and the medians are printed. Decoding: one token at a time after 64 tokens; prompt: 256 tokens at once.
+size with random weights. A student that is made here has scales of groups of 64 columns and activations in blocks of 32
+("group 64"), or, as in the paper, one scale of the tensor and activations per token ("tensor"). Every kind is measured once
+in each round; the medians are printed with their range. Decoding: one token at a time after 64 tokens; prompt: 256 tokens at
+once. The divergence is that of llama.cpp's plain kernels, as in `bitdistill export`; speed is measured as
+llama.cpp runs by default, with weights repacked for the processor. BITDISTILL_CPU_FEATURES=avx512_vbmi masks AMX for our
+runtime; for llama.cpp it takes a build without it.
 """
 
 import argparse
@@ -26,14 +29,15 @@ KINDS = (
     ("packed", "2bit"),
     ("gguf", "q4_0"),
     ("gguf", "tq2_0"),
+    ("gguf", "auto"),
     ("gguf", "q2_k"),
     ("gguf", "tq1_0"),
 )
 
 
-def serve(kind: str, path: str) -> None:
+def serve(kind: str, path: str, threads: int) -> None:
     """A worker: says that it is ready, then answers each line with the seconds of decoding and of a prompt."""
-    run = {"packed": _ours, "gguf": _llama_cpp, "gguf plain": _llama_cpp_plain}[kind](path)
+    run = {"packed": _ours, "gguf": _llama_cpp, "gguf plain": _llama_cpp_plain}[kind](path, threads)
     prompt = [(7 * i + 11) % 500 for i in range(PROMPT)]
     run(prompt[:CONTEXT], DECODED // 4)  # compiles, warms the caches
     print("ready", flush=True)
@@ -43,10 +47,10 @@ def serve(kind: str, path: str) -> None:
         print(json.dumps({"decode": decode / DECODED, "prompt": read / PROMPT}), flush=True)
 
 
-def _ours(path: str):
+def _ours(path: str, threads: int):
     from bitdistill.runtime.cpu import Runtime
 
-    runtime = Runtime(path, threads=1)
+    runtime = Runtime(path, threads=threads)
 
     def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
         cache, started = runtime.new_cache(PROMPT + DECODED), time.perf_counter()
@@ -59,10 +63,11 @@ def _ours(path: str):
     return run
 
 
-def _llama_cpp(path: str):
+def _llama_cpp(path: str, threads: int):
     from llama_cpp import Llama
 
-    model = Llama(path, n_ctx=PROMPT + DECODED + 8, n_threads=1, n_threads_batch=1, verbose=False)
+    context = PROMPT + DECODED + 8
+    model = Llama(path, n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
         model.reset()
@@ -76,7 +81,7 @@ def _llama_cpp(path: str):
     return run
 
 
-def _llama_cpp_plain(path: str):
+def _llama_cpp_plain(path: str, threads: int):
     """Weights stay as the file has them, so that AMX is not used: llama.cpp 0.3.36's products with it end on some processors
     with an illegal instruction (ggml-org/llama.cpp pull request 26954)."""
     import llama_cpp
@@ -89,14 +94,14 @@ def _llama_cpp_plain(path: str):
         return parameters
 
     llama_cpp.llama_model_default_params = llama_cpp.llama_cpp.llama_model_default_params = plain
-    return _llama_cpp(path)
+    return _llama_cpp(path, threads)
 
 
 class Worker:
     """A runtime with a file, in a process of its own."""
 
-    def __init__(self, python: str, kind: str, path: Path):
-        self.kind = kind
+    def __init__(self, python: str, kind: str, path: Path, threads: int):
+        self.kind, self.threads = kind, threads
         try:
             self._start(python, path)
         except RuntimeError:
@@ -107,8 +112,8 @@ class Worker:
             self._start(python, path)
 
     def _start(self, python: str, path: Path) -> None:
-        command = [python, "-P", __file__, "--serve", self.kind, str(path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [python, "-P", __file__, "--serve", self.kind, str(path), str(self.threads)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -143,14 +148,14 @@ def make_students(arguments):
     from bitdistill.student.refine import load_student, refine
     from random_models import SHAPES
 
-    scales = {"group 64": {"weight_scale": "group", "group_size": 64}, "tensor": {}}
+    scales = {"group 64": {"weight_scale": "group", "group_size": 64, "act_scale": "block"}, "tensor": {}}
     for folder in arguments.student:
         if "bitdistill" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
             yield folder.name, "as trained", load_student(folder).eval(), load_tokenizer(folder)
             continue
         for name, settings in scales.items():
             model = load_language_model(folder)
-            refine(model, norms="none", act_scale="block", **settings)
+            refine(model, norms="none", **settings)
             yield folder.name, name, model.eval(), load_tokenizer(folder)
     for wanted in arguments.shapes:
         shape, tokenizer = SHAPES[wanted], demo.train_tokenizer(TEXTS * 20)
@@ -162,7 +167,7 @@ def make_students(arguments):
         for name, settings in scales.items():
             torch.manual_seed(0)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            refine(model, norms="none", act_scale="block", **settings)
+            refine(model, norms="none", **settings)
             yield f"Qwen3 {wanted}, random", name, model.eval(), tokenizer
 
 
@@ -180,7 +185,7 @@ def write_files(folder: Path, name: str, scales: str, model, tokenizer, python: 
     prompts = [tokenizer(text)["input_ids"][:24] for text in TEXTS]
     ours, found = torch_answers(model, prompts), []
     for format, kind in KINDS:
-        path = folder / f"{len(list(folder.iterdir()))}-{kind}.{'safetensors' if format == 'packed' else 'gguf'}"
+        path = folder / f"{name}, {scales}, {kind}.{'safetensors' if format == 'packed' else 'gguf'}"
         try:
             if format == "packed":
                 sizes = write_packed(path, model, packing=kind, embedding="int8")
@@ -188,6 +193,9 @@ def write_files(folder: Path, name: str, scales: str, model, tokenizer, python: 
                 theirs = [runtime.logits(prompt) for prompt in prompts], [[]] * len(prompts)
             else:
                 sizes = write_gguf(path, model, tokenizer, linear_type=kind)
+                if kind == "auto" and len(sizes["types"]) == 1:  # the table has this type already
+                    path.unlink()
+                    continue
                 theirs, _ = tool_elsewhere(python, "gguf", path, prompts, 0, 1)
         except UserError as error:
             print(f"{name}, {scales}, {kind}: {error}"[:150], file=sys.stderr)
@@ -197,7 +205,7 @@ def write_files(folder: Path, name: str, scales: str, model, tokenizer, python: 
             "student": name,
             "scales": scales,
             "runtime": "ours" if format == "packed" else "llama.cpp",
-            "type": kind,
+            "type": kind if kind != "auto" else " and ".join(sizes["types"]),
         }
         found.append(
             row | {"path": str(path), "bytes": sizes["file_bytes"], "bits": sizes["bits_per_weight"], "kl": kl}
@@ -212,6 +220,7 @@ def main() -> None:
     parser.add_argument("--student", type=Path, nargs="*", default=[], metavar="FOLDER")
     parser.add_argument("--shapes", nargs="*", default=["0.6B"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--folder", type=Path, help="where the files are written and kept; a temporary folder by default"
     )
@@ -219,10 +228,10 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures there, too; read there what is written"
     )
-    parser.add_argument("--serve", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=3, metavar=("KIND", "PATH", "THREADS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(*arguments.serve)
+        serve(*arguments.serve[:2], int(arguments.serve[2]))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
@@ -243,17 +252,27 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        speeds = " | ".join(f"{1 / row[part]:.0f}" if part in row else "" for part in ("decode", "prompt"))
+        speeds = " | ".join(_rate(row.get(part)) for part in ("decode", "prompt"))
         label = f"| {row['student']}, {row['scales']} | {row['runtime']}, {row['type']}"
         print(f"{label} | {row['bits']:.2f} | {row['bytes'] / 1e6:.0f} | {speeds} | {row['kl']:.1e} |")
 
 
+def _rate(seconds: list[float] | None) -> str:
+    """Median and range of tokens per second."""
+    if not seconds:
+        return ""
+    slowest, fastest = 1 / max(seconds), 1 / min(seconds)
+    return f"{1 / statistics.median(seconds):.0f} [{slowest:.0f}, {fastest:.0f}]"
+
+
 def measure(rows: list[dict], arguments) -> None:
-    """Adds the median seconds per token of decoding and of a prompt to every row: one round after the other."""
+    """Adds the seconds per token of decoding and of a prompt in each round to every row."""
     workers = []
     for row in rows:
         python = sys.executable if row["runtime"] == "ours" else arguments.llama_cpp
-        workers.append(Worker(python, "packed" if row["runtime"] == "ours" else "gguf", Path(row["path"])))
+        workers.append(
+            Worker(python, "packed" if row["runtime"] == "ours" else "gguf", Path(row["path"]), arguments.threads)
+        )
     rounds: list[list[dict[str, float]]] = [[] for _ in rows]
     for _ in range(arguments.rounds):
         for found, worker in zip(rounds, workers, strict=True):
@@ -261,7 +280,7 @@ def measure(rows: list[dict], arguments) -> None:
     for row, found, worker in zip(rows, rounds, workers, strict=True):
         worker.close()
         row["runtime"] += ", weights not repacked" if worker.kind == "gguf plain" else ""
-        row |= {part: statistics.median(one[part] for one in found) for part in ("decode", "prompt")}
+        row |= {part: [one[part] for one in found] for part in ("decode", "prompt")}
 
 
 if __name__ == "__main__":

@@ -13,15 +13,19 @@ nesting; and values of other types in JSON. Each is drawn from a seed of its own
     refused   a UserError: one line that names the field and says what to do
     FAULT     anything else: another exception, more than SECONDS of the processor, or more than MEGABYTES of further memory
 
-A packed file has checksums, so for it `other` is a fault, too.
+A packed file has checksums, so for it `other` is a fault, too. What is read of our exports in the formats of other tools is
+that their weights are codes: to take these for weights is a fault.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
+import io
 import json
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -44,17 +48,23 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+import bitdistill
 from bitdistill.command_line import parse_config
+from bitdistill.commands.export import about_run
+from bitdistill.commands.info import info
 from bitdistill.data import demo
 from bitdistill.data.corpus import token_blocks
 from bitdistill.data.tasks import load_rows, load_task
 from bitdistill.errors import UserError
+from bitdistill.export.card import write_card
+from bitdistill.export.deliver import proof_texts
 from bitdistill.export.gguf_file import write_gguf
-from bitdistill.export.hugging_face import write_hugging_face
+from bitdistill.export.hugging_face import FORMATS, write_hugging_face
 from bitdistill.export.write import write_packed
-from bitdistill.runtime.packed_file import config_checksum, read_packed
+from bitdistill.runtime.cpu import Runtime
+from bitdistill.runtime.packed_file import config_checksum, read_packed, sealed_as
 from bitdistill.student.gguf_base import convert_gguf
-from bitdistill.student.loading import load_tokenizer
+from bitdistill.student.loading import load_tokenizer, tokenizer_settings
 from bitdistill.student.model_folder import open_model
 from bitdistill.student.refine import load_student, refine, save_student
 
@@ -65,9 +75,17 @@ truncate_column: text
 label_column: label
 labels: {0: bad, 1: good}
 """
+CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 ROWS = [
     {"text": text, "label": i % 2} for i, text in enumerate(("a dull film", "warm, “funny” — and\nlong", "007", "null"))
 ]
+
+
+class NoFile(Exception):
+    """A mutation of which nobody could make a file: nothing was read."""
 
 
 @dataclass
@@ -119,8 +137,20 @@ def make_targets(folder: Path) -> dict[str, Target]:
     stock = transformers.Qwen3ForCausalLM(config)
     refine(stock, norms="none")
     write_gguf(gguf, stock, tokenizer, linear_type="f16", embedding_type="f16")
+    ternary = folder / "ternary.gguf"
+    write_gguf(ternary, _plain_student(config), tokenizer, linear_type="q4_0", embedding_type="q8_0")
     (folder / "config.txt").write_bytes(_header(packed)["config"].encode())
     (folder / "task.yaml").write_text(TASK, encoding="utf-8")
+    task = load_task(str(folder / "task.yaml"))
+    used = folder / "used.safetensors"  # knows its task, a chat template, and how its base is sampled
+    knows = {
+        "tokenizer": tokenizer_settings(tokenizer) | {"chat_template": CHAT},
+        "generation": {"temperature": 0.7, "top_p": 0.9},
+    }
+    knows |= {"setting": "BitDistill", "base": "base", "scores": {"metric": "accuracy"}}
+    asked = dataclasses.replace(task, chat=True)
+    bitdistill.write(used, model, tokenizer, task=asked, max_length=40, metadata=knows)
+    (folder / "metadata.txt").write_bytes(_header(used)["metadata"].encode())
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (folder / "rows.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
@@ -129,7 +159,6 @@ def make_targets(folder: Path) -> dict[str, Target]:
     (folder / "run.yaml").write_text("seed: 3\nmax_length: 64\ndistill:\n  learning_rate: 0.001\n", encoding="utf-8")
     (folder / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
-    task = load_task(str(folder / "task.yaml"))
 
     def rows(name):
         path = folder / name
@@ -142,18 +171,25 @@ def make_targets(folder: Path) -> dict[str, Target]:
     def state(folder):
         return {name: _digest(tensor.numpy()) for name, tensor in load_student(folder).state_dict().items()}
 
-    def converted():
-        found = convert_gguf(gguf, folder / "converted")
+    def converted(file):
+        found = convert_gguf(file, folder / "converted")
         return str(found), _digest(np.fromfile(folder / "converted" / "model.safetensors", np.uint8))
+
+    def predicted():
+        return Runtime(_sealed(folder, used, "metadata"), threads=1).predict({"text": "a dull film"})
 
     text = "the cat was good"
     return {
         "packed file": Target(packed, lambda: _packed(packed), "binary", exact=True, share=16),
         "packed file, groups and blocks": Target(grouped, lambda: _packed(grouped), "binary", exact=True, share=4),
-        "packed config, sealed again": Target(folder / "config.txt", lambda: _sealed(folder), "json", share=16),
+        "packed config, sealed again": Target(
+            folder / "config.txt", lambda: _packed(_sealed(folder, packed, "config")), "json", share=16
+        ),
+        "packed task and template, sealed again": Target(folder / "metadata.txt", predicted, "json"),
         "base: model.safetensors": Target(base / "model.safetensors", lambda: _names(open_model(base)), "binary"),
         "base: config.json": Target(base / "config.json", lambda: _names(open_model(base)), "json"),
-        "base: GGUF file": Target(gguf, converted, "binary"),
+        "base: GGUF file": Target(gguf, lambda: converted(gguf), "binary"),
+        "base: GGUF file, Q4_0": Target(ternary, lambda: converted(ternary), "binary", share=2),
         "tokenizer.json": Target(base / "tokenizer.json", lambda: load_tokenizer(base)(text)["input_ids"], "json"),
         "student: model.safetensors": Target(student / "model.safetensors", lambda: state(student), "binary", share=2),
         "student: config.json": Target(student / "config.json", lambda: state(student), "json", share=2),
@@ -168,28 +204,77 @@ def make_targets(folder: Path) -> dict[str, Target]:
         "settings.yaml": Target(
             folder / "run.yaml", lambda: parse_config(["--config", str(folder / "run.yaml")])[1], "text", share=1
         ),
-    } | exported_targets(folder, config, tokenizer)  # fmt: skip
+    } | exported_targets(folder, config, tokenizer) | run_targets(folder, used)  # fmt: skip
+
+
+def _plain_student(config):
+    """A student as other tools can hold it: no SubLN, a scale for each row, rows of 32 and 64 columns."""
+    student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(config.to_dict() | {"intermediate_size": 64})))
+    refine(student, norms="none", weight_scale="row")
+    return student
 
 
 def exported_targets(folder: Path, config, tokenizer) -> dict[str, Target]:
-    """Our own exports for other tools, given as a base model: their weights are codes, and no damage may hide this."""
-    student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(config.to_dict() | {"intermediate_size": 64})))
-    refine(student, norms="none", weight_scale="row")
-    found = {}
-    for format in ("mlx", "compressed-tensors"):
+    """Our own exports for other tools, given as a base model: config.json says that their weights are codes; and where it does
+    not, the weights themselves must show it."""
+    student, found = _plain_student(config), {}
+    for format in FORMATS:
         write_hugging_face(folder / format, student, tokenizer, format)
-
-        def read(path=folder / format):
-            try:
-                open_model(path)
-            except UserError as error:
-                if "full-precision weights" in error.expected:
-                    return "quantized"
-                raise
-            raise AssertionError("codes were taken for full-precision weights")
-
-        found[f"{format}: config.json"] = Target(folder / format / "config.json", read, "json", share=1)
+        silent = folder / f"{format} without its section"
+        shutil.copytree(folder / format, silent)
+        settings = json.loads((silent / "config.json").read_text(encoding="utf-8"))
+        for key in ("quantization", "quantization_config"):
+            settings.pop(key, None)
+        (silent / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        for place, name, kind in ((folder / format, "config.json", "json"), (silent, "model.safetensors", "binary")):
+            found[f"{format}: {name}"] = Target(place / name, lambda place=place: _quantized(place), kind, share=1)
     return found
+
+
+def _quantized(path: Path) -> str:
+    try:
+        open_model(path)
+    except UserError as error:
+        if "full-precision weights" in error.expected:
+            return "quantized"
+        raise
+    raise AssertionError("codes were taken for full-precision weights")
+
+
+def run_targets(folder: Path, packed: Path) -> dict[str, Target]:
+    """What `bitdistill export` and `info` read of a run besides its student: settings, scores, texts, the proof."""
+    run = folder / "run"
+    for name in ("evaluate", "export"):
+        (run / name).mkdir(parents=True)
+    shutil.copy(packed, run / "export" / "student.safetensors")
+    (run / "config.yaml").write_text("model: base\ntask: task.yaml\ncorpus: corpus.txt\nseed: 3\n", encoding="utf-8")
+    row = {"setting": "BitDistill", "score": 50.0, "interval": [40.0, 60.0], "examples": 4, "extra": {}}
+    scores = {"task": "task", "metric": "accuracy", "majority": 50.0, "rows": [row], "paired": [], "notes": []}
+    (run / "evaluate" / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    lines = [json.dumps(row | {"row": i, "predictions": {}}, ensure_ascii=False) for i, row in enumerate(ROWS)]
+    (run / "evaluate" / "predictions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    sealed = sealed_as(packed)
+    proof = {"data_sha256": sealed, "tokens": 90, "mean_kl": 1e-9, "same_top1": 1.0, "linears": 7, "noise_mean_kl": 0.0}
+    (run / "export" / "proof.json").write_text(json.dumps(proof), encoding="utf-8")
+
+    def card():
+        sizes = {"file_bytes": 1, "bits_per_weight": 1.6}
+        write_card(folder / "card.md", format="mlx", file="x", written=sizes, surgery={}, proof="", **about_run(run))
+        return (folder / "card.md").read_text(encoding="utf-8")
+
+    def printed():
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            info(str(run))
+        return shown.getvalue()
+
+    return {
+        "run: config.yaml": Target(run / "config.yaml", card, "text", share=1),
+        "run: scores.json": Target(run / "evaluate" / "scores.json", card, "json", share=1),
+        "run: predictions.jsonl": Target(
+            run / "evaluate" / "predictions.jsonl", lambda: proof_texts(run), "json", share=1
+        ),
+        "run: proof.json": Target(run / "export" / "proof.json", printed, "json", share=1),
+    }
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -210,20 +295,20 @@ def _packed(path: Path) -> Any:
     return model.config, model.metadata, tensors
 
 
-def _sealed(folder: Path) -> Any:
-    """The packed file with the mutated config and a checksum that fits it: only the checks of its meaning are left."""
-    header = _header(folder / "student.safetensors")
+def _sealed(folder: Path, source: Path, part: str) -> Path:
+    """The file with the mutated config or metadata and a checksum that fits it: only the checks of its meaning are left."""
+    header = _header(source)
     try:
-        header["config"] = (folder / "config.txt").read_bytes().decode()
-    except UnicodeDecodeError:
-        return None  # cannot be in a header
+        header[part] = (folder / f"{part}.txt").read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise NoFile from error  # no text, which cannot be in a header
     header["config_sha256"] = config_checksum(header)
-    tensors = {name: tensor.copy() for name, tensor in read_packed(folder / "student.safetensors").tensors.items()}
+    tensors = {name: tensor.copy() for name, tensor in read_packed(source).tensors.items()}
     try:
         save_file(tensors, folder / "sealed.safetensors", header)
-    except SafetensorError:
-        return None
-    return _packed(folder / "sealed.safetensors")
+    except SafetensorError as error:
+        raise NoFile from error
+    return folder / "sealed.safetensors"
 
 
 def _names(found) -> Any:
@@ -403,6 +488,8 @@ def try_case(name: str, target: Target, seed: int, case: int) -> tuple[str, floa
         error = "a damaged file was read" if outcome == "FAULT" else ""
     except UserError as mistake:
         outcome = "refused" if str(mistake).strip() else "FAULT"
+    except NoFile:
+        outcome = "other"
     except BaseException as wrong:
         if isinstance(wrong, KeyboardInterrupt):
             raise

@@ -13,6 +13,9 @@ from weakref import WeakKeyDictionary
 from bitdistill.errors import UserError
 from bitdistill.text_tokens import TextTokens, check_unicode
 
+# What a chat template may end with besides Jinja's own errors: it is a program, and Python's errors are its errors.
+TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -282,9 +285,9 @@ def _rendered(task: Task, rows: Sequence[dict], tokenizer) -> list[str]:
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     try:
         return [tokenizer.apply_chat_template(turn, **options) for turn in turns]
-    except TemplateError as error:
+    except (TemplateError, *TEMPLATE_ERRORS) as error:
         raise UserError(
-            "tokenizer_config.json: chat_template", expected="a template that takes one user turn", got=str(error),
+            "tokenizer_config.json: chat_template", expected="a template that takes one user turn", got=str(error)[:160],
             do="Correct the tokenizer's chat template, or set chat: false in the task.",
         ) from error  # fmt: skip
 

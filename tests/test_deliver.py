@@ -27,8 +27,7 @@ def run(tmp_path):
     for parameter in model.parameters():
         parameter.data.mul_(0.3)  # near a trained model's: less sensitive to rounding than a random one
     save_student(tmp_path / "distill", model, byte_level())
-    for name in ("export", "evaluate"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "evaluate").mkdir()
     rows = [{"row": i, "sentence": text, "predictions": {}} for i, text in enumerate(TEXTS)]
     (tmp_path / "evaluate" / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return tmp_path
@@ -174,6 +173,26 @@ def test_mlx_agrees(run):
 def test_refusals(run, options, match):
     with pytest.raises(UserError, match=match):
         deliver.deliver(run / "distill", texts=[], **{"output": None, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("config.yaml", "model: [1, 2]", "RUN .*config.yaml: expected a text for model; got"),
+        ("config.yaml", "model: {", "RUN .*config.yaml: expected YAML"),
+        (
+            "evaluate/scores.json",
+            '{"task": "a", "metric": "accuracy"}',
+            "RUN: expected scores as the evaluation writes them",
+        ),
+        ("evaluate/scores.json", "[" * 100_000, "RUN: expected scores as the evaluation writes them"),
+        ("evaluate/predictions.jsonl", "[" * 100_000, "predictions.jsonl: expected a JSON object a line"),
+    ],
+)
+def test_a_damaged_run_is_a_line(run, name, content, match):
+    (run / name).write_text(content)
+    with pytest.raises(UserError, match=match):
+        export(str(run), format="transformers")
 
 
 def test_the_command(run, capsys):

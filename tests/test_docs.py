@@ -1,13 +1,17 @@
 """The documents: every relative link leads somewhere, and the maps name what is there."""
 
+import functools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bitdistill import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -47,6 +51,32 @@ def test_named_python_files_exist(page):
     there = ["/" + path for path in python_files()] + ["/setup.py"]
     named = set(FILE.findall(page.read_text()))
     assert not {name for name in named if not any(path.endswith("/" + name) for path in there)}
+
+
+def shown_commands():
+    """The command lines of the pages and of the list of commands, without the explanations beside them."""
+    for page in [page for page in PAGES if page.name != "log.md"] + [ROOT / "bitdistill" / "cli.py"]:
+        for line in page.read_text().splitlines():
+            command = re.split(r"\s{3,}|\s#", line.removeprefix("    "))[0].strip()
+            if re.fullmatch(r"bitdistill [a-z]+( [^:`|]*)?", command):
+                yield command
+
+
+@pytest.mark.parametrize("line", sorted(set(shown_commands())))
+def test_shown_commands_have_the_options_that_they_show(line, monkeypatch):
+    """Parsed as the command line is, without the work."""
+    ran = []
+
+    def named_only(function):
+        @functools.wraps(function)
+        def record(*arguments, **options):
+            ran.append(function.__name__)
+
+        return record
+
+    monkeypatch.setattr(cli, "COMMANDS", {name: named_only(function) for name, function in cli.COMMANDS.items()})
+    cli._run_command(shlex.split(line)[1:])
+    assert len(ran) == 1
 
 
 def test_design_names_every_folder_of_the_package():

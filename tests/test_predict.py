@@ -19,6 +19,7 @@ from bitdistill.errors import UserError
 from bitdistill.evaluation.score import score_rows
 from bitdistill.prompts import Task, prompt_texts
 from bitdistill.runtime.chat_template import PackedTokenizer
+from bitdistill.runtime.conversation import conversation_ids
 from bitdistill.runtime.header import Header, read_header
 from bitdistill.runtime.sampling import Sampling
 from bitdistill.student.loading import tokenizer_settings
@@ -279,6 +280,25 @@ def test_templates_stay_in_the_sandbox(template):
     tokenizer = PackedTokenizer(letters_tokenizer().backend_tokenizer, {"chat_template": template})
     with pytest.raises(TemplateError):
         tokenizer.apply_chat_template(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{" + "[" * 3000 + "]" * 3000 + "}}",
+        "{{ 1 // 0 }}",
+        "{{ messages[0]['content'] + 1 }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+    ],
+    ids=["nested", "divides", "types", "endless"],
+)
+def test_a_template_that_fails_is_a_line(template, tmp_path):
+    """A template is a program; whatever it ends with names the template."""
+    path, _ = written(tmp_path, Task.from_json(REVIEWS.to_json() | {"chat": True}), template)
+    with pytest.raises(UserError, match="chat_template"):
+        bitdistill.load(path, threads=1).predict(rows_of(REVIEWS)[0])
+    with pytest.raises(UserError, match="chat template"):
+        conversation_ids(bitdistill.load(path, threads=1), MESSAGES)
 
 
 def test_predicting_imports_neither_torch_nor_pandas(tmp_path):

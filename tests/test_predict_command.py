@@ -247,6 +247,10 @@ def test_info_of_a_proved_file(file, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["bitdistill", "info", str(tmp_path)])
         assert cli.main() == 0
         assert says in capsys.readouterr().out
+    for damaged in ("[" * 100_000, json.dumps({"data_sha256": sealed_as(file)})):
+        (tmp_path / "export" / "proof.json").write_text(damaged)
+        assert cli.main() == 0
+        assert "no proof" in capsys.readouterr().out
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------

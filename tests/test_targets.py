@@ -58,6 +58,11 @@ def test_the_paper_s_students_open_in_our_runtime_and_llama_s_in_bitnet(family):
     base = config(family, tie_word_embeddings=True)
     opens = [row["target"] for row in verdicts(base, PAPER) if row["possible"]]
     assert opens == (["bitdistill", "llama.cpp"] if family == "llama" else ["bitdistill"])
+    why = {row["target"]: row["why"] for row in verdicts(base, PAPER)}["llama.cpp"]
+    kind = (
+        "" if family == "llama" else f"no llama.cpp architecture has SubLN for {base.model_type}; use refine.norms none"
+    )
+    assert why == kind  # and nothing of what `bitnet` lacks, which is Llama's affair
 
 
 def test_settings_by_hand():
@@ -85,6 +90,9 @@ def test_file_types_and_sizes_by_hand():
     weights = sum(matrix_sizes(base).values())
     assert rows["llama.cpp"]["file_bytes"] == int((weights * 2.0625 + 320 * 256 * 8.5) / 8)
     assert rows["llama.cpp"]["bits_per_weight"] == pytest.approx(2.0625)
+    assert rows["llama.cpp"]["tokens_per_second"] is None  # it stays in the cache
+    large = verdicts(config("qwen3", vocab_size=200_000), Choice("none"))
+    rows = {row["target"]: row for row in large}
     read = rows["llama.cpp"]["file_bytes"]  # tied: all of it, at 19.6 GB/s
     assert rows["llama.cpp"]["tokens_per_second"] == pytest.approx(19.6e9 / read, rel=1e-3)
     assert rows["mlx"]["tokens_per_second"] is None

@@ -44,15 +44,15 @@ def check(
         table.add_column(column, overflow="fold")
     for row in verdicts(config, choice):
         if row["possible"]:
-            speed = "not measured" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}"
-            bits, size = f"{row['bits_per_weight']:.2f}", f"{row['file_bytes'] / 1e6:,.0f} MB"
+            speed = "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}"
+            megabytes = row["file_bytes"] / 1e6
+            bits, size = f"{row['bits_per_weight']:.2f}", f"{megabytes:,.{0 if megabytes >= 10 else 1}f} MB"
             table.add_row(row["title"], "yes", row["format"], row["file_type"], bits, size, speed, "")
         else:
             table.add_row(row["title"], "no", row["format"] or "", "", "", "", "", row["why"])
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    console.print(
-        "tokens/s: decoding, estimated for two cores with AVX2 and 30 GB/s (docs/performance.md).", highlight=False
-    )
+    said = "tokens/s: decoding, estimated for two cores with AVX2 and 30 GB/s (docs/performance.md); not for types that were"
+    console.print(f"{said} not measured there, nor for files of less than 32 MB.", highlight=False)
     for what in TARGETS[deploy_target].gives_up if deploy_target else ():
         console.print(f"given up for {TARGETS[deploy_target].title}: {what}", highlight=False)

@@ -87,14 +87,14 @@ def _checkpoint_of(path: Path) -> Path:
 
 def _tokenizer_of(checkpoint: Path) -> str | Path:
     """Where the tokenizer of a checkpoint's run is: with the result of a stage before it, else where the settings say."""
-    import yaml
+    from bitdistill.yaml_files import read_yaml
 
     run = checkpoint.absolute().parents[2]
     for stage in STAGES:
         if any((run / stage / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             return run / stage
     path = run / "config.yaml"
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_yaml(path, "source") if path.is_file() else {}
     named = settings.get("student") or settings.get("model")
     if named is None and (run / "demo").is_dir():
         named = next((file.parent for file in (run / "demo").rglob("tokenizer.json")), None)

@@ -8,10 +8,18 @@ from bitdistill.commands.options import require_at_least
 from bitdistill.errors import UserError
 from bitdistill.text_files import user_path
 
+NUMBER = (int, float)
+ROW = {"setting!": str, "score!": NUMBER, "interval!": [NUMBER, NUMBER], "examples!": int}
+SCORES = {
+    "task!": str,
+    "metric!": str,
+    "rows!": [ROW],
+}  # of evaluate/scores.json, what the card shows (reporting/shapes.py)
+
 
 def export(
     run: str,
-    format: Literal["gguf", "transformers", "compressed-tensors", "mlx"],
+    format: Literal["gguf", "transformers", "compressed-tensors", "mlx"] | None = None,
     output: str | None = None,
     type: str = "auto",
     embedding: Literal["f16", "q8_0", "q4_0"] = "q8_0",
@@ -24,7 +32,8 @@ def export(
 
     Args:
         run: a run directory with a finished student.
-        format: gguf (llama.cpp, Ollama, LM Studio), transformers, compressed-tensors (transformers, vLLM), or mlx (mlx-lm).
+        format: gguf (llama.cpp, Ollama, LM Studio), transformers, compressed-tensors (transformers, vLLM), or mlx (mlx-lm);
+            always needed.
         output: the file (gguf) or folder to write: by default RUN/export/student.gguf or RUN/export/student-FORMAT.
         type: the type of the ternary matrices in a gguf file: auto, tq2_0, tq1_0, q4_0, q2_k, q2_0 or f16.
         embedding: the type of the embedding and LM head in a gguf file.
@@ -37,13 +46,16 @@ def export(
     from bitdistill.cpus import available_cpus
     from bitdistill.export.deliver import deliver, proof_texts
 
+    if format is None:
+        do = "Say --format gguf for llama.cpp and Ollama; `bitdistill check` shows which format opens where."
+        raise UserError("format", expected="gguf, transformers, compressed-tensors or mlx", got="none", do=do)
     folder = user_path(run, "RUN")
     if not (folder / "distill" / "model.safetensors").is_file():
         do = "Train one first: deepspeed bitdistill/train.py --stage all."
         raise UserError("RUN", expected="a run directory with a finished student (RUN/distill)", got=run, do=do)
     options = {"linear_type": type, "embedding_type": embedding, "prove": prove, "python": tool_python}
     require_at_least("threads", threads, 1)
-    options |= {"threads": threads or available_cpus(), "about": _about(folder)}
+    options |= {"threads": threads or available_cpus(), "about": about_run(folder)}
     result = deliver(folder / "distill", format, output, proof_texts(folder), **options)
     _print_result(format, result)
     if push_to_hub is not None:
@@ -52,14 +64,41 @@ def export(
         print(f"uploaded: {upload(push_to_hub, result['files'])}")
 
 
-def _about(run: Path) -> dict[str, Any]:
-    """What the model card says of a run: its base model, task, corpus and scores."""
-    import yaml
+def about_run(run: Path) -> dict[str, Any]:
+    """What the model card says of a run: its base model, task, corpus and scores.
 
-    path, scores = run / "config.yaml", run / "evaluate" / "scores.json"
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = {"base": settings.get("model"), "task": settings.get("task"), "corpus": settings.get("corpus")}
-    return found | {"scores": json.loads(scores.read_text(encoding="utf-8")) if scores.is_file() else {}}
+    Args:
+        run: the run directory.
+
+    Raises:
+        UserError: config.yaml or scores.json holds something else than a run writes.
+    """
+    from bitdistill.yaml_files import read_yaml
+
+    path = run / "config.yaml"
+    settings = read_yaml(path, "RUN") if path.is_file() else {}
+    found = {name: settings.get(name) for name in ("model", "task", "corpus")}
+    for name, value in found.items():
+        if not isinstance(value, str | None):
+            raise UserError(f"RUN {path}", expected=f"a text for {name}", got=repr(value)[:80], do="Mend the file.")
+    return {"base": found.pop("model"), **found, "scores": _scores(run / "evaluate" / "scores.json")}
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    """What a run's evaluation found; empty when there was none."""
+    from bitdistill.reporting.shapes import fits
+
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        right = fits(content, SCORES)
+    except (ValueError, RecursionError):
+        right = False
+    if not right:
+        do = "Run --stage evaluate again, which writes it; or remove it: the card then says that nothing was measured."
+        raise UserError("RUN", expected="scores as the evaluation writes them", got=str(path), do=do)
+    return content
 
 
 def _print_result(format: str, result: dict[str, Any]) -> None:

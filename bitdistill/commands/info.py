@@ -68,6 +68,9 @@ def _facts(packed) -> dict[str, Any]:
     }
 
 
+SHOWN = ("tokens", "mean_kl", "same_top1")  # of a proof
+
+
 def _proof(path: Path) -> dict[str, Any] | None:
     """The run's proof of parity beside a file, if it is of these weights."""
     from bitdistill.runtime.packed_file import sealed_as
@@ -77,10 +80,10 @@ def _proof(path: Path) -> dict[str, Any] | None:
         return None
     try:
         proof = json.loads(found.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     same = isinstance(proof, dict) and proof.get("data_sha256") == sealed_as(path)
-    return proof if same else None
+    return proof if same and all(type(proof.get(name)) in (int, float) for name in SHOWN) else None
 
 
 def _print_table(facts: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ opens it. What is not known is said, never guessed.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def write_card(
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     license = base_license(base)
-    hub_id = base if base is not None and not Path(base).exists() else None
+    # os.path, because Path.exists fails for a text that is too long for a name.
+    hub_id = base if base is not None and not os.path.exists(base) else None
     row = next((row for row in scores.get("rows", ()) if row["setting"] == DISTILLED), None)
     results = None
     if row is not None:
@@ -105,11 +107,11 @@ def base_license(base: str | None) -> str | None:
     from huggingface_hub import ModelCard
 
     folder = user_path(base, "model") if base else None
-    if folder is None or not (folder / "README.md").is_file():
+    if folder is None or not os.path.isfile(folder / "README.md"):
         return None
     try:
         license = ModelCard.load(folder / "README.md").data.get("license")
-    except (ValueError, yaml.YAMLError):  # no metadata that can be read
+    except (ValueError, RecursionError, yaml.YAMLError):  # no metadata that can be read
         return None
     return license if isinstance(license, str) else None
 

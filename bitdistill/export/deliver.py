@@ -63,6 +63,8 @@ def deliver(
     folder = Path(student_folder)
     default = folder.parent / "export" / ("student.gguf" if format == "gguf" else f"student-{format}")
     path = user_path(output, "output") if output else default
+    if not output:
+        path.parent.mkdir(exist_ok=True)  # the run's own, which its export stage makes
     if not path.parent.is_dir():
         raise UserError("output", expected="a path in an existing folder", got=str(path), do="Create its folder first.")
     model, tokenizer = load_student(folder).eval(), load_tokenizer(folder)
@@ -135,6 +137,7 @@ def proof_texts(run: str | Path) -> list[str]:
         with path.open(encoding="utf-8") as file:
             rows = [json.loads(line) for _, line in zip(range(PROOF_TEXTS), file, strict=False)]
         return ["\n".join(value for value in row.values() if isinstance(value, str)) for row in rows]
-    except (ValueError, AttributeError) as error:  # AttributeError: a row that is no object
+    except (ValueError, AttributeError, RecursionError) as error:  # AttributeError: a row that is no object
         do = "Run --stage evaluate again, which writes it; or remove it: the file is unproven then."
-        raise UserError(f"{path}", expected="a JSON object a line", got=str(error), do=do) from error
+        got = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}", expected="a JSON object a line", got=got, do=do) from error

@@ -65,18 +65,7 @@ def gguf_obstacles(config, norms: str, subln_eps: float | None = None) -> list[s
     if norms == "all":
         found.append("no llama.cpp architecture has a norm before each of the seven projections; use refine.norms none")
     if norms == "two":
-        if config.model_type != "llama":
-            found.append(f"no llama.cpp architecture has SubLN for {config.model_type}; use refine.norms none")
-        if not config.tie_word_embeddings:
-            found.append("llama.cpp's bitnet architecture ties the LM head to the embedding; use refine.norms none")
-        if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
-            found.append("llama.cpp's bitnet architecture has no biases; use refine.norms none")
-        if kind != "default":
-            found.append(f"llama.cpp's bitnet architecture has no RoPE scaling ({kind}); use refine.norms none")
-        if subln_eps not in (None, config.rms_norm_eps):
-            found.append(
-                f"llama.cpp has one eps for all norms ({config.rms_norm_eps}), not refine.subln_eps {subln_eps}"
-            )
+        found += _bitnet_obstacles(config, kind, subln_eps)
     if kind not in ("default", "linear", "llama3") or (kind == "llama3" and config.model_type != "llama"):
         found.append(f"RoPE scaling of kind {kind} is not written for {config.model_type}")
     if getattr(config, "use_sliding_window", False):
@@ -85,6 +74,22 @@ def gguf_obstacles(config, norms: str, subln_eps: float | None = None) -> list[s
         found += _gemma_obstacles(config)
     elif config.hidden_act != "silu":
         found.append(f"llama.cpp's {config.model_type} computes SiLU, not {config.hidden_act}")
+    return found
+
+
+def _bitnet_obstacles(config, rope_kind: str, subln_eps: float | None) -> list[str]:
+    """Why a student with SubLN does not fit llama.cpp's `bitnet`, the only architecture there that has it."""
+    if config.model_type != "llama":
+        return [f"no llama.cpp architecture has SubLN for {config.model_type}; use refine.norms none"]
+    found = []
+    if not config.tie_word_embeddings:
+        found.append("llama.cpp's bitnet architecture ties the LM head to the embedding; use refine.norms none")
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        found.append("llama.cpp's bitnet architecture has no biases; use refine.norms none")
+    if rope_kind != "default":
+        found.append(f"llama.cpp's bitnet architecture has no RoPE scaling ({rope_kind}); use refine.norms none")
+    if subln_eps not in (None, config.rms_norm_eps):
+        found.append(f"llama.cpp has one eps for all norms ({config.rms_norm_eps}), not refine.subln_eps {subln_eps}")
     return found
 
 

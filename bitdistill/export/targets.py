@@ -16,6 +16,7 @@ TABLE_BITS = {"packed": 8.0, "gguf": 8.5}  # of embedding and LM head by default
 # Gigabytes of weights that decoding reads per second, by file type: Qwen3-0.6B on two cores of an AMD EPYC with AVX2 and
 # 29.6 GB/s of memory bandwidth (docs/performance.md, bench/peers.py). Types that are not here were not measured.
 DECODE_GIGABYTES = {"base3": 25.5, "f16": 30.5, "q4_0": 23.2, "tq2_0": 19.6, "tq1_0": 12.3}
+SMALLEST_READ = 32e6  # bytes of a token from which on reading them takes most of the time; less may stay in the cache
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def verdicts(config, choice: Choice) -> list[dict[str, Any]]:
 
     Returns: one row for each of TARGETS: target, title, format, possible, why (reasons against, or ""), and where it is
         possible file_type, bits_per_weight of the ternary matrices, file_bytes (about), tokens_per_second (of decoding, on
-        the machine of DECODE_GIGABYTES; None where the type was not measured).
+        the machine of DECODE_GIGABYTES; None where the type was not measured, and below SMALLEST_READ).
     """
     sizes = matrix_sizes(config)
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
@@ -202,10 +203,13 @@ def verdicts(config, choice: Choice) -> list[dict[str, Any]]:
 
 
 def _speed(types: dict[int, tuple[str, float]], bits: dict[int, float], head_bits: float) -> float | None:
-    """Tokens per second on the machine of DECODE_GIGABYTES; None where a type was not measured. The head is read as fast as the
-    matrices of the commonest type."""
+    """Tokens per second on the machine of DECODE_GIGABYTES, or None. The head is read as fast as the matrices of the commonest
+    type."""
     kinds = {width: kind for width, (kind, _) in types.items()}
-    if any(kind not in DECODE_GIGABYTES for kind in kinds.values()):
+    if (
+        any(kind not in DECODE_GIGABYTES for kind in kinds.values())
+        or sum(bits.values()) + head_bits < 8 * SMALLEST_READ
+    ):
         return None
     seconds = sum(bits[width] / 8e9 / DECODE_GIGABYTES[kinds[width]] for width in bits)
     return 1 / (seconds + head_bits / 8e9 / DECODE_GIGABYTES[kinds[max(bits, key=lambda width: bits[width])]])

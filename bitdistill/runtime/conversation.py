@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bitdistill.errors import UserError
+from bitdistill.prompts import TEMPLATE_ERRORS
 
 if TYPE_CHECKING:
     from bitdistill.runtime.base import BaseRuntime
@@ -37,10 +38,10 @@ def conversation_ids(runtime: "BaseRuntime", messages: Sequence[Mapping[str, str
     turns = [{"role": one["role"], "content": tokens.shield(one["content"])} for one in messages]
     try:
         text = runtime.packed_tokenizer.apply_chat_template(turns, add_generation_prompt=True, enable_thinking=False)
-    except TemplateError as error:
+    except (TemplateError, *TEMPLATE_ERRORS) as error:
         do = "Change the order of the roles: one system message first, then user and assistant in turn."
         expected = "messages that the chat template takes"
-        raise UserError("messages", expected=expected, got=str(error), do=do) from error
+        raise UserError("messages", expected=expected, got=str(error)[:160], do=do) from error
     return tokens.encode_chat([text])[0]
 
 

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from bitdistill.errors import UserError
+from bitdistill.prompts import TEMPLATE_ERRORS
 from bitdistill.text_tokens import tokenizer_errors
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
@@ -93,7 +94,7 @@ def check_chat_template(tokenizer) -> str | None:
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, *TEMPLATE_ERRORS) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return None if all(turn["content"] in text for turn in chat) else "it leaves out what was said"
 
