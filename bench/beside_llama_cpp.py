@@ -226,7 +226,7 @@ def main() -> None:
     )
     parser.add_argument("--only_write", action="store_true", help="write and compare, measure no speed")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the figures there, too; read there what is written"
+        "--json", type=Path, metavar="FILE", help="write the figures there, too; what it holds is gone on with"
     )
     parser.add_argument("--serve", nargs=3, metavar=("KIND", "PATH", "THREADS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -245,8 +245,7 @@ def main() -> None:
                 del model
         if not arguments.only_write:
             measure(rows, arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    save(rows, arguments.json)
     print(
         "| student, scales | runtime, type | bits/weight | file, MB | decode, tokens/s | prompt, tokens/s | mean KL |"
     )
@@ -266,21 +265,27 @@ def _rate(seconds: list[float] | None) -> str:
 
 
 def measure(rows: list[dict], arguments) -> None:
-    """Adds the seconds per token of decoding and of a prompt in each round to every row."""
+    """Adds the seconds per token of decoding and of a prompt to every row, round after round, to those of an earlier run."""
     workers = []
     for row in rows:
-        python = sys.executable if row["runtime"] == "ours" else arguments.llama_cpp
-        workers.append(
-            Worker(python, "packed" if row["runtime"] == "ours" else "gguf", Path(row["path"]), arguments.threads)
-        )
-    rounds: list[list[dict[str, float]]] = [[] for _ in rows]
+        ours = row["runtime"] == "ours"
+        python, kind = (sys.executable, "packed") if ours else (arguments.llama_cpp, "gguf")
+        workers.append(Worker(python, kind, Path(row["path"]), arguments.threads))
+        if workers[-1].kind == "gguf plain":
+            row["runtime"] = "llama.cpp, weights not repacked"
     for _ in range(arguments.rounds):
-        for found, worker in zip(rounds, workers, strict=True):
-            found.append(worker.ask())
-    for row, found, worker in zip(rows, rounds, workers, strict=True):
+        for row, worker in zip(rows, workers, strict=True):
+            for part, seconds in worker.ask().items():
+                row.setdefault(part, []).append(seconds)
+        save(rows, arguments.json)
+    for worker in workers:
         worker.close()
-        row["runtime"] += ", weights not repacked" if worker.kind == "gguf plain" else ""
-        row |= {part: [one[part] for one in found] for part in ("decode", "prompt")}
+
+
+def save(rows: list[dict], file: Path | None) -> None:
+    """Writes the figures, if they are wanted as JSON."""
+    if file:
+        file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class Product:
 def measure(product: Product, copies: int, rounds: int) -> dict[str, dict[str, float]]:
     """{kind: {"microseconds", "speed"}}; speed is relative to one scale per tensor, the median over the rounds."""
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    calls = max(copies, 4)
+    calls = max(copies, 256 // product.tokens)  # a measurement takes a few milliseconds
     for kind in KINDS:
         product.run(kind, 0)
     for _ in range(rounds):
