@@ -134,6 +134,7 @@ def test_products_bit_for_bit(method, kind, threads):
         (65, 64, 64),
         (5, 1028, 48),
         (300, 32, 80),
+        (1100, 64, 272),  # so large that tiles write it past the caches
         (4, 575, 33),
         (3, 1, 5),
         (3, 4, 1),
@@ -175,7 +176,7 @@ def test_scaling_writes_nothing_beyond_its_rows(width, half):
 def test_dense_products_bit_for_bit(threads):
     if not training_products.dense_products_are_exact():
         pytest.skip("int8 times int8 saturates here")
-    for N, P, I in [(1, 16, 16), (64, 32, 48), (65, 48, 64), (200, 96, 576), (0, 16, 32), (7, 33, 5)]:
+    for N, P, I in [(1, 16, 16), (64, 32, 48), (65, 48, 64), (200, 96, 576), (65, 1040, 272), (0, 16, 32), (7, 33, 5)]:
         generator = torch.Generator().manual_seed(N)
         columns, codes = (
             torch.randint(-127, 128, (N, width), generator=generator, dtype=torch.int8) for width in (P, I)

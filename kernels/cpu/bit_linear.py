@@ -104,6 +104,7 @@ class _NormQuantize(torch.autograd.Function):
         outputs = (codes.data_ptr(), scale.data_ptr(), rstd.data_ptr())
         share_rows(training_norms.norm_quantize_rows, *rows.shape, *work, *outputs)
         ctx.mark_non_differentiable(codes, scale)
+        ctx.set_materialize_grads(False)  # else autograd makes zeros for the gradients of codes and scale
         ctx.save_for_backward(x, gain, rstd)
         return codes, scale, _anchor(x)
 
@@ -142,6 +143,7 @@ class _GatedQuantize(torch.autograd.Function):
         outputs = (np.float32(eps), codes.data_ptr(), scale.data_ptr(), rstd.data_ptr())
         share_rows(training_norms.gated_quantize_rows, *rows.shape, *work, *outputs)
         ctx.mark_non_differentiable(codes, scale)
+        ctx.set_materialize_grads(False)  # else autograd makes zeros for the gradients of codes and scale
         ctx.save_for_backward(gate, up, gain, rstd)
         ctx.gelu = gelu
         return codes, scale, _anchor(gate)

@@ -102,6 +102,22 @@ def store(builder, address, value):
     return _store(builder, address, value)
 
 
+@native(types.int64(A, V), _py_store)
+def stream(builder, address, value):
+    """Writes 16 floats past the caches, to an address that 64 divides; `end_streams` before others may read. Returns 0."""
+    place = builder.store(value, _at(builder, address, _FLOATS))
+    place.align = 64
+    place.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+    return ir.Constant(ir.IntType(64), 0)
+
+
+@native(types.int64(), lambda: 0)
+def end_streams(builder):
+    """What this thread has streamed is in memory before anything that it writes later. Returns 0."""
+    builder.fence("seq_cst")
+    return ir.Constant(ir.IntType(64), 0)
+
+
 @native(V(A), lambda address: (_py_array(address, LANES, np.uint16).astype(np.uint32) << 16).view(np.float32))
 def load_bf16(builder, address):
     """16 bf16 as floats."""

@@ -1,19 +1,16 @@
 """Rows of a tensor in compiled code: sixteen values at a time with any remainder, shared among as many threads as torch
 uses.
 
-Training calls these kernels between torch's own operations, whose OpenMP threads are idle meanwhile. `share_rows` therefore
-uses the calling thread and `torch.get_num_threads() - 1` Python threads, each in a nogil function on rows of its own. They
-sleep as soon as the work is done: nobody spins, so the two sets of threads never compete for the cores for long.
+`share_rows` gives them to the threads of team.py, which sleep soon after the work is done: they and torch's OpenMP threads do not
+compete for the cores for long.
 
-The rows of a thread begin at a multiple of BLOCK, whatever the number of threads. Kernels that sum over rows keep one
-partial sum per block, so a result does not depend on the number of threads.
+A part of the rows begins at a multiple of BLOCK, whatever the number of threads. Kernels that sum over rows keep one partial
+sum per block, so a result does not depend on the number of threads.
 """
 
-import functools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import torch
 from torch import Tensor
 
@@ -29,10 +26,11 @@ from bitdistill.kernels.cpu.floats import (
     store_first,
     store_first_bf16,
 )
+from bitdistill.kernels.cpu.team import team
 
 BLOCK = 64  # rows
 COMPILED = (torch.float32, torch.bfloat16)  # what kernels read
-LEAST = 1 << 19  # elements a thread, below which waking it costs more than it saves
+LEAST = 1 << 16  # elements; fewer are done in the calling thread
 
 
 @jit
@@ -68,15 +66,6 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int, bool]:
     return rows, rows.data_ptr(), rows.stride(0) * rows.element_size(), rows.dtype == torch.bfloat16
 
 
-@functools.lru_cache(maxsize=1)
-def _helpers(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="bitdistill-rows")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a forked child has none of its parent's threads
-
-
 def share_rows(kernel: Callable, rows: int, width: int, *arguments, block: int = BLOCK) -> None:
     """``kernel(first, last, *arguments)`` over rows 0 .. rows - 1, in as many threads as torch uses.
 
@@ -86,15 +75,9 @@ def share_rows(kernel: Callable, rows: int, width: int, *arguments, block: int =
         arguments: numbers.
         block: `first` is a multiple of it, and `last` too except at the end.
     """
-    blocks = -(-rows // block)
-    threads = max(1, min(torch.get_num_threads(), blocks, rows * width // LEAST))
-    if threads == 1:
-        if rows:
-            kernel(0, rows, *arguments)
-        return
-    bounds = [min(rows, blocks * part // threads * block) for part in range(threads + 1)]
-    helpers = _helpers(torch.get_num_threads() - 1)
-    others = [helpers.submit(kernel, bounds[i], bounds[i + 1], *arguments) for i in range(1, threads)]
-    kernel(bounds[0], bounds[1], *arguments)
-    for other in others:
-        other.result()
+    arguments = tuple(int(number) if isinstance(number, bool) else number for number in arguments)
+    threads = torch.get_num_threads()
+    if threads > 1 and rows > block and rows * width >= LEAST and not numba.config.DISABLE_JIT:
+        team(threads).share(kernel, rows, block, arguments)
+    elif rows:
+        kernel(0, rows, *arguments)

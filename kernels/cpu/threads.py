@@ -40,7 +40,9 @@ from bitdistill.kernels.cpu.native import native
 
 LINE = 128  # bytes: two cache lines, which processors fetch in pairs
 # Where the words of `state` lie, and how long it is.
-SPIN_LIMIT, BEGUN, ENDED, ANNOUNCED, ARRIVED, EPOCH, TICKET, ABORTED, CLOSING, LINES = (LINE * i for i in range(10))
+SPIN_LIMIT, AWAKE, BEGUN, ENDED, ANNOUNCED, ARRIVED, EPOCH, TICKET, ABORTED, CLOSING, LINES = (
+    LINE * i for i in range(11)
+)
 SPINS = 1000  # some 20 us
 AWAKE_NANOSECONDS = 1_000_000
 
@@ -195,7 +197,11 @@ def begin_call(state, thread, threads, seen):
     while atomic_load(state + BEGUN) == seen:
         if atomic_load(state + CLOSING) + atomic_load(state + ABORTED) != 0:
             return False
-        if looks % 64 == 63 and atomic_load(state + ANNOUNCED) == seen and nanoseconds() - start > AWAKE_NANOSECONDS:
+        if (
+            looks % 64 == 63
+            and atomic_load(state + ANNOUNCED) == seen
+            and nanoseconds() - start > atomic_load(state + AWAKE)
+        ):
             return False
         looks = _relax(state, looks)
     return True
@@ -216,12 +222,13 @@ def end_call(state, thread, threads, seen):
 class _Shared:
     """What the caller and the workers share. Workers hold this and not the Pool, so that the Pool can be collected."""
 
-    def __init__(self, threads: int, enter: Callable, args: tuple, keep: object):
+    def __init__(self, threads: int, enter: Callable, args: tuple, keep: object, awake: int):
         self.threads, self.enter, self.args, self.keep = threads, enter, args, keep
         self.process = os.getpid()
         self.words = np.zeros((LINES + LINE) // 8, np.int64)
         self.state = self.words.ctypes.data + -self.words.ctypes.data % LINE
         _py_store(self.state + SPIN_LIMIT, SPINS if threads <= available_cpus() else 0)
+        _py_store(self.state + AWAKE, awake)
         self.condition = threading.Condition()
         self.error: BaseException | None = None
         self.workers = [
@@ -272,11 +279,12 @@ class Pool:
 
         args: numbers, the same for all calls: what changes is written into memory whose address they are.
         keep: whatever owns that memory; it lives as long as the threads.
+        awake: nanoseconds that a worker spins before it sleeps.
     """
 
-    def __init__(self, threads: int, enter: Callable, args: tuple, keep: object = None):
+    def __init__(self, threads: int, enter: Callable, args: tuple, keep: object = None, awake: int = AWAKE_NANOSECONDS):
         assert threads > 1, threads
-        self._make = (threads, enter, args, keep)
+        self._make = (threads, enter, args, keep, awake)
         self._shared: _Shared | None = None
 
     def run(self) -> None:

@@ -7,7 +7,8 @@ of codes (N, K), and `lay_out_columns` of codes (K, N). For ``dW = column_codes.
 well, by `lay_out_transposed`; both are padded with zeros to whole tiles of tokens.
 
 The sums over K stay in the tile registers and are scaled where they come out, in the first-level cache: oneDNN's product
-writes them to memory, and a second function reads them there.
+writes them to memory, and a second function reads them there. Large float32 results are then written past the caches
+(`stream`): a normal store would first read the line from memory, which took half of the product's time.
 
 Addresses are int64, strides in bytes. N is a multiple of 16, K of 64.
 """
@@ -15,7 +16,7 @@ Addresses are int64, strides in bytes. N is a multiple of 16, K of 64.
 import numpy as np
 
 from bitdistill.kernels.cpu.compilation import jit
-from bitdistill.kernels.cpu.floats import LANES, add, load_int32, multiply, splat
+from bitdistill.kernels.cpu.floats import LANES, add, end_streams, load_int32, multiply, splat, stream
 from bitdistill.kernels.cpu.native import float32s, int8s
 from bitdistill.kernels.cpu.rows import get, put
 from bitdistill.kernels.cpu.tile_layout import interleave_codes, transpose_codes, transpose_ints
@@ -34,6 +35,9 @@ from bitdistill.kernels.cpu.tiles import (
 
 TILE_BYTES = TILE_ROWS * TILE_COLUMNS
 LEFT_BYTES = 1 << 19  # of the left operand that meet all columns at a time: they stay in the second-level cache
+STREAMED_BYTES = (
+    1 << 20
+)  # a float32 result that is larger leaves the caches before it is read: it is not brought into them either
 INT32, FLOAT32, BF16 = range(3)  # what a product writes
 
 
@@ -106,8 +110,9 @@ def lay_out_transposed(first, last, codes, rows, columns, transposed):
 
 
 @jit
-def _put_scaled(sums, count, width, row_scale, column_scale, bias, out, out_stride, half):
-    """``out = sums * (row_scale * column_scale) + bias`` of `count` rows of 16 or 32 sums, rounded as `scale_rows` does."""
+def _put_scaled(sums, count, width, row_scale, column_scale, bias, out, out_stride, half, streamed):
+    """``out = sums * (row_scale * column_scale) + bias`` of `count` rows of 16 or 32 sums, rounded as `scale_rows` does; float32
+    past the caches where `streamed`."""
     size = 2 if half else 4
     for n in range(count):
         by = splat(float32s(row_scale + 4 * n, 1)[0] if row_scale != 0 else np.float32(1))
@@ -116,7 +121,10 @@ def _put_scaled(sums, count, width, row_scale, column_scale, bias, out, out_stri
             value = multiply(load_int32(sums + 4 * (2 * TILE_ROWS * n + i)), scale)
             if bias != 0:
                 value = add(value, get(bias + 4 * i, LANES, False))
-            put(out + n * out_stride + size * i, value, LANES, half)
+            if streamed:
+                stream(out + n * out_stride + size * i, value)
+            else:
+                put(out + n * out_stride + size * i, value, LANES, half)
 
 
 @jit
@@ -137,6 +145,7 @@ def multiply_tiles(first, last, left, rows, right, depth, width, row_scale, colu
     room = np.empty(4 * TILE_ROWS * TILE_ROWS, np.int32)
     sums = room.ctypes.data
     at_once = max(2 * TILE_ROWS, LEFT_BYTES // stride // (2 * TILE_ROWS) * (2 * TILE_ROWS))
+    streamed = kind == FLOAT32 and 4 * rows * width >= STREAMED_BYTES and out % 64 == 0
     configured = 0
     for begin in range(0, rows, at_once):
         for pair in range(first, last):
@@ -169,7 +178,9 @@ def multiply_tiles(first, last, left, rows, right, depth, width, row_scale, colu
                     _put_scaled(
                         sums, count, wide, row_scale + 4 * row if row_scale != 0 else 0,
                         column_scale + 4 * column if column_scale != 0 else 0, bias + 4 * column if bias != 0 else 0,
-                        target, size * width, kind == BF16,
+                        target, size * width, kind == BF16, streamed,
                     )  # fmt: skip
     if configured:
         release()
+    if streamed:
+        end_streams()

@@ -97,6 +97,7 @@ def _save_norm(ctx, inputs, output):
     x, gain, *_ = inputs
     codes, scale, rstd, _ = output
     ctx.mark_non_differentiable(codes, scale, rstd)
+    ctx.set_materialize_grads(False)  # else autograd makes zeros for the gradients of all three
     ctx.save_for_backward(x, gain, rstd)
 
 
@@ -140,6 +141,7 @@ def _save_gated(ctx, inputs, output):
     gate, up, gain, _, ctx.activation, _ = inputs
     codes, scale, rstd, _ = output
     ctx.mark_non_differentiable(codes, scale, rstd)
+    ctx.set_materialize_grads(False)  # else autograd makes zeros for the gradients of all three
     ctx.save_for_backward(gate, up, gain, rstd)
 
 
