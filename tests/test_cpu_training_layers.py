@@ -8,6 +8,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import tiny_students
 from bitdistill.kernels import reference
 from bitdistill.kernels.cpu import bit_linear, training_gradients
+from bitdistill.kernels.views import concatenate
 from bitdistill.student import backend, layers, sharing
 from bitdistill.student.layers import BitLinear, GatedMLP, SubLN, bit_linears, use_backward
 from bitdistill.student.refine import refine
@@ -243,11 +244,11 @@ def test_the_loss_curves_are_one(seed, in_pytorch):
 def test_gradients_that_lie_side_by_side_are_not_copied():
     whole = torch.randn(3, 5, 24)
     parts = whole.split([8, 6, 10], dim=-1)
-    assert torch.equal(sharing._side_by_side(parts), whole)
-    assert sharing._side_by_side(parts).data_ptr() == whole.data_ptr()
+    assert torch.equal(concatenate(parts, 2), whole)
+    assert concatenate(parts, 2).data_ptr() == whole.data_ptr()
     for others in ((parts[1], parts[0], parts[2]), parts[:2], (parts[0], parts[1].clone(), parts[2]), (parts[0],) * 2):
-        assert torch.equal(sharing._side_by_side(others), torch.cat(others, dim=-1))
+        assert torch.equal(concatenate(others, 2), torch.cat(others, dim=-1))
     assert whole.data_ptr() not in (
-        sharing._side_by_side(parts[:2]).data_ptr(),
-        sharing._side_by_side(parts[1:]).data_ptr(),
+        concatenate(parts[:2], 2).data_ptr(),
+        concatenate(parts[1:], 2).data_ptr(),
     )

@@ -45,6 +45,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from bitdistill.kernels.views import concatenate
 from bitdistill.student.backend import kernels_for
 from bitdistill.student.divided_codes import can_travel, gather_codes, stand_in, standing_in
 
@@ -173,21 +174,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return _side_by_side(gradients), None
-
-
-def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    """``torch.cat(tensors, dim=-1)``: a view where they are neighbors in one contiguous tensor."""
-    first, width = tensors[0], sum(tensor.shape[-1] for tensor in tensors)
-    whole = (*first.shape[:-1], width)
-    strides = torch.empty(whole, device="meta").stride()
-    place = first.storage_offset()
-    for tensor in tensors:
-        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or tensor.stride() != strides or tensor.storage_offset() != place or tensor.dtype != first.dtype:
-            return torch.cat(list(tensors), dim=-1)
-        place += tensor.shape[-1]
-    return first.as_strided(whole, strides)
+        return concatenate(gradients, gradients[0].dim() - 1), None
 
 
 @dataclass

@@ -35,6 +35,7 @@ from bitdistill.kernels.cpu.training_gradients import digit_gradients, exact_gra
 from bitdistill.kernels.cpu.training_groups import grouped_product
 from bitdistill.kernels.cpu.training_products import Ternary, has_products, leave_out_products, scaled, scaled_product
 from bitdistill.kernels.numerics import ACT_BLOCK, ACTIVATIONS, EPSILON
+from bitdistill.kernels.views import concatenate
 
 PIECE = 1 << 16  # weights that are quantized at a time
 __all__ = [
@@ -301,20 +302,11 @@ def stacked(parts: Sequence[Ternary]) -> Ternary:
     key = ("stacked", *map(id, parts[1:]))
     if key not in parts[0].kept:
         codes, scales = (
-            _side_by_side([getattr(part, name) for part in parts]) for name in ("weight_codes", "weight_scale")
+            concatenate([getattr(part, name) for part in parts], 0) for name in ("weight_codes", "weight_scale")
         )
         sizes = tuple(part.sizes[0] for part in parts)
         parts[0].kept[key] = Ternary(codes, scales, sizes, parts[0].columns), parts[1:]
     return parts[0].kept[key][0]
-
-
-def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    ends = [tensor.storage_offset() + tensor.numel() for tensor in tensors]
-    if len(storages) > 1 or [tensor.storage_offset() for tensor in tensors[1:]] != ends[:-1]:
-        return torch.cat(list(tensors))
-    shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
-    return tensors[0].as_strided(shape, tensors[0].stride())
 
 
 @torch.compiler.disable

@@ -8,7 +8,7 @@ well, by `lay_out_transposed`; both are padded with zeros to whole tiles of toke
 
 The sums over K stay in the tile registers and are scaled where they come out, in the first-level cache: oneDNN's product
 writes them to memory, and a second function reads them there. Large float32 results are then written past the caches
-(`stream`): a normal store would first read the line from memory, which took half of the product's time.
+(`stream`): a normal store would first read each line from memory.
 
 Addresses are int64, strides in bytes. N is a multiple of 16, K of 64.
 """

@@ -20,7 +20,6 @@ in dY's dtype (groups.py), and so is dW with activation scales of blocks, also i
 Suffixes: N tokens, I in_features, O out_features, S linears that share an input, G groups of columns, B blocks of a token.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +29,7 @@ from torch import Tensor
 from bitdistill.kernels.gpu import groups, matmul, norm_quantize, quantize, swiglu_quantize
 from bitdistill.kernels.gpu.gradient_codes import quantize_gradient, transpose_codes
 from bitdistill.kernels.numerics import ACT_BLOCK, TOKENS_OF_A_SUM
+from bitdistill.kernels.views import concatenate
 
 
 class Activation(NamedTuple):
@@ -373,20 +373,9 @@ def as_ternary(codes: Tensor, scale: Tensor) -> quantize.TernaryWeight:
 def stacked(parts: Sequence[quantize.TernaryWeight]) -> Ternary:
     """Linears of one in_features side by side: a view where `ternarize_each` laid them so (neighbors whose sizes 16
     divides), else a copy."""
-    codes, scales = [part.weight_codes for part in parts], [part.weight_scale for part in parts]
-    columns, O, I = parts[0].columns, sum(code.shape[0] for code in codes), codes[0].shape[1]
-    shape = (O, scales[0].shape[1]) if columns else (len(scales),)
-    if not (_adjacent(codes) and _adjacent(scales)):
-        return Ternary(torch.cat(codes), torch.cat(scales) if columns else torch.stack(scales), columns)
-    strides = (shape[1], 1) if columns else (1,)
-    return Ternary(codes[0].as_strided((O, I), (I, 1)), scales[0].as_strided(shape, strides), columns)
-
-
-def _adjacent(tensors: Sequence[Tensor]) -> bool:
-    """Whether each begins in the same storage where the one before it ends."""
-    one_storage = len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
-    neighbors = itertools.pairwise(tensors)
-    return one_storage and all(a.storage_offset() + a.numel() == b.storage_offset() for a, b in neighbors)
+    columns = parts[0].columns
+    scales = [part.weight_scale if columns else part.weight_scale.view(1) for part in parts]
+    return Ternary(concatenate([part.weight_codes for part in parts], 0), concatenate(scales, 0), columns)
 
 
 def ternary_linear(
