@@ -22,7 +22,6 @@ import threading
 import time
 from pathlib import Path
 
-import aiohttp
 import httpx
 
 from measure import machine, resident_bytes, table, write_json
@@ -69,33 +68,57 @@ def own_batch(file: str, options) -> float:
     return float(output)
 
 
+class Client(asyncio.Protocol):
+    """A connection that streams one answer after the other. No HTTP library: each takes about as much of the processor for a
+    token as the server does, and clients elsewhere would not take it from the model's cores."""
+
+    def connection_made(self, transport) -> None:
+        self._transport = transport
+
+    async def ask(self, prompt: str, new_tokens: int) -> tuple[int, float]:
+        """How many tokens came, and after how many seconds the first."""
+        body = {"model": "student", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        content = json.dumps(body)
+        lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+        self._answer, self._first, self._ended = bytearray(), 0.0, asyncio.get_running_loop().create_future()
+        started = time.perf_counter()
+        self._transport.write("\r\n".join([*lines, f"Content-Length: {len(content)}", "", content]).encode())
+        await self._ended
+        if b"data: [DONE]" not in self._answer:
+            raise SystemExit(f"an answer that is not complete: {bytes(self._answer[-300:])!r}")
+        return int(re.search(rb'"completion_tokens":(\d+)', self._answer)[1]), self._first - started
+
+    def data_received(self, data: bytes) -> None:
+        self._answer += data
+        if not self._first and b"data: {" in data:
+            self._first = time.perf_counter()
+        if self._answer.endswith(b"\r\n0\r\n\r\n"):  # the last chunk
+            self._ended.set_result(None)
+
+    def connection_lost(self, exc) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
 async def many_clients(address: str, options) -> dict[str, float]:
     """So many clients, each with one request after the other."""
     waiting, first, tokens = prompts(options.requests), [], 0
-    # aiohttp, because httpx takes as much of the processor for a line of a stream as the server does.
-    async with aiohttp.ClientSession(address, timeout=aiohttp.ClientTimeout(total=600)) as client:
+    host, port = address.removeprefix("http://").split(":")
+    loop = asyncio.get_running_loop()
+    clients = [(await loop.create_connection(Client, host, int(port)))[1] for _ in range(options.clients)]
 
-        async def one_client() -> None:
-            nonlocal tokens
-            while waiting:
-                body = {"model": "student", "prompt": waiting.pop(), "max_tokens": options.new_tokens, "temperature": 0}
-                body |= {"stream": True, "stream_options": {"include_usage": True}}
-                started, seen = time.perf_counter(), False
-                async with client.post("/v1/completions", json=body) as answer:
-                    async for line in answer.content:
-                        if not line.startswith(b"data: {"):
-                            continue
-                        if not seen:
-                            first.append(time.perf_counter() - started)
-                            seen = True
-                        if b'"usage":' in line:
-                            tokens += json.loads(line[6:])["usage"]["completion_tokens"]
+    async def work(client: Client) -> None:
+        nonlocal tokens
+        while waiting:
+            count, seconds = await client.ask(waiting.pop(), options.new_tokens)
+            tokens += count
+            first.append(seconds)
 
-        warm = {"model": "student", "prompt": "x", "max_tokens": 4}
-        (await client.post("/v1/completions", json=warm)).raise_for_status()
-        started = time.perf_counter()
-        await asyncio.gather(*(one_client() for _ in range(options.clients)))
-        seconds = time.perf_counter() - started
+    await clients[0].ask("x", 4)
+    started = time.perf_counter()
+    await asyncio.gather(*map(work, clients))
+    seconds = time.perf_counter() - started
     quantiles = statistics.quantiles(first, n=20)
     return {"tokens_per_second": tokens / seconds, "first_token_p50": quantiles[9], "first_token_p95": quantiles[18]}
 

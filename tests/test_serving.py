@@ -339,6 +339,34 @@ def test_a_client_that_leaves_before_the_first_event(runtime):
     asyncio.run(leave())
 
 
+@pytest.mark.parametrize(("streamed", "seconds", "counts"), [(True, 0, [1] * 12), (True, 3600, [1]), (False, 0, [])])
+def test_what_is_passed_on_together(runtime, monkeypatch, streamed, seconds, counts):
+    """A stream: its first token at once, the others when they are due; the rest, or all of it, with the end."""
+    from bitdistill.serving import engine
+    from bitdistill.serving.limits import Limits
+    from bitdistill.serving.protocol import TextRequest
+    from bitdistill.serving.service import Service
+
+    monkeypatch.setattr(engine, "STREAM_SECONDS", seconds)
+
+    async def events():
+        service = Service(runtime, NAME, Limits(slots=2))
+        service.engine.start(asyncio.get_running_loop())
+        try:
+            asked = {"model": NAME, "prompt": "a film", "max_tokens": 12, "stream": streamed, "logprobs": 2}
+            [job] = service.text_jobs(TextRequest(**asked))
+            service.begin([job])
+            return [event async for event in service.events(job)]
+        finally:
+            await asyncio.to_thread(service.engine.stop)
+
+    *passed, end = asyncio.run(events())
+    assert [len(pieces) for pieces in passed] == counts
+    pieces = [piece for some in (*passed, end.pieces) for piece in some]
+    assert "".join(piece.text for piece in pieces) == "".join(runtime.generate("a film", 12))
+    assert sum(piece.logprobs is not None for piece in pieces) == 12
+
+
 def test_memory_is_flat(server, client):
     """A short soak: whole answers, streams, clients that leave, errors. `bench/serving.py --soak` is the long one."""
 

@@ -53,10 +53,10 @@ class Chat:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """The `choices` entry of a piece."""
-        logprobs = self.logprobs([piece])
-        return {"index": index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
+    def pieces(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The `choices` entry of pieces that are sent together."""
+        delta = {"content": "".join(piece.text for piece in pieces)}
+        return {"index": index, "delta": delta, "logprobs": self.logprobs(pieces), "finish_reason": None}
 
     def last(self, index: int, end: End) -> dict[str, Any]:
         """The `choices` entry of the last piece."""
@@ -95,9 +95,10 @@ class Text(Chat):
         """None: text completions have no piece before the first token."""
         return None
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """The `choices` entry of a piece."""
-        return {"index": index, "text": piece.text, "logprobs": self.logprobs([piece]), "finish_reason": None}
+    def pieces(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The `choices` entry of pieces that are sent together."""
+        text = "".join(piece.text for piece in pieces)
+        return {"index": index, "text": text, "logprobs": self.logprobs(pieces), "finish_reason": None}
 
     def last(self, index: int, end: End) -> dict[str, Any]:
         """The `choices` entry of the last piece."""

@@ -9,7 +9,7 @@ GET  /info  /health  /metrics  /               facts for the page; whether the s
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ PAGE = Path(__file__).parent / "page.html"
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
 )
+SHORT_BODY_BYTES = 1 << 13
 CLIENT_LEFT = 499  # nobody reads it; the counters do
 
 
@@ -71,12 +72,12 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         require_chat(service.runtime)
-        jobs = await asyncio.to_thread(service.chat_jobs, body)
+        jobs = await _prepared(service.chat_jobs, body, request)
         return await _answered(service, request, body, jobs, Chat(service.name, _tokenizer(service)), 1)
 
     @app.post("/v1/completions")
     async def completions(body: TextRequest, request: Request) -> Response:
-        jobs = await asyncio.to_thread(service.text_jobs, body)
+        jobs = await _prepared(service.text_jobs, body, request)
         return await _answered(
             service, request, body, jobs, Text(service.name, _tokenizer(service)), len(jobs) // body.n
         )
@@ -88,6 +89,13 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             service.metrics.cancelled.inc()
             return Response(status_code=CLIENT_LEFT)
         return JSONResponse({"model": service.name, "predictions": [one.to_json() for one in found]})
+
+
+async def _prepared(make: Callable[[Any], list[Job]], body: ChatRequest | TextRequest, request: Request) -> list[Job]:
+    """The jobs of a request. Long texts are tokenized in a thread, so that nobody else waits; short ones before it had begun."""
+    if len(await request.body()) <= SHORT_BODY_BYTES:
+        return make(body)
+    return await asyncio.to_thread(make, body)
 
 
 def _tokenizer(service: Service):
@@ -139,30 +147,36 @@ class _Stream(StreamingResponse):
 
 async def _streamed(service: Service, jobs: Sequence[Job], shape: Chat, prompts: int) -> AsyncIterator[str]:
     """The server-sent events of some jobs, in the order in which they occur; last the usage, if `prompts` is not 0."""
-    head, done = shape.head(True), 0
+    head, running = shape.head(True), len(jobs)
+
+    def chunk(choice: dict[str, Any]) -> str:
+        return _event(head | {"choices": [choice]})
+
     for index in range(len(jobs)):
         if first := shape.first(index):
-            yield _event(head | {"choices": [first]})
+            yield chunk(first)
     try:
         async with contextlib.aclosing(_merged(service, jobs)) as events:
             async for index, event in events:
-                ended = isinstance(event, End)
-                done += ended
+                pieces, ended = (event.pieces, True) if isinstance(event, End) else (event, False)
+                text = ""
+                if any(piece.text or piece.logprobs is not None for piece in pieces):
+                    text = chunk(shape.pieces(index, pieces))
                 if ended:
-                    yield _event(head | {"choices": [shape.last(index, event)]})
-                elif event.text or event.logprobs is not None:
-                    yield _event(head | {"choices": [shape.piece(index, event)]})
-                if done == len(jobs):
-                    break
+                    text += chunk(shape.last(index, event))
+                    running -= 1
+                if running == 0:
+                    if prompts:
+                        text += _event(head | {"choices": [], "usage": usage(jobs, prompts)})
+                    yield text + "data: [DONE]\n\n"  # with the last pieces: each write wakes the client
+                    return
+                if text:
+                    yield text
     except ApiError as error:
         yield _event(error.body())
-        return
-    if prompts:
-        yield _event(head | {"choices": [], "usage": usage(jobs, prompts)})
-    yield "data: [DONE]\n\n"
 
 
-async def _merged(service: Service, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Piece | End]]:
+async def _merged(service: Service, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, list[Piece] | End]]:
     """Events of jobs with the job's number. Of one job they come directly: a task in between would cost as much as the event.
 
     Raises: ApiError: as `Service.events`.
@@ -192,8 +206,11 @@ async def _read(service: Service, index: int, job: Job, merged: asyncio.Queue) -
         merged.put_nowait((index, error))
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def _event(values: dict[str, Any]) -> str:
-    return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_ENCODER.encode(values)}\n\n"
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:

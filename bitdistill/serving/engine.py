@@ -1,7 +1,9 @@
 """One thread that runs the decoder for all clients: their sequences share its steps, as in `runtime/batching.py`.
 
-Coroutines submit jobs to it and receive events: a `Piece` for each token, then an `End`. All events of a step are passed from
-the thread to the event loop in one call, because waking the loop costs more than making the text of a token.
+Coroutines submit jobs to it and receive events: lists of `Piece`, one for each token, then an `End`. The event loop runs on the
+cores that the decoder needs, and while it writes to a client all threads of the decoder wait at their next barrier. So all
+events of a step are passed to it in one call; a stream gets what came in the last STREAM_SECONDS together; and an answer that
+is not streamed is passed on as a whole.
 """
 
 import asyncio
@@ -16,6 +18,8 @@ from bitdistill.runtime.batching import Batch, Chooser, Request
 from bitdistill.runtime.cpu import Runtime
 from bitdistill.runtime.sampling import log_softmax
 from bitdistill.runtime.text_stream import TextStream
+
+STREAM_SECONDS = 1 / 30  # nobody reads faster than this; the first token and the end do not wait
 
 
 class QueueFull(Exception):
@@ -45,9 +49,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class End:
-    """The last event of a job. `stopped_by`: as in `Answer`, or "scored", "time", "cancelled"."""
+    """The last event of a job: why it ended, and what was still held back.
+
+    Args:
+        stopped_by: as in `Answer`, or "scored", "time", "cancelled". pieces: they come before the end.
+    """
 
     stopped_by: str
+    pieces: Sequence[Piece] = ()
 
 
 @dataclass(eq=False)
@@ -58,8 +67,11 @@ class Job:
         requests: the first begins; the others, if there are any, continue it when it has ended.
         stream: turns its tokens into text; None for labels.
         recorder: keeps its log-probabilities, or None.
+        streamed: whether somebody reads its pieces before its end.
         deadline: the value of `time.monotonic` at which it is ended.
-        events: what the engine reports, until `pieces` takes it. started: when its first token came, for the metrics.
+        events: what the engine reports, until `pieces` takes it.
+        held: what it reports next. due: the value of `time.monotonic` from which on it does, if the job is streamed.
+        started: when its first token came, for the metrics.
         ended: whether it has ended. left: how many of its requests have not ended.
     """
 
@@ -67,7 +79,10 @@ class Job:
     deadline: float
     stream: TextStream | None = None
     recorder: "Recorder | None" = None
+    streamed: bool = False
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    held: list[Piece] = field(default_factory=list)
+    due: float = 0.0
     started: float | None = None  # of its first token, for the metrics
     ended: bool = False
     left: int = 0  # requests that have not ended
@@ -76,7 +91,12 @@ class Job:
     def request(self) -> Request:
         return self.requests[0]
 
-    async def pieces(self) -> AsyncIterator[Piece | End]:
+    def take(self) -> list[Piece]:
+        """What was held back; nothing is then."""
+        held, self.held = self.held, []
+        return held
+
+    async def pieces(self) -> AsyncIterator[list[Piece] | End]:
         """The events of the job; the last one is its `End`.
 
         Raises:
@@ -203,8 +223,8 @@ class Engine:
         try:
             while self._take():
                 events = self._overdue(time.monotonic())
-                events += [self._event(request, token) for request, token in self._batch.step()]
-                self._hand_over(events)
+                found = [self._event(request, token) for request, token in self._batch.step()]
+                self._hand_over(events + [event for event in found if event is not None])
         finally:  # also when the decoder fails: nobody shall wait for ever
             self._failed = not self._stopping
             self._stopping = True
@@ -255,18 +275,25 @@ class Engine:
         job.ended = True
         return [(job, End(why))]
 
-    def _event(self, request: Request, token: int | None) -> tuple[Job, Piece | End | None]:
+    def _event(self, request: Request, token: int | None) -> tuple[Job, list[Piece] | End] | None:
+        """What is to be passed on now after a token, or after the end of a request."""
         job = self._jobs[request]
         if token is None:
-            return job, self._request_ended(job, request)
+            end = self._request_ended(job, request)
+            return None if end is None else (job, end)
         text = job.stream.feed(token) if job.stream else ""
         if job.stream and job.stream.stopped:
             request.stopped_by = "stop"
+        job.held.append(Piece(text, job.recorder.last if job.recorder else None))
+        now = time.monotonic()
         if job.started is None:
-            job.started = time.monotonic()
-        return job, Piece(text, job.recorder.last if job.recorder else None)
+            job.started = now
+        if not job.streamed or now < job.due:
+            return None
+        job.due = now + STREAM_SECONDS
+        return job, job.take()
 
-    def _request_ended(self, job: Job, request: Request) -> Piece | End | None:
+    def _request_ended(self, job: Job, request: Request) -> End | None:
         del self._jobs[request]
         if request is job.request and request.stopped_by == "scored":
             for following in reversed(job.requests[1:]):
@@ -274,7 +301,7 @@ class Engine:
                 self._batch.waiting.appendleft(following)
         job.left -= 1
         if job.left > 0:
-            return Piece("")
+            return None
         job.ended = True
         return End(request.stopped_by)
 
@@ -288,6 +315,8 @@ class Engine:
         for job, event in events:
             if isinstance(event, End):
                 self.on_end(job, event.stopped_by)
+                last = job.take()
                 if job.stream is not None and (rest := job.stream.finish()):
-                    job.events.put_nowait(Piece(rest))
+                    last.append(Piece(rest))
+                event = End(event.stopped_by, last)
             job.events.put_nowait(event)

@@ -82,6 +82,7 @@ class Service:
         for ids in prompts:
             for _ in range(request.n):
                 jobs.append(self._job(ids, max_new_tokens, sampling, request.stops(), top, deadline))
+                jobs[-1].streamed = request.stream
                 sampling = Sampling(**{**vars(sampling), "seed": sampling.seed + 1})
         return jobs
 
@@ -122,11 +123,11 @@ class Service:
         pieces: list[Piece] = []
         async for event in self.events(job):
             if isinstance(event, End):
-                return pieces, event
-            pieces.append(event)
+                return [*pieces, *event.pieces], event
+            pieces += event
         raise AssertionError("a job ends with its end")
 
-    async def events(self, job: Job) -> AsyncIterator[Piece | End]:
+    async def events(self, job: Job) -> AsyncIterator[list[Piece] | End]:
         """A job's events. Raises: ApiError: the decoder has failed (503)."""
         try:
             async for event in job.pieces():
