@@ -46,6 +46,7 @@ def test_a_card_beside_a_folder(scored):
         "stories.txt",
         "| BitDistill | 90.25 | 88.10 to 92.00 | 872 |",
         "norms none",
+        "* Base model: base\n",
         "transformers",
         "mean KL",
     ):

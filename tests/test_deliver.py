@@ -17,7 +17,7 @@ from bitdistill.errors import UserError
 from bitdistill.export import agreement, deliver
 from bitdistill.export.agreement import compare_answers, tool_elsewhere
 from bitdistill.export.tools import greedy, tool_answers, torch_answers
-from bitdistill.student.refine import save_student
+from bitdistill.student.refine import load_student, save_student
 
 
 @pytest.fixture
@@ -142,6 +142,32 @@ def test_a_tool_that_is_not_installed_leaves_it_unproven(run, monkeypatch):
     assert result["unproven"] == "llama-cpp-python is not installed"
     assert sorted(result["files"]) == ["Modelfile", "README.md", "x.gguf"]
     assert all(file.is_file() for file in result["files"].values())
+
+
+def test_a_proof_is_never_left_beside_another_file(run, monkeypatch):
+    """Of an earlier export under the same name: not beside an unproven one, and nothing at all where the new one was removed."""
+    texts = deliver.proof_texts(run)
+    beside = [run / f"x.gguf{ending}" for ending in (".README.md", ".Modelfile", ".proof.json")]
+    monkeypatch.setattr(deliver, "tool_version", lambda format: "llama.cpp 1")
+    monkeypatch.setattr(agreement, "tool_version", lambda format: "llama.cpp 1")
+    trained = load_student(run / "distill").eval()
+    monkeypatch.setattr(
+        agreement, "tool_answers", lambda format, path, prompts, *rest: torch_answers(trained, prompts, 16)
+    )
+    assert deliver.deliver(run / "distill", "gguf", run / "x.gguf", texts)["proof"]["same_top1"] == 1
+    assert all(file.is_file() for file in beside)
+    result = deliver.deliver(run / "distill", "gguf", run / "x.gguf", texts, prove=False)
+    assert not beside[-1].exists()
+    assert sorted(result["files"]) == ["Modelfile", "README.md", "x.gguf"]
+
+    def wrong(format, path, prompts, *rest):
+        logits, continuations = torch_answers(trained, prompts, 16)
+        return [np.roll(one, 1, axis=1) for one in logits], continuations
+
+    monkeypatch.setattr(agreement, "tool_answers", wrong)
+    with pytest.raises(UserError, match="was removed"):
+        deliver.deliver(run / "distill", "gguf", run / "x.gguf", texts)
+    assert not list(run.glob("x.gguf*"))
 
 
 def python_with(module, variable):

@@ -116,8 +116,13 @@ def base_license(base: str | None) -> str | None:
     return license if isinstance(license, str) else None
 
 
+def _shared_name(source: str) -> str:
+    """A source as a card for others names it: of a file or folder of this machine the name alone."""
+    return Path(source).resolve().name if os.path.exists(source) else source
+
+
 def _about(base: str | None, license: str | None, surgery: dict[str, Any]) -> str:
-    name = "the embedded demo's own model" if base is None else base
+    name = "the embedded demo's own model" if base is None else _shared_name(base)
     settings = ", ".join(f"{key} {value}" for key, value in surgery.items())
     return f"""A ternary (1.58-bit) student, made by BitNet Distillation
 ([arXiv 2510.13998](https://arxiv.org/abs/2510.13998)) with BitDistill: its linear layers hold only -1, 0 and 1 times a scale.
@@ -128,7 +133,8 @@ def _about(base: str | None, license: str | None, surgery: dict[str, Any]) -> st
 
 
 def _trained_on(task: str | None, corpus: str | None) -> str:
-    lines = [f"* Task: {task or 'none'}", f"* Text of the continued pre-training: {corpus or 'none'}"]
+    task, corpus = (_shared_name(source) if source else "none" for source in (task, corpus))
+    lines = [f"* Task: {task}", f"* Text of the continued pre-training: {corpus}"]
     return "## Data\n\n" + "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from bitdistill.files import write_whole
 from bitdistill.text_files import user_path
 
 PROOF_TEXTS, PROOF_TOKENS = 8, 128
+BESIDE = ("README.md", "Modelfile", "proof.json")  # of a GGUF file, under its name
 
 
 def deliver(
@@ -85,7 +86,11 @@ def deliver(
         try:
             result["proof"] = prove_agreement(format, path, model, prompts, threads, python)
         except UserError:
-            path.unlink() if path.is_file() else shutil.rmtree(path)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:  # and what an earlier file under this name left beside it
+                for file in (path, *(path.with_name(f"{path.name}.{name}") for name in BESIDE)):
+                    file.unlink(missing_ok=True)
             raise
     return result | {"files": _write_beside(path, format, result, model, tokenizer, about or {})}
 
@@ -106,7 +111,9 @@ def _write_beside(
     def place(name: str) -> Path:
         return path / name if inside else path.with_name(f"{path.name}.{name}")
 
-    if result["proof"] is not None:
+    if result["proof"] is None:
+        place("proof.json").unlink(missing_ok=True)  # of an earlier file under this name
+    else:
         write_whole(place("proof.json"), json.dumps(result["proof"], indent=1))
     text = proof_of_tool(format, result["proof"], result.get("unproven", ""))
     surgery = {key: value for key, value in model.config.bitdistill.items() if key != "format_version"}
@@ -124,7 +131,7 @@ def _write_beside(
         write_modelfile(place("Modelfile"), path.name, tokenizer)
     if inside:
         return {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
-    beside = {name: place(name) for name in ("README.md", "Modelfile", "proof.json")}
+    beside = {name: place(name) for name in BESIDE}
     return {path.name: path} | {name: file for name, file in beside.items() if file.is_file()}
 
 
