@@ -252,6 +252,25 @@ def test_reading_refuses_other_files(tmp_path, qwen3):
         assert "Update bitdistill, or export the student again" in refused("RUN_OR_FILE", lambda: read_packed(path))
 
 
+@pytest.mark.parametrize(
+    ("version", "unsaid"), [("2", ("weight_scale", "group_size", "act_scale")), ("3", ("act_scale",))]
+)
+def test_files_of_earlier_versions_are_read(qwen3, version, unsaid):
+    """2 did not say that a linear has one scale; neither said that a token has one, and that no input is divided."""
+    path = qwen3[0]
+    now = read_packed(path)
+    with safe_open(path, framework="np") as file:
+        config = json.loads(file.metadata()["config"])
+    for name in unsaid:
+        del config[name]
+    for linear in config["linears"].values():
+        del linear["input_scale"]
+    rewritten(path, version=version, config=json.dumps(config))
+    before = read_packed(path)
+    assert before.config == now.config
+    assert all(np.array_equal(before.tensors[name], tensor) for name, tensor in now.tensors.items())
+
+
 @pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.999])
 def test_reading_notices_truncation(qwen3, share):
     path = qwen3[0]
