@@ -167,7 +167,7 @@ class Team:
         self._memory = bytearray(CALL_BYTES + LINE)
         begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._start = -begin % LINE
-        self._pool = Pool(threads, _enter, (begin + self._start,), self._memory, AWAKE_NANOSECONDS)
+        self._pool = Pool(threads, _enter, (begin + self._start,), self._memory, AWAKE_NANOSECONDS, "bitdistill-rows")
         self._one_caller = threading.Lock()
 
     def share(self, kernel: Callable, rows: int, block: int, arguments: tuple) -> None:

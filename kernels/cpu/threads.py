@@ -222,7 +222,7 @@ def end_call(state, thread, threads, seen):
 class _Shared:
     """What the caller and the workers share. Workers hold this and not the Pool, so that the Pool can be collected."""
 
-    def __init__(self, threads: int, enter: Callable, args: tuple, keep: object, awake: int):
+    def __init__(self, threads: int, enter: Callable, args: tuple, keep: object, awake: int, name: str):
         self.threads, self.enter, self.args, self.keep = threads, enter, args, keep
         self.process = os.getpid()
         self.words = np.zeros((LINES + LINE) // 8, np.int64)
@@ -232,7 +232,7 @@ class _Shared:
         self.condition = threading.Condition()
         self.error: BaseException | None = None
         self.workers = [
-            threading.Thread(target=_work, args=(self, thread), name=f"bitdistill-{thread}", daemon=True)
+            threading.Thread(target=_work, args=(self, thread), name=f"{name}-{thread}", daemon=True)
             for thread in range(1, threads)
         ]
 
@@ -279,12 +279,20 @@ class Pool:
 
         args: numbers, the same for all calls: what changes is written into memory whose address they are.
         keep: whatever owns that memory; it lives as long as the threads.
-        awake: nanoseconds that a worker spins before it sleeps.
+        awake: nanoseconds that a worker spins before it sleeps. name: what its name begins with.
     """
 
-    def __init__(self, threads: int, enter: Callable, args: tuple, keep: object = None, awake: int = AWAKE_NANOSECONDS):
+    def __init__(
+        self,
+        threads: int,
+        enter: Callable,
+        args: tuple,
+        keep: object = None,
+        awake: int = AWAKE_NANOSECONDS,
+        name: str = "bitdistill",
+    ):
         assert threads > 1, threads
-        self._make = (threads, enter, args, keep, awake)
+        self._make = (threads, enter, args, keep, awake, name)
         self._shared: _Shared | None = None
 
     def run(self) -> None:
