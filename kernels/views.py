@@ -1,5 +1,6 @@
 """Tensors that lie side by side in memory, as one, without a copy."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ def concatenate(tensors: Sequence[Tensor], dim: int) -> Tensor:
     """
     first, shape = tensors[0], list(tensors[0].shape)
     shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
-    strides = torch.empty(shape, device="meta").stride()
+    strides = tuple(math.prod(shape[after:]) for after in range(1, len(shape) + 1))  # of a contiguous tensor
     place = first.storage_offset()
     for tensor in tensors:
         same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()

@@ -6,15 +6,12 @@ from typing import Any, Literal
 
 from bitdistill.commands.options import require_at_least
 from bitdistill.errors import UserError
+from bitdistill.reporting.shapes import INTERVAL, NUMBER, fits
 from bitdistill.text_files import user_path
 
-NUMBER = (int, float)
-ROW = {"setting!": str, "score!": NUMBER, "interval!": [NUMBER, NUMBER], "examples!": int}
-SCORES = {
-    "task!": str,
-    "metric!": str,
-    "rows!": [ROW],
-}  # of evaluate/scores.json, what the card shows (reporting/shapes.py)
+# What the card shows of evaluate/scores.json.
+ROW = {"setting!": str, "score!": NUMBER, "interval!": INTERVAL, "examples!": int}
+SCORES = {"task!": str, "metric!": str, "rows!": [ROW]}
 
 
 def export(
@@ -86,8 +83,6 @@ def about_run(run: Path) -> dict[str, Any]:
 
 def _scores(path: Path) -> dict[str, Any]:
     """What a run's evaluation found; empty when there was none."""
-    from bitdistill.reporting.shapes import fits
-
     if not path.is_file():
         return {}
     try:

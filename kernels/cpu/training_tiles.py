@@ -35,9 +35,7 @@ from bitdistill.kernels.cpu.tiles import (
 
 TILE_BYTES = TILE_ROWS * TILE_COLUMNS
 LEFT_BYTES = 1 << 19  # of the left operand that meet all columns at a time: they stay in the second-level cache
-STREAMED_BYTES = (
-    1 << 20
-)  # a float32 result that is larger leaves the caches before it is read: it is not brought into them either
+STREAMED_BYTES = 1 << 20  # a float32 result of so many bytes is written past the caches: it would not stay in them
 INT32, FLOAT32, BF16 = range(3)  # what a product writes
 
 
