@@ -14,6 +14,7 @@ from bitdistill.kernels.cpu import (
     bit_linear,
     choices,
     rows,
+    training_digits,
     training_gradients,
     training_products,
     training_quantize,
@@ -182,13 +183,9 @@ def test_dense_products_bit_for_bit(threads):
             torch.randint(-127, 128, (N, width), generator=generator, dtype=torch.int8) for width in (P, I)
         )
         for a, b in ((columns, codes), (columns.clone().fill_(127), codes.clone().fill_(-127))):
-            expected, scale = a.long().t() @ b.long(), torch.randn(P, generator=generator)
-            for method in training_products.possible_dense(P, I):
-                got = training_products.dense_product(a, b, None, method)
-                assert got.dtype == torch.int32
-                assert torch.equal(got.long(), expected), (N, P, I, method)
-                floats = training_products.dense_product(a, b, scale, method)
-                assert torch.equal(floats, expected.float() * scale[:, None]), (N, P, I, method)
+            got = training_products.dense_product(a, b)
+            assert got.dtype == torch.int32
+            assert torch.equal(got.long(), a.long().t() @ b.long()), (N, P, I)
 
 
 def test_the_choice_is_kept_for_this_machine(monkeypatch, tmp_path):
@@ -367,6 +364,76 @@ def test_exact_gradients_show_what_is_not_finite(way, monkeypatch):
         assert not dw[6].isfinite().any()
         assert dx[:4].isfinite().all()
         assert dw[:6].isfinite().all()
+
+
+def quantized_gradient(dy, act_scale, weight_scale, planes):
+    """The specification of training_digits.py in PyTorch: codes int8 and scales of dX's operand, and of dW's."""
+    found = []
+    for values, dim in ((dy.float() * weight_scale, 1), (dy.float() * act_scale, 0)):
+        peak = values.abs().amax(dim, keepdim=True).clamp_min(float(training_digits.TINY))
+        rest, codes = values * (torch.full_like(peak, 127) / peak), []
+        for _ in range(planes):
+            codes.append(rest.round())
+            rest = (rest - codes[-1]) * training_digits.DIGIT
+        found.append((torch.stack(codes).to(torch.int8), (peak / 127).flatten()))
+    return found
+
+
+GRADIENTS = [(6, 16, 48), (65, 48, 64), (1, 32, 16), (150, 80, 208), (1100, 64, 272)]  # the last one past the caches
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*GRADIENTS, (70, 33, 40), (3, 5, 17)])
+def test_gradient_codes_bit_for_bit(shape, dtype, planes, threads):
+    """As rows, and as tiles where whole ones fit; what is beyond the last row and column of tiles is zeros."""
+    N, _, O = shape
+    dy, act_scale, weight_scale = odd_rows((N, O), dtype), torch.rand(N, 1), torch.rand(O)
+    ternary = training_products.Ternary(torch.zeros(O, 16, dtype=torch.int8), weight_scale, (1,) * O)
+    (row_codes, row_scale), (column_codes, column_scale) = quantized_gradient(dy, act_scale, weight_scale, planes)
+    rest = (dy, act_scale, ternary, planes)
+    ours = torch.full((planes, N, O), 99, dtype=torch.int8), torch.full((N, planes, O), 99, dtype=torch.int8)
+    scales = training_gradients._quantized(training_digits.gradient_rows, *rest, *ours)
+    assert torch.equal(ours[0], row_codes)
+    assert torch.equal(ours[1], column_codes.transpose(0, 1))
+    if O % 16 == 0:
+        tokens, groups, columns = -(-N // 64), -(-N // 16), -(-O // 64)
+        rows = torch.full((planes, groups, columns, 16, 64), 99, dtype=torch.int8)
+        of_columns = torch.full((planes, O // 16, tokens, 16, 64), 99, dtype=torch.int8)
+        scales += training_gradients._quantized(training_digits.gradient_tiles, *rest, rows, of_columns)
+        whole = rows.transpose(2, 3).reshape(planes, 16 * groups, 64 * columns)
+        assert torch.equal(whole[:, :N], F.pad(row_codes, (0, 64 * columns - O)))
+        whole = of_columns.transpose(2, 3).reshape(planes, O, 64 * tokens)
+        assert torch.equal(whole, F.pad(column_codes.transpose(1, 2), (0, 64 * tokens - N)))
+    for ours, expected in zip(scales, [row_scale, column_scale] * 2, strict=False):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize("shape", GRADIENTS)
+def test_gradients_by_tiles_bit_for_bit(shape, planes, threads):
+    """dX and dW from tiles are those of whole matrices, digits joined or not; and the one alone is the same."""
+    N, I, O = shape
+    if not training_products.has_tiles((O, I)) or not training_products.dense_products_are_exact():
+        pytest.skip("no AMX here")
+    x, weight, dy = odd_rows((N, I)), torch.randn(O, I), odd_rows((N, O), seed=1)
+    work = (dy, *bit_linear.quantize_input(x), bit_linear.ternarize([weight]))
+    tiles = training_gradients._in_parts(*work, True, True, planes, True)
+    for ours, expected in zip(tiles, training_gradients._in_parts(*work, True, True, planes, False), strict=True):
+        assert torch.equal(ours, expected)
+    assert torch.equal(training_gradients._in_parts(*work, True, False, planes, True)[0], tiles[0])
+    assert torch.equal(training_gradients._in_parts(*work, False, True, planes, True)[1], tiles[1])
+
+
+def test_exact_gradients_take_tiles_without_timing(monkeypatch):
+    if not training_products.has_tiles((32, 48)):
+        pytest.skip("no AMX here")
+    monkeypatch.setattr(training_gradients, "fastest", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(training_gradients, "_in_rows", lambda *_: pytest.fail("not tiles"))
+    x, weight = torch.randn(70, 48, requires_grad=True), torch.randn(32, 48, requires_grad=True)
+    linear(x, [weight], [], "exact").sum().backward()
+    assert x.grad.shape == x.shape
+    assert weight.grad.shape == weight.shape
 
 
 def test_more_tokens_than_an_int32_sum_holds(monkeypatch):

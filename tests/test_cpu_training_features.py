@@ -48,6 +48,7 @@ def test_tile_products_exact_in_numpy():
 
 def tiles():
     """Products of tiles in every form, with remainders of tokens, of pairs of columns and of tiles of tokens."""
+    from bitdistill.kernels.cpu import training_gradients as gradients
     from bitdistill.kernels.cpu import training_products as products
 
     generator = torch.Generator().manual_seed(0)
@@ -65,9 +66,10 @@ def tiles():
                 for dtype in (torch.float32, torch.bfloat16):
                     ours = products.scaled_product(kind, value, ternary, row, *rest, dtype, "tiles")
                     assert torch.equal(ours, products.scaled(expected.int(), row, *rest, dtype))
-        assert torch.equal(
-            products.dense_product(gradient, codes, None, "tiles").long(), gradient.long().t() @ codes.long()
-        )
+        work = (torch.randn((N, O), generator=generator), codes, torch.rand((N, 1), generator=generator), ternary)
+        for planes in (1, 3):
+            by_tiles, by_rows = (gradients._in_parts(*work, True, True, planes, tiled) for tiled in (True, False))
+            assert all(torch.equal(a, b) for a, b in zip(by_tiles, by_rows, strict=True))
     print("exact")
 
 

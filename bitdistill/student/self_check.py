@@ -138,10 +138,10 @@ def _gradients(backward: str, bound: float) -> Callable:
 
 
 def _gradients_by_digits(kernels, device):
-    from bitdistill.kernels.cpu.training_products import dense_products_are_exact
+    from bitdistill.kernels.cpu.training_products import dense_products_are_exact, has_tiles
 
     for x, weight, _, _, dy in _tensors(device):
-        if dense_products_are_exact():
+        if dense_products_are_exact() or has_tiles(weight.shape):
             activation = kernels.quantize_input(x)
             ours = kernels.digit_gradients(dy, *activation, kernels.ternarize([weight]))
             theirs = torch.autograd.grad(reference.bit_linear(x, weight), [x, weight], dy)
@@ -163,13 +163,15 @@ def _product(method: str) -> Callable:
                     rest = (ternary.of_columns(), bias.detach()) if kind == "forward" else (None, None)
                     ours = products.scaled_product(kind, codes, ternary, scale, *rest, torch.float32, method)
                     _same(f"{kind}, scaled", ours, products.scaled(expected.int(), scale, *rest, torch.float32))
+            exact = products.dense_products_are_exact()
+            if method == "tiles" and products.has_tiles(weight.shape) and exact:
+                work = (dy, *kernels.quantize_input(x), ternary, True, True)
+                ours, theirs = (kernels.digit_gradients(*work, tiled) for tiled in (True, False))
+                for name, a, b in zip(("dX", "dW"), ours, theirs, strict=True):
+                    _same(f"{name} of digits", a, b)
             codes, columns = (reference.quantize_activation(value)[0] for value in (x, dy))
-            if (
-                method in products.possible_dense(columns.shape[1], codes.shape[1])
-                and products.dense_products_are_exact()
-            ):
-                ours = products.dense_product(columns, codes, method=method)
-                _same("dense", ours.long(), columns.long().t() @ codes.long())
+            if method == "onednn" and exact:
+                _same("dense", products.dense_product(columns, codes).long(), columns.long().t() @ codes.long())
 
     return check
 

@@ -264,6 +264,23 @@ def store_int8(builder, address, value):
     return _store(builder, address, builder.trunc(_codes(builder, value), ir.VectorType(_I8, LANES)))
 
 
+def _py_store_four(address, *values):
+    codes = np.stack([_py_codes(value).astype(np.int8) for value in values], axis=1)
+    _py_array(address, 4 * LANES, np.int8)[:] = codes.ravel()
+    return 0
+
+
+@native(types.int64(A, V, V, V, V), _py_store_four)
+def store_four_int8(builder, address, a, b, c, d):
+    """Rounds half to even and writes 16 times four int8, of a, b, c and d; |value| <= 127. Returns 0."""
+    word = None
+    for place, value in enumerate((a, b, c, d)):
+        code = builder.and_(_codes(builder, value), _ints(255))
+        code = builder.shl(code, _ints(8 * place))
+        word = code if word is None else builder.or_(word, code)
+    return _store(builder, address, word)
+
+
 # --- lane by lane -----------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
     transpose_ints      16 rows of 16 int32 -> their transpose        rows of codes become a right operand
     interleave_codes    64 rows of 16 bytes -> 16 rows of 64 bytes    columns of codes become a right operand
-    transpose_codes     64 rows of 16 bytes -> 16 columns of 64       columns of codes become rows, a left operand
 
 A row of a right operand holds four summed columns of each of 16 results: ``row[4 n + k] = B[k, n]``. Addresses are int64,
 strides in bytes.
@@ -98,10 +97,6 @@ def _py_interleave_codes(source, stride, target, target_stride):
     return _write_rows(rows.transpose(0, 2, 1).reshape(16, 64), target, target_stride)
 
 
-def _py_transpose_codes(source, stride, target, target_stride):
-    return _write_rows(_rows_at(source, stride, 64, 16).T, target, target_stride)
-
-
 @native(_COPY, _py_transpose_ints)
 def transpose_ints(builder, source, stride, target, target_stride):
     """16 rows of 64 bytes, 16 int32 each, and their transpose. Returns 0."""
@@ -113,10 +108,3 @@ def transpose_ints(builder, source, stride, target, target_stride):
 def interleave_codes(builder, source, stride, target, target_stride):
     """64 rows of 16 bytes: row q of the target is bytes ``4 n + k = source[4 q + k, n]``. Returns 0."""
     return _store_rows(builder, _interleaved(builder, source, stride), target, target_stride)
-
-
-@native(_COPY, _py_transpose_codes)
-def transpose_codes(builder, source, stride, target, target_stride):
-    """64 rows of 16 bytes and their transpose, 16 rows of 64 bytes. Returns 0."""
-    vectors = [builder.bitcast(vector, _SIXTEEN_INTS) for vector in _interleaved(builder, source, stride)]
-    return _store_rows(builder, _transposed(builder, vectors), target, target_stride)

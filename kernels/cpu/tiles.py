@@ -35,6 +35,7 @@ TILES = FEATURES == "amx"
 TILE_ROWS = 16  # tokens of a tile of activations, rows of the weight of a tile of codes
 TILE_COLUMNS = 64
 TILE_BLOCKS = TILE_COLUMNS // 4  # blocks of a tile of codes
+TILE_BYTES = TILE_ROWS * TILE_COLUMNS
 _SUMS, _ACTS, _CODES = (0, 1, 2, 3), (4, 5), (6, 7)  # numbers of the registers
 _LINE = 64  # bytes from one row of a tile of codes to the next
 

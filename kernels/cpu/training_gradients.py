@@ -2,8 +2,8 @@
 
  exact    float products of dY with int8 operands turned into floats, in fp32; in bf16 where dY is bf16 and such products are fast
           here (bf16.py). A float32 dY is taken apart into three int8 digits where their three int8 products, as accurate, are
-          faster (choices.py).
- fast     int8 products of dY rounded to the nearest code (training_quantize.py). Where int8 times int8 is not exact
+          faster: always in tiles (AMX), elsewhere by measurement (choices.py).
+ fast     int8 products of dY rounded to the nearest code (training_digits.py). Where int8 times int8 is not exact
           (training_products.py) dW stays a float product.
 
 An int8 product needs scales that stand before its sum: with scales of groups of columns dX stays a float product, with
@@ -17,7 +17,7 @@ import functools
 import torch
 from torch import Tensor
 
-from bitdistill.kernels.cpu import training_quantize
+from bitdistill.kernels.cpu import training_digits
 from bitdistill.kernels.cpu.bf16 import has_bf16_products
 from bitdistill.kernels.cpu.choices import fastest
 from bitdistill.kernels.cpu.rows import BLOCK, COMPILED, rows_of, share_rows
@@ -26,10 +26,14 @@ from bitdistill.kernels.cpu.training_products import (
     Ternary,
     dense_product,
     dense_products_are_exact,
+    has_tiles,
+    multiply_tiles,
+    scaled,
     scaled_product,
     ternary_product,
+    tiles_of_columns,
 )
-from bitdistill.kernels.numerics import ACT_MAX, TOKENS_OF_A_SUM
+from bitdistill.kernels.numerics import TOKENS_OF_A_SUM
 
 DIGITS = 3  # planes of int8 codes that are as good as a float32
 
@@ -38,12 +42,18 @@ def exact_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
     """(dX, dW) in dY's dtype: float products, or int8 products of all digits of a float32 dY where these are faster."""
     if dy.dtype not in COMPILED or not has_bf16_products():
         dy = dy.float()
+    int8_x, int8_weight = needs_x and not ternary.grouped(), needs_weight and act_scale.shape[1] == 1
     dx = dw = None
     work = (dy, codes, act_scale, ternary)
-    if needs_x:
-        dx = _float_dx(*work) if ternary.grouped() else _exact_product("dX", _float_dx, _digit_dx, *work)
-    if needs_weight:
-        dw = _float_dw(*work) if act_scale.shape[1] > 1 else _exact_product("dW", _float_dw, _digit_dw, *work)
+    if dy.dtype == torch.float32 and has_tiles(ternary.weight_codes.shape):
+        dx, dw = _in_parts(*work, int8_x, int8_weight, DIGITS)
+    elif dy.dtype == torch.float32 and len(dy) and dense_products_are_exact():
+        dx = _fastest_exact("dX", _float_dx, _digit_dx, *work) if int8_x else None
+        dw = _fastest_exact("dW", _float_dw, _digit_dw, *work) if int8_weight else None
+    if needs_x and dx is None:
+        dx = _float_dx(*work)
+    if needs_weight and dw is None:
+        dw = _float_dw(*work)
     return dx, dw
 
 
@@ -58,18 +68,26 @@ def _float_dw(dy, codes, act_scale, _ternary):
 
 
 def digit_gradients(
-    dy: Tensor, codes: Tensor, act_scale: Tensor, ternary: Ternary, needs_x: bool = True, needs_weight: bool = True
+    dy: Tensor,
+    codes: Tensor,
+    act_scale: Tensor,
+    ternary: Ternary,
+    needs_x: bool = True,
+    needs_weight: bool = True,
+    tiled: bool | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``(dY W~, dY^T x~)`` by int8 products of three digits of dY, where `dense_products_are_exact`.
+    """``(dY W~, dY^T x~)`` by int8 products of three digits of dY, where `has_tiles` or `dense_products_are_exact`.
 
     Args:
         dy: float32 (N, O). codes: int8 (N, I). act_scale: fp32 (N, 1). ternary: of the weight (O, I).
-        needs_x, needs_weight: which of the two.
+        needs_x, needs_weight: which of the two. tiled: whether tiles multiply; by default where `has_tiles`.
 
-    Returns: fp32 (N, I) and (O, I). Numerics: the integers are exact; dY is rounded to 2^-24 of the largest magnitude in its row,
-    and in its column for the second, scales included.
+    Returns: fp32 (N, I) and (O, I), the same bits with and without tiles.
+
+    Numerics: the integers are exact; dY is rounded to 2^-24 of the largest magnitude in its row, and in its column for the
+    second, scales included.
     """
-    return _in_parts(dy, codes, act_scale, ternary, needs_x, needs_weight, DIGITS)
+    return _in_parts(dy, codes, act_scale, ternary, needs_x, needs_weight, DIGITS, tiled)
 
 
 def _digit_dx(*work):
@@ -80,11 +98,9 @@ def _digit_dw(*work):
     return digit_gradients(*work, needs_x=False)[1]
 
 
-def _exact_product(name, of_floats, of_digits, dy, codes, act_scale, ternary):
+def _fastest_exact(name, of_floats, of_digits, dy, codes, act_scale, ternary):
     """One of the two by the faster way, of which this machine is asked once for a shape."""
     work = (dy, codes, act_scale, ternary)
-    if dy.dtype != torch.float32 or not len(dy) or not dense_products_are_exact():
-        return of_floats(*work)
     ways = {"floats": functools.partial(of_floats, *work), "digits": functools.partial(of_digits, *work)}
     shape = f"{len(dy).bit_length()} bits, {'x'.join(map(str, ternary.weight_codes.shape))}"
     return ways[fastest(f"exact {name} {shape}", ways)]()
@@ -93,7 +109,8 @@ def _exact_product(name, of_floats, of_digits, dy, codes, act_scale, ternary):
 def fast_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
     """(dX, dW) fp32, int8 products; floats where an int8 product cannot have the scales, or would not be exact."""
     int8_x = needs_x and not ternary.grouped()
-    int8_weight = needs_weight and act_scale.shape[1] == 1 and dense_products_are_exact()
+    exact = has_tiles(ternary.weight_codes.shape) or dense_products_are_exact()
+    int8_weight = needs_weight and act_scale.shape[1] == 1 and exact
     dx = dw = None
     if int8_x or int8_weight:
         dx, dw = _in_parts(dy, codes, act_scale, ternary, int8_x, int8_weight, 1)
@@ -103,47 +120,75 @@ def fast_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
     return dx, dw
 
 
-def _in_parts(dy, codes, act_scale, ternary, needs_x, needs_weight, planes):
+def _in_parts(dy, codes, act_scale, ternary, needs_x, needs_weight, planes, tiled=None):
     """(dX, dW) fp32 from int8 codes of dY, of as many tokens at a time as an int32 can sum."""
+    if tiled is None:
+        tiled = has_tiles(ternary.weight_codes.shape)
+    gradients = _in_tiles if tiled and len(dy) else _in_rows
+    rest = (ternary, needs_x, needs_weight, planes)
+    if len(dy) <= TOKENS_OF_A_SUM:
+        return gradients(dy, codes, act_scale, *rest)
     dxs, dw = [], None
-    for part in range(0, max(1, len(dy)), TOKENS_OF_A_SUM):
+    for part in range(0, len(dy), TOKENS_OF_A_SUM):
         tokens = slice(part, part + TOKENS_OF_A_SUM)
-        rest = (ternary, needs_x, needs_weight, planes)
-        dx, add = _quantized_gradients(dy[tokens], codes[tokens], act_scale[tokens], *rest)
+        dx, add = gradients(dy[tokens], codes[tokens], act_scale[tokens], *rest)
         dxs.append(dx)
         dw = add if dw is None else dw.add_(add)
-    return (torch.cat(dxs) if len(dxs) > 1 else dxs[0]), dw
+    return (torch.cat(dxs) if needs_x else None), dw
 
 
-def _quantized_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight, planes):
+def _quantized(kernel, dy, act_scale, ternary, planes, row_codes, column_codes):
+    """Writes the codes of dY where `row_codes` and `column_codes`, if any, are; returns their scales of rows and of columns."""
     rows, address, stride, half = rows_of(dy)
     N, O = rows.shape
-    dx = dw = row_codes = column_codes = factor = None
-    row_scale = torch.empty(N, dtype=torch.float32)
+    row_scale, column_scale = torch.empty(N, dtype=torch.float32), torch.zeros(O, dtype=torch.float32)  # 0 where N is 0
+    peaks = torch.empty((-(-N // BLOCK) if column_codes is not None else 0, O), dtype=torch.float32)
+    dense = (address, stride, half, O)
+    if column_codes is not None:
+        share_rows(training_digits.gradient_peaks, N, O, *dense, act_scale.data_ptr(), peaks.data_ptr())
+    scales = 0 if row_codes is None else ternary.of_columns().data_ptr()
+    pointers = (
+        0 if t is None else t.data_ptr() for t in (row_codes, row_scale, act_scale, peaks, column_codes, column_scale)
+    )
+    share_rows(kernel, N, O, *dense, N, planes, scales, *pointers)
+    return row_scale, column_scale
+
+
+def _in_tiles(dy, codes, act_scale, ternary, needs_x, needs_weight, planes):
+    """By AMX: the codes are written as its operands, and the digits are joined as the sums leave its registers."""
+    (N, O), I = dy.shape, codes.shape[1]
+    tokens, columns = -(-N // 64) * 64, -(-O // 64) * 64
+    row_tiles = torch.empty(planes * -(-N // 16) * 16 * columns, dtype=torch.int8) if needs_x else None
+    column_tiles = torch.empty(planes * O * tokens, dtype=torch.int8) if needs_weight else None
+    kernel = training_digits.gradient_tiles
+    row_scale, column_scale = _quantized(kernel, dy, act_scale, ternary, planes, row_tiles, column_tiles)
+    dx = dw = None
+    rest = {"tiled": True, "planes": planes}
     if needs_x:
-        row_codes = torch.empty((planes * N, O), dtype=torch.int8)
+        dx = torch.empty((N, I), dtype=torch.float32)
+        multiply_tiles(row_tiles, (N, columns), ternary.tiles("backward"), dx, row_scale, **rest)
     if needs_weight:
-        column_codes = torch.empty((N, planes * O), dtype=torch.int8)
-        peaks = torch.zeros((-(-N // BLOCK), O), dtype=torch.float32)
-        share_rows(
-            training_quantize.gradient_peaks, N, O, address, stride, half, O, act_scale.data_ptr(), peaks.data_ptr()
-        )
-        peak = peaks.amax(0).clamp_min_(float(training_quantize.TINY)) if N else peaks.new_zeros(O)
-        factor, column_scale = torch.full_like(peak, ACT_MAX) / peak, peak / ACT_MAX
-    pointers = [0 if t is None else t.data_ptr() for t in (row_codes, row_scale, act_scale, factor, column_codes)]
-    scales = ternary.of_columns().data_ptr() if needs_x else 0
-    work = (address, stride, half, O, scales, *pointers, N, planes)
-    share_rows(training_quantize.gradient_codes, N, O, *work)
-    if planes == 1:  # the scales as the sums come out
-        if needs_x:
-            dx = scaled_product("backward", row_codes, ternary, row_scale, None, None, torch.float32)
-        if needs_weight:
-            dw = dense_product(column_codes, codes, column_scale)
-        return dx, dw
-    if needs_x:
+        dw = torch.empty((O, I), dtype=torch.float32)
+        multiply_tiles(column_tiles, (O, tokens), tiles_of_columns(codes), dw, column_scale, **rest)
+    return dx, dw
+
+
+def _in_rows(dy, codes, act_scale, ternary, needs_x, needs_weight, planes):
+    """By the int8 products of whole matrices."""
+    N, O = dy.shape
+    row_codes = torch.empty((planes * N, O), dtype=torch.int8) if needs_x else None
+    column_codes = torch.empty((N, planes * O), dtype=torch.int8) if needs_weight else None
+    kernel = training_digits.gradient_rows
+    row_scale, column_scale = _quantized(kernel, dy, act_scale, ternary, planes, row_codes, column_codes)
+    dx = dw = None
+    if needs_x and planes == 1:  # the scales as the sums come out, where that is possible
+        dx = scaled_product("backward", row_codes, ternary, row_scale, None, None, torch.float32)
+    elif needs_x:
         dx = _joined(ternary_product("backward", row_codes, ternary), row_scale, planes)
     if needs_weight:
-        dw = _joined(dense_product(column_codes, codes), column_scale, planes)
+        acc = dense_product(column_codes, codes)
+        one = planes == 1
+        dw = scaled(acc, column_scale, None, None, torch.float32) if one else _joined(acc, column_scale, planes)
     return dx, dw
 
 
@@ -152,5 +197,5 @@ def _joined(acc: Tensor, row_scale: Tensor, planes: int) -> Tensor:
     rows, width = len(acc) // planes, acc.shape[1]
     out = torch.empty((rows, width), dtype=torch.float32)
     work = (acc.data_ptr(), 4 * rows * width, width, row_scale.data_ptr(), out.data_ptr())
-    share_rows(training_quantize.join_rows, rows, width, *work)
+    share_rows(training_digits.join_rows, rows, width, *work)
     return out

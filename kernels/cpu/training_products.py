@@ -4,12 +4,13 @@
     backward    row_codes (N, O) @ weight_codes (O, I)           -> (N, I)
     dense       column_codes (N, O).T @ act_codes (N, I)         -> (O, I), where int8 times int8 is exact
 
-Each of them is there as int32, and scaled, ``acc * (row_scale * column_scale) + bias`` in floats. Tiles (AMX) scale the sums
-as they come out of the registers; the others write them first.
+The first two are there as int32, and scaled, ``acc * (row_scale * column_scale) + bias`` in floats. Tiles (AMX) scale the sums
+as they come out of the registers; the others write them first. With tiles the gradients need no other product than
+`multiply_tiles` (training_gradients.py).
 
 **Exactness.** Without VNNI, oneDNN multiplies by instructions whose sums saturate at 16 bits. With a ternary operand they
 never get that large, but with +-127 on both sides they do. So `dense` products are used only on machines where
-`dense_products_are_exact` has found them to be exact.
+`dense_products_are_exact` has found them to be exact. Tiles always are.
 
 **Choice.** Where there are tiles, they are taken: they were at least as fast as oneDNN on every shape that was tried, and need
 no timing, which a busy machine can spoil. Elsewhere METHODS are timed on the first product of a kind, width and number of tokens
@@ -104,7 +105,7 @@ class Ternary:
                 work = (codes.data_ptr(), I, tiles.data_ptr())
                 share_rows(training_tiles.lay_out_rows, O // 16, 16 * I, *work, block=1)
             else:
-                tiles = _tiles_of_columns(codes)
+                tiles = tiles_of_columns(codes)
             self.kept[name] = tiles
         return self.kept[name]
 
@@ -132,41 +133,45 @@ def _own(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
 
 def _tiles(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
     """training_tiles.py."""
-    _multiply_tiles(codes, ternary.tiles(kind), out)
+    multiply_tiles(codes, codes.shape, ternary.tiles(kind), out)
 
 
 METHODS: dict[str, Callable] = {"onednn": _onednn, "own": _own, "tiles": _tiles}
 
 
-def _tiles_of_columns(codes: Tensor) -> Tensor:
-    """int8 (K, N) as a right operand."""
-    (K, N), padded = codes.shape, -(-codes.shape[0] // 64) * 64
-    tiles = torch.empty(padded * N, dtype=torch.int8)
-    work = (codes.data_ptr(), K, N, tiles.data_ptr())
-    share_rows(training_tiles.lay_out_columns, N // 16, 16 * padded, *work, block=1)
-    return tiles
+def multiply_tiles(
+    left: Tensor, shape: tuple[int, int], right: Tensor, out: Tensor, row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None, bias: Tensor | None = None, tiled: bool = False, planes: int = 1,
+) -> Tensor:  # fmt: skip
+    """``left @ right`` by AMX, scaled where out is of floats.
 
+    Args:
+        left: int8 rows, or tiles of `planes` planes where `tiled`. shape: (M, K) of a plane, K a multiple of 64.
+        right: laid out in tiles. out: (M, N), int32, float32 or bf16, overwritten.
+        row_scale, column_scale, bias, tiled, planes: as in training_tiles.py.
 
-def _transposed(codes: Tensor) -> Tensor:
-    """int8 (K, M) as a left operand (M, K), rows padded with zeros to a multiple of 64."""
-    (K, M), padded = codes.shape, -(-codes.shape[0] // 64) * 64
-    rows = torch.empty((M, padded), dtype=torch.int8)
-    work = (codes.data_ptr(), K, M, rows.data_ptr())
-    share_rows(training_tiles.lay_out_transposed, M // 16, 16 * padded, *work, block=1)
-    return rows
-
-
-def _multiply_tiles(left: Tensor, right: Tensor, out: Tensor, row_scale=None, column_scale=None, bias=None) -> None:
-    """``out = left @ right``, scaled where out is of floats; right is laid out in tiles."""
-    (M, K), width = left.shape, out.shape[1]
+    Returns: out.
+    """
+    (M, K), width = shape, out.shape[1]
     kinds = {
         torch.int32: training_tiles.INT32,
         torch.float32: training_tiles.FLOAT32,
         torch.bfloat16: training_tiles.BF16,
     }
     scales = (0 if values is None else values.data_ptr() for values in (row_scale, column_scale, bias))
-    work = (left.data_ptr(), M, right.data_ptr(), K // 64, width, *scales, out.data_ptr(), kinds[out.dtype])
-    share_rows(training_tiles.multiply_tiles, -(-width // 32), 32 * K * M, *work, block=1)
+    work = (right.data_ptr(), K // 64, width, *scales, out.data_ptr(), kinds[out.dtype])
+    pairs, size = -(-width // 32), 32 * K * M * planes
+    share_rows(training_tiles.multiply_tiles, pairs, size, left.data_ptr(), M, tiled, planes, *work, block=1)
+    return out
+
+
+def tiles_of_columns(codes: Tensor) -> Tensor:
+    """int8 (K, N) as a right operand of `multiply_tiles`, K padded with zeros to a multiple of 64."""
+    (K, N), padded = codes.shape, -(-codes.shape[0] // 64) * 64
+    tiles = torch.empty(padded * N, dtype=torch.int8)
+    work = (codes.data_ptr(), K, N, tiles.data_ptr())
+    share_rows(training_tiles.lay_out_columns, N // 16, 16 * padded, *work, block=1)
+    return tiles
 
 
 _left_out: set[str] = set()
@@ -231,7 +236,7 @@ def scaled_product(
     width = O if kind == "forward" else I
     if method in (None, "tiles") and "tiles" in possible(codes, width):
         out = torch.empty((len(codes), width), dtype=dtype if dtype in COMPILED else torch.float32)
-        _multiply_tiles(codes, ternary.tiles(kind), out, row_scale, column_scale, bias)
+        multiply_tiles(codes, codes.shape, ternary.tiles(kind), out, row_scale, column_scale, bias)
         return out.to(dtype)
     return scaled(ternary_product(kind, codes, ternary, method), row_scale, column_scale, bias, dtype)
 
@@ -253,33 +258,21 @@ def scaled(
     return out if dtype in COMPILED else out.to(dtype)
 
 
-def dense_product(
-    column_codes: Tensor, act_codes: Tensor, row_scale: Tensor | None = None, method: str | None = None
-) -> Tensor:
-    """``column_codes.T @ act_codes``, where `dense_products_are_exact`.
+def dense_product(column_codes: Tensor, act_codes: Tensor) -> Tensor:
+    """``column_codes.T @ act_codes`` int32 (P, I) by oneDNN, where `dense_products_are_exact`.
 
     Args:
         column_codes: int8 (N, P), contiguous, within +-127. act_codes: int8 (N, I), contiguous, within +-127.
-        row_scale: fp32 (P,), or None.
-        method: "onednn" or "tiles"; tiles by default, where they are possible.
-
-    Returns: int32 (P, I); with row_scale fp32, multiplied by it.
     """
-    shape = (column_codes.shape[1], act_codes.shape[1])
     if not len(act_codes):
-        return torch.zeros(shape, dtype=torch.int32 if row_scale is None else torch.float32)
-    if "tiles" in possible_dense(*shape) and method != "onednn":
-        out = torch.empty(shape, dtype=torch.int32 if row_scale is None else torch.float32)
-        _multiply_tiles(_transposed(column_codes), _tiles_of_columns(act_codes), out, row_scale)
-        return out
-    acc = torch._int_mm(_plain(column_codes.t()), _plain(act_codes))
-    return acc if row_scale is None else scaled(acc, row_scale, None, None, torch.float32)
+        return torch.zeros((column_codes.shape[1], act_codes.shape[1]), dtype=torch.int32)
+    return torch._int_mm(_plain(column_codes.t()), _plain(act_codes))
 
 
-def possible_dense(rows: int, columns: int) -> list[str]:
-    """Names of the methods of a `dense_product` of this shape."""
-    tiles = TILES and rows % 16 == 0 and columns % 16 == 0 and not is_left_out("tiles")
-    return ["onednn", "tiles"] if tiles else ["onednn"]
+def has_tiles(weight_shape: Sequence[int]) -> bool:
+    """Whether both products of the backward pass of a weight (O, I) are done in tiles; they are always exact."""
+    O, I = weight_shape
+    return TILES and O % 16 == 0 and I % 16 == 0 and not is_left_out("tiles")
 
 
 @functools.cache
@@ -289,7 +282,7 @@ def dense_products_are_exact() -> bool:
         full = torch.full((N, O), 127, dtype=torch.int8)
         signs = torch.where(torch.arange(N * I).view(N, I) % 7 < 5, 127, -127).to(torch.int8)
         expected = full.t().long() @ signs.long()
-        if not torch.equal(dense_product(full, signs, method="onednn").long(), expected):
+        if not torch.equal(dense_product(full, signs).long(), expected):
             return False
     return True
 

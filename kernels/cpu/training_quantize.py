@@ -3,19 +3,9 @@
     quantize_rows      act_codes, act_scale          reference.quantize_activation and its blocks, bit for bit
     weight_sums, weight_codes                        reference.quantize_weight, bit for bit
     weight_groups                                    reference.quantize_weight_groups, bit for bit
-    gradient_peaks, gradient_codes                   dY to int8, for both products of the fast backward pass
     scale_rows         sums -> float: ``acc * (row_scale * column_scale) + bias``
 
-**Gradients.** In each product, the scale that varies along the summed dimension is multiplied into dY before dY is
-quantized. The other scale is applied afterwards:
-
-    dX = (dY * weight_scale) @ weight_codes    summed over O: one scale per token, row codes (N, O)
-    dW = (dY * act_scale).T @ act_codes        summed over N: one scale per column, column codes (N, O)
-
-Codes are rounded to the nearest.
-
-Addresses are int64, strides in bytes; `half` says that floats are bf16. Shape suffixes: N tokens, I in_features, O
-out_features.
+Addresses are int64, strides in bytes; `half` says that floats are bf16.
 """
 
 import numpy as np
@@ -30,7 +20,6 @@ from bitdistill.kernels.cpu.floats import (
     maximum,
     maximum_magnitude,
     multiply,
-    multiply_add,
     round_bf16,
     splat,
     store_first_codes,
@@ -38,16 +27,11 @@ from bitdistill.kernels.cpu.floats import (
     subtract,
 )
 from bitdistill.kernels.cpu.native import float32s, float64s, int32s, int64s
-from bitdistill.kernels.cpu.rows import BLOCK, get, put
+from bitdistill.kernels.cpu.rows import get, put
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON, MAX_SCALE
 
-TINY = np.float32(1e-30)  # below it a peak counts as it: 127 / peak must be finite
-DIGIT = 254.0  # a rest of at most half a code, times this, is a code again
 WORK = 5  # numbers of a row of the table of `weight_sums`
 _EPSILON, _ACT_MAX, _MAX_SCALE = np.float32(EPSILON), np.float32(ACT_MAX), np.float32(MAX_SCALE)
-_ROUNDING = np.float32(
-    1.5 * 2**23
-)  # added to a float32 below 2^22 and subtracted again, it rounds to integers, half to even
 
 
 @jit
@@ -151,106 +135,6 @@ def weight_groups(first, last, weight, width, columns, codes, scale):
                 value = divide(get(weight + 4 * (row * width + i), end - i, False), by)
                 low = subtract(zero, maximum(value, least))
                 put_codes(codes + row * width + i, subtract(zero, maximum(low, least)), end - i)
-
-
-@jit
-def gradient_peaks(first, last, dy, stride, half, width, act_scale, peaks):
-    """``max|dY * act_scale|`` of every column, within each BLOCK of rows.
-
-    Args:
-        first, last: rows.
-        dy: address of rows of `width` floats, bf16 where `half`.
-        stride, half, width: of these rows.
-        act_scale: address of float32 (N,). peaks: of float32 (blocks, width), written.
-    """
-    size = 2 if half else 4
-    for n in range(first, last):
-        row, out = dy + n * stride, peaks + 4 * width * (n // BLOCK)
-        scale = splat(float32s(act_scale + 4 * n, 1)[0])
-        for i in range(0, width, LANES):
-            value = multiply(get(row + size * i, width - i, half), scale)
-            before = splat(np.float32(0)) if n % BLOCK == 0 else get(out + 4 * i, width - i, False)
-            put(out + 4 * i, maximum_magnitude(before, value), width - i, False)
-
-
-@jit
-def _put_digits(codes, stride, planes, value, count):
-    """Balanced digits of 16 numbers within +-127, the first before the point, the others to the base of 254."""
-    big, base = splat(_ROUNDING), splat(np.float32(DIGIT))
-    for plane in range(planes):
-        put_codes(codes + plane * stride, value, count)
-        value = multiply(subtract(value, subtract(add(value, big), big)), base)
-
-
-@jit
-def gradient_codes(
-    first, last, dy, stride, half, width, weight_scale, row_codes, row_scale, act_scale, factor, column_codes, rows, planes
-):  # fmt: skip
-    """int8 codes of dY: ``round(dY * weight_scale / row_scale)`` and ``round(dY * act_scale * factor)``, either or both.
-
-    With more than one plane the codes of the rest follow, times DIGIT, and so on: ``value = code0 + code1 / 254 + ...``.
-
-    Args:
-        first, last: rows.
-        dy: address of rows of `width` floats, bf16 where `half`.
-        stride, half, width: of these rows.
-        weight_scale: address of float32 (width,). row_codes: of int8 (planes, rows, width), or 0 for none.
-        row_scale: address of float32 (N,), written. act_scale: of float32 (N,).
-        factor: address of float32 (width,), 127 / peak of a column. column_codes: of int8 (rows, planes, width), or 0 for none.
-        rows: N. planes: 1, or 3, which hold all of a float32 that is not far below the peak.
-
-    Numerics: a NaN or an infinity in a row makes its row_scale NaN or infinite. A row of zeros has codes 0.
-    """
-    size = 2 if half else 4
-    for n in range(first, last):
-        row = dy + n * stride
-        if row_codes != 0:
-            peaks = splat(TINY)
-            for i in range(0, width, LANES):
-                value = multiply(get(row + size * i, width - i, half), get(weight_scale + 4 * i, width - i, False))
-                peaks = maximum_magnitude(peaks, value)
-            peak = largest_magnitude(peaks)
-            by = splat(_ACT_MAX / peak)
-            for i in range(0, width, LANES):
-                value = multiply(get(row + size * i, width - i, half), get(weight_scale + 4 * i, width - i, False))
-                _put_digits(row_codes + n * width + i, rows * width, planes, multiply(value, by), width - i)
-            float32s(row_scale + 4 * n, 1)[0] = peak / _ACT_MAX
-        if column_codes != 0:
-            scale = splat(float32s(act_scale + 4 * n, 1)[0])
-            for i in range(0, width, LANES):
-                value = multiply(get(row + size * i, width - i, half), scale)
-                value = multiply(value, get(factor + 4 * i, width - i, False))
-                _put_digits(column_codes + n * planes * width + i, width, planes, value, width - i)
-
-
-@jit
-def join_rows(first, last, acc, plane_stride, width, row_scale, out):
-    """``out = (acc0 + (acc1 + acc2 / 254) / 254) * row_scale``: the product of three planes of codes, float32.
-
-    Args:
-        first, last: rows.
-        acc: address of int32 (3, N, width). plane_stride: bytes from one plane to the next. width: of a row.
-        row_scale: address of float32 (N,). out: address of float32 (N, width); may be acc.
-    """
-    over = splat(np.float32(1 / DIGIT))
-    for n in range(first, last):
-        source, target, scale = acc + 4 * n * width, out + 4 * n * width, splat(float32s(row_scale + 4 * n, 1)[0])
-        for i in range(0, width, LANES):
-            at = source + 4 * i
-            if width - i >= LANES:
-                low = multiply_add(load_int32(at + 2 * plane_stride), over, load_int32(at + plane_stride))
-                value = multiply(multiply_add(low, over, load_int32(at)), scale)
-                put(target + 4 * i, value, LANES, False)
-            else:
-                factor = np.float32(1 / DIGIT)
-                for j in range(width - i):
-                    digits = (
-                        np.float32(int32s(at + 4 * j, 1)[0]),
-                        np.float32(int32s(at + 4 * j + plane_stride, 1)[0]),
-                        np.float32(int32s(at + 4 * j + 2 * plane_stride, 1)[0]),
-                    )
-                    value = digits[0] + (digits[1] + digits[2] * factor) * factor
-                    float32s(target + 4 * (i + j), 1)[0] = value * float32s(row_scale + 4 * n, 1)[0]
 
 
 @jit

@@ -1,13 +1,17 @@
-"""The int8 products of training by AMX (tiles.py): a left operand, rows of int8, times a right operand laid out in tiles.
+"""The int8 products of training by AMX (tiles.py): a left operand times a right operand laid out in tiles.
 
     acc = left (M, K) @ right (K, N)        out = acc, or acc * (row_scale * column_scale) + bias in float32 or bf16
 
 A right operand is 1,024 bytes for each 16 of its N columns and 64 of its K rows, in this order: what `lay_out_rows` makes
-of codes (N, K), and `lay_out_columns` of codes (K, N). For ``dW = column_codes.T @ act_codes`` the left operand is made as
-well, by `lay_out_transposed`; both are padded with zeros to whole tiles of tokens.
+of codes (N, K), and `lay_out_columns` of codes (K, N). A left operand is rows of int8, or tiles of 16 of its M rows and 64 of
+its K columns in this order (training_digits.py), which lie in fewer sets of the first-level cache and need no stride. K is
+padded with zeros to whole tiles.
 
-The sums over K stay in the tile registers and are scaled where they come out, in the first-level cache: oneDNN's product
-writes them to memory, and a second function reads them there. Large float32 results are then written past the caches
+A left operand in tiles may have three planes, the digits of a float32 (training_digits.py): ``out = joined(acc of each) *
+row_scale``. The planes take turns with the same columns of the right operand, which stay in the first-level cache.
+
+The sums over K stay in the tile registers and are scaled and joined where they come out, in the first-level cache: oneDNN's
+product writes them to memory, and a second function reads them there. Large float32 results are then written past the caches
 (`stream`): a normal store would first read each line from memory.
 
 Addresses are int64, strides in bytes. N is a multiple of 16, K of 64.
@@ -16,11 +20,12 @@ Addresses are int64, strides in bytes. N is a multiple of 16, K of 64.
 import numpy as np
 
 from bitdistill.kernels.cpu.compilation import jit
-from bitdistill.kernels.cpu.floats import LANES, add, end_streams, load_int32, multiply, splat, stream
-from bitdistill.kernels.cpu.native import float32s, int8s
+from bitdistill.kernels.cpu.floats import LANES, add, end_streams, load_int32, multiply, repeat, splat, stream
+from bitdistill.kernels.cpu.native import int8s
 from bitdistill.kernels.cpu.rows import get, put
-from bitdistill.kernels.cpu.tile_layout import interleave_codes, transpose_codes, transpose_ints
+from bitdistill.kernels.cpu.tile_layout import interleave_codes, transpose_ints
 from bitdistill.kernels.cpu.tiles import (
+    TILE_BYTES,
     TILE_COLUMNS,
     TILE_ROWS,
     configure,
@@ -32,10 +37,11 @@ from bitdistill.kernels.cpu.tiles import (
     store_sums_3,
     zero_sums,
 )
+from bitdistill.kernels.cpu.training_digits import joined
 
-TILE_BYTES = TILE_ROWS * TILE_COLUMNS
 LEFT_BYTES = 1 << 19  # of the left operand that meet all columns at a time: they stay in the second-level cache
 STREAMED_BYTES = 1 << 20  # a float32 result of so many bytes is written past the caches: it would not stay in them
+SUMS_BYTES = 4 * (2 * TILE_ROWS) ** 2  # of the int32 that leave the four tiles of sums
 INT32, FLOAT32, BF16 = range(3)  # what a product writes
 
 
@@ -86,25 +92,11 @@ def lay_out_columns(first, last, codes, rows, columns, tiles):
 
 
 @jit
-def lay_out_transposed(first, last, codes, rows, columns, transposed):
-    """The left operand ``codes.T``, of groups first .. last - 1 of 16 columns; its rows end with zeros.
-
-    Args:
-        first, last: groups. codes: address of int8 (rows, columns). rows, columns: K and M.
-        transposed: address of int8 (columns, rows rounded up to a multiple of 64).
-    """
-    depth = (rows + TILE_COLUMNS - 1) // TILE_COLUMNS
-    room, stride = np.empty(TILE_BYTES, np.int8), TILE_COLUMNS * depth
-    for tile in range(depth):
-        count = min(TILE_COLUMNS, rows - TILE_COLUMNS * tile)
-        for group in range(first, last):
-            source = codes + TILE_COLUMNS * tile * columns + TILE_ROWS * group
-            target = transposed + TILE_ROWS * group * stride + TILE_COLUMNS * tile
-            if count < TILE_COLUMNS:
-                _whole(source, columns, count, room.ctypes.data)
-                transpose_codes(room.ctypes.data, 16, target, stride)
-            else:
-                transpose_codes(source, columns, target, stride)
+def _put(address, value, half, streamed):
+    if streamed:
+        stream(address, value)
+    else:
+        put(address, value, LANES, half)
 
 
 @jit
@@ -113,25 +105,47 @@ def _put_scaled(sums, count, width, row_scale, column_scale, bias, out, out_stri
     past the caches where `streamed`."""
     size = 2 if half else 4
     for n in range(count):
-        by = splat(float32s(row_scale + 4 * n, 1)[0] if row_scale != 0 else np.float32(1))
+        by = repeat(row_scale + 4 * n) if row_scale != 0 else splat(np.float32(1))
         for i in range(0, width, LANES):
             scale = multiply(by, get(column_scale + 4 * i, LANES, False)) if column_scale != 0 else by
             value = multiply(load_int32(sums + 4 * (2 * TILE_ROWS * n + i)), scale)
             if bias != 0:
                 value = add(value, get(bias + 4 * i, LANES, False))
-            if streamed:
-                stream(out + n * out_stride + size * i, value)
-            else:
-                put(out + n * out_stride + size * i, value, LANES, half)
+            _put(out + n * out_stride + size * i, value, half, streamed)
 
 
 @jit
-def multiply_tiles(first, last, left, rows, right, depth, width, row_scale, column_scale, bias, out, kind):
+def _put_joined(sums, count, width, row_scale, out, out_stride, streamed):
+    """The sums of three planes joined as `join_rows` does, float32."""
+    for n in range(count):
+        by = repeat(row_scale + 4 * n)
+        for i in range(0, width, LANES):
+            value = joined(sums + 4 * (2 * TILE_ROWS * n + i), SUMS_BYTES, by)
+            _put(out + n * out_stride + 4 * i, value, False, streamed)
+
+
+@jit
+def _store(place, stride, count, wide):
+    """The sums of `count` rows and 16 or 32 columns."""
+    store_sums_0(place, stride)
+    if wide > TILE_ROWS:
+        store_sums_1(place + 4 * TILE_ROWS, stride)
+    if count > TILE_ROWS:
+        store_sums_2(place + TILE_ROWS * stride, stride)
+        if wide > TILE_ROWS:
+            store_sums_3(place + TILE_ROWS * stride + 4 * TILE_ROWS, stride)
+
+
+@jit
+def multiply_tiles(
+    first, last, left, rows, tiled, planes, right, depth, width, row_scale, column_scale, bias, out, kind
+):  # fmt: skip
     """The product, of pairs first .. last - 1 of 16 columns each.
 
     Args:
         first, last: pairs; the last one of a right operand may be half of one.
-        left: address of int8 (rows, 64 * depth). rows: M.
+        left: address of int8 (rows, 64 * depth), or of its tiles. rows: M.
+        tiled: whether left is in tiles. planes: 1, or 3 in tiles: then kind is FLOAT32, without column_scale and bias.
         right: address of the tiles of all columns. depth: K / 64. width: N.
         row_scale: address of float32 (M,), or 0 for ones. column_scale: of float32 (N,), or 0.
         bias: address of float32 (N,), or 0 for none.
@@ -139,10 +153,12 @@ def multiply_tiles(first, last, left, rows, right, depth, width, row_scale, colu
 
     Numerics: sums exact modulo 2**32; product and sum with the scales rounded one by one as in the reference.
     """
-    stride, size = TILE_COLUMNS * depth, 2 if kind == BF16 else 4
-    room = np.empty(4 * TILE_ROWS * TILE_ROWS, np.int32)
-    sums = room.ctypes.data
-    at_once = max(2 * TILE_ROWS, LEFT_BYTES // stride // (2 * TILE_ROWS) * (2 * TILE_ROWS))
+    row_bytes, size = TILE_COLUMNS * depth, 2 if kind == BF16 else 4
+    stride, step = (TILE_COLUMNS, TILE_BYTES) if tiled else (row_bytes, TILE_COLUMNS)
+    plane_bytes = (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS * row_bytes
+    room = np.empty(planes * SUMS_BYTES + TILE_COLUMNS, np.int8)
+    sums = (room.ctypes.data + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS
+    at_once = max(2 * TILE_ROWS, LEFT_BYTES // (planes * row_bytes) // (2 * TILE_ROWS) * (2 * TILE_ROWS))
     streamed = kind == FLOAT32 and 4 * rows * width >= STREAMED_BYTES and out % 64 == 0
     configured = 0
     for begin in range(0, rows, at_once):
@@ -153,30 +169,29 @@ def multiply_tiles(first, last, left, rows, right, depth, width, row_scale, colu
             more_codes = codes + TILE_BYTES * depth if wide > TILE_ROWS else codes
             for row in range(begin, min(rows, begin + at_once), 2 * TILE_ROWS):
                 count = min(2 * TILE_ROWS, rows - row)
-                if count != configured:
-                    configure(count)
-                    configured = count
-                else:
-                    zero_sums()
-                acts = left + row * stride
-                more_acts = acts + TILE_ROWS * stride if count > TILE_ROWS else acts
-                for tile in range(depth):
-                    at, skip = TILE_COLUMNS * tile, TILE_BYTES * tile
-                    multiply_2x2_signed(acts + at, more_acts + at, stride, codes + skip, more_codes + skip)
                 target = out + size * (row * width + column)
-                place, place_stride = (target, 4 * width) if kind == INT32 else (sums, 8 * TILE_ROWS)
-                store_sums_0(place, place_stride)
-                if wide > TILE_ROWS:
-                    store_sums_1(place + 4 * TILE_ROWS, place_stride)
-                if count > TILE_ROWS:
-                    store_sums_2(place + TILE_ROWS * place_stride, place_stride)
-                    if wide > TILE_ROWS:
-                        store_sums_3(place + TILE_ROWS * place_stride + 4 * TILE_ROWS, place_stride)
-                if kind != INT32:
+                for plane in range(planes):
+                    if count != configured:
+                        configure(count)
+                        configured = count
+                    else:
+                        zero_sums()
+                    acts = left + row * row_bytes + plane * plane_bytes
+                    more_acts = acts + TILE_ROWS * row_bytes if count > TILE_ROWS else acts
+                    for tile in range(depth):
+                        at, skip = step * tile, TILE_BYTES * tile
+                        multiply_2x2_signed(acts + at, more_acts + at, stride, codes + skip, more_codes + skip)
+                    if kind == INT32:
+                        _store(target, 4 * width, count, wide)
+                    else:
+                        _store(sums + plane * SUMS_BYTES, 8 * TILE_ROWS, count, wide)
+                by = row_scale + 4 * row if row_scale != 0 else 0
+                if planes > 1:
+                    _put_joined(sums, count, wide, by, target, size * width, streamed)
+                elif kind != INT32:
                     _put_scaled(
-                        sums, count, wide, row_scale + 4 * row if row_scale != 0 else 0,
-                        column_scale + 4 * column if column_scale != 0 else 0, bias + 4 * column if bias != 0 else 0,
-                        target, size * width, kind == BF16, streamed,
+                        sums, count, wide, by, column_scale + 4 * column if column_scale != 0 else 0,
+                        bias + 4 * column if bias != 0 else 0, target, size * width, kind == BF16, streamed,
                     )  # fmt: skip
     if configured:
         release()
