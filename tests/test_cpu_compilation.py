@@ -1,14 +1,17 @@
 """The cache of compiled kernels: its key, its place, its warmth, and that nobody else's Numba is changed."""
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numba
+import numpy as np
 import pytest
 
 from bitdistill.kernels.cpu import compilation
+from bitdistill.kernels.cpu.native import float32s, keep
 
 # A kernel of its own: `watch_compilation` must see it being compiled, or not.
 SCRIPT = """
@@ -122,3 +125,49 @@ def test_wrong_choice_is_refused_at_import():
     assert process.returncode
     assert "BITDISTILL_CPU_FEATURES: expected one of" in err
     assert "got 'mmx'" in err
+
+
+def test_an_array_is_there_until_it_is_kept():
+    @compilation.jit
+    def total(count):
+        room = np.empty(count, np.float32)  # so large that it is unmapped when it is freed
+        address = room.ctypes.data
+        float32s(address, count)[:] = 1
+        summed = float32s(address, count).sum()
+        keep(room)
+        return summed
+
+    assert total(1 << 23) == 1 << 23
+
+
+def _kept_addresses(source):
+    """(function, array) of each array of a compiled function whose address is given a name, and of those that are kept."""
+    named, kept = set(), set()
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef) or "jit" not in map(ast.unparse, function.decorator_list):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign):
+                addresses = [
+                    part.value
+                    for part in ast.walk(node.value)
+                    if isinstance(part, ast.Attribute) and part.attr == "ctypes"
+                ]
+                named |= {(function.name, ast.unparse(array)) for array in addresses}
+        for last in reversed(function.body):
+            if not (isinstance(last, ast.Expr) and ast.unparse(last).startswith("keep(")):
+                break
+            kept.add((function.name, ast.unparse(last.value.args[0])))
+    return named, kept
+
+
+def test_every_named_address_is_of_an_array_that_is_kept():
+    wrong = (
+        "@jit\ndef f(n):\n    room = np.empty(n)\n    at = room.ctypes.data\n    for i in range(n):\n        g(at)\n"
+    )
+    assert _kept_addresses(wrong) == ({("f", "room")}, set())
+    assert _kept_addresses(wrong + "    keep(room)\n") == ({("f", "room")}, {("f", "room")})
+    files = sorted(Path(compilation.__file__).parent.glob("*.py"))
+    found = {path.name: _kept_addresses(path.read_text()) for path in files}
+    assert sum(len(named) for named, _ in found.values()) > 4
+    assert {name: named - kept for name, (named, kept) in found.items() if named - kept} == {}

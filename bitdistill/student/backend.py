@@ -13,13 +13,14 @@ import torch
 
 from bitdistill.distributed import process_group
 from bitdistill.kernels import vocabulary
-from bitdistill.student.self_check import VOCABULARY, kernels_of, self_check
+from bitdistill.student.self_check import ATTENTION, VOCABULARY, kernels_of, self_check
 
 
 class _Chosen:
     """What `choose_kernels` chose."""
 
     kernels = "auto"
+    attention = True  # whether its kernel is right on this machine, as far as is known
 
 
 def choose_kernels(kernels: str) -> None:
@@ -70,6 +71,13 @@ def kernels_for(device: torch.device) -> ModuleType | None:
             "plain PyTorch, slower. Please report it with the output of `bitdistill env`."
         )
         del wrong[VOCABULARY]
+    if ATTENTION in wrong:
+        _Chosen.attention = False
+        process_group.say(
+            f"Kernels that are not right on this machine: {_list(wrong, [ATTENTION])}. Attention runs on plain PyTorch, slower. "
+            "Please report it with the output of `bitdistill env`."
+        )
+        del wrong[ATTENTION]
     kernels, products = kernels_of(device), [name for name in wrong if name.startswith("product ")]
     if products:
         kernels.leave_out_products([name.removeprefix("product ") for name in products])
@@ -81,6 +89,11 @@ def kernels_for(device: torch.device) -> ModuleType | None:
         )
         return None
     return kernels
+
+
+def attention_is_right() -> bool:
+    """Whether the CPU's attention kernel may be used: it is right on this machine, as are the others, and the user wants them."""
+    return kernels_for(torch.device("cpu")) is not None and _Chosen.attention
 
 
 def kernel_states() -> dict[str, str]:

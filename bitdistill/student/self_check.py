@@ -38,7 +38,7 @@ VARIABLES = (
     "NUMBA_DISABLE_JIT",
 )
 SHAPES = ((5, 48, 32), (70, 576, 192), (3, 575, 33))  # N, I, O
-VOCABULARY = "losses over the vocabulary"  # the check whose kernels are left out alone
+VOCABULARY, ATTENTION = "losses over the vocabulary", "attention"  # checks whose kernels are left out alone
 PATIENCE = 600  # seconds for compilation and all checks
 
 
@@ -234,6 +234,26 @@ def _vocabulary(kernels, device):
             _near(name, a, b, 1e-5 if dtype == torch.float32 else 1e-3)  # half precision may round to a neighbor
 
 
+def _attention(kernels, device):
+    from bitdistill.kernels.cpu.training_attention import attention
+
+    generator = torch.Generator().manual_seed(0)
+    for B, H, G, T, D in ((2, 4, 2, 37, 32), (1, 3, 1, 70, 20)):
+        q, dy = (torch.randn((B, H, T, D), generator=generator) for _ in range(2))
+        k, v = (torch.randn((B, G, T, D), generator=generator) for _ in range(2))
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        near = torch.ones((1, 1, T, T), dtype=torch.bool).tril().triu(-20)
+        for mask in (None, near):
+            ours = attention(*inputs, mask, D**-0.5)
+            of_heads = inputs[0], *(x.repeat_interleave(H // G, 1) for x in inputs[1:])
+            theirs = F.scaled_dot_product_attention(*of_heads, attn_mask=mask, is_causal=mask is None)
+            _near("output", ours, theirs, 1e-5)
+            for name, a, b in zip(
+                ("dQ", "dK", "dV"), *(torch.autograd.grad(y, inputs, dy) for y in (ours, theirs)), strict=True
+            ):
+                _near(name, a, b, 1e-5)
+
+
 def checks_of(device: torch.device) -> dict[str, Callable]:
     """What is checked on a device, by name: functions of (kernels, device) that raise AssertionError."""
     checks = {}
@@ -244,7 +264,7 @@ def checks_of(device: torch.device) -> dict[str, Callable]:
         checks = {f"product {method}": _product(method) for method in METHODS}
         checks |= {f"product {way}": _groups(way) for way in WAYS}
         checks["gradients by digits"] = _gradients_by_digits
-        checks[VOCABULARY] = _vocabulary
+        checks |= {VOCABULARY: _vocabulary, ATTENTION: _attention}
     else:
         checks["scales of columns"] = _columns
     return checks | {

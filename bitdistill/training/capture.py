@@ -1,9 +1,9 @@
 """Q, K and V of chosen decoder layers, without touching modeling code.
 
 transformers lets a model's attention function be chosen by name. Ours, ``bitdistill_capture``, records q, k and v as they
-arrive (after their norms and RoPE, k and v before they are repeated for GQA) and then calls the sdpa function of
-transformers. Its mask function *is* the sdpa one: without it, transformers would pass no mask at all to an attention
-function with an unknown name, and padding and Gemma's sliding window would be ignored silently.
+arrive (after their norms and RoPE, k and v before they are repeated for GQA) and then calls the function named "sdpa", that of
+transformers or the one of student/attention.py. Its mask function *is* the sdpa one: without it, transformers would pass no mask
+at all to an attention function with an unknown name, and padding and Gemma's sliding window would be ignored silently.
 
     capture = AttentionCapture(student, [-8], require_grad=True)
     with capture:
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitdistill.errors import UserError
 
@@ -34,7 +34,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     capture, layer = getattr(module, _SLOT, (None, None))
     if capture is not None:
         query, key, value = capture._note(layer, query, key, value)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

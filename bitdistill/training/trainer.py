@@ -27,6 +27,7 @@ from bitdistill.distributed.checkpoint import latest_checkpoint, mark_complete
 from bitdistill.distributed.restore import restore
 from bitdistill.files import append_line, write_whole
 from bitdistill.kernels.numerics import IGNORED
+from bitdistill.student.attention import fuse_attention, unfuse_attention
 from bitdistill.student.layers import assert_fp32_masters
 from bitdistill.student.norms import fuse_norms, unfuse_norms
 from bitdistill.student.rotary import fuse_rotary, unfuse_rotary
@@ -181,6 +182,7 @@ class StageTrainer(Trainer):
         if self.args.device.type == "cpu":
             fuse_norms(self.model)
             fuse_rotary(self.model)
+            fuse_attention()
         self.model_accepts_loss_kwargs = True  # the loss is normalized over the whole step: no division by micro-steps
         if hasattr(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = True
@@ -463,6 +465,7 @@ def release(trainer: StageTrainer) -> None:
     trainer.weight_codes = None
     unfuse_norms(trainer.model)
     unfuse_rotary(trainer.model)
+    unfuse_attention()
     trainer.model = trainer.model_wrapped = trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state()

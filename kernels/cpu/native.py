@@ -13,7 +13,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.typing import Signature
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from numba.np import arrayobj
 
 
@@ -44,6 +44,15 @@ def native(signature: Signature, python: Callable) -> Callable:
         return intrinsic(typed)
 
     return wrap
+
+
+@register_jitable
+def keep(array):
+    """The last line of compiled code that has worked with the address of an array of its own.
+
+    Numba frees an array after the last line that names it, whoever still has its address.
+    """
+    return array.size
 
 
 def view_of(number: type | np.dtype, name: str) -> Callable:

@@ -36,7 +36,7 @@ from bitdistill.kernels.cpu.floats import (
     store_int8,
     subtract,
 )
-from bitdistill.kernels.cpu.native import float32s, int32s
+from bitdistill.kernels.cpu.native import float32s, int32s, keep
 from bitdistill.kernels.cpu.rows import BLOCK, get, put
 from bitdistill.kernels.cpu.tile_layout import transpose_ints
 from bitdistill.kernels.cpu.tiles import TILE_BYTES, TILE_COLUMNS, TILE_ROWS
@@ -156,6 +156,7 @@ def gradient_rows(
                 for plane in range(planes):
                     put_codes(column_codes + (n * planes + plane) * width + i, value, width - i)
                     value = _rest(value)
+    keep(factors)
 
 
 @jit
@@ -232,6 +233,8 @@ def gradient_tiles(
         if column_tiles != 0:
             work = (act_scale, factors.ctypes.data, column_tiles, column_plane, column_depth, room.ctypes.data)
             _column_tiles(begin, end, dy, stride, half, width, planes, *work)
+    keep(factors)
+    keep(room)
 
 
 # --- products ------------------------------------------------------------------------------------------------------------

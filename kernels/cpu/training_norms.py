@@ -38,7 +38,7 @@ from bitdistill.kernels.cpu.floats import (
     total,
     where_positive,
 )
-from bitdistill.kernels.cpu.native import float32s
+from bitdistill.kernels.cpu.native import float32s, keep
 from bitdistill.kernels.cpu.rows import BLOCK, get, put
 from bitdistill.kernels.cpu.training_quantize import put_codes
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON
@@ -149,6 +149,7 @@ def gated_quantize_rows(
             factor = _rstd(h, 4, False, width, eps)
             float32s(rstd + 4 * n, 1)[0] = factor
         _quantize_normed(h, 4, False, half, width, part, factor, gain, codes + n * width, scale + 4 * parts * n)
+    keep(kept)
 
 
 @jit
@@ -222,3 +223,4 @@ def gated_backward_rows(
                 dh = multiply(by, dh)
             put(dup + out, multiply(dh, act), left, half)
             put(dgate + out, multiply(multiply(dh, ups_i), get(slopes + 4 * i, left, False)), left, half)
+    keep(kept)

@@ -21,7 +21,7 @@ import numpy as np
 
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.floats import LANES, add, end_streams, load_int32, multiply, repeat, splat, stream
-from bitdistill.kernels.cpu.native import int8s
+from bitdistill.kernels.cpu.native import int8s, keep
 from bitdistill.kernels.cpu.rows import get, put
 from bitdistill.kernels.cpu.tile_layout import interleave_codes, transpose_ints
 from bitdistill.kernels.cpu.tiles import (
@@ -197,3 +197,4 @@ def multiply_tiles(
         release()
     if streamed:
         end_streams()
+    keep(room)

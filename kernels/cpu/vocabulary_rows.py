@@ -37,7 +37,7 @@ from bitdistill.kernels.cpu.floats import (
     total,
     where_positive,
 )
-from bitdistill.kernels.cpu.native import float32s, int64s
+from bitdistill.kernels.cpu.native import float32s, int64s, keep
 from bitdistill.kernels.cpu.rows import COMPILED, get, put, share_rows
 from bitdistill.kernels.numerics import IGNORED
 
@@ -202,6 +202,8 @@ def dense_rows(
             float32s(kl + 4 * n, 1)[0] = np.float32(found)
         elif gradient:
             _write_sum(row, z_half, width, e, by_e, 0, _ZERO, hot, at)
+    keep(room)
+    keep(lanes)
 
 
 @jit
@@ -242,6 +244,8 @@ def rest_rows(
             change = kl_weight * (of_rest / q_sum - float32s(p_rest + 4 * n, 1)[0])
             by_q = np.float32(change / max(rest, 1.0))
             _write_sum(row, z_half, width, e, np.float32(weight / e_sum), q, by_q, hot, at)
+    keep(room)
+    keep(lanes)
 
 
 def serves(*dtypes: torch.dtype) -> bool:
