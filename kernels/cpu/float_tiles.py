@@ -102,8 +102,8 @@ def _tile(builder, more, left, left_row, left_step, right, right_step, count, ou
 def multiply_tile(builder, left, left_row, left_step, right, right_step, count, out, out_row):
     """``out = left @ right``. Returns 0.
 
-    left is the address of a number: the next row lies left_row bytes on, the next column left_step. right and out are addresses of
-    rows of COLUMNS numbers: the next rows lie right_step and out_row bytes on; out has ROWS of them. count is the number of
+    left is the address of a number: the next row lies left_row bytes on, the next column left_step. right and out are addresses
+    of rows of COLUMNS numbers: the next rows lie right_step and out_row bytes on; out has ROWS of them. count is the number of
     columns of the left operand; 0 makes zeros.
     """
     return _tile(builder, False, left, left_row, left_step, right, right_step, count, out, out_row)
