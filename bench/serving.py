@@ -1,11 +1,15 @@
-"""The server with many clients beside the runtime's own batch: tokens per second in all, and the time to the first token.
+"""The server with many clients beside the runtime's own batch: tokens per second in all, the time to the first token, and
+the processor time of each part.
 
-    python bench/serving.py FILE [--clients 16] [--requests 48] [--new_tokens 64] [--threads 2] [--json FILE]
+    python bench/serving.py FILE [--clients 16] [--requests 64] [--new_tokens 64] [--threads 2] [--rounds 3] [--json FILE]
     python bench/serving.py --shape 0.6B           the same with random weights in Qwen3-0.6B's shape
     python bench/serving.py FILE --soak 7200      memory every minute under whole answers, streams and clients that leave
 
 Clients stream from prompts that differ from their first token on. The runtime's own batch answers the same prompts with
-`generate_batch` and as many slots, in a process of its own as the server is, before each round of the server and after it.
+`generate_batch` and as many slots, in a process of its own as the server is, before each round of the server and after the
+last. A round's ratio is the server's tokens per second divided by the mean of the batches before and after it. The clients
+run on the same machine as the server, on a core that the model needs where there are two: their processor time is given
+apart. Linux only.
 """
 
 import argparse
@@ -27,12 +31,22 @@ import httpx
 from measure import machine, resident_bytes, table, write_json
 from random_models import SHAPES, byte_tokenizer, write_packed_model
 
+OWN = """
+import json, sys, time, bitdistill
+file, slots, threads = json.loads(sys.argv[1])
+runtime = bitdistill.load(file, threads=threads)
+for line in sys.stdin:
+    prompts, new_tokens = json.loads(line)
+    started, before = time.perf_counter(), time.process_time()
+    tokens = sum(len(answer.token_ids) for answer in runtime.generate_batch(prompts, new_tokens, slots=slots))
+    print(json.dumps([tokens, time.perf_counter() - started, time.process_time() - before]), flush=True)
+"""
 PROMPT = "{0} and {1} are two numbers that somebody wrote on a wall, long before anybody could read them."
 
 
-def prompts(count: int) -> list[str]:
-    """So many different prompts of about 25 tokens."""
-    return [PROMPT.format(7919 * (i + 1) % 1000, i) for i in range(count)]
+def prompts(count: int, part: int = 0) -> list[str]:
+    """So many different prompts of about 25 tokens; each part has others."""
+    return [PROMPT.format(7919 * (i + 1) % 1000, i) for i in range(part * count, (part + 1) * count)]
 
 
 @contextlib.contextmanager
@@ -55,17 +69,31 @@ def server(file: str, threads: int, slots: int):
         process.wait()
 
 
-def own_batch(file: str, options) -> float:
-    """Tokens per second of `generate_batch`, in a process of its own, after a warm-up."""
-    script = (
-        "import json, sys, time, bitdistill; file, prompts, new, slots, threads = json.loads(sys.argv[1]);"
-        "r = bitdistill.load(file, threads=threads); list(r.generate_batch(prompts[:slots], 4, slots=slots)); r.forget();"
-        "t = time.perf_counter(); n = sum(len(a.token_ids) for a in r.generate_batch(prompts, new, slots=slots));"
-        "print(n / (time.perf_counter() - t))"
-    )
-    given = json.dumps([file, prompts(options.requests), options.new_tokens, options.clients, options.threads])
-    output = subprocess.run([sys.executable, "-c", script, given], capture_output=True, text=True, check=True).stdout
-    return float(output)
+@contextlib.contextmanager
+def own_batch(file: str, threads: int, slots: int):
+    """A function of prompts and new tokens: [tokens, seconds, processor seconds] of `generate_batch` in a process of its own."""
+    command = [sys.executable, "-c", OWN, json.dumps([file, slots, threads])]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def answer(texts: list[str], new_tokens: int) -> list[float]:
+        process.stdin.write(json.dumps([texts, new_tokens]) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    try:
+        yield answer
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def processor_seconds(pid: int) -> dict[str, float]:
+    """What a process has used so far: its main thread, which is the server's event loop, and all others."""
+    used = {"event_loop": 0.0, "engine": 0.0}
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        seconds = int((thread / "schedstat").read_text().split()[0]) / 1e9
+        used["event_loop" if thread.name == str(pid) else "engine"] += seconds
+    return used
 
 
 class Client(asyncio.Protocol):
@@ -101,9 +129,12 @@ class Client(asyncio.Protocol):
             self._ended.set_result(None)
 
 
-async def many_clients(address: str, options) -> dict[str, float]:
-    """So many clients, each with one request after the other."""
-    waiting, first, tokens = prompts(options.requests), [], 0
+async def many_clients(address: str, pid: int, texts: list[str], options) -> dict[str, float | list[float]]:
+    """So many clients, each with one request after the other, until all texts are answered.
+
+    Returns: tokens, seconds and processor seconds in all, and the seconds to each request's first token.
+    """
+    waiting, first, tokens = list(texts), [], 0
     host, port = address.removeprefix("http://").split(":")
     loop = asyncio.get_running_loop()
     clients = [(await loop.create_connection(Client, host, int(port)))[1] for _ in range(options.clients)]
@@ -115,12 +146,11 @@ async def many_clients(address: str, options) -> dict[str, float]:
             tokens += count
             first.append(seconds)
 
-    await clients[0].ask("x", 4)
-    started = time.perf_counter()
+    started, before, own_before = time.perf_counter(), processor_seconds(pid), time.process_time()
     await asyncio.gather(*map(work, clients))
-    seconds = time.perf_counter() - started
-    quantiles = statistics.quantiles(first, n=20)
-    return {"tokens_per_second": tokens / seconds, "first_token_p50": quantiles[9], "first_token_p95": quantiles[18]}
+    seconds, used = time.perf_counter() - started, processor_seconds(pid)
+    used = {name: used[name] - before[name] for name in used} | {"clients": time.process_time() - own_before}
+    return {"tokens": tokens, "seconds": seconds, "first_token": first, **used}
 
 
 def soak(address: str, pid: int, seconds: float, rest: float) -> list[dict[str, float]]:
@@ -150,10 +180,10 @@ def main() -> None:
     parser.add_argument("file", nargs="?", help="a packed file")
     parser.add_argument("--shape", choices=list(SHAPES), help="random weights in this shape, in place of a file")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument(
-        "--rounds", type=int, default=2, help="the server this often, between the runtime's own batches"
+        "--rounds", type=int, default=3, help="the server this often, between the runtime's own batches"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--soak", type=float, help="so many seconds")
@@ -172,27 +202,61 @@ def main() -> None:
 
 def measure_server(options) -> None:
     """One soak, or one comparison, of a packed file."""
-    result = {"machine": machine()}
+    result = {"machine": machine(), "options": {name: value for name, value in vars(options).items() if name != "file"}}
     if options.soak:
         with server(options.file, options.threads, options.clients) as (address, pid):
             result["soak"] = soak(address, pid, options.soak, options.rest)
     else:
-        own, served = [own_batch(options.file, options)], []
-        for _ in range(options.rounds):
-            with server(options.file, options.threads, options.clients) as (address, _):
-                served.append(asyncio.run(many_clients(address, options)))
-            own.append(own_batch(options.file, options))
-        result |= {"own_batch": own, "server": served, **{k: v for k, v in vars(options).items() if k != "file"}}
-        mean = {name: statistics.mean(one[name] for one in served) for name in served[0]}
-        share = mean["tokens_per_second"] / statistics.mean(own)
-        print(table([
-            ["", "tokens/s", "first token p50", "p95"],
-            ["the runtime's own batch", ", ".join(f"{one:.1f}" for one in own), "", ""],
-            [f"server, {options.clients} clients: {share:.0%}", ", ".join(f"{one['tokens_per_second']:.1f}" for one in served),
-             f"{mean['first_token_p50']:.2f} s", f"{mean['first_token_p95']:.2f} s"],
-        ], "<>>>"))  # fmt: skip
+        result |= compare(options)
     if options.json:
         write_json(options.json, result)
+
+
+def compare(options) -> dict[str, list]:
+    """The runtime's own batch and the server in turn; prints a table."""
+    own, served = [], []
+    with (
+        own_batch(options.file, options.threads, options.clients) as batch,
+        server(options.file, options.threads, options.clients) as (address, pid),
+    ):
+        batch(prompts(options.clients, 1000), 4)  # warm
+        asyncio.run(many_clients(address, pid, prompts(options.clients, 1000), options))
+        for part in range(options.rounds + 1):
+            own.append(batch(prompts(options.requests, part), options.new_tokens))
+            if part < options.rounds:
+                texts = prompts(options.requests, part)
+                served.append(asyncio.run(many_clients(address, pid, texts, options)))
+    speed = [tokens / seconds for tokens, seconds, _ in own]
+    server_speed = [one["tokens"] / one["seconds"] for one in served]
+    ratios = [one / statistics.mean(speed[i : i + 2]) for i, one in enumerate(server_speed)]
+    first = statistics.quantiles([seconds for one in served for seconds in one["first_token"]], n=20)
+
+    def per_token(values: list[float], tokens: list[int]) -> str:
+        return f"{1e3 * sum(values) / sum(tokens):.3f}"
+
+    parts = [per_token([one[name] for one in served], [one["tokens"] for one in served]) for name in
+             ("engine", "event_loop", "clients")]  # fmt: skip
+    own_part = per_token([used for _, _, used in own], [tokens for tokens, _, _ in own])
+    print(table([
+        ["", "tokens/s", "median", "first token p50", "p95"],
+        ["the runtime's own batch", _row(speed), f"{statistics.median(speed):.1f}", "", ""],
+        [f"server, {options.clients} clients", _row(server_speed), f"{statistics.median(server_speed):.1f}",
+         f"{first[9]:.2f} s", f"{first[18]:.2f} s"],
+        ["server / own batch", ", ".join(f"{ratio:.1%}" for ratio in ratios), f"{statistics.median(ratios):.1%}", "", ""],
+    ], "<>>>>"))  # fmt: skip
+    print(f"\nprocessor time, ms a token: the runtime's own batch {own_part}; server: engine {parts[0]}, "
+          f"event loop {parts[1]}; clients {parts[2]}")  # fmt: skip
+    return {
+        "own_batch": own,
+        "server": served,
+        "ratios": ratios,
+        "first_token_p50": first[9],
+        "first_token_p95": first[18],
+    }
+
+
+def _row(values: list[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
 
 
 if __name__ == "__main__":

@@ -311,6 +311,36 @@ def test_more_room_is_made_when_it_is_needed(qwen3, monkeypatch):
     assert len(qwen3._slots.ids) == 3
 
 
+@pytest.mark.parametrize("kv_cache", ["fp32", "bf16", "int8"])
+def test_a_server_s_cache_grows_with_its_sequences(tmp_path, monkeypatch, kv_cache):
+    """And not with the context; sequences that are being computed go on, and what has ended can be used again."""
+    monkeypatch.setattr(base, "MIN_CAPACITY", 8)
+    model = student("qwen3")
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    model.config.max_position_embeddings = 128
+    got = packed_runtime(tmp_path, model, kv_cache=kv_cache)
+    prompts, counts = [prompt(3), prompt(6, seed=1), prompt(25, seed=2)], [5, 20, 30]
+    want = [list(got.generate_ids(ids, count)) for ids, count in zip(prompts, counts, strict=True)]
+    batch = got.new_batch(3)
+    requests = [got.new_request(ids, count, Sampling()) for ids, count in zip(prompts, counts, strict=True)]
+    capacities = []
+    for request in requests:  # each joins while those before it are being computed
+        batch.waiting.append(request)
+        for _ in range(4):
+            list(batch.step())
+        capacities.append(batch._slots.cache.capacity)
+    assert capacities == [8, 16, 32]
+    while batch:
+        list(batch.step())
+    assert batch._slots.cache.capacity == 64 < got.context
+    assert [request.ids[request.prompt_tokens :] for request in requests] == want
+    again = got.new_request(requests[2].ids[:50], 1, Sampling())
+    batch.waiting.append(again)
+    while batch:
+        list(batch.step())
+    assert (again.cached_tokens, again.ids[-1]) == (49, requests[2].ids[50])
+
+
 # --- many texts -------------------------------------------------------------------------------------------------------
 
 

@@ -339,9 +339,9 @@ def test_a_client_that_leaves_before_the_first_event(runtime):
     asyncio.run(leave())
 
 
-@pytest.mark.parametrize(("streamed", "seconds", "counts"), [(True, 0, [1] * 12), (True, 3600, [1]), (False, 0, [])])
+@pytest.mark.parametrize(("streamed", "seconds", "counts"), [(True, 0, [1] * 11), (True, 3600, [1]), (False, 0, [])])
 def test_what_is_passed_on_together(runtime, monkeypatch, streamed, seconds, counts):
-    """A stream: its first token at once, the others when they are due; the rest, or all of it, with the end."""
+    """A stream: its first token at once, the others when it is time; the last, the rest, or all of it, with the end."""
     from bitdistill.serving import engine
     from bitdistill.serving.limits import Limits
     from bitdistill.serving.protocol import TextRequest

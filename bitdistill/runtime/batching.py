@@ -187,6 +187,7 @@ def _step(forward: Callable, active: list[Request], slots: Slots) -> tuple[int, 
         if taken == count:
             ready.append(request)
             wanted.append(len(ids) - 1)
+    slots.reserve(max(positions) + 1)
     logits = forward(ids, places, positions, slots.cache, wanted)
     prompt_rows = 0
     for request, piece in zip(active, pieces, strict=True):

@@ -288,14 +288,22 @@ class Runtime(Predictor):
                 )
 
     def new_batch(self, slots: int) -> Batch:
-        """A batch with a KV cache of its own: `slots` sequences of the whole context, requests whenever they come. For a
-        server, which calls `Batch.step` from one thread.
+        """A batch with a KV cache of its own, requests whenever they come. For a server, which calls `Batch.step` from one
+        thread. The cache grows with the longest sequence, up to the context.
 
         Args:
             slots: 1 to 16.
+
+        Raises:
+            UserError: as many sequences of the whole context would not fit into memory.
         """
         _check_slots(slots)
-        memory = Slots(self._keys_values(slots, self.context), self.model.config.window)
+
+        def cache(positions: int) -> KVCache:
+            return self._keys_values(slots, cache_capacity(positions, self.context))
+
+        cache(self.context)  # whether there is memory for it is said now, and not in the middle of an answer
+        memory = Slots(cache(1), self.model.config.window, cache)
         stats = Stats(weight_bytes=self.weight_bytes)
         return Batch(self._forward, memory, slots, self.context, self.model.config.eos_token_ids, stats)
 

@@ -5,7 +5,7 @@ like any sequence in the cache, running or not, starts after the part that they 
 needs no memory of its own and no tuning, and reused keys are copies, bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class Slots:
@@ -14,10 +14,11 @@ class Slots:
     Args:
         cache: the keys and values (kernels/cpu/decoder.py:KVCache); its slots are handed out here.
         windows: how many last positions each layer sees; None is all.
+        larger: makes a cache of as many slots with room for so many positions, or more, for `reserve`.
     """
 
-    def __init__(self, cache, windows: Sequence[int | None]):
-        self.cache, self._windows = cache, windows
+    def __init__(self, cache, windows: Sequence[int | None], larger: Callable | None = None):
+        self.cache, self._windows, self._larger = cache, windows, larger
         self._position_bytes = cache.nbytes // (cache.slots * cache.padded_capacity * len(windows))  # of one layer
         self.ids: list[list[int]] = [[] for _ in range(cache.slots)]  # the tokens whose keys and values are there
         self._busy: set[int] = set()
@@ -41,12 +42,24 @@ class Slots:
         for slot, source in enumerate(latest[: len(self.ids)]):
             if len(other.ids[source]) > self.cache.capacity:
                 continue
-            for name in ("keys", "values", "key_scales", "value_scales"):  # (layers, slots, heads, positions, ...)
-                to, of = getattr(self.cache, name), getattr(other.cache, name)
-                span = min(to.shape[3], of.shape[3])
-                to[:, slot, :, :span] = of[:, source, :, :span]
+            _take_over(self.cache, slot, other.cache, source)
             self.ids[slot], self._used[slot] = list(other.ids[source]), len(self.ids) - slot
         self._clock = len(self.ids)
+
+    def reserve(self, positions: int) -> None:
+        """Makes room for sequences of so many positions; what the slots hold stays, and so does which of them are taken.
+
+        A cache is as large as its longest sequence so far needed and not as the context: in one with room to spare the
+        sequences lie far apart. Where the system gives memory in pages of 2 MB, all of it would be resident, although most
+        was never written to, and steps would be slower.
+        """
+        if positions <= self.cache.capacity:
+            return
+        assert self._larger is not None, "more positions than the cache has room for"
+        before, self.cache = self.cache, self._larger(positions)
+        for slot, ids in enumerate(self.ids):
+            if ids:
+                _take_over(self.cache, slot, before, slot)
 
     def fits(self, slots: int, positions: int) -> bool:
         """Whether so many more sequences of so many positions can be taken at once."""
@@ -82,6 +95,14 @@ class Slots:
     def give_back(self, slot: int) -> None:
         """The sequence has ended; its keys and values stay until the slot is taken."""
         self._busy.remove(slot)
+
+
+def _take_over(cache, slot: int, other, source: int) -> None:
+    """Copies a slot of another cache, as much of it as there is room for."""
+    for name in ("keys", "values", "key_scales", "value_scales"):  # (layers, slots, heads, positions, ...)
+        to, of = getattr(cache, name), getattr(other, name)
+        span = min(to.shape[3], of.shape[3])
+        to[:, slot, :, :span] = of[:, source, :, :span]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -9,13 +9,13 @@ GET  /info  /health  /metrics  /               facts for the page; whether the s
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -84,7 +84,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 
     @app.post("/predict")
     async def predict(body: PredictRequest, request: Request) -> Response:
-        found = await unless_gone(service.predict(body), lambda: _gone(request))
+        found = await unless_gone(service.predict(body), lambda: _gone(request.receive))
         if found is None:
             service.metrics.cancelled.inc()
             return Response(status_code=CLIENT_LEFT)
@@ -104,8 +104,8 @@ def _tokenizer(service: Service):
     return tokenizer
 
 
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _gone(receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
@@ -118,7 +118,7 @@ async def _answered(
         return _Stream(service, jobs, _streamed(service, jobs, shape, prompts if counted else 0))
     try:
         everything = asyncio.gather(*(service.whole(job) for job in jobs))
-        found = await unless_gone(everything, lambda: _gone(request))
+        found = await unless_gone(everything, lambda: _gone(request.receive))
     finally:
         service.engine.cancel(jobs)
     if found is None:
@@ -128,25 +128,42 @@ async def _answered(
     return JSONResponse(shape.head(False) | {"choices": choices, "usage": usage(jobs, prompts)})
 
 
-class _Stream(StreamingResponse):
+class _Stream(Response):
     """Server-sent events of jobs that are cancelled when the response ends, even if it never got to its first event: a client may
-    leave before that, and a generator that was not begun has no end."""
+    leave before that, and a generator that was not begun has no end.
 
-    def __init__(self, service: Service, jobs: Sequence[Job], events: AsyncIterator[str]):
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        self.service, self.jobs = service, jobs
+    What Starlette's StreamingResponse does in more tasks and writes. The head is sent together with the first event and the end
+    together with the last: each write costs the event loop and the client about as much as all the rest of an event.
+    """
+
+    def __init__(self, service: Service, jobs: Sequence[Job], events: AsyncIterator[tuple[str, bool]]):
+        self.service, self.jobs, self.events = service, jobs, events
+        self.status_code, self.background = 200, None
+        self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"})
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await unless_gone(self._write(send), lambda: _gone(receive))
         finally:
             if any(not job.ended for job in self.jobs):
                 self.service.metrics.cancelled.inc()
             self.service.engine.cancel(self.jobs)
 
+    async def _write(self, send) -> None:
+        begun = False
+        async with contextlib.aclosing(self.events) as events:
+            async for text, last in events:
+                if not begun:
+                    begun = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": not last})
 
-async def _streamed(service: Service, jobs: Sequence[Job], shape: Chat, prompts: int) -> AsyncIterator[str]:
-    """The server-sent events of some jobs, in the order in which they occur; last the usage, if `prompts` is not 0."""
+
+async def _streamed(
+    service: Service, jobs: Sequence[Job], shape: Chat, prompts: int
+) -> AsyncIterator[tuple[str, bool]]:
+    """The server-sent events of some jobs, in the order in which they occur, and whether they are the last ones; with these the
+    usage, if `prompts` is not 0."""
     head, running = shape.head(True), len(jobs)
 
     def chunk(choice: dict[str, Any]) -> str:
@@ -154,7 +171,7 @@ async def _streamed(service: Service, jobs: Sequence[Job], shape: Chat, prompts:
 
     for index in range(len(jobs)):
         if first := shape.first(index):
-            yield chunk(first)
+            yield chunk(first), False
     try:
         async with contextlib.aclosing(_merged(service, jobs)) as events:
             async for index, event in events:
@@ -168,12 +185,12 @@ async def _streamed(service: Service, jobs: Sequence[Job], shape: Chat, prompts:
                 if running == 0:
                     if prompts:
                         text += _event(head | {"choices": [], "usage": usage(jobs, prompts)})
-                    yield text + "data: [DONE]\n\n"  # with the last pieces: each write wakes the client
+                    yield text + "data: [DONE]\n\n", True
                     return
                 if text:
-                    yield text
+                    yield text, False
     except ApiError as error:
-        yield _event(error.body())
+        yield _event(error.body()), True
 
 
 async def _merged(service: Service, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, list[Piece] | End]]:

@@ -2,8 +2,8 @@
 
 Coroutines submit jobs to it and receive events: lists of `Piece`, one for each token, then an `End`. The event loop runs on the
 cores that the decoder needs, and while it writes to a client all threads of the decoder wait at their next barrier. So all
-events of a step are passed to it in one call; a stream gets what came in the last STREAM_SECONDS together; and an answer that
-is not streamed is passed on as a whole.
+events of a step are passed to it in one call; streams get what came in the last STREAM_SECONDS together, all of them after the
+same step; and an answer that is not streamed is passed on as a whole.
 """
 
 import asyncio
@@ -70,7 +70,7 @@ class Job:
         streamed: whether somebody reads its pieces before its end.
         deadline: the value of `time.monotonic` at which it is ended.
         events: what the engine reports, until `pieces` takes it.
-        held: what it reports next. due: the value of `time.monotonic` from which on it does, if the job is streamed.
+        held: what it reports next.
         started: when its first token came, for the metrics.
         ended: whether it has ended. left: how many of its requests have not ended.
     """
@@ -82,7 +82,6 @@ class Job:
     streamed: bool = False
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     held: list[Piece] = field(default_factory=list)
-    due: float = 0.0
     started: float | None = None  # of its first token, for the metrics
     ended: bool = False
     left: int = 0  # requests that have not ended
@@ -159,6 +158,7 @@ class Engine:
         self.on_failure: Callable[[], None] = lambda: None
         self.on_end: Callable[[Job, str], None] = lambda job, why: None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._due = 0.0  # from then on the next step passes on what streams hold
         self._thread = threading.Thread(target=self._run, name="bitdistill-engine", daemon=True)
 
     # --- for coroutines -----------------------------------------------------------------------------------------------
@@ -224,7 +224,9 @@ class Engine:
             while self._take():
                 events = self._overdue(time.monotonic())
                 found = [self._event(request, token) for request, token in self._batch.step()]
-                self._hand_over(events + [event for event in found if event is not None])
+                self._hand_over(
+                    events + [event for event in found if event is not None] + self._streams(time.monotonic())
+                )
         finally:  # also when the decoder fails: nobody shall wait for ever
             self._failed = not self._stopping
             self._stopping = True
@@ -285,13 +287,17 @@ class Engine:
         if job.stream and job.stream.stopped:
             request.stopped_by = "stop"
         job.held.append(Piece(text, job.recorder.last if job.recorder else None))
-        now = time.monotonic()
-        if job.started is None:
-            job.started = now
-        if not job.streamed or now < job.due:
+        if job.started is not None:
             return None
-        job.due = now + STREAM_SECONDS
-        return job, job.take()
+        job.started = time.monotonic()
+        return (job, job.take()) if job.streamed else None
+
+    def _streams(self, now: float) -> list[tuple[Job, list[Piece]]]:
+        """What all streams hold, if it is time."""
+        if now < self._due:
+            return []
+        self._due = now + STREAM_SECONDS
+        return [(job, job.take()) for job in self._jobs.values() if job.streamed and job.held]
 
     def _request_ended(self, job: Job, request: Request) -> End | None:
         del self._jobs[request]
