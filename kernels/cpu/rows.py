@@ -8,6 +8,7 @@ A part of the rows begins at a multiple of BLOCK, whatever the number of threads
 sum per block, so a result does not depend on the number of threads.
 """
 
+import operator
 from collections.abc import Callable
 
 import numba
@@ -75,7 +76,7 @@ def share_rows(kernel: Callable, rows: int, width: int, *arguments, block: int =
         arguments: numbers.
         block: `first` is a multiple of it, and `last` too except at the end.
     """
-    arguments = tuple(int(number) if isinstance(number, bool) else number for number in arguments)
+    arguments = tuple(map(operator.pos, arguments))  # +True is 1
     threads = torch.get_num_threads()
     if threads > 1 and rows > block and rows * width >= LEAST and not numba.config.DISABLE_JIT:
         team(threads).share(kernel, rows, block, arguments)

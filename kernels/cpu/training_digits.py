@@ -144,18 +144,20 @@ def gradient_rows(
             for i in range(0, width, LANES):
                 value = multiply(get(row + size * i, width - i, half), get(weight_scale + 4 * i, width - i, False))
                 value = multiply(value, by)
-                for plane in range(planes):
-                    put_codes(row_codes + (plane * rows + n) * width + i, value, width - i)
+                put_codes(row_codes + n * width + i, value, width - i)
+                for plane in range(1, planes):
                     value = _rest(value)
+                    put_codes(row_codes + (plane * rows + n) * width + i, value, width - i)
             float32s(row_scale + 4 * n, 1)[0] = peak / _ACT_MAX
         if column_codes != 0:
             scale = repeat(act_scale + 4 * n)
             for i in range(0, width, LANES):
                 value = multiply(get(row + size * i, width - i, half), scale)
                 value = multiply(value, get(factor + 4 * i, width - i, False))
-                for plane in range(planes):
-                    put_codes(column_codes + (n * planes + plane) * width + i, value, width - i)
+                put_codes(column_codes + n * planes * width + i, value, width - i)
+                for plane in range(1, planes):
                     value = _rest(value)
+                    put_codes(column_codes + (n * planes + plane) * width + i, value, width - i)
     keep(factors)
 
 
@@ -174,9 +176,10 @@ def _row_tiles(begin, end, dy, stride, half, width, planes, weight_scale, tiles,
                     multiply(get(row + size * i, LANES, half), get(weight_scale + 4 * i, LANES, False)), by
                 )
             at = target + i // TILE_COLUMNS * TILE_BYTES + i % TILE_COLUMNS
-            for plane in range(planes):
-                store_int8(at + plane * plane_bytes, value)
+            store_int8(at, value)
+            for plane in range(1, planes):
                 value = _rest(value)
+                store_int8(at + plane * plane_bytes, value)
         float32s(row_scale + 4 * n, 1)[0] = peak / _ACT_MAX
 
 
@@ -200,9 +203,10 @@ def _column_tiles(begin, end, dy, stride, half, width, planes, act_scale, factor
             b = _scaled(n + 1, end, at, stride, half, act_scale, factor)
             c = _scaled(n + 2, end, at, stride, half, act_scale, factor)
             d = _scaled(n + 3, end, at, stride, half, act_scale, factor)
-            for plane in range(planes):
-                store_four_int8(room + TILE_BYTES * plane + TILE_COLUMNS * quad, a, b, c, d)
+            store_four_int8(room + TILE_COLUMNS * quad, a, b, c, d)
+            for plane in range(1, planes):
                 a, b, c, d = _rest(a), _rest(b), _rest(c), _rest(d)
+                store_four_int8(room + TILE_BYTES * plane + TILE_COLUMNS * quad, a, b, c, d)
         target = tiles + TILE_BYTES * (group * depth + begin // TILE_COLUMNS)
         for plane in range(planes):
             transpose_ints(room + TILE_BYTES * plane, TILE_COLUMNS, target + plane * plane_bytes, TILE_COLUMNS)
