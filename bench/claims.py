@@ -251,7 +251,7 @@ def main() -> int:
                 result, where = next(one for one in earlier["results"] if one["shape"] == SHAPE), earlier["machine"]
             else:
                 arguments.contexts, arguments.prefill, arguments.tokens = [16], [128], 32
-                arguments.ours_only, arguments.leave_out = False, []
+                arguments.ours_only, arguments.leave_out, arguments.batch, arguments.features = False, [], [], []
                 peers.add_llama_bench_on_path(arguments)
                 result, where = peers.measure(SHAPE, arguments, folder, Bandwidth(arguments.threads)), machine()
         rows = [*sizes, *memory, *speed_rows(result), *gpu_rows(), *cpu_training_rows(), *accuracy_rows()]

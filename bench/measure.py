@@ -101,6 +101,31 @@ class Bandwidth:
         return sum(array.nbytes for array in self._arrays) / (time.perf_counter() - started) / 1e9
 
 
+class Neighbors:
+    """How many cores other programs keep busy from the moment this is made. Linux only.
+
+    Args:
+        pids: running processes that are no neighbors. This one is none, nor are its children that have ended.
+    """
+
+    def __init__(self, *pids: int):
+        self._pids, self._since = pids, time.perf_counter()
+        self._start = self._seconds()
+
+    def _seconds(self) -> float:
+        tick = os.sysconf("SC_CLK_TCK")
+        spent = [int(word) / tick for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        ours = sum(os.times()[:4])
+        for pid in self._pids:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ours += (int(fields[11]) + int(fields[12])) / tick
+        return sum(spent) - spent[3] - spent[4] - ours  # without idle time and waiting for disks; with stolen time
+
+    def cores(self) -> float:
+        """Processor seconds of others per second since then."""
+        return max(0.0, (self._seconds() - self._start) / (time.perf_counter() - self._since))
+
+
 def resident_bytes(pid: int | str = "self") -> dict[str, int]:
     """Resident memory of a process in bytes: {"anonymous", "file"} (mapped files, libraries included), Linux only."""
     fields = {}

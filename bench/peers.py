@@ -1,4 +1,4 @@
-"""Our CPU runtime compared with others, in one run on one machine: decode, prefill, memory, bytes per token, energy.
+"""Our CPU runtime compared with others, in one run on one machine: decode, prefill, batches, memory, bytes per token, energy.
 
     python bench/peers.py [--shapes 0.6B 1.7B 4B] [--rounds 5] [--threads N] [--llama_bench PATH ...] [--json FILE]
     python bench/peers.py --profile           where a step of our runtime spends its time
@@ -9,10 +9,17 @@ PATH or through llama-cpp-python; and every other `llama-bench` that is named, w
 have a head of 4 bits, as ours has in its "int4" rows. Measurements alternate: a round runs each program once, and only then
 comes the next round; the machine's read bandwidth is measured in each. Compilation, loading and warm-up are excluded. A
 program that cannot run is named with the reason, and nothing fails.
+
+Every peer runs with its best flags: the warm-up of a column tries all that its usage names among WAYS, and the fastest are
+kept for that column. A batch is decoded by the `llama-batched-bench` beside a `llama-bench`. **Figures of a busy machine are
+refused**: peers that wait for each other at barriers collapse there. What other programs use is measured with every
+figure, and where they need more than the cores that the threads leave free, it is measured again, and left out in the end.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -23,13 +30,17 @@ import time
 from pathlib import Path
 
 from bitdistill.distributed import openmp
-from measure import Bandwidth, Energy, cores, machine, resident_bytes, summary, table, write_json
+from measure import Bandwidth, Energy, Neighbors, cores, machine, resident_bytes, summary, table, write_json
 from random_models import SHAPES, Shape, write_gguf, write_packed_model
 
 OURS = (("base3", "int4"), ("2bit", "int4"), ("2bit", "int8"), ("base3", "ternary"))
 GGUF = (("F16", "F16"), ("BF16", "BF16"), ("Q4_0", "Q4_0"), ("TQ2_0", "Q4_0"), ("TQ1_0", "Q4_0"))
 FORK_TYPES = {"IQ2_BN": "q4_K", "I2_S": "q6_K"}  # ternary formats of forks, with the head that they are given
+WAYS = {"--flash-attn": ("-fa", "0", "1"), "--run-time-repack": ("-rtr", "0", "1")}  # in a usage: flag and its values
 PROMPT_ID = 11
+PROMPT_OF_BATCH = 16  # tokens of each sequence of a batch, in front of those that are decoded
+TRIES = 3  # of a measurement that other programs disturb
+DISTURBED = 0.15  # cores that they may use beyond those that are free
 
 
 class Skipped(Exception):
@@ -40,7 +51,8 @@ class Skipped(Exception):
 
 
 def serve(kind: str, argument: str, threads: int) -> None:
-    """A worker: reads {"decode": [context, tokens]} or {"prefill": tokens} a line, answers {"seconds", "anonymous", ...}."""
+    """A worker: reads {"decode": [context, tokens]}, {"prefill": tokens} or {"batch": [sequences, tokens]} a line, answers
+    {"seconds", "anonymous", ...}."""
     runner = {"ours": _Ours, "transformers": _Transformers, "llama_cpp": _LlamaCpp}[kind](argument, threads)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
@@ -50,6 +62,8 @@ def serve(kind: str, argument: str, threads: int) -> None:
             seconds = runner.decode(*request["decode"])
         elif "prefill" in request:
             seconds = runner.prefill(request["prefill"])
+        elif "batch" in request:
+            seconds = runner.batch(*request["batch"])
         else:
             print(json.dumps(runner.profile(request["profile"])), flush=True)
             continue
@@ -75,6 +89,16 @@ class _Ours:
         cache = self.runtime.new_cache(tokens)
         started = time.perf_counter()
         self.runtime.logits(ids, last_only=True, cache=cache)
+        return time.perf_counter() - started
+
+    def batch(self, sequences: int, tokens: int) -> float:
+        cache, slots = self.runtime._keys_values(sequences, PROMPT_OF_BATCH + tokens), list(range(sequences))
+        decoder, last = self.runtime._decoder, [PROMPT_ID + slot for slot in slots]
+        for position in range(PROMPT_OF_BATCH):
+            decoder.forward(last, slots, [position] * sequences, cache, [])
+        started = time.perf_counter()
+        for position in range(PROMPT_OF_BATCH, PROMPT_OF_BATCH + tokens):
+            last = decoder.forward(last, slots, [position] * sequences, cache).argmax(axis=1).tolist()
         return time.perf_counter() - started
 
     def profile(self, context: int) -> dict[str, float]:
@@ -113,7 +137,17 @@ class _Transformers:
                 parameter.uniform_(-0.03, 0.03) if parameter.dim() > 1 else parameter.fill_(1)
 
     def _forward(self, ids, past=None):
-        return self.model(self.torch.tensor([ids]), past_key_values=past, use_cache=True, logits_to_keep=1)
+        ids = self.torch.tensor(ids if isinstance(ids[0], list) else [ids])
+        return self.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+
+    def batch(self, sequences: int, tokens: int) -> float:
+        with self.torch.inference_mode():
+            output = self._forward([[PROMPT_ID + one] * PROMPT_OF_BATCH for one in range(sequences)])
+            started = time.perf_counter()
+            for _ in range(tokens):
+                last = output.logits[:, -1:].argmax(dim=-1).tolist()
+                output = self._forward(last, output.past_key_values)
+            return time.perf_counter() - started
 
     def decode(self, context: int, tokens: int) -> float:
         with self.torch.inference_mode():
@@ -152,6 +186,16 @@ class _LlamaCpp:
         self.model.eval([(7 * i + PROMPT_ID) % 1000 for i in range(tokens)])
         return time.perf_counter() - started
 
+    def batch(self, sequences: int, tokens: int) -> float:
+        raise SystemExit("llama-cpp-python: batches need a llama-batched-bench")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
 
 # --- peers ------------------------------------------------------------------------------------------------------------
 
@@ -159,9 +203,17 @@ class _LlamaCpp:
 class Worker:
     """A peer in a process of its own that stays loaded between rounds and sleeps while others are measured."""
 
-    def __init__(self, name: str, weights: str, kind: str, argument: str, threads: int, file_bytes: int):
+    ways = ((),)
+
+    def __init__(
+        self, name: str, weights: str, kind: str, argument: str, threads: int, file_bytes: int, features: str = ""
+    ):
         self.name, self.weights, self.file_bytes = name, weights, file_bytes
+        self.version = {"transformers": f"transformers {_version('transformers')}, torch {_version('torch')}"}.get(kind)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if features:
+            self.weights += f", {features}"
+            environment["BITDISTILL_CPU_FEATURES"] = features
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve", kind, argument, str(threads)],
             stdin=subprocess.PIPE,
@@ -178,7 +230,12 @@ class Worker:
                 return json.loads(line)
         raise Skipped(f"{self.name}: {self.process.stderr.read().strip().splitlines()[-1:]}")
 
-    def ask(self, **request) -> dict:
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of the processes that stay alive between measurements."""
+        return (self.process.pid,)
+
+    def ask(self, way: tuple = (), **request) -> dict:
         """One measurement."""
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -192,16 +249,22 @@ class Worker:
 class LlamaBench:
     """A `llama-bench` and a GGUF file: a process for each measurement, which loads the file from the page cache."""
 
+    pids = ()
+
     def __init__(self, name: str, weights: str, binary: str, path: Path, threads: int):
         self.name, self.weights, self.binary, self.path, self.threads = name, weights, binary, path, threads
-        self.file_bytes = path.stat().st_size
+        self.file_bytes, self.version = path.stat().st_size, None
         usage = subprocess.run([binary, "--help"], capture_output=True, text=True, check=False).stdout
         self.deep = "--n-depth" in usage
+        flags = [[(flag, value) for value in values] for word, (flag, *values) in WAYS.items() if word in usage]
+        self.ways = [tuple(itertools.chain(*way)) for way in itertools.product(*flags)]
         self.ask(decode=[0, 1])
 
-    def ask(self, decode=None, prefill=None) -> dict:
+    def ask(self, way: tuple = (), decode=None, prefill=None, batch=None) -> dict:
         """One measurement."""
-        command = [self.binary, "-m", str(self.path), "-t", str(self.threads), "-r", "1", "-o", "json"]
+        if batch is not None:
+            return self._batch(way, *batch)
+        command = [self.binary, "-m", str(self.path), "-t", str(self.threads), "-r", "1", "-o", "json", *way]
         if prefill is not None:
             command += ["-p", str(prefill), "-n", "0"]
         elif decode[0] <= 64:
@@ -211,22 +274,57 @@ class LlamaBench:
         else:
             command += ["-p", "0", "-n", "0", "-gp", f"{decode[0]},{decode[1]}"]
         energy = Energy()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        output, errors = process.communicate()
+        output = self._output(command)
         try:
             result = json.loads(output[output.index("[\n") :])[-1]
         except (ValueError, IndexError) as error:
-            raise Skipped(
-                f"{self.name}, {self.weights}: {(errors.strip().splitlines() or ['no output'])[-1]}"
-            ) from error
+            raise Skipped(f"{self.name}, {self.weights}: an answer without figures") from error
+        self.version = f"build {result.get('build_number')}, commit {result.get('build_commit')}"
         return {"seconds": result["avg_ns"] / 1e9, "joules": energy.joules()}
+
+    def _batch(self, way: tuple, sequences: int, tokens: int) -> dict:
+        """By the `llama-batched-bench` beside it, where -rtr is a switch."""
+        binary = Path(self.binary).with_name("llama-batched-bench")
+        if not binary.is_file():
+            raise Skipped(f"{self.name}, {self.weights}: no llama-batched-bench beside {Path(self.binary).name}")
+        flags = dict(zip(way[::2], way[1::2], strict=True))
+        switches = ["-rtr"] if flags.pop("-rtr", "0") == "1" else []
+        positions = -(-sequences * (PROMPT_OF_BATCH + tokens) // 256) * 256
+        command = [
+            str(binary),
+            "-m",
+            str(self.path),
+            "-t",
+            str(self.threads),
+            *switches,
+            *itertools.chain(*flags.items()),
+        ]
+        command += ["-c", str(positions), "-npp", str(PROMPT_OF_BATCH), "-ntg", str(tokens), "-npl", str(sequences)]
+        energy = Energy()
+        lines = [line.split("|") for line in self._output(command).splitlines() if "|" in line]
+        names = [name.strip() for name in next((line for line in lines if "T_TG s" in map(str.strip, line)), [])]
+        if not names or lines[-1][names.index("B")].strip() != str(sequences):
+            raise Skipped(f"{self.name}, {self.weights}: llama-batched-bench answered without figures")
+        return {"seconds": float(lines[-1][names.index("T_TG s")]), "joules": energy.joules()}
+
+    def _output(self, command: list[str]) -> str:
+        """What a program prints.
+
+        Raises:
+            Skipped: it failed, with its last words.
+        """
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            words = (done.stderr.strip().splitlines() or ["no words"])[-1]
+            raise Skipped(f"{self.name}, {self.weights}: ended with status {done.returncode}: {words}")
+        return done.stdout
 
     def close(self) -> None:
         """Nothing stays open."""
 
 
 def make_peers(
-    name: str, folder: Path, threads: int, benches: list[str], ours_only: bool, leave_out: list[str]
+    name: str, folder: Path, threads: int, benches: list[str], ours_only: bool, leave_out: list[str], features=()
 ) -> tuple[list, list[str]]:
     """All peers that run here at a shape, and why the others do not."""
     shape, peers, skipped = SHAPES[name], [], [f"{word}: left out by --leave_out" for word in leave_out]
@@ -242,9 +340,12 @@ def make_peers(
         if not path.is_file():
             write_packed_model(path, shape, packing, embedding)
         size = path.stat().st_size
-        attempt(
-            lambda p=path, s=size, w=f"{packing}, {embedding} head": Worker("bitdistill", w, "ours", str(p), threads, s)
-        )
+        for instructions in ("", *features):
+            attempt(
+                lambda p=path, s=size, w=f"{packing}, {embedding} head", f=instructions: Worker(
+                    "bitdistill", w, "ours", str(p), threads, s, f
+                )
+            )
     if ours_only:
         return peers, skipped
 
@@ -314,51 +415,88 @@ def fork_files(binary: str, name: str, shape: Shape, folder: Path):
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
+def undisturbed(peer, way: tuple, request: dict, threads: int) -> tuple[dict | None, float]:
+    """A measurement, or None where other programs disturbed all TRIES of it, and the cores that they used."""
+    least = float("inf")
+    for _ in range(TRIES):
+        neighbors = Neighbors(*peer.pids)
+        answer = peer.ask(way, **request)
+        used = neighbors.cores()
+        if used <= cores() - threads + DISTURBED:
+            return answer, used
+        least = min(least, used)
+    return None, least
+
+
+def best_way(peer, request: dict) -> tuple:
+    """The flags with which a peer answers fastest; caches are warm and code is compiled afterwards."""
+    seconds = {way: peer.ask(way, **request)["seconds"] for way in peer.ways}
+    return min(seconds, key=seconds.get)
+
+
+def requests_of(arguments) -> list[tuple[str, dict, int]]:
+    """Of each column: its name, what a peer is asked, and how many tokens that is."""
+    tokens = arguments.tokens
+    found = [(f"decode {context}", {"decode": [context, tokens]}, tokens) for context in arguments.contexts]
+    found += [(f"prefill {length}", {"prefill": length}, length) for length in arguments.prefill]
+    return found + [(f"batch {size}", {"batch": [size, tokens]}, size * tokens) for size in arguments.batch]
+
+
 def measure(name: str, arguments, folder: Path, bandwidth: Bandwidth) -> dict:
     """All peers at one shape."""
+    threads = arguments.threads
     peers, skipped = make_peers(
-        name, folder, arguments.threads, arguments.llama_bench, arguments.ours_only, arguments.leave_out
+        name, folder, threads, arguments.llama_bench, arguments.ours_only, arguments.leave_out, arguments.features
     )
-    requests = [(f"decode {context}", {"decode": [context, arguments.tokens]}) for context in arguments.contexts]
-    requests += [(f"prefill {tokens}", {"prefill": tokens}) for tokens in arguments.prefill]
-    rates = {(peer, label): [] for peer in peers for label, _ in requests}
-    streams, joules, resident = [], {}, {}
-    dead = set()
-    for label, request in requests:
-        tokens = request["prefill"] if "prefill" in request else request["decode"][1]
-        for turn in range(-1, arguments.rounds):  # round -1 warms caches and compiles
-            if turn >= 0:
-                streams.append(bandwidth.gigabytes_per_second())
+    requests = requests_of(arguments)
+    rates = {(peer, label): [] for peer in peers for label, _, _ in requests}
+    streams, joules, resident, ways, loads, refused = [], {}, {}, {}, [], {}
+    for label, request, tokens in requests:
+        for peer in list(peers):
+            try:
+                ways[peer, label] = best_way(peer, request)
+            except Skipped as reason:
+                skipped.append(f"{label}: {reason}")
+        for turn in range(arguments.rounds):
+            streams.append(bandwidth.gigabytes_per_second())
             for peer in peers:
-                if peer in dead:
+                if (peer, label) not in ways:
                     continue
                 try:
-                    answer = peer.ask(**request)
+                    answer, used = undisturbed(peer, ways[peer, label], request, threads)
                 except Skipped as reason:
-                    dead.add(peer)
                     skipped.append(f"{label}: {reason}")
                     continue
-                if turn >= 0:
-                    rates[peer, label].append(tokens / answer["seconds"])
-                    if "anonymous" in answer:
-                        resident[peer] = answer["anonymous"] + answer["file"]
-                    if answer["joules"] is not None:
-                        joules.setdefault((peer, label), []).append(answer["joules"] / tokens)
+                if answer is None:
+                    refused.setdefault((peer, label), []).append(used)
+                    continue
+                loads.append(used)
+                rates[peer, label].append(tokens / answer["seconds"])
+                if "anonymous" in answer:
+                    resident[peer] = answer["anonymous"] + answer["file"]
+                if answer["joules"] is not None:
+                    joules.setdefault((peer, label), []).append(answer["joules"] / tokens)
             print(f"  {name} {label}: round {turn + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
     for peer in peers:
         peer.close()
+    for (peer, label), used in refused.items():
+        skipped.append(
+            f"{label}: {peer.name}, {peer.weights}: {len(used)} of {arguments.rounds} rounds refused, other programs used "
+            f"{min(used):.2f} cores and more"
+        )
     rows = []
     for peer in peers:
         row = {
             "name": peer.name,
             "weights": peer.weights,
+            "version": peer.version,
             "file_bytes": peer.file_bytes,
             "resident_bytes": resident.get(peer),
         }
-        for label, request in requests:
+        for label, request, _ in requests:
             if not rates[peer, label]:
                 continue
-            row[label] = summary(rates[peer, label])
+            row[label] = summary(rates[peer, label]) | {"flags": " ".join(ways[peer, label])}
             if (peer, label) in joules:
                 row[f"{label} joules"] = summary(joules[peer, label])
             if "decode" in request:
@@ -367,14 +505,19 @@ def measure(name: str, arguments, folder: Path, bandwidth: Bandwidth) -> dict:
                 cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2 * context  # K and V, 2 bytes per number
                 row[f"{label} bytes"] = int(peer.file_bytes + cache)
         rows.append(row)
-    return {"shape": name, "threads": arguments.threads, "stream": summary(streams), "rows": rows, "skipped": skipped}
+    return {
+        "shape": name,
+        "threads": threads,
+        "stream": summary(streams),
+        "others": summary(loads or [float("nan")]),
+        "rows": rows,
+        "skipped": skipped,
+    }
 
 
-def show(result: dict, contexts: list[int], prefill: list[int]) -> str:
+def show(result: dict, labels: list[str]) -> str:
     """The table of one shape; ratios are against llama.cpp F16 or, without it, the fastest transformers."""
-    stream = result["stream"]
-    labels = [f"decode {context}" for context in contexts] + [f"prefill {tokens}" for tokens in prefill]
-    first = labels[0]
+    stream, first = result["stream"], labels[0]
     baseline = next(
         (row for row in result["rows"] if row["weights"].startswith("F16") and first in row),
         max(
@@ -390,7 +533,7 @@ def show(result: dict, contexts: list[int], prefill: list[int]) -> str:
         for label in labels:
             rate = row.get(label)
             speeds.append(f"{rate['median']:,.1f} [{rate['min']:,.1f}, {rate['max']:,.1f}]" if rate else "-")
-        if first in row:
+        if f"{first} bytes" in row:
             used = row[f"{first} bytes"] * row[first]["median"] / 1e9
             ratio = f"{row[first]['median'] / baseline[first]['median']:.2f}" if baseline else "-"
             ends = [f"{used:.1f}", f"{100 * used / stream['median']:.0f} %", ratio]
@@ -399,10 +542,14 @@ def show(result: dict, contexts: list[int], prefill: list[int]) -> str:
         cells.append([row["name"], row["weights"], f"{row['file_bytes'] / 1e6:,.0f}", resident, *speeds, *ends])
     lines = [
         f"Qwen3-{result['shape']} shape, {result['threads']} threads, tokens/s: median [min, max]; decode at a context, "
-        f"prefill of a prompt. Read bandwidth in the same run: {stream['median']:.1f} GB/s "
-        f"[{stream['min']:.1f}, {stream['max']:.1f}]. GB/s, share and ratio are those of {first}.",
+        f"prefill of a prompt, a batch's sequences together. Read bandwidth in the same run: {stream['median']:.1f} GB/s "
+        f"[{stream['min']:.1f}, {stream['max']:.1f}]. GB/s, share and ratio are those of {first}. Other programs used "
+        f"{result['others']['median']:.2f} cores [{result['others']['min']:.2f}, {result['others']['max']:.2f}].",
         table(cells, "<<" + ">" * (len(cells[0]) - 2)),
     ]
+    for row in result["rows"]:
+        flags = [f"{label} {row[label]['flags']}" for label in labels if row.get(label, {}).get("flags")]
+        lines += [f"flags of {row['name']}, {row['weights']}: {'; '.join(flags)}"] if flags else []
     lines += [f"not measured: {reason}" for reason in result["skipped"]]
     return "\n".join(lines)
 
@@ -443,8 +590,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32, help="decoded in a measurement")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[16, 2048])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[16, 2048])
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512])
+    parser.add_argument("--batch", type=int, nargs="*", default=[16], help="sequences that are decoded together")
+    parser.add_argument(
+        "--features", nargs="*", default=[], metavar="SET", help="ours once more with BITDISTILL_CPU_FEATURES=SET"
+    )
     parser.add_argument("--llama_bench", action="append", default=[], metavar="PATH", help="repeatable")
     parser.add_argument("--ours_only", action="store_true")
     parser.add_argument("--leave_out", nargs="+", default=[], metavar="PEER", help="transformers, or GGUF types")
@@ -471,7 +622,7 @@ def main() -> int:
         }
         for name in arguments.shapes:
             report["results"].append(measure(name, arguments, folder, bandwidth))
-            print(show(report["results"][-1], arguments.contexts, arguments.prefill), flush=True)
+            print(show(report["results"][-1], [label for label, _, _ in requests_of(arguments)]), flush=True)
     if arguments.json:
         write_json(arguments.json, report)
     return 0

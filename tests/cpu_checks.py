@@ -185,6 +185,103 @@ def check_tiles(tokens, steps, signed, extreme=None):
         assert (sums == 7).all()
 
 
+@jit
+def _tiles_of_keys(queries, parts, part_bytes, stride, keys, more_keys, steps, sums):
+    """Four tiles of sums, one after the other."""
+    tiles.configure(queries)
+    for step in range(steps):
+        at = 1024 * step
+        tiles.multiply_keys(parts + 64 * step, part_bytes, stride, keys + at, more_keys + at)
+    tiles.store_sums_0(sums, 64)
+    tiles.store_sums_1(sums + 1024, 64)
+    tiles.store_sums_2(sums + 2048, 64)
+    tiles.store_sums_3(sums + 3072, 64)
+    tiles.release()
+
+
+@jit
+def _tiles_of_values(queries, parts, part_bytes, values, stride, more, sums):
+    """`more` + 1 tiles of sums side by side, to which the products are added."""
+    tiles.configure(queries)
+    tiles.load_sums_0(sums, 256)
+    tiles.load_sums_1(sums + 64, 256)
+    tiles.load_sums_2(sums + 128, 256)
+    tiles.load_sums_3(sums + 192, 256)
+    tiles.multiply_values(parts, part_bytes, 64, values, stride, more)
+    tiles.store_sums_0(sums, 256)
+    tiles.store_sums_1(sums + 64, 256)
+    tiles.store_sums_2(sums + 128, 256)
+    tiles.store_sums_3(sums + 192, 256)
+    tiles.release()
+
+
+def bf16_bits(x):
+    """uint16 of numbers that are bf16."""
+    return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def in_pairs(x):
+    """(K, N) -> uint16 (K / 2, N, 2), as tiles want bf16."""
+    return bf16_bits(x).reshape(len(x) // 2, 2, -1).transpose(0, 2, 1).copy()
+
+
+def bf16_product(sums, a, b):
+    """One tile product in the documented order: float32 sums (M, N) += (M, 32) @ (32, N)."""
+    halves = np.zeros((2, *sums.shape), np.float32)
+    for k in range(32):
+        product = a[:, k, None].astype(np.float64) * b[k].astype(np.float64)  # exact, so that the sum is fma's
+        halves[k % 2] = (halves[k % 2] + product).astype(np.float32)
+    return sums + (halves[0] + halves[1])
+
+
+def check_bf16_tiles(queries, steps, whole):
+    """Both products of attention; bit for bit in their order, or with whole numbers, whose sums have no order."""
+    rng = np.random.default_rng(100 * queries + steps)
+
+    def numbers(*shape):
+        x = rng.integers(-9, 10, shape) if whole else rng.normal(size=shape) * 2.0 ** rng.integers(-9, 9, shape)
+        return (x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+    parts, keys = numbers(3, queries, 32 * steps), [numbers(32 * steps, 16) for _ in range(2)]
+    packed, left = [odd(in_pairs(one)) for one in keys], odd(bf16_bits(parts))
+    sums = np.full((4, 16, 16), 7, np.float32)
+    _tiles_of_keys(
+        queries, left.ctypes.data, left.strides[0], left.strides[1], *(one.ctypes.data for one in packed), steps,
+        sums.ctypes.data,
+    )  # fmt: skip
+    for side, order in enumerate(([1, 2], [2, 1])):
+        first, rest = np.zeros((2, queries, 16), np.float32)
+        for step in range(steps):
+            at = slice(32 * step, 32 * step + 32)
+            first = bf16_product(first, parts[0][:, at], keys[side][at])
+            for part in order:
+                rest = bf16_product(rest, parts[part][:, at], keys[side][at])
+        np.testing.assert_array_equal(sums[2 * side, :queries], first)
+        np.testing.assert_array_equal(sums[2 * side + 1, :queries], rest)
+    assert (sums[:, queries:] == 7).all()
+
+    for count in (1, 3, 4):  # tiles of values
+        weights, values = numbers(3, queries, 32), numbers(32, 16 * count)
+        left, packed = odd(bf16_bits(weights)), odd(in_pairs(values))
+        before = numbers(16, 64)
+        sums = before.copy()
+        _tiles_of_values(
+            queries,
+            left.ctypes.data,
+            left.strides[0],
+            packed.ctypes.data,
+            packed.strides[0],
+            count - 1,
+            sums.ctypes.data,
+        )
+        for tile in range(count):
+            at, expected = slice(16 * tile, 16 * tile + 16), before[:queries, 16 * tile : 16 * tile + 16]
+            for part in (0, 1, 2) if tile % 2 == 0 else (2, 1, 0):
+                expected = bf16_product(expected, weights[part], values[:, at])
+            np.testing.assert_array_equal(sums[:queries, at], expected)
+        np.testing.assert_array_equal(sums[queries:], before[queries:])
+
+
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +440,8 @@ def run():
     if tiles.TILES:
         for tokens in (1, 5, 16, 17, 32):
             check_tiles(tokens, 2, signed=tokens % 2 == 1)
+        for queries in (1, 16):
+            check_bf16_tiles(queries, 2, whole=True)
     check_planes(np.random.default_rng(2).standard_normal((2, 49)).astype(np.float32))
     check_products([(1, 1, 1), (33, 37, 5), (17, 1090, 1), (16, 260, 11), (50, 300, 18)])
     check_extremes(1290, 1)

@@ -9,6 +9,7 @@ from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.decoder import CACHE_DTYPES
 from bitdistill.kernels.cpu.native import float32s
 from bitdistill.kernels.cpu.step import CALL
+from bitdistill.kernels.cpu.tiles import TILES
 from bitdistill.kernels.reference import quantize_activation
 
 KINDS = list(CACHE_DTYPES)
@@ -37,7 +38,7 @@ class Cache:
         self.head_dim, self.capacity = head_dim, -(-capacity // 32) * 32
         code, dtype = CACHE_DTYPES[kind]
         fill = {"fp32": np.nan, "bf16": 0x7FC0, "int8": 100}[kind]
-        self.keys = np.full((heads, self.capacity // 16, head_dim, 16), fill, dtype)
+        self.keys = np.full((heads, self.capacity // 16, attention.key_rows(code, head_dim), 16), fill, dtype)
         self.values = np.full((heads, self.capacity, elementwise.padded(head_dim)), fill, dtype)
         self.key_scales, self.value_scales = (np.full((heads, self.capacity), np.nan, np.float32) for _ in range(2))
         self.call = np.zeros(1, CALL)
@@ -125,6 +126,28 @@ def test_a_row_depends_on_nothing_but_its_own_past(kind, window):
         alone.append(growing.attend(0, position, q[position : position + 1], window))
     for other in (tiles, shifted):
         np.testing.assert_array_equal(np.concatenate(other), np.concatenate(alone))
+
+
+@pytest.mark.skipif(not TILES, reason="a processor with AMX: elsewhere neighboring rows share what is not finite")
+@pytest.mark.parametrize("window", [None, 9, 40])
+def test_what_is_not_finite_reaches_only_those_who_see_it(window):
+    """Bit for bit the same alone and in any tile, and for all others as if it were not there."""
+    q, k, v = random_case(80, 3, 24)
+    good, bad = Cache("bf16", 1, 80, 24), Cache("bf16", 1, 80, 24)
+    poisoned = v.copy()
+    poisoned[20, 3], poisoned[45, 20], poisoned[46, 3] = np.inf, np.nan, -np.inf
+    for position in range(80):
+        good.write(0, position, k[position], v[position])
+        bad.write(0, position, k[position], poisoned[position])
+    want = np.concatenate([good.attend(0, p, q[p : p + 5], window) for p in range(0, 80, 5)])
+    together = np.concatenate([bad.attend(0, p, q[p : p + 5], window) for p in range(0, 80, 5)])
+    alone = np.concatenate([bad.attend(0, p, q[p : p + 1], window) for p in range(80)])
+    np.testing.assert_array_equal(together, alone)
+    age = np.arange(80)[:, None] - np.arange(80)
+    seen = (age >= 0) & (age < (window or 80))
+    touched = (seen[:, :, None] & ~np.isfinite(poisoned)).any(axis=1)[:, None, :].repeat(3, axis=1)
+    np.testing.assert_array_equal(np.isfinite(together), ~touched)
+    np.testing.assert_array_equal(together[~touched], want[~touched])
 
 
 def test_large_scores_do_not_overflow_and_far_ones_vanish():

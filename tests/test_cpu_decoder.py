@@ -310,11 +310,11 @@ def test_models_and_caches_that_do_not_fit_are_refused():
 
 
 def test_the_memory_of_a_cache():
-    model = random_model(head_dim=16, kv_heads=2)
+    model = random_model(head_dim=32, kv_heads=2)
     positions = 2 * 2 * 2 * 64  # layers, slots, heads, positions
-    assert KVCache(model, 2, 60, "fp32").nbytes == positions * 2 * 16 * 4
-    assert KVCache(model, 2, 60, "bf16").nbytes == positions * 2 * 16 * 2
-    assert KVCache(model, 2, 60, "int8").nbytes == positions * 2 * (16 + 4)
+    assert KVCache(model, 2, 60, "fp32").nbytes == positions * 2 * 32 * 4
+    assert KVCache(model, 2, 60, "bf16").nbytes == positions * 2 * 32 * 2
+    assert KVCache(model, 2, 60, "int8").nbytes == positions * 2 * (32 + 4)
 
 
 @pytest.fixture

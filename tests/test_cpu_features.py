@@ -59,7 +59,7 @@ VNNI_512 = {
 }
 TILES = {"_tiles_2x2": {"tdpbsud": 4, "tdpbssd": 4, "tileloadd": 12, "ldtilecfg": 1}}
 EXPECTED = {
-    "amx": ("sapphirerapids", AVX512 + ",+avx512vbmi,+amx-tile,+amx-int8", VNNI_512 | TILES),
+    "amx": ("sapphirerapids", AVX512 + ",+avx512vbmi,+amx-tile,+amx-int8,+amx-bf16", VNNI_512 | TILES),
     "avx512_vbmi": ("sapphirerapids", AVX512 + ",+avx512vbmi", VNNI_512),
     "avx512_vnni": ("cascadelake", AVX512, VNNI_512),
     "avx_vnni": (
@@ -123,6 +123,7 @@ def test_choice():
     everything = frozenset().union(*FEATURE_SETS.values())
     assert choose_features(None, everything) == "amx"
     assert choose_features(None, everything - {"amx-int8"}) == "avx512_vbmi"
+    assert choose_features(None, everything - {"amx-bf16"}) == "avx512_vbmi"
     assert choose_features("", everything - {"avx512vbmi"}) == "avx512_vnni"
     assert choose_features(None, frozenset({"avx2", "f16c", "fma", "avxvnni"})) == "avx_vnni"
     assert choose_features(None, frozenset({"avx2", "f16c", "fma"})) == "avx2"

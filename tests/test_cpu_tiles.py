@@ -24,6 +24,13 @@ def test_largest_sums_of_many_columns(tokens, signed):
     cpu_checks.check_tiles(tokens, 200, signed)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("queries", [1, 2, 7, 15, 16])
+def test_products_of_attention(queries, whole):
+    for steps in (1, 4):
+        cpu_checks.check_bf16_tiles(queries, steps, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_children_have_tiles(method):

@@ -7,13 +7,16 @@ Layout of the cache, per layer, slot and key/value head ("head" below; D head wi
 
     keys     (capacity / 16, D, 16)   a lane is a position: 16 scores at once with no sum across lanes
     values   (capacity, E)            a lane is a dimension
+             bf16 in pairs, as tile products want them: (capacity / 16, D' / 2, 16, 2), D' = D padded to 32 with zeros,
+             and (capacity / 2, E, 2)
     scales   (capacity,), for keys and for values; int8 only: key = code * scale, scale = max|k| / 127 of that position
 
 Positions are visited in chunks of CHUNK that begin at multiples of CHUNK. A position that a row may not see has weight 0
 and leaves the row's sums as they are. So the result of a row depends on its own position, window and sequence only, and
 neither on which rows are computed together nor on the threads. Rows of one prompt are computed in tiles: the query heads of
 up to TILE_ROWS rows of one sequence are multiplied with each chunk of keys and values while it is in the first-level cache,
-two queries at a time in registers, or four where there are 32 wide ones.
+two queries at a time in registers, or four where there are 32 wide ones. Where there is AMX, a bf16 cache meets all queries of
+a tile in tile products (tile_attention.py), in decoding, too: so the bits are the same.
 """
 
 import numpy as np
@@ -29,13 +32,14 @@ from bitdistill.kernels.cpu.floats import (
     largest,
     largest_magnitude,
     load,
-    load_bf16,
+    load_bf16_half,
     load_int8,
     maximum,
     maximum_magnitude,
     multiply,
     multiply_add,
     repeat,
+    round_bf16,
     splat,
     store,
     store_bf16,
@@ -44,12 +48,13 @@ from bitdistill.kernels.cpu.floats import (
     total,
 )
 from bitdistill.kernels.cpu.native import float32s, int8s, uint16s
+from bitdistill.kernels.cpu.tile_attention import CHUNK, attend_tiles, tile_scratch_floats
+from bitdistill.kernels.cpu.tiles import TILES
 from bitdistill.kernels.cpu.vector import AVX512, prefetch
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON
 
 FP32, BF16, INT8 = range(3)
 BYTES = (4, 2, 1)  # of a cached number
-CHUNK = 32  # positions: two vectors of scores
 TILE_QUERIES = 16  # rows of a tile x query heads of a key/value head, but at least one row
 _NONE_YET = np.float32(-3e38)  # the running maximum before any score: e^(-inf - it) is 0, not NaN
 
@@ -64,7 +69,14 @@ def tile_rows(heads_per_group):
 def attention_scratch_floats(heads_per_group, head_dim):
     """Floats of private memory that `attend` needs: queries, sums, totals and maxima of a tile, and four chunks of weights."""
     queries = tile_rows(heads_per_group) * heads_per_group
-    return queries * (2 * padded(head_dim) + 2 * LANES) + 4 * CHUNK + padded(head_dim)
+    floats = queries * (2 * padded(head_dim) + 2 * LANES) + 4 * CHUNK + padded(head_dim)
+    return floats + tile_scratch_floats(queries, head_dim) if TILES else floats
+
+
+@jit
+def key_rows(dtype, head_dim):
+    """Numbers of a position's key in the cache."""
+    return (head_dim + 31) // 32 * 32 if dtype == BF16 else head_dim
 
 
 @jit
@@ -85,11 +97,13 @@ def write_position(cache, head, position, key, value, head_dim, scratch):
         scratch: address of padded(head_dim) floats.
         position: where in the slot. head_dim: entries of a key or value.
 
-    Numerics: bf16 rounded half to even; int8 as `quantize_activation` does it.
+    Numerics: bf16 rounded half to even, an infinity in a value becomes NaN (what tile products make of it depends on the
+    other factor's digits); int8 as `quantize_activation` does it.
     """
     dtype, capacity, width = cache["dtype"], cache["capacity"], padded(head_dim)
     number = _element_bytes(dtype)
-    keys = cache["keys"] + number * (head * capacity + position // LANES * LANES) * head_dim
+    rows, first = key_rows(dtype, head_dim), head * capacity + position // LANES * LANES
+    keys = cache["keys"] + number * first * rows
     values = cache["values"] + number * (head * capacity + position) * width
     lane = position % LANES
     if dtype == FP32:
@@ -101,10 +115,16 @@ def write_position(cache, head, position, key, value, head_dim, scratch):
     elif dtype == BF16:
         for at in range(0, width, LANES):
             store_bf16(scratch + 2 * at, load(key + 4 * at))
-            store_bf16(values + 2 * at, load(value + 4 * at))
-        columns, halves = uint16s(keys, head_dim * LANES), uint16s(scratch, head_dim)
+            rounded = round_bf16(load(value + 4 * at))
+            store_bf16(scratch + 2 * (width + at), add(rounded, multiply(rounded, splat(np.float32(0)))))
+        columns, pairs = uint16s(keys, rows * LANES), uint16s(values - 2 * (position % 2) * width, 2 * width)
+        halves = uint16s(scratch, 2 * width)
         for d in range(head_dim):
-            columns[d * LANES + lane] = halves[d]
+            columns[(d // 2 * LANES + lane) * 2 + d % 2] = halves[d]
+        for d in range(head_dim, rows):
+            columns[(d // 2 * LANES + lane) * 2 + d % 2] = 0
+        for d in range(width):
+            pairs[2 * d + position % 2] = halves[width + d]
     else:
         float32s(cache["key_scales"] + 4 * (head * capacity + position), 1)[0] = _quantize(key, width, scratch)
         codes, bytes_ = int8s(keys, head_dim * LANES), int8s(scratch, head_dim)
@@ -127,12 +147,12 @@ def _quantize(x, width, codes):
 
 
 @jit
-def _vectors(at, other, dtype):
-    """Sixteen cached numbers at `at`, and sixteen at `other`, as floats."""
+def _vectors(at, other, dtype, odd):
+    """Sixteen cached numbers at `at`, and sixteen at `other`, as floats; of pairs the first ones, or the second ones if `odd`."""
     if dtype == FP32:
         return load(at), load(other)
     if dtype == BF16:
-        return load_bf16(at), load_bf16(other)
+        return load_bf16_half(at, odd), load_bf16_half(other, odd)
     return load_int8(at), load_int8(other)
 
 
@@ -141,12 +161,13 @@ def _scores(q0, q1, keys, dtype, head_dim, s0, s1):
     """q . k of two queries and the CHUNK positions at `keys`. Writes CHUNK floats to s0 and to s1."""
     a0 = a1 = b0 = b1 = splat(np.float32(0))
     step = LANES * _element_bytes(dtype)
-    other = step * head_dim
+    other = step * key_rows(dtype, head_dim)
     for d in range(head_dim):
-        at = keys + d * step
+        odd = d % 2 if dtype == BF16 else 0
+        at = keys + (d - odd) * step
         prefetch(at + 2 * other)
         prefetch(at + 3 * other)
-        k0, k1 = _vectors(at, at + other, dtype)
+        k0, k1 = _vectors(at, at + other, dtype, odd)
         a, b = repeat(q0 + 4 * d), repeat(q1 + 4 * d)
         a0, a1 = multiply_add(a, k0, a0), multiply_add(a, k1, a1)
         b0, b1 = multiply_add(b, k0, b0), multiply_add(b, k1, b1)
@@ -162,12 +183,13 @@ def _scores_of_four(queries, width, keys, dtype, head_dim, scores):
     row = 4 * width
     a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = splat(np.float32(0))
     step = LANES * _element_bytes(dtype)
-    other = step * head_dim
+    other = step * key_rows(dtype, head_dim)
     for d in range(head_dim):
-        at = keys + d * step
+        odd = d % 2 if dtype == BF16 else 0
+        at = keys + (d - odd) * step
         prefetch(at + 2 * other)
         prefetch(at + 3 * other)
-        k0, k1 = _vectors(at, at + other, dtype)
+        k0, k1 = _vectors(at, at + other, dtype, odd)
         query = queries + 4 * d
         a, b = repeat(query), repeat(query + row)
         a0, a1 = multiply_add(a, k0, a0), multiply_add(a, k1, a1)
@@ -192,24 +214,27 @@ def _soften(scores, first, low, high, key_scales, value_scales, dtype, maxima, t
     if dtype == INT8:
         s0, s1 = multiply(s0, load(key_scales)), multiply(s1, load(key_scales + ROW))
     s0, s1 = between(s0, low - first, high - first), between(s1, low - first - LANES, high - first - LANES)
-    before = load(maxima)
-    now = maximum(splat(largest(maximum(s0, s1))), before)
-    shrink = exp(subtract(before, now))
-    w0, w1 = exp(subtract(s0, now)), exp(subtract(s1, now))
-    store(maxima, now)
-    store(totals, multiply_add(load(totals), shrink, add(w0, w1)))
+    before, top = load(maxima), largest(maximum(s0, s1))
+    if not top <= float32s(maxima, 1)[0]:  # else the sums would be multiplied by 1
+        now = maximum(splat(top), before)
+        shrink = exp(subtract(before, now))
+        store(maxima, now)
+        store(totals, multiply(load(totals), shrink))
+        for at in range(0, 4 * width, ROW):
+            store(sums + at, multiply(load(sums + at), shrink))
+        before = now
+    w0, w1 = exp(subtract(s0, before)), exp(subtract(s1, before))
+    store(totals, add(load(totals), add(w0, w1)))
     if dtype == INT8:
         w0, w1 = multiply(w0, load(value_scales)), multiply(w1, load(value_scales + ROW))
     store(scores, w0)
     store(scores + ROW, w1)
-    for at in range(0, 4 * width, ROW):
-        store(sums + at, multiply(load(sums + at), shrink))
 
 
 @jit
 def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
     """``sums += weights @ values`` of two queries, positions first .. last - 1 of a chunk."""
-    size = _element_bytes(dtype)
+    size, pair = _element_bytes(dtype), 2 if dtype == BF16 else 1
     for d in range(0, width, 2 * LANES):
         other = LANES if d + LANES < width else 0  # the last tile may be a single vector: it is then done twice
         a0, a1, b0, b1 = (
@@ -219,9 +244,10 @@ def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
             load(sums1 + 4 * (d + other)),
         )
         for p in range(first, last):
-            at = values + size * (p * width + d)
+            odd = p % 2 if dtype == BF16 else 0
+            at = values + size * ((p - odd) * width + pair * d)
             prefetch(at + CHUNK * size * width)
-            v0, v1 = _vectors(at, at + size * other, dtype)
+            v0, v1 = _vectors(at, at + size * pair * other, dtype, odd)
             a, b = repeat(w0 + 4 * p), repeat(w1 + 4 * p)
             a0, a1 = multiply_add(a, v0, a0), multiply_add(a, v1, a1)
             b0, b1 = multiply_add(b, v0, b0), multiply_add(b, v1, b1)
@@ -234,16 +260,17 @@ def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
 @jit
 def _mix_four(weights, values, dtype, first, last, width, sums):
     """`_mix` of four queries, whose weights are CHUNK floats apart, and their sums `width`."""
-    size, row = _element_bytes(dtype), 4 * width
+    size, row, pair = _element_bytes(dtype), 4 * width, 2 if dtype == BF16 else 1
     for d in range(0, width, 2 * LANES):
         other = LANES if d + LANES < width else 0  # the last tile may be a single vector: it is then done twice
         low, high = sums + 4 * d, sums + 4 * (d + other)
         a0, a1, b0, b1 = load(low), load(high), load(low + row), load(high + row)
         c0, c1, d0, d1 = load(low + 2 * row), load(high + 2 * row), load(low + 3 * row), load(high + 3 * row)
         for p in range(first, last):
-            at = values + size * (p * width + d)
+            odd = p % 2 if dtype == BF16 else 0
+            at = values + size * ((p - odd) * width + pair * d)
             prefetch(at + CHUNK * size * width)
-            v0, v1 = _vectors(at, at + size * other, dtype)
+            v0, v1 = _vectors(at, at + size * pair * other, dtype, odd)
             weight = weights + 4 * p
             a, b = repeat(weight), repeat(weight + 4 * CHUNK)
             a0, a1 = multiply_add(a, v0, a0), multiply_add(a, v1, a1)
@@ -289,8 +316,15 @@ def attend(cache, head, position, rows, heads_per_group, window, head_dim, scrat
             store(sums + 4 * query * width + at, splat(np.float32(0)))
     end = position + rows
     begin = max(0, position - window + 1) if window > 0 else 0
-    for first in range(begin // CHUNK * CHUNK, end, CHUNK):
-        keys = cache["keys"] + number * (head * capacity + first) * head_dim
+    tiled = TILES and dtype == BF16
+    if tiled:
+        attend_tiles(
+            cache["keys"] + 2 * head * capacity * key_rows(dtype, head_dim), cache["values"] + 2 * head * capacity * width,
+            begin // CHUNK * CHUNK, position, heads_per_group, window, head_dim, scratch, queries, sums, totals, maxima,
+            weights + 16 * CHUNK,
+        )  # fmt: skip
+    for first in range(begin // CHUNK * CHUNK, 0 if tiled else end, CHUNK):
+        keys = cache["keys"] + number * (head * capacity + first) * key_rows(dtype, head_dim)
         values = cache["values"] + number * (head * capacity + first) * width
         key_scales = cache["key_scales"] + 4 * (head * capacity + first)
         value_scales = cache["value_scales"] + 4 * (head * capacity + first)

@@ -46,7 +46,7 @@ from bitdistill.errors import UserError
 
 # name -> the features of the target that it needs, by LLVM's names
 FEATURE_SETS = {
-    "amx": {"amx-tile", "amx-int8", "avx512vbmi", "avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
+    "amx": {"amx-tile", "amx-int8", "amx-bf16", "avx512vbmi", "avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
     "avx512_vbmi": {"avx512vbmi", "avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
     "avx512_vnni": {"avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
     "avx_vnni": {"avxvnni", "avx2", "f16c", "fma"},

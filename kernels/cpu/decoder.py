@@ -123,8 +123,9 @@ class KVCache:
         lanes, width = attention.LANES, elementwise.padded(model.head_dim)
         self.padded_capacity = -(-capacity // attention.CHUNK) * attention.CHUNK
         heads = (len(model.layers), slots, model.num_key_value_heads)
-        self.keys = np.zeros((*heads, self.padded_capacity // lanes, model.head_dim, lanes), number)
-        self.values = np.zeros((*heads, self.padded_capacity, width), number)
+        pair, rows = (2, attention.key_rows(code, model.head_dim)) if dtype == "bf16" else (1, model.head_dim)
+        self.keys = _zeros((*heads, self.padded_capacity // lanes, rows // pair, lanes * pair), number)
+        self.values = _zeros((*heads, self.padded_capacity // pair, width * pair), number)
         scales = self.padded_capacity if dtype == "int8" else 0
         self.key_scales, self.value_scales = (np.zeros((*heads, scales), np.float32) for _ in range(2))
         arrays = (self.keys, self.values, self.key_scales, self.value_scales)
@@ -144,7 +145,8 @@ class KVCache:
         blocks = -(-length // attention.LANES)
         self.keys[:, target_slot, :, :blocks] = self.keys[:, source_slot, :, :blocks]
         for array in (self.values, self.key_scales, self.value_scales):
-            array[:, target_slot, :, :length] = array[:, source_slot, :, :length]
+            rows = -(-length * array.shape[3] // self.padded_capacity)
+            array[:, target_slot, :, :rows] = array[:, source_slot, :, :rows]
 
 
 class Decoder:
@@ -482,6 +484,14 @@ class Decoder:
 
 def _aligned(size: int, to: int = ALIGNMENT) -> int:
     return -(-size // to) * to
+
+
+def _zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Zeros that begin at a cache line, as rows of tiles should."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _check(fits: bool, field: str, expected: object, got: object, do: str = "") -> None:

@@ -125,6 +125,18 @@ def load_bf16(builder, address):
     return builder.bitcast(bits, _FLOATS)
 
 
+@native(
+    V(A, N),
+    lambda address, odd: (_py_array(address, 2 * LANES, np.uint16)[odd::2].astype(np.uint32) << 16).view(np.float32),
+)
+def load_bf16_half(builder, address, odd):
+    """Of 16 pairs of bf16 the first ones as floats, or the second ones where odd is 1."""
+    bits = _load(builder, address, _I32)
+    left = builder.mul(builder.sub(ir.Constant(_I32, 1), builder.trunc(odd, _I32)), ir.Constant(_I32, 16))
+    bits = builder.and_(builder.shl(bits, _splat(builder, left, True)), _ints(-65536))
+    return builder.bitcast(bits, _FLOATS)
+
+
 @native(V(A), lambda address: _py_array(address, LANES, np.int8).astype(np.float32))
 def load_int8(builder, address):
     """16 int8 as floats."""
@@ -162,6 +174,26 @@ def store_bf16(builder, address, value):
 def round_bf16(builder, value):
     """16 floats rounded to bf16 and back."""
     return builder.bitcast(builder.shl(builder.zext(_bf16(builder, value), _INTS), _ints(16)), _FLOATS)
+
+
+@native(V(V), lambda value: (value.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))
+def cut_to_bf16(builder, value):
+    """16 floats without their last 16 bits, so that each is a bf16: rounded toward zero."""
+    return builder.bitcast(builder.and_(builder.bitcast(value, _INTS), _ints(-65536)), _FLOATS)
+
+
+@native(types.int64(A, V), lambda address, value: _py_store(address, (value.view(np.uint32) >> 16).astype(np.uint16)))
+def store_cut_bf16(builder, address, value):
+    """Writes 16 floats as bf16, rounded toward zero. Returns 0."""
+    bits = builder.lshr(builder.bitcast(value, _INTS), _ints(16))
+    return _store(builder, address, builder.trunc(bits, ir.VectorType(_I16, LANES)))
+
+
+@native(V(V), lambda value: np.where(np.isfinite(value), np.float32(0), np.float32(np.nan)))
+def nan_where_not_finite(builder, value):
+    """NaN in the lanes of infinities and NaN, 0 in the others."""
+    finite = builder.fcmp_ordered("ord", builder.fmul(value, _constant(0)), _constant(0))
+    return builder.select(finite, _constant(0), _constant(np.nan))
 
 
 def _first(builder, count):

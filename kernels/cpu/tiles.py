@@ -224,6 +224,92 @@ def _multiply_1x4(instruction, dtype):
     return multiply
 
 
+# --- bf16 -------------------------------------------------------------------------------------------------------------
+# sums[m, n] += sum over k of a[m, k] * b[k, n]        16 x 16 float32, k over 32 bf16
+# b lies in pairs: b[2p, n] and b[2p + 1, n] are neighbors, 16 of these pairs are a row of 64 bytes. A float32 matrix a comes
+# in three PARTS whose sum it is (floats.cut_to_bf16), as a bf16 matrix each. One product adds, in this order and with one
+# rounding each (no subnormal numbers): fma over the even k, fma over the odd k, their sum, sums + that.
+
+
+def _py_multiply_bf16(tile, a, stride, b, b_stride):
+    sums = _thread.sums[tile].view(np.float32)
+    left = (_py_read(a, stride, len(sums), np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    right = (_py_read(b, b_stride, TILE_ROWS, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    halves = np.zeros((2, *sums.shape), np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for pair in range(TILE_ROWS):
+            for odd in range(2):
+                product = left[:, 2 * pair + odd, None] * right[None, pair, odd::2]  # exact
+                halves[odd] = (halves[odd] + product).astype(np.float32)
+        sums += halves[0] + halves[1]
+
+
+def _py_multiply_keys(parts, part_bytes, stride, keys, more_keys):
+    for side, place in enumerate((keys, more_keys)):
+        for part in (0, 1, 2) if side == 0 else (2, 1, 0):
+            tile = 2 * side + (part > 0)
+            _py_multiply_bf16(tile, parts + part * part_bytes, stride, place, _LINE)
+    return 0
+
+
+@native(types.int64(*[types.int64] * 5), _py_multiply_keys)
+def multiply_keys(builder, parts, part_bytes, stride, keys, more_keys):
+    """32 columns of three parts, `part_bytes` apart, with two tiles of pairs: of the first one, sums 0 get the first part's
+    products, sums 1 those of the others; sums 2 and 3 likewise of the second one. Returns 0."""
+    lines = [
+        "tileloadd ($0,$3,1), %tmm4",
+        "tileloadd ($4,$6,1), %tmm6",
+        "tdpbf16ps %tmm6, %tmm4, %tmm0",
+        "tileloadd ($1,$3,1), %tmm5",
+        "tdpbf16ps %tmm6, %tmm5, %tmm1",
+        "tileloadd ($2,$3,1), %tmm4",
+        "tdpbf16ps %tmm6, %tmm4, %tmm1",
+        "tileloadd ($5,$6,1), %tmm7",
+        "tdpbf16ps %tmm7, %tmm4, %tmm3",
+        "tdpbf16ps %tmm7, %tmm5, %tmm3",
+        "tileloadd ($0,$3,1), %tmm4",
+        "tdpbf16ps %tmm7, %tmm4, %tmm2",
+    ]
+    second = builder.add(parts, part_bytes)
+    third = builder.add(second, part_bytes)
+    line = ir.Constant(_I64, _LINE)
+    return _assembly(builder, lines, parts, second, third, stride, keys, more_keys, line)
+
+
+def _py_multiply_values(parts, part_bytes, stride, values, values_stride, more):
+    for tile in _SUMS:
+        place = values + min(tile, more) * _LINE
+        for part in (0, 1, 2) if tile % 2 == 0 else (2, 1, 0):
+            _py_multiply_bf16(tile, parts + part * part_bytes, stride, place, values_stride)
+    return 0
+
+
+@native(types.int64(*[types.int64] * 6), _py_multiply_values)
+def multiply_values(builder, parts, part_bytes, stride, values, values_stride, more):
+    """32 columns of three parts, `part_bytes` apart, with four tiles of pairs, a line apart; after the first one there are
+    only `more` of them, and the last one takes the place of those that are missing. Returns 0."""
+    lines = ["tileloadd ($0,$3,1), %tmm4", "tileloadd ($1,$3,1), %tmm5"]
+    for tile in _SUMS:
+        codes = _CODES[tile % 2]
+        lines.append(f"tileloadd (${5 + tile},$4,1), %tmm{codes}")
+        last = 2 if tile % 2 == 0 else 0  # of the parts: tmm5 holds the second one, tmm4 the first and the last in turn
+        lines += [
+            f"tdpbf16ps %tmm{codes}, %tmm4, %tmm{tile}",
+            f"tdpbf16ps %tmm{codes}, %tmm5, %tmm{tile}",
+            f"tileloadd (${last},$3,1), %tmm4",
+            f"tdpbf16ps %tmm{codes}, %tmm4, %tmm{tile}",
+        ]
+    second = builder.add(parts, part_bytes)
+    third = builder.add(second, part_bytes)
+    places = []
+    for tile in _SUMS:
+        number = ir.Constant(_I64, tile)
+        beyond = builder.icmp_signed(">", number, more)
+        step = builder.mul(builder.select(beyond, more, number), ir.Constant(_I64, _LINE))
+        places.append(builder.add(values, step))
+    return _assembly(builder, lines, parts, second, third, stride, values_stride, *places)
+
+
 multiply_2x2 = _multiply_2x2("tdpbsud", np.uint8)
 multiply_2x2_signed = _multiply_2x2("tdpbssd", np.int8)
 multiply_1x4 = _multiply_1x4("tdpbsud", np.uint8)
