@@ -25,17 +25,17 @@ from bitdistill.kernels.cpu.floats import (
     cut_to_bf16,
     exp,
     largest,
-    largest_magnitude,
     load,
     load_bf16_half,
     maximum,
-    maximum_magnitude,
     multiply,
+    multiply_add,
     nan_where_not_finite,
     splat,
     store,
     store_cut_bf16,
     subtract,
+    total,
 )
 from bitdistill.kernels.cpu.native import float32s, uint16s
 from bitdistill.kernels.cpu.tiles import (
@@ -109,11 +109,14 @@ def _soften(scores, first, low, high, maxima, totals, sums, width, weights):
 @jit
 def _all_finite(values, width):
     """Whether no number of a chunk of values is an infinity or NaN."""
-    peaks = splat(np.float32(0))
-    for at in range(0, 2 * CHUNK * width, ROW):
-        peaks = maximum_magnitude(peaks, load_bf16_half(values + at, 0))
-        peaks = maximum_magnitude(peaks, load_bf16_half(values + at, 1))
-    return largest_magnitude(peaks) < np.float32(np.inf)
+    zero = splat(np.float32(0))
+    a = b = c = d = zero
+    for at in range(
+        values, values + 2 * CHUNK * width, 2 * ROW
+    ):  # 0 x infinity is NaN; a pair is a float like its second
+        a, b = multiply_add(load(at), zero, a), multiply_add(load_bf16_half(at, 0), zero, b)
+        c, d = multiply_add(load(at + ROW), zero, c), multiply_add(load_bf16_half(at + ROW, 0), zero, d)
+    return total(add(add(a, b), add(c, d))) == np.float32(0)
 
 
 @jit
@@ -163,7 +166,8 @@ def attend_tiles(
         configure(piece)
         for first in range(begin, newest + 1, CHUNK):
             chunk_keys, chunk_values = keys + 2 * first * depth, values + 2 * first * width
-            if piece < TILE_ROWS:
+            ahead = piece < TILE_ROWS and first + CHUNK <= newest  # few queries wait for memory
+            if ahead:
                 for at in range(0, 2 * CHUNK * depth, 64):
                     prefetch(chunk_keys + 2 * CHUNK * depth + at)
             zero_sums()
@@ -174,7 +178,7 @@ def attend_tiles(
             store_sums_1(scores + _SCORES, 4 * CHUNK)
             store_sums_2(scores + ROW, 4 * CHUNK)
             store_sums_3(scores + _SCORES + ROW, 4 * CHUNK)
-            if piece < TILE_ROWS:
+            if ahead:
                 for at in range(0, 2 * CHUNK * width, 64):
                     prefetch(chunk_values + 2 * CHUNK * width + at)
             for each in range(piece):
