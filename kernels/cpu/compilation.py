@@ -3,7 +3,7 @@
 Instruction sets. `FEATURES` names how the vector operations of vector.py are done. It is chosen from what the target of
 Numba offers, the best first:
 
-    amx          as avx512_vbmi, and int8 products of tiles of 16 x 64 (tiles.py)  Sapphire Rapids and later
+    amx          as avx512_vbmi, and products of tiles, int8 and bf16 (tiles.py)   Sapphire Rapids and later
     avx512_vbmi  64-byte vectors, vpdpbusd, byte permutations of 128 entries      Ice Lake, Zen 4 and 5
     avx512_vnni  64-byte vectors, vpdpbusd                                        Cascade Lake
     avx_vnni     32-byte vectors, vpdpbusd                                        Alder Lake and later without AVX512
