@@ -16,7 +16,8 @@ gradient.
 
 It is one custom operator, so that torch.compile sees one node and not a graph break, and autocast cannot change what is
 inside. The work on rows is done by Triton kernels on a GPU (gpu/vocabulary_kl.py), by compiled ones on a CPU
-(cpu/vocabulary_rows.py), and by PyTorch elsewhere.
+(cpu/vocabulary_rows.py), and by PyTorch elsewhere. The products are PyTorch's, but for those in bf16 on a CPU with AMX
+(cpu/vocabulary_tiles.py).
 
 Cached words. Let K be the words whose teacher logits are cached, and r the log of the sum of exp(t / tau) over all others.
 For teacher and student alike, all other words together count as one further outcome:
@@ -53,7 +54,7 @@ class _Chosen:
 
 
 def use_compiled_rows(use: bool) -> None:
-    """Chooses for this process whether the compiled kernels work on rows of logits on a CPU, or the specification does.
+    """Chooses for this process whether the compiled kernels make and work on rows of logits on a CPU, or PyTorch does.
 
     Args:
         use: True by default. False where the kernels were found wrong on this machine, or are not wanted.
@@ -314,6 +315,44 @@ def _logit_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.de
     return room[:, :vocabulary]
 
 
+class _PlainProducts:
+    """The three products of a head with the logits of a chunk of rows: PyTorch's.
+
+    Args:
+        x, weight: hidden states (N, H) and head (V, H). dtype: of the products. at_once: rows of a chunk, at most.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, dtype: torch.dtype, at_once: int):
+        self.x, self.weight = x.to(dtype), weight.to(dtype)
+        self.room = _logit_rows(at_once, len(weight), dtype, x.device)
+
+    def logits(self, of: slice) -> Tensor:
+        """``z = x W^T`` of these rows, good until the next call; what is written over it is meant below."""
+        self.of = of
+        return torch.mm(self.x[of], self.weight.T, out=self.room[: of.stop - of.start])
+
+    def hidden_gradient(self, z: Tensor, dx: Tensor) -> None:
+        """``dx = z W``."""
+        if dx.dtype == z.dtype == torch.float32:
+            torch.mm(z, self.weight, out=dx)
+        else:
+            dx.copy_(_product(z, self.weight))
+
+    def add_weight_gradient_(self, dw: Tensor, z: Tensor, first: bool, factor: float) -> None:
+        """``dW = (0 if first else dW) + factor * z^T x``, fp32."""
+        _add_product_(dw, z, self.x[self.of], first, factor)
+
+
+def _products(x: Tensor, weight: Tensor, dtype: torch.dtype, at_once: int):
+    """The products of these operands: by tiles on a CPU with AMX, else PyTorch's."""
+    if x.device.type == "cpu" and _Chosen.compiled_rows:
+        from bitdistill.kernels.cpu import vocabulary_tiles
+
+        if vocabulary_tiles.serves(dtype):
+            return vocabulary_tiles.TileProducts(x, weight, at_once)
+    return _PlainProducts(x, weight, dtype, at_once)
+
+
 def _add_product_(total_VH: Tensor, gradient_CV: Tensor, x_CH: Tensor, first: bool, factor: float) -> None:
     """``total = (0 if first else total) + factor * gradient^T x`` in fp32, a slice of the vocabulary at a time."""
     words = max(1, SLICE_BYTES[x_CH.device.type] // (4 * x_CH.shape[1]))
@@ -393,29 +432,21 @@ def chunked_losses(
     dw = torch.zeros if N == 0 else torch.empty
     dw = dw(weight.shape if grad_weight else 0, dtype=torch.float32, device=device)
     with torch.autocast(device.type, enabled=False):
-        x_of, w = x.to(dtype), weight.to(dtype)
-        z_room = _logit_rows(at_once, V, dtype, device)
-        if teacher_x is not None:
-            teacher_x_of, teacher_w = teacher_x.to(teacher_dtype), teacher_weight.to(teacher_dtype)
-            t_room = _logit_rows(at_once, V, teacher_dtype, device)
+        of_student = _products(x, weight, dtype, at_once)
+        of_teacher = None if teacher_x is None else _products(teacher_x, teacher_weight, teacher_dtype, at_once)
         for begin in range(0, N, at_once):
             of = slice(begin, min(begin + at_once, N))
-            z = torch.mm(x_of[of], w.T, out=z_room[: of.stop - begin])
+            z = of_student.logits(of)
             if indices is not None:
                 ce_N, kl_N = top_k_rows_(rest_rows, z, indices[of], values[of], log_rest[of], targets[of], *weights)
             else:
-                t = None
-                if teacher_x is not None:
-                    t = torch.mm(teacher_x_of[of], teacher_w.T, out=t_room[: of.stop - begin])
+                t = None if of_teacher is None else of_teacher.logits(of)
                 ce_N, kl_N = dense_rows(z, t, targets[of], *weights)
             total += torch.stack([ce_N.sum(dtype=torch.float64), kl_N.sum(dtype=torch.float64)])
             if grad_x:
-                if dx.dtype == dtype == torch.float32:
-                    torch.mm(z, w, out=dx[of])
-                else:
-                    dx[of] = _product(z, w)
+                of_student.hidden_gradient(z, dx[of])
             if grad_weight:
-                _add_product_(dw, z, x_of[of], begin == 0, factor)
+                of_student.add_weight_gradient_(dw, z, begin == 0, factor)
         if grad_x and factor != 1.0:
             dx.mul_(factor)
     return total.float(), dx, dw.to(weight.dtype)

@@ -144,6 +144,20 @@ def _tiles_2x2(tokens, acts, stride, codes, steps, sums, sums_stride, signed):
 
 
 @jit
+def _tiles_bf16(tokens, acts, stride, pairs, steps, sums, sums_stride):
+    """`_tiles_2x2` of bf16."""
+    tiles.configure(tokens)
+    for step in range(steps):
+        at, here = acts + 64 * step, pairs + 1024 * step
+        tiles.multiply_2x2_bf16(at, at + 16 * stride, stride, here, here + 1024 * steps)
+    tiles.store_sums_0(sums, sums_stride)
+    tiles.store_sums_1(sums + 64, sums_stride)
+    tiles.store_sums_2(sums + 16 * sums_stride, sums_stride)
+    tiles.store_sums_3(sums + 16 * sums_stride + 64, sums_stride)
+    tiles.release()
+
+
+@jit
 def _tiles_1x4(tokens, acts, stride, codes, steps, sums, sums_stride, signed):
     """64 rows of codes; writes `sums`, twice, so that what is zeroed is seen to be."""
     tiles.configure(tokens)
@@ -280,6 +294,22 @@ def check_bf16_tiles(queries, steps, whole):
                 expected = bf16_product(expected, weights[part], values[:, at])
             np.testing.assert_array_equal(sums[:queries, at], expected)
         np.testing.assert_array_equal(sums[queries:], before[queries:])
+
+
+def check_bf16_pairs(tokens, steps):
+    """For 17 to 32 tokens, with numbers whose sums are exact."""
+    rng = np.random.default_rng(64 * tokens + steps)
+    acts, weight = (rng.integers(-9, 10, (rows, 32 * steps)).astype(np.float32) for rows in (tokens, 32))
+    halves = [(x.view(np.uint32) >> 16).astype(np.uint16) for x in (acts, weight)]
+    pairs = odd(np.ascontiguousarray(halves[1].reshape(2, 16, 16 * steps, 2).transpose(0, 2, 1, 3)).reshape(-1))
+    sums = np.full((tokens + 1, 35), 7, np.float32)
+    rows = odd(halves[0])
+    _tiles_bf16(
+        tokens, rows.ctypes.data, rows.strides[0], pairs.ctypes.data, steps, sums.ctypes.data, sums.strides[0]
+    )
+    np.testing.assert_array_equal(sums[:-1, :32], acts @ weight.T)
+    sums[:-1, :32] = 7
+    assert (sums == 7).all()
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -442,6 +472,7 @@ def run():
             check_tiles(tokens, 2, signed=tokens % 2 == 1)
         for queries in (1, 16):
             check_bf16_tiles(queries, 2, whole=True)
+        check_bf16_pairs(19, 3)
     check_planes(np.random.default_rng(2).standard_normal((2, 49)).astype(np.float32))
     check_products([(1, 1, 1), (33, 37, 5), (17, 1090, 1), (16, 260, 11), (50, 300, 18)])
     check_extremes(1290, 1)
@@ -502,7 +533,7 @@ def assembly():
         JITCodeLibrary._finalize_specific = lambda library: None
         CPUContext.get_executable = lambda context, library, *rest: library._ensure_finalized() or [].append
     found = {}
-    for kernel, arguments in (*KERNELS, *([(_tiles_2x2, 8)] if tiles.TILES else [])):
+    for kernel, arguments in (*KERNELS, *([(_tiles_2x2, 8), (_tiles_bf16, 7)] if tiles.TILES else [])):
         kernel.compile((int64,) * arguments)
         signature = kernel.signatures[0]
         text = for_arm(kernel.inspect_llvm(signature)) if foreign else kernel.inspect_asm(signature)

@@ -57,7 +57,7 @@ VNNI_512 = {
     "_multiply_int8": {"vpdpbusd zmm": 4},
     "_multiply_int4": {"vpdpbusd zmm": 16},
 }
-TILES = {"_tiles_2x2": {"tdpbsud": 4, "tdpbssd": 4, "tileloadd": 12, "ldtilecfg": 1}}
+TILES = {"_tiles_2x2": {"tdpbsud": 4, "tdpbssd": 4, "tileloadd": 12, "ldtilecfg": 1}, "_tiles_bf16": {"tdpbf16ps": 4}}
 EXPECTED = {
     "amx": ("sapphirerapids", AVX512 + ",+avx512vbmi,+amx-tile,+amx-int8,+amx-bf16", VNNI_512 | TILES),
     "avx512_vbmi": ("sapphirerapids", AVX512 + ",+avx512vbmi", VNNI_512),

@@ -16,6 +16,11 @@ def test_any_number_of_tokens(signed):
         cpu_checks.check_tiles(tokens, 3, signed)
 
 
+@pytest.mark.parametrize("tokens", range(17, 33))
+def test_bf16_of_two_tiles_by_two(tokens):
+    cpu_checks.check_bf16_pairs(tokens, 3)
+
+
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("tokens", [16, 32])
 def test_largest_sums_of_many_columns(tokens, signed):

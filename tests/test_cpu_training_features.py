@@ -70,7 +70,23 @@ def tiles():
         for planes in (1, 3):
             by_tiles, by_rows = (gradients._in_parts(*work, True, True, planes, tiled) for tiled in (True, False))
             assert all(torch.equal(a, b) for a, b in zip(by_tiles, by_rows, strict=True))
+    head, x, weight, dz = tile_head(9, 40, 70, generator)
+    z, dx, dw = head.logits(slice(0, 9)), torch.empty(9, 40), torch.empty(70, 40)
+    assert torch.equal(z, (x @ weight.T).bfloat16())
+    z.copy_(dz)
+    head.hidden_gradient(z, dx)
+    head.add_weight_gradient_(dw, z, True, 1.0)
+    assert torch.equal(dx, dz @ weight)
+    assert torch.equal(dw, dz.T @ x)
     print("exact")
+
+
+def tile_head(N, H, V, generator):
+    """The products of an LM head with small integers, and these: x, weight, gradient of the logits."""
+    from bitdistill.kernels.cpu.vocabulary_tiles import TileProducts
+
+    x, weight, dz = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((N, H), (V, H), (N, V)))
+    return TileProducts(x, weight, N), x, weight, dz
 
 
 def run():

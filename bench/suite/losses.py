@@ -124,3 +124,45 @@ class Head:
     @shown("LM head and its loss, memory against eager logits", "x eager")
     def track_peak_memory_ratio_to_eager(self, term, chunks):
         return memory_ratio(self.ours, self.eager)
+
+
+class HeadOfBf16Products:
+    """The LM head with cross-entropy as stage 2 of SmolLM2-135M has it: 1,016 hidden states of 576, 49,152 words, products in bf16.
+
+    Beside it the same with PyTorch's own products.
+    """
+
+    def setup(self):
+        import torch
+
+        with newer_than_some_commits():
+            from bitdistill.kernels.cpu import vocabulary_tiles
+            from bitdistill.kernels.vocabulary import linear_cross_entropy
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        rows, width, vocabulary = 1016, 576, 49_152
+        hidden, weight = torch.randn(rows, width), 0.05 * torch.randn(vocabulary, width)
+        hidden.requires_grad_(), weight.requires_grad_()
+        targets, serves = torch.randint(0, vocabulary, (rows,)), vocabulary_tiles.serves
+
+        def ours():
+            hidden.grad = weight.grad = None
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = linear_cross_entropy(hidden, weight, targets, ce_weight=1 / rows) / rows
+            loss.backward()
+
+        def plain():
+            vocabulary_tiles.serves = lambda dtype: False
+            ours()
+            vocabulary_tiles.serves = serves
+
+        self.ours, self.plain = ours, plain
+        ours()
+
+    @shown("LM head of SmolLM2-135M in bf16, forward and backward")
+    def time_forward_backward(self):
+        self.ours()
+
+    @shown("LM head of SmolLM2-135M in bf16, against PyTorch's own products", "x PyTorch")
+    def track_ratio_to_pytorch(self):
+        return ratio(self.ours, self.plain, rounds=5)

@@ -254,6 +254,31 @@ def _attention(kernels, device):
                 _near(name, a, b, 1e-5)
 
 
+def _head_products(kernels, device):
+    """Products of small integers, whose sums are exact."""
+    from bitdistill.kernels.cpu import vocabulary_tiles
+
+    generator = torch.Generator().manual_seed(0)
+    for N, H, V in ((5, 48, 70), (70, 580, 1033)):
+        x, weight, dz = (
+            torch.randint(-3, 4, shape, generator=generator).float() for shape in ((N, H), (V, H), (N, V))
+        )
+        if vocabulary_tiles.serves(torch.bfloat16):
+            products = vocabulary_tiles.TileProducts(x, weight, N)
+            z, dx, dw = products.logits(slice(0, N)), torch.empty(N, H), torch.empty(V, H)
+            _same("logits", z, (x @ weight.T).bfloat16())
+            z.copy_(dz)
+            products.hidden_gradient(z, dx)
+            products.add_weight_gradient_(dw, z, True, 0.5)
+            _same("dX", dx, dz @ weight)
+            _same("dW", dw, dz.T @ x / 2)
+
+
+def _vocabulary_and_head(kernels, device):
+    _vocabulary(kernels, device)
+    _head_products(kernels, device)
+
+
 def checks_of(device: torch.device) -> dict[str, Callable]:
     """What is checked on a device, by name: functions of (kernels, device) that raise AssertionError."""
     checks = {}
@@ -264,7 +289,7 @@ def checks_of(device: torch.device) -> dict[str, Callable]:
         checks = {f"product {method}": _product(method) for method in METHODS}
         checks |= {f"product {way}": _groups(way) for way in WAYS}
         checks["gradients by digits"] = _gradients_by_digits
-        checks |= {VOCABULARY: _vocabulary, ATTENTION: _attention}
+        checks |= {VOCABULARY: _vocabulary_and_head, ATTENTION: _attention}
     else:
         checks["scales of columns"] = _columns
     return checks | {

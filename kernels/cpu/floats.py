@@ -102,13 +102,17 @@ def store(builder, address, value):
     return _store(builder, address, value)
 
 
-@native(types.int64(A, V), _py_store)
-def stream(builder, address, value):
-    """Writes 16 floats past the caches, to an address that 64 divides; `end_streams` before others may read. Returns 0."""
-    place = builder.store(value, _at(builder, address, _FLOATS))
+def _stream(builder, address, value):
+    place = builder.store(value, _at(builder, address, value.type))
     place.align = 64
     place.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
     return ir.Constant(ir.IntType(64), 0)
+
+
+@native(types.int64(A, V), _py_store)
+def stream(builder, address, value):
+    """Writes 16 floats past the caches, to an address that 64 divides; `end_streams` before others may read. Returns 0."""
+    return _stream(builder, address, value)
 
 
 @native(types.int64(), lambda: 0)
@@ -168,6 +172,36 @@ def _bf16(builder, value):
 def store_bf16(builder, address, value):
     """Writes 16 floats as bf16, rounded half to even; NaN stays NaN. Returns 0."""
     return _store(builder, address, _bf16(builder, value))
+
+
+def _py_halves_at(address):
+    return _py_array(address, LANES, np.uint16).astype(np.uint32)
+
+
+def _py_store_pairs(address, a, b):
+    return _py_store(address, _py_bf16(a) | _py_bf16(b).astype(np.uint32) << 16)
+
+
+@native(types.int64(A, V, V), _py_store_pairs)
+def store_pairs(builder, address, a, b):
+    """Writes 16 pairs of bf16, of a and b in turn, rounded half to even; NaN stays NaN. Returns 0."""
+    low, high = (builder.zext(_bf16(builder, value), _INTS) for value in (a, b))
+    return _store(builder, address, builder.or_(low, builder.shl(high, _ints(16))))
+
+
+@native(types.int64(A, A, A), lambda address, a, b: _py_store(address, _py_halves_at(a) | _py_halves_at(b) << 16))
+def copy_pairs(builder, address, a, b):
+    """Writes 16 pairs of bf16, which stand at the addresses a and b. Returns 0."""
+    low, high = (builder.zext(_load(builder, at, _I16), _INTS) for at in (a, b))
+    return _store(builder, address, builder.or_(low, builder.shl(high, _ints(16))))
+
+
+@native(types.int64(A, V, V), lambda address, a, b: _py_store(address, _py_bf16(a)) + _py_store(address + 32, _py_bf16(b)))
+def stream_bf16(builder, address, a, b):
+    """Writes 32 floats, 16 of a and 16 of b, as bf16 past the caches; otherwise as `stream`. Returns 0."""
+    lanes = ir.Constant(ir.VectorType(_I32, 2 * LANES), list(range(2 * LANES)))
+    value = builder.shuffle_vector(_bf16(builder, a), _bf16(builder, b), lanes)
+    return _stream(builder, address, value)
 
 
 @native(V(V), lambda value: (_py_bf16(value).astype(np.uint32) << 16).view(np.float32))

@@ -14,7 +14,8 @@ The registers are fixed, so that an operation names no register:
 Four tiles of sums are what hides the latency of a product, which is three times what it occupies the multiplier. `configure`
 sets the number of tokens, from 1 to 32: memory of rows that are not there is not touched.
 
-Codes are unsigned bytes (u = code + 1), or int8 in the operations named `_signed`. Sums wrap at 32 bits. Between `configure`
+Codes are unsigned bytes (u = code + 1), or int8 in the operations named `_signed`. Sums wrap at 32 bits. In the operation named `_bf16`
+a tile is of 32 bf16 columns, those of the weight in pairs, and the sums are float32. Between `configure`
 and `release` a thread owns tiles; without `release` every later switch of threads would save 8 KB. Where TILES is false,
 only the numpy functions beside the instructions exist. All addresses are int64, and no alignment is needed.
 """
@@ -101,6 +102,8 @@ def _py_read(address, stride, rows, dtype):
 def _py_multiply(tile, acts, stride, codes, dtype):
     """Adds one product to a tile of sums."""
     sums = _thread.sums[tile]
+    if dtype == np.uint16:
+        return _py_multiply_bf16(tile, acts, stride, codes, _LINE)
     left = _py_read(acts, stride, len(sums), np.int8).astype(np.int32)
     right = _py_read(codes, _LINE, TILE_BLOCKS, dtype).reshape(TILE_BLOCKS, TILE_ROWS, 4)
     sums += left @ right.transpose(0, 2, 1).reshape(TILE_COLUMNS, TILE_ROWS).astype(np.int32)
@@ -310,6 +313,7 @@ def multiply_values(builder, parts, part_bytes, stride, values, values_stride, m
     return _assembly(builder, lines, parts, second, third, stride, values_stride, *places)
 
 
+multiply_2x2_bf16 = _multiply_2x2("tdpbf16ps", np.uint16)
 multiply_2x2 = _multiply_2x2("tdpbsud", np.uint8)
 multiply_2x2_signed = _multiply_2x2("tdpbssd", np.int8)
 multiply_1x4 = _multiply_1x4("tdpbsud", np.uint8)
