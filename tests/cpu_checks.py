@@ -304,9 +304,7 @@ def check_bf16_pairs(tokens, steps):
     pairs = odd(np.ascontiguousarray(halves[1].reshape(2, 16, 16 * steps, 2).transpose(0, 2, 1, 3)).reshape(-1))
     sums = np.full((tokens + 1, 35), 7, np.float32)
     rows = odd(halves[0])
-    _tiles_bf16(
-        tokens, rows.ctypes.data, rows.strides[0], pairs.ctypes.data, steps, sums.ctypes.data, sums.strides[0]
-    )
+    _tiles_bf16(tokens, rows.ctypes.data, rows.strides[0], pairs.ctypes.data, steps, sums.ctypes.data, sums.strides[0])
     np.testing.assert_array_equal(sums[:-1, :32], acts @ weight.T)
     sums[:-1, :32] = 7
     assert (sums == 7).all()

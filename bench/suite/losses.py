@@ -127,9 +127,9 @@ class Head:
 
 
 class HeadOfBf16Products:
-    """The LM head with cross-entropy as stage 2 of SmolLM2-135M has it: 1,016 hidden states of 576, 49,152 words, products in bf16.
+    """The LM head with cross-entropy of a step of SmolLM2-135M: 1,016 hidden states of 576, 49,152 words.
 
-    Beside it the same with PyTorch's own products.
+    All products are in bf16. Beside it the same with PyTorch's own products.
     """
 
     def setup(self):

@@ -260,9 +260,7 @@ def _head_products(kernels, device):
 
     generator = torch.Generator().manual_seed(0)
     for N, H, V in ((5, 48, 70), (70, 580, 1033)):
-        x, weight, dz = (
-            torch.randint(-3, 4, shape, generator=generator).float() for shape in ((N, H), (V, H), (N, V))
-        )
+        x, weight, dz = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((N, H), (V, H), (N, V)))
         if vocabulary_tiles.serves(torch.bfloat16):
             products = vocabulary_tiles.TileProducts(x, weight, N)
             z, dx, dw = products.logits(slice(0, N)), torch.empty(N, H), torch.empty(V, H)

@@ -196,7 +196,9 @@ def copy_pairs(builder, address, a, b):
     return _store(builder, address, builder.or_(low, builder.shl(high, _ints(16))))
 
 
-@native(types.int64(A, V, V), lambda address, a, b: _py_store(address, _py_bf16(a)) + _py_store(address + 32, _py_bf16(b)))
+@native(
+    types.int64(A, V, V), lambda address, a, b: _py_store(address, _py_bf16(a)) + _py_store(address + 32, _py_bf16(b))
+)
 def stream_bf16(builder, address, a, b):
     """Writes 32 floats, 16 of a and 16 of b, as bf16 past the caches; otherwise as `stream`. Returns 0."""
     lanes = ir.Constant(ir.VectorType(_I32, 2 * LANES), list(range(2 * LANES)))

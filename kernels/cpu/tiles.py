@@ -14,8 +14,8 @@ The registers are fixed, so that an operation names no register:
 Four tiles of sums are what hides the latency of a product, which is three times what it occupies the multiplier. `configure`
 sets the number of tokens, from 1 to 32: memory of rows that are not there is not touched.
 
-Codes are unsigned bytes (u = code + 1), or int8 in the operations named `_signed`. Sums wrap at 32 bits. In the operation named `_bf16`
-a tile is of 32 bf16 columns, those of the weight in pairs, and the sums are float32. Between `configure`
+Codes are unsigned bytes (u = code + 1), or int8 in the operations named `_signed`. Sums wrap at 32 bits. In the
+operation named `_bf16` a tile is of 32 bf16 columns, those of the weight in pairs, and the sums are float32. Between `configure`
 and `release` a thread owns tiles; without `release` every later switch of threads would save 8 KB. Where TILES is false,
 only the numpy functions beside the instructions exist. All addresses are int64, and no alignment is needed.
 """

@@ -11,8 +11,8 @@ Two rows of tiles and two columns of tiles are multiplied at a time over DEPTH s
 then stays in the first-level cache, which decides the speed: twice the depth is a third slower, four times the depth half as
 fast. dW is written once, past the caches, after the sum over all tokens.
 
-Everything is padded to multiples of 32 with zeros: tokens, words and hidden units alike. dx is summed in SLICES parts of the vocabulary, which
-do not depend on the number of threads.
+Everything is padded to multiples of 32 with zeros: tokens, words and hidden units alike. dx is summed in SLICES parts
+of the vocabulary, which do not depend on the number of threads.
 
 Addresses are int64, strides in bytes. Shape suffixes: N rows, H hidden, V vocabulary.
 """
@@ -57,9 +57,13 @@ from bitdistill.kernels.cpu.tiles import (
 PAIR = 32  # rows of two tiles, columns of two tiles, and summed columns of one
 TILE_BYTES, LINE = 1024, 64
 DEPTH = 9  # tiles that are summed at a time
-LOGIT_WORDS, HIDDEN_WORDS, WEIGHT_WORDS = 256, 256, 128  # of a block, with whose operands a product fills the second-level cache
-TOKENS = 512  # whose dx stays there
-SLICES = 16
+LOGIT_WORDS, HIDDEN_WORDS, WEIGHT_WORDS = (
+    256,
+    512,
+    128,
+)  # of a block, with whose operands a product fills the second-level cache
+TOKENS = 1024  # of a part of dx
+SLICES = 8
 
 
 @jit
@@ -110,7 +114,7 @@ def _add_products(left, left_step, left_stride, left_more, right, depth, pairs, 
     """``sums = (0 if fresh else sums) + left @ right`` of 32 rows and `pairs` times 32 columns, over `depth` tiles.
 
     Args:
-        left: address of the tiles of the first 16 rows; each `left_step` bytes after the one before, with rows `left_stride` apart.
+        left: address of the tiles of the first 16 rows, one each `left_step` bytes, with rows `left_stride` apart.
         left_more: bytes from those to the tiles of the other 16 rows.
         right: address of (pairs, 2, depth) tiles.
         sums: address of float32 rows, `stride` bytes apart.
@@ -186,7 +190,8 @@ def hidden_parts(first, last, z, z_stride, tokens, blocks, weight, weight_stride
     Args:
         first, last: parts, the blocks of tokens of a slice of words one after the other.
         z: address of bf16 rows, zeros beyond the last word. z_stride: of these. tokens: of all, a multiple of 32.
-        blocks: of tokens. weight, weight_stride, half, words, hidden: as in `logit_words`. slice_words: a multiple of HIDDEN_WORDS.
+        blocks: of tokens. weight, weight_stride, half, words, hidden: as in `logit_words`.
+        slice_words: a multiple of HIDDEN_WORDS.
         dx: address of float32 (slices, tokens, hidden rounded up to a multiple of 32).
     """
     pairs, size = (hidden + PAIR - 1) // PAIR, 2 if half else 4
@@ -200,7 +205,10 @@ def hidden_parts(first, last, z, z_stride, tokens, blocks, weight, weight_stride
             for tile in range(depth):
                 word = begin + PAIR * tile
                 for group in range(2 * pairs):
-                    source, target = weight + word * weight_stride + size * LANES * group, TILE_BYTES * (group * depth + tile)
+                    source, target = (
+                        weight + word * weight_stride + size * LANES * group,
+                        TILE_BYTES * (group * depth + tile),
+                    )
                     _lay_pairs(source, weight_stride, half, words - word, hidden - LANES * group, right + target)
             for token in range(block * TOKENS, min(tokens, (block + 1) * TOKENS), PAIR):
                 left, sums = z + token * z_stride + 2 * begin, dx + (piece * tokens + token) * stride
