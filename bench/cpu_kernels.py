@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from bitdistill.kernels import packing as layout
 from bitdistill.kernels.cpu import activations, matmul, unpacking
-from bitdistill.kernels.cpu.compilation import FEATURES, jit
+from bitdistill.kernels.cpu.compilation import jit
+from bitdistill.kernels.cpu.instructions import FEATURES
 from measure import Bandwidth, cores, machine, summary, table, write_json
 
 COLD_BYTES = 256 * 2**20

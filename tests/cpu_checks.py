@@ -13,7 +13,7 @@ import numpy as np
 from numba import int64
 
 from bitdistill.kernels import packing
-from bitdistill.kernels.cpu import activations, compilation, floats, grouped, matmul, tables, tiles, unpacking, vector
+from bitdistill.kernels.cpu import activations, floats, grouped, instructions, matmul, tables, tiles, unpacking, vector
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.numerics import EPSILON
 
@@ -503,7 +503,7 @@ KERNELS = (
 )
 
 
-def instructions(text):
+def counted(text):
     """Counts of 'mnemonic register-class' in x86 or aarch64 assembly."""
     counts = {}
     for line in text.splitlines():
@@ -526,7 +526,7 @@ def assembly():
         for value in vars(module).values() if name.startswith(("bitdistill.kernels.cpu.", "__main__")) else ():
             if isinstance(value, Dispatcher):
                 value._cache = NullCache()  # what comes from the cache cannot be inspected
-    foreign = compilation.FEATURES == "neon_dot" and platform.machine() not in ("aarch64", "arm64")
+    foreign = instructions.FEATURES == "neon_dot" and platform.machine() not in ("aarch64", "arm64")
     if foreign:  # no machine code for this processor, and some built-in function in its place
         JITCodeLibrary._finalize_specific = lambda library: None
         CPUContext.get_executable = lambda context, library, *rest: library._ensure_finalized() or [].append
@@ -535,8 +535,8 @@ def assembly():
         kernel.compile((int64,) * arguments)
         signature = kernel.signatures[0]
         text = for_arm(kernel.inspect_llvm(signature)) if foreign else kernel.inspect_asm(signature)
-        found[kernel.py_func.__name__] = instructions(text)
-    print(json.dumps({"features": compilation.FEATURES, "instructions": found}))
+        found[kernel.py_func.__name__] = counted(text)
+    print(json.dumps({"features": instructions.FEATURES, "instructions": found}))
 
 
 def for_arm(text):

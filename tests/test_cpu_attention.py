@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitdistill.kernels.cpu import attention, elementwise, floats
+from bitdistill.kernels.cpu import attention, elementwise, floats, records
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.decoder import CACHE_DTYPES
 from bitdistill.kernels.cpu.native import float32s
@@ -221,7 +221,7 @@ def test_gated_activation(name):
         np.testing.assert_allclose(act, torch.nn.functional.gelu(x, approximate="tanh"), atol=1e-14)
     want = act.numpy() * up
     ours, ups = padded(gate), padded(up)
-    activation = {"silu": elementwise.SILU, "gelu_pytorch_tanh": elementwise.GELU_TANH}[name]
+    activation = {"silu": records.SILU, "gelu_pytorch_tanh": records.GELU_TANH}[name]
     elementwise.gated_activation(ours.ctypes.data, ups.ctypes.data, activation, len(ours))
     # the relative error of e^-x is that of x's rounding, |x| 2^-24
     np.testing.assert_allclose(ours[: len(gate)], want, rtol=8e-6, atol=1e-30)

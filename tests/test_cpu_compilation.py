@@ -10,18 +10,18 @@ import numba
 import numpy as np
 import pytest
 
-from bitdistill.kernels.cpu import compilation
+from bitdistill.kernels.cpu import compilation, instructions
 from bitdistill.kernels.cpu.native import float32s, keep
 
 # A kernel of its own: `watch_compilation` must see it being compiled, or not.
 SCRIPT = """
 import sys, warnings
-from bitdistill.kernels.cpu import compilation
+from bitdistill.kernels.cpu import compilation, instructions
 from bitdistill.kernels.cpu.activations import record_bytes
-warm, names = any(compilation.cache_folder().rglob("*.nbc")), []
+warm, names = any(instructions.cache_folder().rglob("*.nbc")), []
 with compilation.watch_compilation(names.append):
     assert record_bytes(100) == 64 + 128 + 64 + 64
-print(warm, "record_bytes" in names, compilation.cache_folder())
+print(warm, "record_bytes" in names, instructions.cache_folder())
 """
 
 
@@ -51,8 +51,8 @@ def test_second_process_finds_what_the_first_compiled(tmp_path):
     warm, compiled, again, err = result(start(XDG_CACHE_HOME=str(tmp_path)))
     assert (warm, compiled, again) == (True, False, folder)
     assert not err
-    forced = "avx2" if compilation.FEATURES == "portable" else "portable"
-    if forced == "portable" or compilation.FEATURE_SETS["avx2"] <= compilation.CPU_FEATURES:
+    forced = "avx2" if instructions.FEATURES == "portable" else "portable"
+    if forced == "portable" or instructions.FEATURE_SETS["avx2"] <= instructions.CPU_FEATURES:
         warm, compiled, other, _ = result(start(XDG_CACHE_HOME=str(tmp_path), BITDISTILL_CPU_FEATURES=forced))
         assert (warm, compiled) == (False, True)
         assert other != folder
@@ -85,19 +85,19 @@ def test_a_home_that_cannot_be_written_to_is_said_and_replaced(tmp_path):
 
 
 def test_key_follows_sources_versions_and_target(monkeypatch):
-    key = compilation.cache_key()
-    assert compilation.cache_key() == key
+    key = instructions.cache_key()
+    assert instructions.cache_key() == key
     for module, name, value in (
-        (compilation, "FEATURES", "other"),
-        (compilation, "CPU_NAME", "other"),
-        (compilation, "CPU_FEATURES", frozenset({"other"})),
-        (numba, "__version__", "other"),
+        (instructions, "FEATURES", "other"),
+        (instructions, "CPU_NAME", "other"),
+        (instructions, "CPU_FEATURES", frozenset({"other"})),
+        (instructions.importlib.metadata, "version", lambda name: "other"),
         (Path, "read_bytes", lambda path: b"other"),
     ):
         with monkeypatch.context() as changed:
             changed.setattr(module, name, value)
-            assert compilation.cache_key() != key, name
-    assert compilation.cache_key() == key
+            assert instructions.cache_key() != key, name
+    assert instructions.cache_key() == key
 
 
 def test_numba_of_others_is_left_alone():
@@ -106,7 +106,7 @@ def test_numba_of_others_is_left_alone():
     assert kernel(1) == 2
     assert before == numba.config.CACHE_DIR
     other = numba.njit(cache=True)(result)
-    assert not Path(other.stats.cache_path).is_relative_to(compilation.cache_folder())
+    assert not Path(other.stats.cache_path).is_relative_to(instructions.cache_folder())
 
 
 def test_division_is_ieee_and_bounds_are_not_checked():

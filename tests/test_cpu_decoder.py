@@ -218,25 +218,6 @@ def test_nothing_compiled_gives_the_same(tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), want, atol=1e-4 * want.std())
 
 
-def test_a_second_process_compiles_nothing():
-    logits(random_model(), [1])
-    script = (
-        "import decoder_models as d, test_cpu_decoder as t\n"
-        "from bitdistill.kernels.cpu.compilation import watch_compilation\n"
-        "with watch_compilation(print):\n"
-        "    t.logits(d.random_model(), [1, 2], 2)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    assert result.stdout == ""
-
-
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bitdistill.kernels.cpu import compilation
-from bitdistill.kernels.cpu.compilation import FEATURE_SETS, FEATURES, choose_features
+from bitdistill.kernels.cpu import instructions
+from bitdistill.kernels.cpu.instructions import FEATURE_SETS, FEATURES, choose_features
 
 CHECKS = Path(__file__).with_name("cpu_checks.py")
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -107,8 +107,8 @@ def test_compiles_to_the_instructions_it_is_written_for(features):
     result = json.loads(process("assembly", NUMBA_CPU_FEATURES=offered, **environment).splitlines()[-1])
     assert result["features"] == features
     found = result["instructions"]
-    for kernel, instructions in expected.items():
-        for instruction, count in instructions.items():
+    for kernel, counts in expected.items():
+        for instruction, count in counts.items():
             assert found[kernel].get(instruction, 0) >= count, (kernel, instruction, found[kernel])
     for kernel in ("_multiply_2bit", "_multiply_base3", "_multiply_int8", "_multiply_int4"):
         assert found[kernel].get("prefetcht0", 0) + found[kernel].get("prfm", 0) >= 1
@@ -136,25 +136,25 @@ def test_choice():
 def test_tiles_are_offered_only_where_the_system_grants_them(monkeypatch):
     features = "+amx-tile,+amx-int8,+avx512vnni,-amx-bf16"
     monkeypatch.setattr(
-        compilation.llvmlite.binding, "get_host_cpu_features", lambda: SimpleNamespace(flatten=lambda: features)
+        instructions.llvmlite.binding, "get_host_cpu_features", lambda: SimpleNamespace(flatten=lambda: features)
     )
-    monkeypatch.setattr(compilation.numba.config, "CPU_FEATURES", None)
+    monkeypatch.setattr(instructions, "NAMED_FEATURES", None)
     for granted, expected in ((True, {"amx-tile", "amx-int8", "avx512vnni"}), (False, {"avx512vnni"})):
-        monkeypatch.setattr(compilation, "may_use_tiles", lambda granted=granted: granted)
-        assert compilation.target()[1] == expected
-    monkeypatch.setattr(compilation.numba.config, "CPU_FEATURES", features)  # named, so trusted
-    assert "amx-tile" in compilation.target()[1]
+        monkeypatch.setattr(instructions, "may_use_tiles", lambda granted=granted: granted)
+        assert instructions.target()[1] == expected
+    monkeypatch.setattr(instructions, "NAMED_FEATURES", features)  # named, so trusted
+    assert "amx-tile" in instructions.target()[1]
 
 
 def test_asking_for_tiles_never_fails(monkeypatch):
-    answer = compilation.may_use_tiles.__wrapped__()
+    answer = instructions.may_use_tiles.__wrapped__()
     assert answer in (True, False)
     if FEATURES == "amx":
         assert answer
     for system, machine in (("linux", "aarch64"), ("darwin", "x86_64"), ("win32", "AMD64")):
-        monkeypatch.setattr(compilation.sys, "platform", system)
-        monkeypatch.setattr(compilation.platform, "machine", lambda machine=machine: machine)
-        assert not compilation.may_use_tiles.__wrapped__()
+        monkeypatch.setattr(instructions.sys, "platform", system)
+        monkeypatch.setattr(instructions.platform, "machine", lambda machine=machine: machine)
+        assert not instructions.may_use_tiles.__wrapped__()
 
 
 def test_refused_choices():

@@ -12,7 +12,8 @@ import pytest
 
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.native import int64s
-from bitdistill.kernels.cpu.threads import Pool, barrier, begin_call, end_call, nanoseconds, next_ticket
+from bitdistill.kernels.cpu.pool import Pool
+from bitdistill.kernels.cpu.threads import barrier, begin_call, end_call, nanoseconds, next_ticket
 
 ROUNDS, UNITS = 50, 20
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from bitdistill.kernels.cpu.compilation import CPU_FEATURES, FEATURE_SETS
+from bitdistill.kernels.cpu.instructions import CPU_FEATURES, FEATURE_SETS
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 ONEDNN = ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_AMX"]
@@ -93,7 +93,7 @@ def run():
     """All kernels on small shapes, both products, both backward passes."""
     from bitdistill.kernels import reference
     from bitdistill.kernels.cpu import bit_linear, training_products
-    from bitdistill.kernels.cpu.compilation import FEATURES
+    from bitdistill.kernels.cpu.instructions import FEATURES
     from bitdistill.student import self_check
 
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)

@@ -33,7 +33,9 @@ PARTS = (
     "memory",
     "disk",
     "text",
-)  # of a tokenizer, a request, the machine
+    "numba.config",
+    "sys.executable",
+)  # of a tokenizer, a request, the machine, Python
 FILES = r"(.*/)?[\w.*-]+\.(json|jsonl|yaml|safetensors|gguf|model|jinja)"
 VARIABLES = r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|SLURM_LOCALID)"
 VERBS = "correct|fix|check|mend|repair|see|change|clear|convert|add|remove|lower|raise|choose"
@@ -56,7 +58,7 @@ FAR = {
     "write.py: name": "a tensor",
     "limits.py: name": "the settings, walked",
     "text_files.py: field": "the setting or option that the file was given as",
-    "compilation.py: VARIABLE": "a variable of the environment",
+    "instructions.py: VARIABLE": "a variable of the environment",
 }
 EMPTY = re.compile(rf"^({VERBS})( (it|them|this|that))?\.$", re.IGNORECASE)
 

@@ -201,10 +201,10 @@ from bitdistill import surroundings
 surroundings.prepare()
 import getpass, json, warnings
 warnings.simplefilter("always")
-from bitdistill.kernels.cpu import compilation
+from bitdistill.kernels.cpu import instructions
 names = ("HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR", "HF_HUB_DISABLE_TELEMETRY")
 print(json.dumps({name: os.environ.get(name) for name in names} | {
-    "user": getpass.getuser(), "kernels": str(compilation.cache_folder()), "home": os.path.expanduser("~")}))
+    "user": getpass.getuser(), "kernels": str(instructions.cache_folder()), "home": os.path.expanduser("~")}))
 """
 PERSONAL = (
     "HOME",

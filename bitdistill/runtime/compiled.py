@@ -2,10 +2,7 @@
 
 import numpy as np
 
-from bitdistill.kernels.cpu.activations import quantize_activations
 from bitdistill.kernels.cpu.decoder import Layer, Model, Projection, Table
-from bitdistill.kernels.cpu.grouped import blocked_product, grouped_product
-from bitdistill.kernels.cpu.matmul import ternary_accumulate
 from bitdistill.runtime.decoder_parts import layer_norms, model_numbers
 from bitdistill.runtime.packed_file import PackedModel
 
@@ -64,6 +61,10 @@ def compiled_product(packed: PackedModel, name: str, x: np.ndarray) -> np.ndarra
 
     Numerics: bit for bit `reference.bit_linear` on a CPU.
     """
+    from bitdistill.kernels.cpu.activations import quantize_activations
+    from bitdistill.kernels.cpu.grouped import blocked_product, grouped_product
+    from bitdistill.kernels.cpu.matmul import ternary_accumulate
+
     linear, columns = packed.config.linears[name], packed.config.scale_columns(packed.config.linears[name])
     if linear.input_scale:
         x = x / packed.tensors[f"{name}.input_scale"]

@@ -9,7 +9,6 @@ alone or together with others.
 The file is used from its memory map; nothing is unpacked or copied (`resident_bytes` counts what is held besides it).
 """
 
-import contextlib
 import itertools
 import sys
 import time
@@ -21,7 +20,7 @@ import numpy as np
 
 from bitdistill.cpus import available_cpus
 from bitdistill.errors import UserError
-from bitdistill.kernels.cpu.compilation import watch_compilation
+from bitdistill.kernels.cpu import library
 from bitdistill.kernels.cpu.decoder import Decoder, KVCache
 from bitdistill.names import KV_CACHES
 from bitdistill.runtime.base import cache_capacity, check_new_tokens, stop_strings
@@ -106,9 +105,9 @@ class Runtime(Predictor):
         self.kv_cache = kv_cache
         self.threads = threads or available_cpus()
         self.file_bytes = self.model.file_bytes
+        library.load(_say_compiling)
         self._decoder_model = decoder_model(self.model)
         self._decoder = Decoder(self._decoder_model, self.threads)
-        self._compiled = False
         self._logits = np.empty((0, self.model.config.vocab_size), np.float32)
         self._slots: Slots | None = None
         self.stats = Stats()
@@ -219,16 +218,13 @@ class Runtime(Predictor):
 
     def _forward(self, ids, slots, positions, cache: KVCache, wanted: list[int] | None, fresh: bool = False):
         """`Decoder.forward`, into memory that the next call overwrites unless it is to be `fresh`: 600 KB for every token
-        would cost their page faults. The first call says so when it has to be compiled."""
+        would cost their page faults."""
         rows, out = len(ids) if wanted is None else len(wanted), None
         if not fresh:
             if len(self._logits) < rows:
                 self._logits = np.empty((rows, self.model.config.vocab_size), np.float32)
             out = self._logits[:rows]
-        with contextlib.nullcontext() if self._compiled else watch_compilation(_say_compiling):
-            logits = self._decoder.forward(ids, slots, positions, cache, wanted, out=out)
-        self._compiled = True
-        return logits
+        return self._decoder.forward(ids, slots, positions, cache, wanted, out=out)
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -379,11 +375,6 @@ def _check_slots(slots: int) -> None:
         raise UserError("slots", expected=f"1 to {MAX_SLOTS}", got=str(slots), do="Give a number in this range.")
 
 
-def _say_compiling(_name: str) -> None:
-    """Once a process; some seconds of silence would look like a hang."""
-    if not _say_compiling.said:
-        print("bitdistill: compiles its CPU kernels, once on this machine ...", file=sys.stderr, flush=True)
-    _say_compiling.said = True
-
-
-_say_compiling.said = False
+def _say_compiling() -> None:
+    """Some seconds of silence would look like a hang."""
+    print("bitdistill: compiles its CPU kernels, once on this machine ...", file=sys.stderr, flush=True)

@@ -350,14 +350,14 @@ def _end_of(command: list[str]) -> tuple[str, str, str]:
 
 
 def _file() -> Path:
-    from bitdistill.kernels.cpu.compilation import cache_folder
+    from bitdistill.kernels.cpu.instructions import cache_folder
 
     return cache_folder().parent / "self_check.json"
 
 
 def machine(device: torch.device) -> str:
     """Hash of all that the answers depend on."""
-    from bitdistill.kernels.cpu.compilation import CPU_FEATURES, CPU_NAME
+    from bitdistill.kernels.cpu.instructions import CPU_FEATURES, CPU_NAME
 
     known = [sys.version, platform.platform(), CPU_NAME, sorted(CPU_FEATURES)]
     for library in LIBRARIES:

@@ -48,12 +48,12 @@ from bitdistill.kernels.cpu.floats import (
     total,
 )
 from bitdistill.kernels.cpu.native import float32s, int8s, uint16s
+from bitdistill.kernels.cpu.records import BF16, FP32, INT8
 from bitdistill.kernels.cpu.tile_attention import CHUNK, attend_tiles, tile_scratch_floats
 from bitdistill.kernels.cpu.tiles import TILES
 from bitdistill.kernels.cpu.vector import AVX512, prefetch
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON
 
-FP32, BF16, INT8 = range(3)
 BYTES = (4, 2, 1)  # of a cached number
 TILE_QUERIES = 16  # rows of a tile x query heads of a key/value head, but at least one row
 _NONE_YET = np.float32(-3e38)  # the running maximum before any score: e^(-inf - it) is 0, not NaN

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bitdistill.kernels.cpu.compilation import cache_folder
+from bitdistill.kernels.cpu.instructions import cache_folder
 
 if os.name == "posix":  # without it, two processes that choose at the same moment may lose one choice
     import fcntl

@@ -1,148 +1,29 @@
-"""How the CPU kernels are compiled: for which instructions, and where the machine code is kept.
+"""How Numba compiles the CPU kernels, and how it keeps what Python calls.
 
-Instruction sets. `FEATURES` names how the vector operations of vector.py are done. It is chosen from what the target of
-Numba offers, the best first:
-
-    amx          as avx512_vbmi, and products of tiles, int8 and bf16 (tiles.py)   Sapphire Rapids and later
-    avx512_vbmi  64-byte vectors, vpdpbusd, byte permutations of 128 entries      Ice Lake, Zen 4 and 5
-    avx512_vnni  64-byte vectors, vpdpbusd                                        Cascade Lake
-    avx_vnni     32-byte vectors, vpdpbusd                                        Alder Lake and later without AVX512
-    avx2         32-byte vectors, vpmaddubsw                                      Haswell, Zen 1 to 3
-    neon_dot     16-byte vectors, sdot                                            Arm v8.2 and later, Apple
-    portable     whatever LLVM makes of plain vector code                         the rest
-
-The environment variable BITDISTILL_CPU_FEATURES chooses another. Integer results are the same for all of them.
-
-Linux gives tiles only to a process that asks for them, because their state makes the frame of a signal 8 KB larger. So this
-module asks when it is imported; where the answer is no, the processor counts as one without AMX. Forked processes inherit
-the answer, and started ones ask again.
-
-The cache on disk. Numba notices when a function's own file changes, but not when the files of the functions that it calls
-do, nor this choice. The machine code is therefore kept in ``$XDG_CACHE_HOME/bitdistill/KEY`` (~/.cache by default), where
-KEY is a hash of all that it depends on: the sources of this folder, the versions of Numba and llvmlite, the processor's
-name and features, and `FEATURES`. Numba writes each file whole and renames it, so several processes may compile at the same
-time. With NUMBA_DISABLE_JIT=1 nothing is compiled and every set can be chosen: vector.py then computes in numpy.
+Numba notices when a function's own file changes, but not when the files of the functions that it calls do. So it keeps its
+machine code below `instructions.cache_folder`, whose name depends on all of them.
 """
 
-import ctypes
-import functools
-import hashlib
-import os
-import platform
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import llvmlite
-import llvmlite.binding
 import numba
 from numba.core import event
 
-from bitdistill import folders
 from bitdistill.errors import UserError
+from bitdistill.kernels.cpu.instructions import COMPILED, NAMED_CPU, NAMED_FEATURES, cache_folder
 
-# name -> the features of the target that it needs, by LLVM's names
-FEATURE_SETS = {
-    "amx": {"amx-tile", "amx-int8", "amx-bf16", "avx512vbmi", "avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
-    "avx512_vbmi": {"avx512vbmi", "avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
-    "avx512_vnni": {"avx512vnni", "avx512bw", "avx512vl", "f16c", "fma"},
-    "avx_vnni": {"avxvnni", "avx2", "f16c", "fma"},
-    "avx2": {"avx2", "f16c", "fma"},
-    "neon_dot": {"dotprod"},
-    "portable": set(),
-}
-VARIABLE = "BITDISTILL_CPU_FEATURES"
-_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA = 158, 0x1023, 18  # Linux on x86-64: the call, its request, the state
 _decorating = threading.Lock()
 
-
-@functools.cache
-def may_use_tiles() -> bool:
-    """Asks Linux for the tile registers of AMX: whether this process and those that it forks may use them."""
-    if sys.platform != "linux" or platform.machine() != "x86_64" or sys.maxsize < 2**32:
-        return False
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA) == 0
-
-
-def target() -> tuple[str, frozenset[str]]:
-    """The processor that Numba compiles for: its name and its features, by LLVM's names.
-
-    AMX is left out where the system refuses it, but not out of features that NUMBA_CPU_FEATURES names, which are trusted.
-    """
-    name = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
-    named = numba.config.CPU_FEATURES
-    text = llvmlite.binding.get_host_cpu_features().flatten() if named is None else named
-    features = frozenset(feature[1:] for feature in text.split(",") if feature.startswith("+"))
-    if "amx-tile" in features and not may_use_tiles() and named is None:
-        features = frozenset(feature for feature in features if not feature.startswith("amx"))
-    return name, features
-
-
-def choose_features(forced: str | None, offered: frozenset[str], compiled: bool = True) -> str:
-    """The best of FEATURE_SETS that a target offers.
-
-    Args:
-        forced: a name that takes its place; None or "" chooses.
-        offered: features of the target, by LLVM's names.
-        compiled: False where nothing is compiled, so that any set will do.
-
-    Raises:
-        UserError: an unknown name, or one that the target does not offer.
-    """
-    possible = [name for name, needed in FEATURE_SETS.items() if needed <= offered]
-    if not forced:
-        return possible[0]
-    if forced not in FEATURE_SETS or (compiled and forced not in possible):
-        known = "not known" if forced not in FEATURE_SETS else "not offered by this processor"
-        raise UserError(
-            VARIABLE,
-            expected=f"one of {', '.join(possible)}",
-            got=f"{forced!r}, which is {known}",
-            do="Unset it to let the best one be chosen.",
-        )
-    return forced
-
-
-CPU_NAME, CPU_FEATURES = target()
-FEATURES = choose_features(os.environ.get(VARIABLE), CPU_FEATURES, compiled=not numba.config.DISABLE_JIT)
-
-
-def cache_key() -> str:
-    """Hash of everything that the machine code depends on."""
-    key = hashlib.sha256()
-    here = Path(__file__).resolve().parent
-    for path in [*sorted(here.glob("*.py")), here.parent / "numerics.py"]:
-        key.update(f"{path.name}\n".encode())
-        key.update(path.read_bytes())
-    versions = (sys.version, numba.__version__, llvmlite.__version__, llvmlite.binding.llvm_version_info)
-    key.update(repr((versions, CPU_NAME, sorted(CPU_FEATURES), FEATURES)).encode())
-    return key.hexdigest()[:20]
-
-
-@functools.cache
-def cache_folder() -> Path:
-    """The folder of the machine code, made and writable.
-
-    A home that cannot be written to is answered with a folder of the user's own among the temporary files, and a warning.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or ((own := folders.home()) and own / ".cache")
-    folder = Path(home, "bitdistill", cache_key()) if home else None
-    reason = folders.why_not_writable(folder) if folder else "HOME is not set"
-    if reason is None:
-        return folder
-    temporary = folders.private_folder()
-    warnings.warn(
-        f"{folder.parent if folder else '~/.cache'} cannot be written to ({reason}): compiled kernels are kept in "
-        f"{temporary}. Set XDG_CACHE_HOME to a folder that lasts.",
-        RuntimeWarning,
-        stacklevel=2,
+_found = (numba.config.CPU_NAME, numba.config.CPU_FEATURES, not numba.config.DISABLE_JIT)
+if _found != (NAMED_CPU, NAMED_FEATURES, COMPILED):
+    raise UserError(
+        "numba.config",
+        expected="CPU_NAME, CPU_FEATURES and DISABLE_JIT as the environment has them",
+        got=f"{_found}",
+        do="Set NUMBA_CPU_NAME, NUMBA_CPU_FEATURES and NUMBA_DISABLE_JIT instead, before Python starts.",
     )
-    folder = temporary / cache_key()
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def jit(function: Callable, fastmath: set[str] | bool = False) -> Callable:
@@ -150,7 +31,7 @@ def jit(function: Callable, fastmath: set[str] | bool = False) -> Callable:
 
     Numba's own settings are left alone for everybody else: its cache folder is changed for the decoration only.
     """
-    if numba.config.DISABLE_JIT:
+    if not COMPILED:
         return function
     options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False, "fastmath": fastmath}
     with _decorating:

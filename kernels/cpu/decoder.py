@@ -16,18 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitdistill.kernels import packing
-from bitdistill.kernels.cpu import activations, attention, elementwise, grouped, matmul, step, tables
-from bitdistill.kernels.cpu.threads import Pool
+from bitdistill.kernels.cpu import library, records
+from bitdistill.kernels.cpu.pool import Pool
 
 # Of a long call, so many rows go through the layers together. Working memory grows with it. Seconds of a 512-token prompt,
 # relative to 128 (Qwen3-0.6B shape, one Zen 3 core): 16 1.19, 32 1.07, 64 1.03, 256 1.00, 512 1.04.
 ROWS_PER_BLOCK = 128
 ALIGNMENT = 64
-ACTIVATIONS = {"silu": elementwise.SILU, "gelu_pytorch_tanh": elementwise.GELU_TANH}
+ACTIVATIONS = {"silu": records.SILU, "gelu_pytorch_tanh": records.GELU_TANH}
 CACHE_DTYPES = {
-    "fp32": (attention.FP32, np.float32),
-    "bf16": (attention.BF16, np.uint16),
-    "int8": (attention.INT8, np.int8),
+    "fp32": (records.FP32, np.float32),
+    "bf16": (records.BF16, np.uint16),
+    "int8": (records.INT8, np.int8),
 }
 
 
@@ -120,16 +120,17 @@ class KVCache:
         self.slots, self.capacity, self.dtype = slots, capacity, dtype
         code, number = CACHE_DTYPES[dtype]
         self.shape = (len(model.layers), model.num_key_value_heads, model.head_dim)
-        lanes, width = attention.LANES, elementwise.padded(model.head_dim)
-        self.padded_capacity = -(-capacity // attention.CHUNK) * attention.CHUNK
+        compiled = library.load()
+        lanes, width = compiled.LANES, compiled.padded(model.head_dim)
+        self.padded_capacity = -(-capacity // compiled.CHUNK) * compiled.CHUNK
         heads = (len(model.layers), slots, model.num_key_value_heads)
-        pair, rows = (2, attention.key_rows(code, model.head_dim)) if dtype == "bf16" else (1, model.head_dim)
+        pair, rows = (2, compiled.key_rows(code, model.head_dim)) if dtype == "bf16" else (1, model.head_dim)
         self.keys = _zeros((*heads, self.padded_capacity // lanes, rows // pair, lanes * pair), number)
         self.values = _zeros((*heads, self.padded_capacity // pair, width * pair), number)
         scales = self.padded_capacity if dtype == "int8" else 0
         self.key_scales, self.value_scales = (np.zeros((*heads, scales), np.float32) for _ in range(2))
         arrays = (self.keys, self.values, self.key_scales, self.value_scales)
-        # The last words of a step.CALL.
+        # The last words of a records.CALL.
         self.words = np.array([*(a.ctypes.data for a in arrays), code, slots, self.padded_capacity], np.int64)
         self.nbytes = sum(array.nbytes for array in arrays)
 
@@ -142,7 +143,7 @@ class KVCache:
         for name, slot in (("source_slot", source_slot), ("target_slot", target_slot)):
             _check(0 <= slot < self.slots, name, f"0 to {self.slots - 1}", slot, "Give the cache more slots.")
         _check(0 <= length <= self.capacity, "length", f"0 to {self.capacity}", length, "Copy less.")
-        blocks = -(-length // attention.LANES)
+        blocks = -(-length // library.load().LANES)
         self.keys[:, target_slot, :, :blocks] = self.keys[:, source_slot, :, :blocks]
         for array in (self.values, self.key_scales, self.value_scales):
             rows = -(-length * array.shape[3] // self.padded_capacity)
@@ -166,10 +167,11 @@ class Decoder:
     def __init__(self, model: Model, threads: int = 1):
         _check(threads >= 1, "threads", "at least 1", threads)
         self.model, self.threads = model, threads
+        self._compiled = library.load()
         self._keep: list[np.ndarray] = []  # the arrays whose addresses are used
         self.scratch_bytes = 0
-        self._model, self._layers = np.zeros(1, step.MODEL), np.zeros(len(model.layers), step.LAYER)
-        self._call, self._scratch = np.zeros(1, step.CALL), np.zeros(1, step.SCRATCH)
+        self._model, self._layers = np.zeros(1, records.MODEL), np.zeros(len(model.layers), records.LAYER)
+        self._call, self._scratch = np.zeros(1, records.CALL), np.zeros(1, records.SCRATCH)
         self._describe_model()
         self._allocate()
         self._shape = (len(model.layers), model.num_key_value_heads, model.head_dim)
@@ -177,9 +179,9 @@ class Decoder:
         for name, row in zip(("ids", "slots", "positions", "wanted"), self._rows, strict=True):
             self._call[name] = row.ctypes.data
         self._call_words = self._call.view(np.int64)
-        records = (self._model, self._layers, self._call, self._scratch)
-        self._addresses = tuple(record.ctypes.data for record in records)
-        self._pool = Pool(threads, step.enter, self._addresses, records) if threads > 1 else None
+        described = (self._model, self._layers, self._call, self._scratch)
+        self._addresses = tuple(record.ctypes.data for record in described)
+        self._pool = Pool(threads, self._compiled.enter, self._addresses, described) if threads > 1 else None
         self._one_call = threading.Lock()
 
     # --- running ------------------------------------------------------------------------------------------------------
@@ -224,19 +226,19 @@ class Decoder:
         cache: KVCache,
         wanted: Sequence[int] | None = None,
     ) -> dict[str, float]:
-        """Seconds that one such `forward` spends on each part (step.PARTS), averaged over the threads.
+        """Seconds that one such `forward` spends on each part (records.PARTS), averaged over the threads.
 
         "waiting" is time at barriers; "attention" includes RoPE, the norms of q and k and the cache.
         """
         rows, wanted = self._checked_rows(ids, slots, positions, cache, wanted)
-        nanoseconds = np.zeros((self.threads, len(step.PARTS)), np.int64)
+        nanoseconds = np.zeros((self.threads, len(records.PARTS)), np.int64)
         with self._one_call:
             try:
                 self._call["profile"] = nanoseconds.ctypes.data
                 self._run(rows, cache, wanted, self._checked_out(None, len(wanted)))
             finally:
                 self._call["profile"] = 0
-        return dict(zip(step.PARTS, (nanoseconds.mean(axis=0) * 1e-9).tolist(), strict=True))
+        return dict(zip(records.PARTS, (nanoseconds.mean(axis=0) * 1e-9).tolist(), strict=True))
 
     def close(self) -> None:
         """Ends the threads. Another call would start them again."""
@@ -262,7 +264,7 @@ class Decoder:
             call["rows"], call["wanted_rows"] = stop - start, high - done
             call["logits"] = address + 4 * self.model.head.rows * done
             if self._pool is None:
-                step.enter(0, 0, 1, 0, *self._addresses)
+                self._compiled.enter(0, 0, 1, 0, *self._addresses)
             else:
                 self._pool.run()
             done = high
@@ -362,7 +364,7 @@ class Decoder:
                 else:
                     record[name]["codes"], record[name]["own_codes"] = fresh, 1
                     plain = fresh if as_it_is else plain
-        for name in step.NORM_NAMES:
+        for name in records.NORM_NAMES:
             gain, width = getattr(layer, name), model.head_dim if name in ("q_norm", "k_norm") else hidden
             record[name] = 0 if gain is None else self._gain(f"{where}.{name}", gain, width)
         _check(0 <= layer.rope < len(model.ropes), f"{where}.rope", f"0 to {len(model.ropes) - 1}", layer.rope)
@@ -376,7 +378,7 @@ class Decoder:
                projection.packing, "Pack it again.")  # fmt: skip
         size = packing.packed_bytes(*shape, projection.packing)
         record["weight"] = self._array(f"{where}.weight", projection.weight, np.uint8, (size,))
-        record["packing"] = tables.MATRIX_FORMATS.index(projection.packing)
+        record["packing"] = records.MATRIX_FORMATS.index(projection.packing)
         record["out_features"], record["in_features"] = shape
         self._describe_scales(where, projection, record)
         record["act_blocks"] = projection.act_blocks
@@ -394,8 +396,8 @@ class Decoder:
             record["weight_scale"] = projection.weight_scale
             return
         groups = -(-projection.in_features // projection.group_size)
-        fits = groups == 1 or projection.group_size in grouped.GROUP_COLUMNS
-        allowed = ", ".join(map(str, grouped.GROUP_COLUMNS))
+        fits = groups == 1 or projection.group_size in records.GROUP_COLUMNS
+        allowed = ", ".join(map(str, records.GROUP_COLUMNS))
         _check(fits, f"{where}.group_size", f"one of {allowed}", projection.group_size, "Export the student again.")
         shape = (packing.row_groups(projection.out_features), groups, packing.BLOCK_ROWS)
         record["scales"] = self._array(f"{where}.weight_scale", projection.weight_scale, np.float16, shape)
@@ -403,14 +405,14 @@ class Decoder:
 
     def _describe_table(self, where: str, table: Table, hidden: int, record: np.void) -> None:
         _check(
-            table.format in tables.MATRIX_FORMATS,
+            table.format in records.MATRIX_FORMATS,
             f"{where}.format",
-            f"one of {', '.join(tables.MATRIX_FORMATS)}",
+            f"one of {', '.join(records.MATRIX_FORMATS)}",
             table.format,
             "Pack it again.",
         )
         _check(table.columns == hidden, f"{where}.columns", hidden, table.columns)
-        record["format"] = tables.MATRIX_FORMATS.index(table.format)
+        record["format"] = records.MATRIX_FORMATS.index(table.format)
         if table.format == "fp16":
             record["weight"] = self._array(f"{where}.weight", table.weight, np.float16, (table.rows, hidden))
             return
@@ -437,7 +439,7 @@ class Decoder:
         """Address of a copy of a float32 vector, padded with zeros or another number."""
         fits = gain.dtype == np.float32 and gain.shape == (width,)
         _check(fits, where, f"float32 ({width},)", f"{gain.dtype} {gain.shape}")
-        copy = np.full(elementwise.padded(width), padding, np.float32)
+        copy = np.full(self._compiled.padded(width), padding, np.float32)
         copy[:width] = gain
         return self._kept(copy)
 
@@ -453,17 +455,17 @@ class Decoder:
         model, scratch, rows = self.model, self._scratch[0], ROWS_PER_BLOCK
         hidden, middle = model.embedding.columns, model.layers[0].gate.out_features
         mixed, kept = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-        wide = {name: 4 * elementwise.padded(size) for name, size in
+        wide = {name: 4 * self._compiled.padded(size) for name, size in
                 (("x", hidden), ("attended", mixed), ("gate", middle), ("up", middle), ("out", hidden))}  # fmt: skip
-        wide["qkv"] = 4 * (elementwise.padded(mixed) + 2 * elementwise.padded(kept))
-        record = activations.record_bytes(max(hidden, middle, mixed))
+        wide["qkv"] = 4 * (self._compiled.padded(mixed) + 2 * self._compiled.padded(kept))
+        record = self._compiled.record_bytes(max(hidden, middle, mixed))
         angles = 4 * len(model.ropes) * model.head_dim // 2
         group = model.num_attention_heads // model.num_key_value_heads
         widest = max(wide[name] for name in ("x", "attended", "gate"))
         private = {
             "p_x": wide["x"], "p_row": widest, "p_row2": widest, "p_records": 3 * record, "p_cos": angles, "p_sin": angles,
-            "p_acc": 4 * max(step.ACC_WORDS, step.GROUP * rows), "p_product": matmul.SCRATCH_BYTES,
-            "p_attention": 4 * attention.attention_scratch_floats(group, model.head_dim), "p_tiles": 8 * (rows + 1),
+            "p_acc": 4 * max(records.ACC_WORDS, records.GROUP * rows), "p_product": self._compiled.SCRATCH_BYTES,
+            "p_attention": 4 * self._compiled.attention_scratch_floats(group, model.head_dim), "p_tiles": 8 * (rows + 1),
         }  # fmt: skip
         shared = {name: rows * size for name, size in wide.items()}
         shared |= {"records": 3 * rows * record, "cos": rows * angles, "sin": rows * angles}

@@ -25,8 +25,8 @@ from bitdistill.kernels.cpu.floats import (
     total,
 )
 from bitdistill.kernels.cpu.native import float32s
+from bitdistill.kernels.cpu.records import SILU
 
-SILU, GELU_TANH = range(2)
 ROW = 4 * LANES  # bytes of a vector of floats
 _GELU_LINEAR = np.float32(2 * math.sqrt(2 / math.pi))
 _GELU_CUBIC = np.float32(0.044715)

@@ -42,6 +42,7 @@ from bitdistill.kernels.cpu.matmul import (
     dot_base3,
 )
 from bitdistill.kernels.cpu.native import int8s, int32s
+from bitdistill.kernels.cpu.records import GROUP_COLUMNS
 from bitdistill.kernels.cpu.tiles import TILES
 from bitdistill.kernels.cpu.unpacking import MARGIN, TWO_BIT, low_digits, top_digit, unpack_blocks
 from bitdistill.kernels.cpu.vector import (
@@ -65,7 +66,6 @@ from bitdistill.kernels.cpu.vector import (
 from bitdistill.kernels.numerics import ACT_BLOCK
 from bitdistill.kernels.packing import PACKINGS, packed_bytes, row_groups
 
-GROUP_COLUMNS = (64, 128, 256)
 _ZEROS = CODES - 16  # of a record: 16 bytes of zeros
 
 

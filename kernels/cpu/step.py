@@ -16,8 +16,6 @@ Sums: a product is exact in integers; everything else belongs to one row and is 
 results depend neither on the number of threads nor on which rows are computed together.
 """
 
-import numpy as np
-
 from bitdistill.kernels.cpu.activations import quantize_activation, quantize_activation_blocks, quantize_planes
 from bitdistill.kernels.cpu.attention import attend, tile_rows, write_position
 from bitdistill.kernels.cpu.compilation import jit
@@ -42,81 +40,27 @@ from bitdistill.kernels.cpu.grouped import (
 )
 from bitdistill.kernels.cpu.matmul import gemm
 from bitdistill.kernels.cpu.native import float32s, int64s, view_of
+from bitdistill.kernels.cpu.records import (
+    ACC_WORDS,
+    ATTENTION,
+    CALL,
+    DOWN,
+    EMBEDDING,
+    GATE_UP,
+    GROUP,
+    HEAD,
+    LAYER,
+    MODEL,
+    NORMS,
+    PARTS,
+    PROJECTION,
+    QKV,
+    SCRATCH,
+    WAITING,
+    O,
+)
 from bitdistill.kernels.cpu.tables import FP16, table_logits, table_row
 from bitdistill.kernels.cpu.threads import barrier, begin_call, end_call, nanoseconds, next_ticket
-
-GROUP = 16  # rows of a weight that lie together in a packed block
-ACC_WORDS = 16384  # int32 accumulators of a thread before they are scaled: 64 KB, inside the second-level cache
-PARTS = ("embedding", "norms", "qkv", "attention", "o", "gate_up", "down", "head", "waiting")
-EMBEDDING, NORMS, QKV, ATTENTION, O, GATE_UP, DOWN, HEAD, WAITING = range(0, 72, 8)  # bytes from a thread's first
-
-_INT, _FLOAT = np.int64, np.float32
-# Names without a comment are addresses; 0 stands for "none" where a thing is optional.
-PROJECTION = np.dtype(
-    [
-        ("weight", _INT),
-        ("packing", _INT),  # of matmul.py
-        ("out_features", _INT),
-        ("in_features", _INT),
-        ("bias", _INT),
-        ("subln", _INT),
-        ("input_scale", _INT),
-        ("codes", _INT),  # which of the layer's quantized inputs it reads: 0, 1 or 2
-        ("own_codes", _INT),  # 1: it is the first to read them, so they are made for it
-        ("scales", _INT),  # of rows or groups; 0 where weight_scale is the only one
-        ("group_size", _INT),  # columns that share one of these; 0 for a whole row
-        ("act_blocks", _INT),  # 1: its activations have a scale for each 32 columns, not one for the token
-        ("weight_scale", _FLOAT),
-        ("subln_eps", _FLOAT),
-    ],
-    align=True,
-)
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-NORM_NAMES = ("input_norm", "q_norm", "k_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm")
-LAYER = np.dtype(
-    [(name, PROJECTION) for name in PROJECTIONS]
-    + [(name, _INT) for name in NORM_NAMES]
-    + [("rope", _INT), ("window", _INT)],  # an index; positions, 0 for all
-    align=True,
-)
-TABLE = np.dtype([("format", _INT), ("weight", _INT), ("scale", _INT)], align=True)
-MODEL = np.dtype(
-    [(name, TABLE) for name in ("embedding", "head")]
-    + [(name, _INT) for name in ("final_norm", "inv_freq")]  # float32 (ropes, head_dim / 2)
-    + [
-        (name, _INT)
-        for name in (
-            "layers",
-            "vocabulary",
-            "hidden",
-            "intermediate",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "ropes",
-            "activation",
-        )
-    ]
-    + [(name, _FLOAT) for name in ("eps", "attention_scale", "embedding_scale")],
-    align=True,
-)
-# One call: what changes. The cache's part is what attention.py reads.
-CALL = np.dtype(
-    [(name, _INT) for name in ("ids", "slots", "positions", "rows", "wanted", "wanted_rows", "logits", "profile")]
-    + [(name, _INT) for name in ("keys", "values", "key_scales", "value_scales", "dtype", "cache_slots", "capacity")]
-)
-# Working memory. Shared: x, qkv, attended, gate, up, out: float32 (rows, padded width); records: 3 x rows of them;
-# cos, sin: (ropes, rows, head_dim / 2). Private: `private` bytes for each thread, divided up in `_Private`'s order.
-SCRATCH = np.dtype(
-    [
-        (name, _INT)
-        for name in (
-            "rows", "x", "qkv", "attended", "gate", "up", "out", "records", "record_bytes", "cos", "sin",
-            "private", "private_bytes", "p_x", "p_row", "p_row2", "p_records", "p_cos", "p_sin", "p_acc", "p_product",
-            "p_attention", "p_tiles",
-        )
-    ]
-)  # fmt: skip
 
 _models, _calls, _scratches = view_of(MODEL, "_models"), view_of(CALL, "_calls"), view_of(SCRATCH, "_scratches")
 _layers, _projections = view_of(LAYER, "_layers"), view_of(PROJECTION, "_projections")
@@ -286,10 +230,10 @@ def _cut_tiles(call, longest, tiles):
 
 @jit
 def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at):
-    """What every thread runs: the caller for one call, the others of a pool for all that come (threads.py).
+    """What every thread runs: the caller for one call, the others of a pool for all that come (pool.py).
 
     Args:
-        state, thread, threads, seen: of threads.py. With one thread, state is not used.
+        state, thread, threads, seen: of pool.py. With one thread, state is not used.
         model_at, layers_at, call_at, scratch_at: addresses of a MODEL record, its LAYER records, a CALL and a SCRATCH.
 
     Returns: the number of calls seen.

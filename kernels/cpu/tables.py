@@ -41,6 +41,7 @@ from bitdistill.kernels.cpu.matmul import (
     gemm,
 )
 from bitdistill.kernels.cpu.native import float16s, float32s, int32s, uint8s
+from bitdistill.kernels.cpu.records import MATRIX_FORMATS
 from bitdistill.kernels.cpu.tiles import (
     TILE_COLUMNS,
     TILE_ROWS,
@@ -76,9 +77,8 @@ from bitdistill.kernels.cpu.vector import (
     sub_ints,
     widen,
 )
-from bitdistill.kernels.packing import PACKINGS, packed_bytes, row_groups
+from bitdistill.kernels.packing import packed_bytes, row_groups
 
-MATRIX_FORMATS = (*PACKINGS, "int8", "int4", "fp16")  # of a ternary linear, an embedding or an LM head
 INT8, INT4, FP16 = 2, 3, 4  # numbers of MATRIX_FORMATS, after TWO_BIT and BASE3
 INT4_OFFSET = 8  # a stored value is code + 8
 _BASE = np.float32(PLANE_BASE)

@@ -4,7 +4,7 @@ Training calls compiled kernels between torch's own operations, a few thousand t
 milliseconds each. So helpers must begin at once, and nobody may wait for one that has no core to run on.
 
     share      writes down a call (kernel, parts, arguments), opens it, takes parts itself
-    a helper   enters an open call, takes parts, leaves; it spins for AWAKE_NANOSECONDS after a call, then sleeps (threads.py)
+    a helper   enters an open call, takes parts, leaves; it spins for AWAKE_NANOSECONDS after a call, then sleeps (pool.py)
     the end    when no part is left, the caller closes the call and waits for the helpers that are inside. Who comes later
                finds it closed: on a busy machine the caller does all parts itself
 
@@ -29,12 +29,8 @@ from numba import types
 
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.native import int64s, native
+from bitdistill.kernels.cpu.pool import BEGUN, ENDED, LINE, SPINS, Pool
 from bitdistill.kernels.cpu.threads import (
-    BEGUN,
-    ENDED,
-    LINE,
-    SPINS,
-    Pool,
     atomic_add,
     atomic_load,
     atomic_store,

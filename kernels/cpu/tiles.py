@@ -29,7 +29,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from bitdistill.kernels.cpu.compilation import FEATURES
+from bitdistill.kernels.cpu.instructions import FEATURES
 from bitdistill.kernels.cpu.native import native
 
 TILES = FEATURES == "amx"

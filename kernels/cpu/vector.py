@@ -3,7 +3,7 @@
 Numba has no vector types, and plain loops never become the four-way int8 dot products that processors have (they are ten
 times slower). So each operation here emits LLVM IR on vectors of 64 bytes, whatever the processor's own width: LLVM divides
 them into two ymm or four xmm or q registers. Only `dot`, `dot_signed`, `widen` and the table lookups name an instruction of
-a processor, chosen by `compilation.FEATURES`; everything else is plain IR.
+a processor, chosen by `instructions.FEATURES`; everything else is plain IR.
 
     BYTES   64 bytes: packed codes, unsigned codes, or four activation codes repeated 16 times
     INTS    16 int32; sixteen floats are in floats.py
@@ -22,8 +22,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import models, register_model
 
-from bitdistill.kernels.cpu.compilation import FEATURES
 from bitdistill.kernels.cpu.floats import V
+from bitdistill.kernels.cpu.instructions import FEATURES
 from bitdistill.kernels.cpu.native import native
 
 AVX512 = FEATURES in ("amx", "avx512_vbmi", "avx512_vnni")
