@@ -102,7 +102,7 @@ def _run_quick(name: str, arguments: list[str]) -> int | None:
 
 def main() -> int:
     """Runs a command. Returns the exit status of `console.run`; 2 as well when an optional library is not installed."""
-    surroundings.prepare()
+    surroundings.prepare(trains=not sys.argv[1:] or sys.argv[1] not in PARSERS)
     surroundings.limit_threads()
 
     def body() -> int | None:

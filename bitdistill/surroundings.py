@@ -28,8 +28,11 @@ SILENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_TELEMETRY": "1", "DO_NOT_TRA
 SAFE = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}  # torch.load runs no code of a file, also where a library asks it to
 
 
-def prepare() -> None:
+def prepare(trains: bool = True) -> None:
     """Sets up this process and those that it starts. Call it first in an entry, before numpy or torch are imported.
+
+    Args:
+        trains: whether the libraries of the main job will be used. For other commands their caches are moved, too, but not aloud.
 
     * OpenMP's waiting threads sleep soon (openmp.py).
     * A user without a home (no HOME and no passwd entry) gets a folder among the temporary files as home; a home that cannot
@@ -39,7 +42,7 @@ def prepare() -> None:
     openmp.wait_briefly()
     for name, value in (SILENT | SAFE).items():
         os.environ.setdefault(name, value)
-    _settle_home()
+    _settle_home(trains)
     _name_user()
 
 
@@ -63,7 +66,7 @@ def limit_threads() -> None:
         os.environ["OMP_NUM_THREADS"] = str(available_cpus())
 
 
-def _settle_home() -> None:
+def _settle_home(aloud: bool) -> None:
     home = folders.home()
     if home is None:
         temporary = folders.private_folder()
@@ -82,7 +85,7 @@ def _settle_home() -> None:
         if not _can_be_written(folder):
             moved.append(variable)
             os.environ[variable] = str(folders.private_folder() / variable.lower())
-    if moved:
+    if moved and aloud:
         _say(f"{home} cannot be written to: {', '.join(moved)} point to {folders.private_folder()}")
 
 

@@ -221,6 +221,20 @@ def test_a_model_trains_on_it_and_is_as_it_was_afterwards(calls):
     assert AttentionInterface()["sdpa"] is sdpa_attention_forward
 
 
+def test_under_autocast_operands_are_of_its_dtype(calls):
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 2
+    (q, k, v), dout = operands(2, 4, 2, 6, 16)
+    results = []
+    for function in (fused._attention, sdpa_attention_forward):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(module, q, k, v.bfloat16(), None)[0]
+        results.append([out, *torch.autograd.grad(out, (q, k, v), dout.transpose(1, 2).bfloat16())])
+    assert len(calls) == 1
+    assert [x.dtype for x in results[0]] == [x.dtype for x in results[1]] == [torch.bfloat16] + 3 * [torch.float32]
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.02)
+
+
 def test_captured_layers_run_on_it(calls):
     from bitdistill.training.capture import AttentionCapture
 

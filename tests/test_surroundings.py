@@ -245,6 +245,19 @@ def test_a_home_that_cannot_be_written_to(tmp_path):
         assert found[name].startswith(f"{tmp_path}/bitdistill-"), name
 
 
+def test_commands_that_train_nothing_say_nothing_of_caches_that_they_do_not_use(tmp_path):
+    (tmp_path / "home").write_text("a file, so that nothing can be made in it, whoever tries")
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    said = {}
+    for name in ("info", "env"):
+        command = [sys.executable, "-m", "bitdistill.cli", name, *(["missing.safetensors"] if name == "info" else [])]
+        for variable in PERSONAL[1:]:
+            environment.pop(variable, None)
+        said[name] = subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+    assert "MPLCONFIGDIR" in said["env"]
+    assert "MPLCONFIGDIR" not in said["info"]
+
+
 def test_a_home_of_ones_own_is_left_alone(tmp_path):
     (tmp_path / "home").mkdir()
     found, said = run_as_nobody(tmp_path, HOME=str(tmp_path / "home"), USER="me")

@@ -136,8 +136,10 @@ class HeadOfBf16Products:
         import torch
 
         with newer_than_some_commits():
+            from bitdistill.distributed import allocator
             from bitdistill.kernels.cpu import vocabulary_tiles
             from bitdistill.kernels.vocabulary import linear_cross_entropy
+        allocator.keep_freed_memory()  # as in training: else the pages of the weight's gradient are made anew
         torch.manual_seed(0)
         torch.set_num_threads(1)
         rows, width, vocabulary = 1016, 576, 49_152

@@ -252,7 +252,10 @@ def predict_options(arguments: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("run_or_file", help="a run directory, or a packed file")
     parser.add_argument("texts", nargs="*", metavar="text", help="one row: a text for each column of the prompt")
-    parser.add_argument("--input", help="rows: .csv, .tsv, .jsonl, .json, .parquet or .txt (- is standard input)")
+    parser.add_argument(
+        "--input",
+        help="rows: .csv, .tsv, .jsonl, .json, .parquet or .txt; - is standard input (JSON lines without --input_format)",
+    )
     parser.add_argument("--output", default="-", help="a .jsonl, .csv or .tsv file (default: JSON lines on the screen)")
     parser.add_argument(
         "--input_format", help="what the input is, where its name does not say it (default of -: jsonl)"

@@ -35,6 +35,8 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, is_causal: bool | None = None, **others,
 ) -> tuple[Tensor, None]:  # fmt: skip
+    if torch.is_autocast_enabled("cpu"):  # as PyTorch's own attention does
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     known = not dropout and not any(others.get(name) is not None for name in OTHERS)
     if not known or not _serves(query, key, value, attention_mask, causal) or torch.compiler.is_compiling():
