@@ -107,7 +107,7 @@ class KVCache:
         capacity: positions of each; rounded up to a multiple of 32 in memory.
         dtype: "fp32", "bf16" (rounded half to even) or "int8" (one fp32 scale for each head and position).
 
-    Attributes: slots, capacity, dtype, nbytes (memory of the arrays; it becomes resident with the first writes, by pages of up to 2 MB).
+    Attributes: slots, capacity, dtype, nbytes (memory of the arrays; the first writes make it resident, up to 2 MB at a time).
 
     Raises:
         ValueError: slots or capacity below 1, or an unknown dtype.
