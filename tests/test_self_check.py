@@ -141,6 +141,14 @@ def test_wrong_losses_over_the_vocabulary_are_left_out_alone(answers, capsys):
     assert vocabulary._row_functions(CPU, torch.float32)[0] is not vocabulary_rows.dense_rows_
 
 
+def test_wrong_attention_is_left_out_alone(answers, capsys, monkeypatch):
+    monkeypatch.setattr(backend._Chosen, "attention", True)
+    answers({self_check.ATTENTION: "AssertionError: dQ: relative error 1.0e+00, at most 1e-05 expected"})
+    assert backend.kernels_for(CPU) is bit_linear
+    assert not backend.attention_is_right()
+    assert "attention (AssertionError: dQ" in capsys.readouterr().out
+
+
 def test_without_a_product_for_every_shape_pytorch_does_it(answers):
     answers({"product onednn": "AssertionError: forward: 3 of 9 values differ from the reference"})
     assert backend.kernels_for(CPU) is None

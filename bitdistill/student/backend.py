@@ -64,20 +64,14 @@ def kernels_for(device: torch.device) -> ModuleType | None:
         )
         return None
     wrong = {name: problem for name, problem in self_check(device, process_group.say).items() if problem is not None}
-    if VOCABULARY in wrong:
-        vocabulary.use_compiled_rows(False)
-        process_group.say(
-            f"Kernels that are not right on this machine: {_list(wrong, [VOCABULARY])}. Losses over the vocabulary run on "
-            "plain PyTorch, slower. Please report it with the output of `bitdistill env`."
-        )
-        del wrong[VOCABULARY]
-    if ATTENTION in wrong:
-        _Chosen.attention = False
-        process_group.say(
-            f"Kernels that are not right on this machine: {_list(wrong, [ATTENTION])}. Attention runs on plain PyTorch, slower. "
-            "Please report it with the output of `bitdistill env`."
-        )
-        del wrong[ATTENTION]
+    for name, runs in ((VOCABULARY, "Losses over the vocabulary run"), (ATTENTION, "Attention runs")):
+        if name in wrong:
+            _leave_out(name)
+            process_group.say(
+                f"Kernels that are not right on this machine: {_list(wrong, [name])}. {runs} on plain PyTorch, slower. "
+                "Please report it with the output of `bitdistill env`."
+            )
+            del wrong[name]
     kernels, products = kernels_of(device), [name for name in wrong if name.startswith("product ")]
     if products:
         kernels.leave_out_products([name.removeprefix("product ") for name in products])
@@ -89,6 +83,14 @@ def kernels_for(device: torch.device) -> ModuleType | None:
         )
         return None
     return kernels
+
+
+def _leave_out(name: str) -> None:
+    """Uses the kernels of a check no more in this process, and all others as before."""
+    if name == VOCABULARY:
+        vocabulary.use_compiled_rows(False)
+    else:
+        _Chosen.attention = False
 
 
 def attention_is_right() -> bool:

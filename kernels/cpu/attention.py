@@ -26,15 +26,11 @@ from bitdistill.kernels.cpu.elementwise import ROW, padded
 from bitdistill.kernels.cpu.floats import (
     LANES,
     add,
-    between,
     divide,
-    exp,
-    largest,
     largest_magnitude,
     load,
     load_bf16_half,
     load_int8,
-    maximum,
     maximum_magnitude,
     multiply,
     multiply_add,
@@ -44,12 +40,11 @@ from bitdistill.kernels.cpu.floats import (
     store,
     store_bf16,
     store_codes,
-    subtract,
     total,
 )
 from bitdistill.kernels.cpu.native import float32s, int8s, uint16s
 from bitdistill.kernels.cpu.records import BF16, FP32, INT8
-from bitdistill.kernels.cpu.tile_attention import CHUNK, attend_tiles, tile_scratch_floats
+from bitdistill.kernels.cpu.tile_attention import CHUNK, attend_tiles, soften, tile_scratch_floats
 from bitdistill.kernels.cpu.tiles import TILES
 from bitdistill.kernels.cpu.vector import AVX512, prefetch
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON
@@ -213,18 +208,7 @@ def _soften(scores, first, low, high, key_scales, value_scales, dtype, maxima, t
     s0, s1 = load(scores), load(scores + ROW)
     if dtype == INT8:
         s0, s1 = multiply(s0, load(key_scales)), multiply(s1, load(key_scales + ROW))
-    s0, s1 = between(s0, low - first, high - first), between(s1, low - first - LANES, high - first - LANES)
-    before, top = load(maxima), largest(maximum(s0, s1))
-    if not top <= float32s(maxima, 1)[0]:  # else the sums would be multiplied by 1
-        now = maximum(splat(top), before)
-        shrink = exp(subtract(before, now))
-        store(maxima, now)
-        store(totals, multiply(load(totals), shrink))
-        for at in range(0, 4 * width, ROW):
-            store(sums + at, multiply(load(sums + at), shrink))
-        before = now
-    w0, w1 = exp(subtract(s0, before)), exp(subtract(s1, before))
-    store(totals, add(load(totals), add(w0, w1)))
+    w0, w1 = soften(s0, s1, first, low, high, maxima, totals, sums, width)
     if dtype == INT8:
         w0, w1 = multiply(w0, load(value_scales)), multiply(w1, load(value_scales + ROW))
     store(scores, w0)

@@ -87,9 +87,14 @@ def _store_parts(value, at, part_bytes):
 
 
 @jit
-def _soften(scores, first, low, high, maxima, totals, sums, width, weights):
-    """One chunk of online softmax for one query: its scores become the parts of its weights."""
-    s0, s1 = add(load(scores), load(scores + _SCORES)), add(load(scores + ROW), load(scores + _SCORES + ROW))
+def soften(s0, s1, first, low, high, maxima, totals, sums, width):
+    """One chunk of online softmax for one query: its totals and sums shrink to the new maximum; the weights of CHUNK positions.
+
+    Args:
+        s0, s1: their scores. first: the first of these positions.
+        low, high: the query sees positions low .. high - 1.
+        maxima, totals, sums: addresses of the query's; updated. width: of its sums, in floats.
+    """
     s0, s1 = between(s0, low - first, high - first), between(s1, low - first - LANES, high - first - LANES)
     before, top = load(maxima), largest(maximum(s0, s1))
     if not top <= float32s(maxima, 1)[0]:  # else all that is below would be multiplied by 1
@@ -102,6 +107,14 @@ def _soften(scores, first, low, high, maxima, totals, sums, width, weights):
         before = now
     w0, w1 = exp(subtract(s0, before)), exp(subtract(s1, before))
     store(totals, add(load(totals), add(w0, w1)))
+    return w0, w1
+
+
+@jit
+def _soften(scores, first, low, high, maxima, totals, sums, width, weights):
+    """One chunk of online softmax for one query: its scores become the parts of its weights."""
+    s0, s1 = add(load(scores), load(scores + _SCORES)), add(load(scores + ROW), load(scores + _SCORES + ROW))
+    w0, w1 = soften(s0, s1, first, low, high, maxima, totals, sums, width)
     _store_parts(w0, weights, _WEIGHTS)
     _store_parts(w1, weights + 2 * LANES, _WEIGHTS)
 
