@@ -41,6 +41,19 @@ def test_bit_for_bit_transformers(shape, threads, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(rotary(*tensors[:2], *one_for_all), expected, strict=True))
 
 
+def test_queries_and_keys_of_bf16_products_have_the_same_bits():
+    """Under autocast q and k are bf16, cos and sin float32, and so is the result."""
+    q, k, cos, sin, _, _ = queries_and_keys(2, 3, 1, 5, 64)
+    tensors = q.bfloat16(), k.bfloat16(), cos, sin
+    expected = modeling_qwen3.apply_rotary_pos_emb(*tensors)
+    model, served = ranks.tiny_model(), []
+    assert fuse_rotary(model)
+    ours = modeling_qwen3.apply_rotary_pos_emb
+    found = ours.func(lambda *_: served.append(False), *tensors)  # in place of transformers' function
+    unfuse_rotary(model)
+    assert not served and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_columns_that_are_not_neighbors():
     q, k, cos, sin, dq, dk = queries_and_keys(2, 2, 1, 4, 16)
     q, dk = q.transpose(2, 3).contiguous().transpose(2, 3), dk[..., :1].expand(dk.shape)

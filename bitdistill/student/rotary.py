@@ -57,6 +57,8 @@ def _is_ours(function: Callable) -> bool:
 def _apply(
     original: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others, **named
 ) -> tuple[Tensor, Tensor]:
+    if q.dtype == k.dtype == torch.bfloat16 and cos.dtype == sin.dtype == torch.float32:  # where products are bf16
+        q, k = q.float(), k.float()  # as the multiplication with cos and sin would do
     tensors = (q, k, cos, sin)
     served = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors) and not (others or named)
     served = served and q.dim() == k.dim() == 4 and cos.dim() == 3 and q.shape[-1] == k.shape[-1] == cos.shape[-1]

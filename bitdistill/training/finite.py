@@ -83,7 +83,7 @@ class FiniteSteps(TrainerCallback):
         self._step_number = step
         self._batch: dict[str, Tensor] | None = None
         self._loss: tuple[str, float] | None = None
-        self._sums: dict[str, Tensor] = {}  # of the gradients of each parameter, from the loss downward
+        self._norms: dict[str, list[Tensor]] = {}  # of the gradients of each parameter, from the loss downward
 
     def see_loss(self, name: str, value: float, batch: dict[str, Tensor]) -> None:
         """Takes note of a term of the loss of a micro-batch, with the batch when it is not finite."""
@@ -93,15 +93,26 @@ class FiniteSteps(TrainerCallback):
             if not math.isfinite(value):
                 self._loss = (name, value)
 
-    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+    def _see_gradient(self, name: str, gradient: Tensor | None) -> None:
         self.beat()
-        total = gradient.detach().sum(dtype=torch.float32)
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        if gradient is None:  # of a weight that the loss does not depend on
+            return
+        rows = torch.linalg.vector_norm(gradient.detach(), dim=-1, dtype=torch.float32)  # PyTorch shares rows among threads
+        norm = torch.linalg.vector_norm(rows)
+        self._norms.setdefault(name, []).append(norm)
 
     def gradients_not_finite(self) -> list[str]:
-        """Names of the parameters whose gradients of this step are not finite on this rank, the nearest to the loss first."""
-        finite = torch.stack(list(self._sums.values())).isfinite().tolist() if self._sums else []
-        return [name for name, good in zip(self._sums, finite, strict=True) if not good]
+        """Names of the parameters whose gradients of this step have no finite norm on this rank, the nearest to the loss first."""
+        norms = [torch.stack(norms).sum() for norms in self._norms.values()]
+        finite = torch.stack(norms).isfinite().tolist() if norms else []
+        return [name for name, good in zip(self._norms, finite, strict=True) if not good]
+
+    def gradient_norm(self) -> Tensor | None:
+        """The norm of all gradients of this step on this rank, float32 (); None where they came in
+        parts, as with micro-batches, so that the norm of their sum is not known."""
+        if not self._norms or any(len(norms) > 1 for norms in self._norms.values()):
+            return None
+        return torch.linalg.vector_norm(torch.stack([norm for (norm,) in self._norms.values()]))
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -132,7 +143,7 @@ class FiniteSteps(TrainerCallback):
             got = self._first(self._loss and f"{self._loss[1]} in loss_{self._loss[0]}", self._place())
             raise UserError("metrics.jsonl: loss", expected="finite numbers", got=got, do=DO)
         if gradients_anywhere:
-            count = f"NaN or infinity in the gradients of {len(gradients)} parameters"
+            count = f"NaN or infinity in the norms of the gradients of {len(gradients)} parameters"
             got = self._first(gradients and f"{count}, nearest to the loss {gradients[0]}")
             raise UserError("metrics.jsonl: grad_norm", expected="finite numbers", got=got, do=DO)
 

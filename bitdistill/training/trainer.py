@@ -29,6 +29,7 @@ from bitdistill.files import append_line, write_whole
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.attention import fuse_attention, unfuse_attention
 from bitdistill.student.layers import assert_fp32_masters
+from bitdistill.student.lookup import fuse_lookup, unfuse_lookup
 from bitdistill.student.norms import fuse_norms, unfuse_norms
 from bitdistill.student.rotary import fuse_rotary, unfuse_rotary
 from bitdistill.student.sharing import WeightCodes
@@ -183,6 +184,10 @@ class StageTrainer(Trainer):
             fuse_norms(self.model)
             fuse_rotary(self.model)
             fuse_attention()
+            if self.zero is None:
+                fuse_lookup(self.model)
+                for parameter in self.model.parameters():  # out of the mapping of the file that they were read from
+                    parameter.data = parameter.data.clone()
         self.model_accepts_loss_kwargs = True  # the loss is normalized over the whole step: no division by micro-steps
         if hasattr(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = True
@@ -241,6 +246,17 @@ class StageTrainer(Trainer):
     def training_step(self, *args, **kwargs):
         with self.weight_codes.hold(step=self.state.global_step):
             return super().training_step(*args, **kwargs)
+
+    def _clip_grad_norm(self, model):
+        """The norm of all gradients, as PyTorch computes it. PyTorch alone on a CPU knows it from when they arrived, and its fused
+        AdamW divides by what clipping would multiply with: two passes over all gradients less."""
+        optimizer = getattr(self.optimizer, "optimizer", None)
+        if self.zero is not None or self.args.device.type != "cpu" or not optimizer.defaults.get("fused"):
+            return super()._clip_grad_norm(model)
+        norm = self._finite.gradient_norm()
+        excess = None if norm is None else (norm + 1e-6) / self.args.max_grad_norm
+        optimizer.grad_scale = excess if excess is not None and excess > 1 else None
+        return super()._clip_grad_norm(model) if norm is None else norm
 
     def compute_loss_context_manager(self):
         dtype, head_dtype = self.args.autocast_dtype, self.args.head_dtype
@@ -466,6 +482,7 @@ def release(trainer: StageTrainer) -> None:
     unfuse_norms(trainer.model)
     unfuse_rotary(trainer.model)
     unfuse_attention()
+    unfuse_lookup(trainer.model)
     trainer.model = trainer.model_wrapped = trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state()

@@ -39,7 +39,7 @@ from bitdistill.kernels.cpu.threads import (
     yield_processor,
 )
 
-AWAKE_NANOSECONDS = 200_000  # a helper is done one part before the others, and the next kernel often comes in a moment
+AWAKE_NANOSECONDS = 500_000  # a helper is done one part before the others, and the next kernel often comes in a moment
 PARTS = 4  # for each thread: who is done early takes more
 # Bytes from the beginning of a call. What all threads write has cache lines of its own.
 TICKET, INSIDE, OPEN = 0, LINE, 2 * LINE

@@ -59,10 +59,8 @@ class Ternary:
         if self.columns is not None:
             return self.weight_scale.view(-1)
         if "columns" not in self.kept:
-            if len(self.sizes) == 1:
-                return self.kept.setdefault("columns", self.weight_scale.expand(self.sizes[0]).contiguous())
-            sizes = torch.tensor(self.sizes)
-            self.kept["columns"] = self.weight_scale.repeat_interleave(sizes, output_size=len(self.weight_codes))
+            scales = self.weight_scale.split(1)
+            self.kept["columns"] = torch.cat([scale.expand(size) for scale, size in zip(scales, self.sizes, strict=True)])
         return self.kept["columns"]
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,8 @@ A left operand in tiles may have three planes, the digits of a float32 (training
 row_scale``. The planes take turns with the same columns of the right operand, which stay in the first-level cache.
 
 The sums over K stay in the tile registers and are scaled and joined where they come out, in the first-level cache: oneDNN's
-product writes them to memory, and a second function reads them there. Large float32 results are then written past the caches
+product writes them to memory, and a second function reads them there. Tile and vector instructions have units of their own, so
+the sums of one block are scaled a few rows at a time between the products of the next one. Large float32 results are then written past the caches
 (`stream`): a normal store would first read each line from memory.
 
 Addresses are int64, strides in bytes. N is a multiple of 16, K of 64.
@@ -125,6 +126,27 @@ def _put_joined(sums, count, width, row_scale, out, out_stride, streamed):
 
 
 @jit
+def _put_sums(
+    sums, done, count, row, column, wide, row_scale, column_scale, bias, out, width, half, streamed, planes
+):  # fmt: skip
+    """Rows done .. done + count - 1 of a block of sums, scaled and joined, to their place in the result.
+
+    Args:
+        sums: address of int32 (planes, 32, 32). row, column: of the result, where the block begins. wide: columns of it.
+        done, count, row_scale, column_scale, bias, out, width, half, streamed, planes: see above.
+    """
+    row += done
+    sums, by = sums + 8 * TILE_ROWS * done, row_scale + 4 * row if row_scale != 0 else 0
+    size = 2 if half else 4
+    target = out + size * (row * width + column)
+    if planes > 1:
+        _put_joined(sums, count, wide, by, target, size * width, streamed)
+    else:
+        scales, biases = column_scale + 4 * column if column_scale != 0 else 0, bias + 4 * column if bias != 0 else 0
+        _put_scaled(sums, count, wide, by, scales, biases, target, size * width, half, streamed)
+
+
+@jit
 def _store(place, stride, count, wide):
     """The sums of `count` rows and 16 or 32 columns."""
     store_sums_0(place, stride)
@@ -156,11 +178,14 @@ def multiply_tiles(
     row_bytes, size = TILE_COLUMNS * depth, 2 if kind == BF16 else 4
     stride, step = (TILE_COLUMNS, TILE_BYTES) if tiled else (row_bytes, TILE_COLUMNS)
     plane_bytes = (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS * row_bytes
-    room = np.empty(planes * SUMS_BYTES + TILE_COLUMNS, np.int8)
+    room = np.empty(2 * planes * SUMS_BYTES + TILE_COLUMNS, np.int8)
     sums = (room.ctypes.data + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS
+    others = sums + planes * SUMS_BYTES
     at_once = max(2 * TILE_ROWS, LEFT_BYTES // (planes * row_bytes) // (2 * TILE_ROWS) * (2 * TILE_ROWS))
     streamed = kind == FLOAT32 and 4 * rows * width >= STREAMED_BYTES and out % 64 == 0
+    ends = (row_scale, column_scale, bias, out, width, kind == BF16, streamed, planes)
     configured = 0
+    waiting = row_waiting = column_waiting = wide_waiting = 0  # rows of sums that were not written yet, and where they belong
     for begin in range(0, rows, at_once):
         for pair in range(first, last):
             column = 2 * TILE_ROWS * pair
@@ -169,7 +194,7 @@ def multiply_tiles(
             more_codes = codes + TILE_BYTES * depth if wide > TILE_ROWS else codes
             for row in range(begin, min(rows, begin + at_once), 2 * TILE_ROWS):
                 count = min(2 * TILE_ROWS, rows - row)
-                target = out + size * (row * width + column)
+                at_a_time, written = (waiting + planes * depth - 1) // (planes * depth), 0
                 for plane in range(planes):
                     if count != configured:
                         configure(count)
@@ -181,18 +206,18 @@ def multiply_tiles(
                     for tile in range(depth):
                         at, skip = step * tile, TILE_BYTES * tile
                         multiply_2x2_signed(acts + at, more_acts + at, stride, codes + skip, more_codes + skip)
+                        if written < waiting:
+                            more = min(at_a_time, waiting - written)
+                            _put_sums(others, written, more, row_waiting, column_waiting, wide_waiting, *ends)
+                            written += more
                     if kind == INT32:
-                        _store(target, 4 * width, count, wide)
+                        _store(out + size * (row * width + column), 4 * width, count, wide)
                     else:
                         _store(sums + plane * SUMS_BYTES, 8 * TILE_ROWS, count, wide)
-                by = row_scale + 4 * row if row_scale != 0 else 0
-                if planes > 1:
-                    _put_joined(sums, count, wide, by, target, size * width, streamed)
-                elif kind != INT32:
-                    _put_scaled(
-                        sums, count, wide, by, column_scale + 4 * column if column_scale != 0 else 0,
-                        bias + 4 * column if bias != 0 else 0, target, size * width, kind == BF16, streamed,
-                    )  # fmt: skip
+                if kind != INT32:
+                    waiting, row_waiting, column_waiting, wide_waiting = count, row, column, wide
+                    sums, others = others, sums
+    _put_sums(others, 0, waiting, row_waiting, column_waiting, wide_waiting, *ends)
     if configured:
         release()
     if streamed:
