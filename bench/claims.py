@@ -251,9 +251,11 @@ def main() -> int:
                 result, where = next(one for one in earlier["results"] if one["shape"] == SHAPE), earlier["machine"]
             else:
                 arguments.contexts, arguments.prefill, arguments.tokens = [16], [128], 32
-                arguments.ours_only, arguments.leave_out, arguments.batch, arguments.features = False, [], [], []
+                arguments.ours_only, arguments.leave_out, arguments.batch, arguments.isa = False, [], [], []
+                arguments.only, arguments.seconds, arguments.wait = None, 0.0, False
                 peers.add_llama_bench_on_path(arguments)
-                result, where = peers.measure(SHAPE, arguments, folder, Bandwidth(arguments.threads)), machine()
+                where = machine()
+                result = peers.measure(SHAPE, arguments, folder, Bandwidth(arguments.threads))
         rows = [*sizes, *memory, *speed_rows(result), *gpu_rows(), *cpu_training_rows(), *accuracy_rows()]
         report = {"machine": where, "threads": result["threads"], "rows": rows}
     print(markdown(report))

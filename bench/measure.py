@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import threading
@@ -106,24 +107,58 @@ class Neighbors:
 
     Args:
         pids: running processes that are no neighbors. This one is none, nor are its children that have ended.
+        cpus: the cores that all of these are pinned to, by number; None where they may use every core.
     """
 
-    def __init__(self, *pids: int):
-        self._pids, self._since = pids, time.perf_counter()
+    def __init__(self, *pids: int, cpus: list[int] | None = None):
+        self._pids, self._cpus, self._since = pids, cpus, time.perf_counter()
         self._start = self._seconds()
 
-    def _seconds(self) -> float:
+    def _seconds(self) -> tuple[float, float]:
+        """Processor seconds of others on those cores, and of everybody on all other cores."""
         tick = os.sysconf("SC_CLK_TCK")
-        spent = [int(word) / tick for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        ours = sum(os.times()[:4])
+        here = elsewhere = 0.0
+        for name, *words in (line.split() for line in Path("/proc/stat").read_text().splitlines()):
+            if not re.fullmatch(r"cpu\d+", name):
+                continue
+            spent = [int(word) / tick for word in words[:8]]
+            busy = sum(spent) - spent[3] - spent[4]  # without idle time and waiting for disks; with stolen time
+            if self._cpus is None or int(name[3:]) in self._cpus:
+                here += busy
+            else:
+                elsewhere += busy
+        here -= sum(os.times()[:4])
         for pid in self._pids:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ours += (int(fields[11]) + int(fields[12])) / tick
-        return sum(spent) - spent[3] - spent[4] - ours  # without idle time and waiting for disks; with stolen time
+            here -= (int(fields[11]) + int(fields[12])) / tick
+        return here, elsewhere
 
-    def cores(self) -> float:
-        """Processor seconds of others per second since then."""
-        return max(0.0, (self._seconds() - self._start) / (time.perf_counter() - self._since))
+    def cores(self) -> tuple[float, float]:
+        """Processor seconds per second since then: of others on those cores, and of everybody on all other cores."""
+        seconds = time.perf_counter() - self._since
+        here, elsewhere = (
+            max(0.0, now - start) / seconds for now, start in zip(self._seconds(), self._start, strict=True)
+        )
+        return here, elsewhere
+
+
+def pin(threads: int, *pids: int) -> list[int]:
+    """Pins this process, and all that it starts, to as many cores as there are threads: those that are used least now.
+
+    Args:
+        pids: of processes that run already and are pinned to the same cores.
+
+    Returns: the numbers of the cores.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if threads < len(allowed):
+        watched = {cpu: Neighbors(cpus=[cpu]) for cpu in allowed}
+        time.sleep(0.5)
+        allowed = sorted(sorted(allowed, key=lambda cpu: watched[cpu].cores()[0])[:threads])
+        for pid in (os.getpid(), *pids):
+            for task in Path(f"/proc/{pid}/task").iterdir():  # every thread has an affinity of its own
+                os.sched_setaffinity(int(task.name), allowed)
+    return allowed
 
 
 def resident_bytes(pid: int | str = "self") -> dict[str, int]:
@@ -224,7 +259,9 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes a result file, folders included."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    whole.write_text(json.dumps(value, indent=1) + "\n")
+    whole.replace(path)  # a run that is broken off leaves the file as it was
 
 
 def table(rows: list[list[str]], align: str) -> str:

@@ -1,19 +1,24 @@
 """Our CPU runtime compared with others, in one run on one machine: decode, prefill, batches, memory, bytes per token, energy.
 
     python bench/peers.py [--shapes 0.6B 1.7B 4B] [--rounds 5] [--threads N] [--llama_bench PATH ...] [--json FILE]
+    python bench/peers.py --json FILE --only "decode 16" --seconds 90      one column, as far as it comes in that time
     python bench/peers.py --profile           where a step of our runtime spends its time
 
 The others are transformers in bf16 and fp32; llama.cpp as F16, BF16, Q4_0, TQ2_0 and TQ1_0, through the `llama-bench` on
 PATH or through llama-cpp-python; and every other `llama-bench` that is named, with a fork's own formats made by the
-`llama-quantize` beside it. All of them hold the same random ternary-valued weights (random_models.py). Those with few bits
+`llama-quantize` beside it. All of them hold weights of the same shape and kind (random_models.py). Those with few bits
 have a head of 4 bits, as ours has in its "int4" rows. Measurements alternate: a round runs each program once, and only then
 comes the next round; the machine's read bandwidth is measured in each. Compilation, loading and warm-up are excluded. A
 program that cannot run is named with the reason, and nothing fails.
 
-Every peer runs with its best flags: the warm-up of a column tries all that its usage names among WAYS, and the fastest are
-kept for that column. A batch is decoded by the `llama-batched-bench` beside a `llama-bench`. **Figures of a busy machine are
-refused**: peers that wait for each other at barriers collapse there. What other programs use is measured with every
-figure, and where they need more than the cores that the threads leave free, it is measured again, and left out in the end.
+Every peer runs with its best flags: the first round of a column tries all that its usage names among WAYS, and the later
+rounds keep the fastest. A batch is decoded by the `llama-batched-bench` beside a `llama-bench`. **Figures of a shared core
+are refused**: with fewer threads than cores everything is pinned to the cores that are used least, and what other programs
+use there is measured with every figure; where they need a part of these cores, the figure is taken again, and left out in the
+end. What runs on the other cores at the same time shares caches and memory, so it is recorded, too.
+
+--json is written after every measurement, and what is there already with the same settings is not measured again. So a run
+that was broken off, or that --seconds ended, is gone on with by the same command.
 """
 
 import argparse
@@ -23,6 +28,7 @@ import itertools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +36,19 @@ import time
 from pathlib import Path
 
 from bitdistill.distributed import openmp
-from measure import Bandwidth, Energy, Neighbors, cores, machine, resident_bytes, summary, table, write_json
+from cpu_training import MASKS, NATIVE
+from measure import (
+    Bandwidth,
+    Energy,
+    Neighbors,
+    cores,
+    machine,
+    pin,
+    resident_bytes,
+    summary,
+    table,
+    write_json,
+)
 from random_models import SHAPES, Shape, write_gguf, write_packed_model
 
 OURS = (("base3", "int4"), ("2bit", "int4"), ("2bit", "int8"), ("base3", "ternary"))
@@ -40,7 +58,13 @@ WAYS = {"--flash-attn": ("-fa", "0", "1"), "--run-time-repack": ("-rtr", "0", "1
 PROMPT_ID = 11
 PROMPT_OF_BATCH = 16  # tokens of each sequence of a batch, in front of those that are decoded
 TRIES = 3  # of a measurement that other programs disturb
-DISTURBED = 0.15  # cores that they may use beyond those that are free
+DISTURBED = 0.15  # cores that they may use of those that are measured on
+
+
+def available_memory() -> int:
+    """Bytes that programs can have without swapping: free ones, and those of caches."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return 1024 * int(fields["MemAvailable"].split()[0])
 
 
 class Skipped(Exception):
@@ -132,9 +156,11 @@ class _Transformers:
         rotary = self.model.model.rotary_emb
         half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
         rotary.inv_freq = 1 / config.rope_parameters["rope_theta"] ** half
+        block = torch.empty(2**20).uniform_(-0.03, 0.03)
         with torch.no_grad():
             for parameter in self.model.parameters():
-                parameter.uniform_(-0.03, 0.03) if parameter.dim() > 1 else parameter.fill_(1)
+                numbers = block.repeat(-(-parameter.numel() // len(block)))[: parameter.numel()]
+                parameter.copy_(numbers.view_as(parameter)) if parameter.dim() > 1 else parameter.fill_(1)
 
     def _forward(self, ids, past=None):
         ids = self.torch.tensor(ids if isinstance(ids[0], list) else [ids])
@@ -206,14 +232,13 @@ class Worker:
     ways = ((),)
 
     def __init__(
-        self, name: str, weights: str, kind: str, argument: str, threads: int, file_bytes: int, features: str = ""
+        self, name: str, weights: str, kind: str, argument: str, threads: int, file_bytes: int, isa: str = NATIVE
     ):
         self.name, self.weights, self.file_bytes = name, weights, file_bytes
         self.version = {"transformers": f"transformers {_version('transformers')}, torch {_version('torch')}"}.get(kind)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        if features:
-            self.weights += f", {features}"
-            environment["BITDISTILL_CPU_FEATURES"] = features
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **MASKS[isa]}
+        if isa != NATIVE:
+            self.weights += f", {isa}"
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve", kind, argument, str(threads)],
             stdin=subprocess.PIPE,
@@ -234,6 +259,10 @@ class Worker:
     def pids(self) -> tuple[int, ...]:
         """Of the processes that stay alive between measurements."""
         return (self.process.pid,)
+
+    def warm(self, **request) -> None:
+        """Compiles and fills the caches."""
+        self.ask(**request)
 
     def ask(self, way: tuple = (), **request) -> dict:
         """One measurement."""
@@ -258,7 +287,9 @@ class LlamaBench:
         self.deep = "--n-depth" in usage
         flags = [[(flag, value) for value in values] for word, (flag, *values) in WAYS.items() if word in usage]
         self.ways = [tuple(itertools.chain(*way)) for way in itertools.product(*flags)]
-        self.ask(decode=[0, 1])
+
+    def warm(self, **request) -> None:
+        """Each of its processes does that itself."""
 
     def ask(self, way: tuple = (), decode=None, prefill=None, batch=None) -> dict:
         """One measurement."""
@@ -324,34 +355,42 @@ class LlamaBench:
 
 
 def make_peers(
-    name: str, folder: Path, threads: int, benches: list[str], ours_only: bool, leave_out: list[str], features=()
+    name: str, folder: Path, threads: int, benches: list[str], ours_only: bool, leave_out: list[str], isa: list[str]
 ) -> tuple[list, list[str]]:
     """All peers that run here at a shape, and why the others do not."""
     shape, peers, skipped = SHAPES[name], [], [f"{word}: left out by --leave_out" for word in leave_out]
 
-    def attempt(make) -> None:
+    def attempt(make, runner: str, weights: str) -> None:
+        kind = weights.split(",")[0]
+        if {runner, kind, f"{runner} {kind}"} & set(leave_out):
+            return
         try:
-            peers.append(make())
+            peers.append(make(runner, weights))
         except Skipped as reason:
             skipped.append(str(reason))
 
-    for packing, embedding in OURS:
+    sets = [NATIVE, *(one for one in isa if one != NATIVE)]
+    for (packing, embedding), one in itertools.product(OURS, sets):
         path = folder / f"{name}-{packing}-{embedding}.safetensors"
+        if packing in leave_out or f"{packing}-{embedding}" in leave_out:
+            continue
         if not path.is_file():
             write_packed_model(path, shape, packing, embedding)
         size = path.stat().st_size
-        for instructions in ("", *features):
-            attempt(
-                lambda p=path, s=size, w=f"{packing}, {embedding} head", f=instructions: Worker(
-                    "bitdistill", w, "ours", str(p), threads, s, f
-                )
-            )
+        attempt(
+            lambda n, w, p=path, s=size, i=one: Worker(n, w, "ours", str(p), threads, s, i),
+            "bitdistill",
+            f"{packing}, {embedding} head",
+        )
     if ours_only:
         return peers, skipped
 
     parameters = shape.linear_weights() + shape.vocabulary * shape.hidden
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    for dtype, width in (("bfloat16", 2), ("float32", 4)) if "transformers" not in leave_out else ():
+    available = available_memory()
+    kinds = [] if "transformers" in leave_out else [("bfloat16", 2, one) for one in sets] + [("float32", 4, NATIVE)]
+    for dtype, width, one in kinds:
+        if f"transformers {dtype}" in leave_out:
+            continue
         if parameters * width > 0.8 * available:
             skipped.append(
                 f"transformers {dtype}: needs {parameters * width / 1e9:.1f} GB, {available / 1e9:.1f} are free"
@@ -359,28 +398,29 @@ def make_peers(
             continue
         available -= parameters * width
         size, argument = parameters * width, f"{name},{dtype}"
-        attempt(lambda d=dtype, a=argument, s=size: Worker("transformers", d, "transformers", a, threads, s))
+        attempt(
+            lambda n, w, a=argument, s=size, i=one: Worker(n, w, "transformers", a, threads, s, i),
+            "transformers",
+            dtype,
+        )
 
     wanted = [one for one in GGUF if one[0] not in leave_out]
     for linear, head in wanted if benches or importlib.util.find_spec("llama_cpp") else ():
         path = folder / f"{name}-{linear}-{head}.gguf"
         if not path.is_file():
             write_gguf(path, shape, linear, head)
+        weights, size = f"{linear}, {head} head", path.stat().st_size
         for binary in benches:
-            label = bench_name(binary)
-            attempt(lambda b=binary, p=path, n=label, w=f"{linear}, {head} head": LlamaBench(n, w, b, p, threads))
+            attempt(lambda n, w, b=binary, p=path: LlamaBench(n, w, b, p, threads), bench_name(binary), weights)
         if not benches:
-            size = path.stat().st_size
             attempt(
-                lambda p=path, s=size, w=f"{linear}, {head} head": Worker(
-                    "llama-cpp-python", w, "llama_cpp", str(p), threads, s
-                )
+                lambda n, w, p=path, s=size: Worker(n, w, "llama_cpp", str(p), threads, s), "llama-cpp-python", weights
             )
     if not benches:
         skipped.append("llama.cpp: no llama-bench on PATH or given by --llama_bench")
     for binary in benches:
         for path, weights in fork_files(binary, name, shape, folder):
-            attempt(lambda b=binary, p=path, w=weights: LlamaBench(bench_name(b), w, b, p, threads))
+            attempt(lambda n, w, b=binary, p=path: LlamaBench(n, w, b, p, threads), bench_name(binary), weights)
     return peers, skipped
 
 
@@ -415,23 +455,17 @@ def fork_files(binary: str, name: str, shape: Shape, folder: Path):
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def undisturbed(peer, way: tuple, request: dict, threads: int) -> tuple[dict | None, float]:
-    """A measurement, or None where other programs disturbed all TRIES of it, and the cores that they used."""
-    least = float("inf")
+def undisturbed(peer, way: tuple, request: dict, cpus: list[int]) -> tuple[dict | None, float, float]:
+    """A measurement, or None where other programs used a part of its cores in all TRIES of it; then how much of these
+    they used, and what ran on the other cores."""
+    found = []
     for _ in range(TRIES):
-        neighbors = Neighbors(*peer.pids)
+        neighbors = Neighbors(*peer.pids, cpus=cpus)
         answer = peer.ask(way, **request)
-        used = neighbors.cores()
-        if used <= cores() - threads + DISTURBED:
-            return answer, used
-        least = min(least, used)
-    return None, least
-
-
-def best_way(peer, request: dict) -> tuple:
-    """The flags with which a peer answers fastest; caches are warm and code is compiled afterwards."""
-    seconds = {way: peer.ask(way, **request)["seconds"] for way in peer.ways}
-    return min(seconds, key=seconds.get)
+        found.append(neighbors.cores())
+        if found[-1][0] <= DISTURBED:
+            return answer, *found[-1]
+    return None, *min(found)
 
 
 def requests_of(arguments) -> list[tuple[str, dict, int]]:
@@ -439,85 +473,155 @@ def requests_of(arguments) -> list[tuple[str, dict, int]]:
     tokens = arguments.tokens
     found = [(f"decode {context}", {"decode": [context, tokens]}, tokens) for context in arguments.contexts]
     found += [(f"prefill {length}", {"prefill": length}, length) for length in arguments.prefill]
-    return found + [(f"batch {size}", {"batch": [size, tokens]}, size * tokens) for size in arguments.batch]
+    found += [(f"batch {size}", {"batch": [size, tokens]}, size * tokens) for size in arguments.batch]
+    return [one for one in found if arguments.only in (None, one[0])]
 
 
-def measure(name: str, arguments, folder: Path, bandwidth: Bandwidth) -> dict:
-    """All peers at one shape."""
-    threads = arguments.threads
-    peers, skipped = make_peers(
-        name, folder, threads, arguments.llama_bench, arguments.ours_only, arguments.leave_out, arguments.features
-    )
-    requests = requests_of(arguments)
-    rates = {(peer, label): [] for peer in peers for label, _, _ in requests}
-    streams, joules, resident, ways, loads, refused = [], {}, {}, {}, [], {}
-    for label, request, tokens in requests:
-        for peer in list(peers):
-            try:
-                ways[peer, label] = best_way(peer, request)
-            except Skipped as reason:
-                skipped.append(f"{label}: {reason}")
+class Enough(Exception):
+    """The time that --seconds gives is over."""
+
+
+class Columns:
+    """The figures of one shape, which grow by a measurement at a time.
+
+    Args:
+        result: what was measured before, from --json; {} at first. save: called after each measurement.
+        peers: that take part. arguments: of the command. cpus: the cores that all of it is pinned to.
+    """
+
+    def __init__(self, result: dict, peers: list, arguments, cpus: list[int], save):
+        self.result, self.peers, self.arguments, self.cpus, self.save = result, peers, arguments, cpus, save
+        self.started = time.perf_counter()
+        result.setdefault("columns", {})
+        rows = {(row["name"], row["weights"]): row for row in result.setdefault("rows", [])}
+        self.rows = {}
+        for peer in peers:
+            empty = {"name": peer.name, "weights": peer.weights, "version": None, "resident_bytes": None}
+            self.rows[peer] = rows.get((peer.name, peer.weights), empty) | {"file_bytes": peer.file_bytes}
+        others = [row for row in result["rows"] if not any(self._is_of(row, peer) for peer in peers)]
+        result["rows"] = [*self.rows.values(), *others]
+
+    @staticmethod
+    def _is_of(row: dict, peer) -> bool:
+        return (row["name"], row["weights"]) == (peer.name, peer.weights)
+
+    def column(self, label: str, request: dict, tokens: int, bandwidth) -> None:
+        """All rounds of a column, apart from what is there.
+
+        Raises:
+            Enough: there is no time for the next measurement.
+        """
+        arguments = self.arguments
+        settings = {"threads": arguments.threads, "rounds": arguments.rounds, "tokens": arguments.tokens}
+        column = self.result["columns"].get(label)
+        if column is None or column["settings"] != settings:
+            for row in self.result["rows"]:
+                row.pop(label, None)
+            column = {"settings": settings, "runs": [], "stream": [], "others": [], "elsewhere": [], "skipped": []}
+            self.result["columns"][label] = column
+        if not any(self._missing(peer, label, arguments.rounds - 1) for peer in self.peers):
+            return
+        at = machine()
+        column["runs"].append({"date": at["date"], "commit": at["commit"], "cores": self.cpus})
+        failed, warm = set(), set()
         for turn in range(arguments.rounds):
-            streams.append(bandwidth.gigabytes_per_second())
-            for peer in peers:
-                if (peer, label) not in ways:
-                    continue
-                try:
-                    answer, used = undisturbed(peer, ways[peer, label], request, threads)
-                except Skipped as reason:
-                    skipped.append(f"{label}: {reason}")
-                    continue
-                if answer is None:
-                    refused.setdefault((peer, label), []).append(used)
-                    continue
-                loads.append(used)
-                rates[peer, label].append(tokens / answer["seconds"])
-                if "anonymous" in answer:
-                    resident[peer] = answer["anonymous"] + answer["file"]
-                if answer["joules"] is not None:
-                    joules.setdefault((peer, label), []).append(answer["joules"] / tokens)
-            print(f"  {name} {label}: round {turn + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
+            if any(self._missing(peer, label, turn) for peer in self.peers if peer not in failed):
+                column["stream"].append(bandwidth.gigabytes_per_second())
+            for peer in self.peers:
+                for way in self._missing(peer, label, turn) if peer not in failed else ():
+                    self._in_time(self.rows[peer].get(label, {}).get("took", 0.0))
+                    try:
+                        if peer not in warm:
+                            peer.warm(**request)
+                            warm.add(peer)
+                        self._measure(peer, way, label, request, tokens, column)
+                    except Skipped as reason:
+                        column["skipped"] = list(dict.fromkeys([*column["skipped"], str(reason)]))
+                        failed.add(peer)
+                    self.save()
+            print(
+                f"  {self.result['shape']} {label}: round {turn + 1} of {arguments.rounds}", file=sys.stderr, flush=True
+            )
+
+    def _missing(self, peer, label: str, turn: int) -> list[tuple]:
+        """The ways that a peer has to be asked in once more, up to a round: all of them in the first one."""
+        rates = self.rows[peer].get(label, {}).get("ways", {})
+        if turn == 0:
+            return [way for way in peer.ways if not rates.get(" ".join(way))]
+        best = max(peer.ways, key=lambda way: statistics.median(rates.get(" ".join(way)) or [0.0]))
+        return [best] if len(rates.get(" ".join(best), [])) <= turn else []
+
+    def _in_time(self, needed: float) -> None:
+        if self.arguments.seconds and time.perf_counter() - self.started + needed > self.arguments.seconds:
+            raise Enough
+
+    def _measure(self, peer, way: tuple, label: str, request: dict, tokens: int, column: dict) -> None:
+        """One measurement, into the row."""
+        row, flags, started = self.rows[peer], " ".join(way), time.perf_counter()
+        answer, used, elsewhere = undisturbed(peer, way, request, self.cpus)
+        if answer is None:
+            words = f"{peer.name}, {peer.weights} {flags}: refused, other programs used {used:.2f} of its cores"
+            column["skipped"].append(words)
+            return
+        column["others"].append(used)
+        column["elsewhere"].append(elsewhere)
+        cell = row.setdefault(label, {"ways": {}, "took": 0.0})
+        cell["took"] = max(cell["took"], time.perf_counter() - started)
+        cell["ways"].setdefault(flags, []).append(tokens / answer["seconds"])
+        best = max(cell["ways"], key=lambda one: statistics.median(cell["ways"][one]))
+        cell |= summary(cell["ways"][best]) | {"flags": best}
+        row["version"] = peer.version or row["version"]
+        if "anonymous" in answer:
+            row["resident_bytes"] = answer["anonymous"] + answer["file"]
+        if answer["joules"] is not None:
+            joules = row.setdefault(f"{label} joules", {"values": []})
+            joules["values"].append(answer["joules"] / tokens)
+            joules |= summary(joules["values"])
+        if "decode" in request:
+            context = request["decode"][0] + self.arguments.tokens / 2
+            shape = SHAPES[self.result["shape"]]
+            cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2 * context  # K and V, 2 bytes per number
+            row[f"{label} bytes"] = int(peer.file_bytes + cache)
+
+
+def measure(name: str, arguments, folder: Path, bandwidth: Bandwidth, result: dict | None = None, save=None) -> dict:
+    """All peers at one shape.
+
+    Args:
+        result: what was measured before, which is gone on with. save: called with the result after each measurement.
+    """
+    result = {"shape": name, "threads": arguments.threads} if result is None else result
+    peers, skipped = make_peers(
+        name, folder, arguments.threads, arguments.llama_bench, arguments.ours_only, arguments.leave_out, arguments.isa
+    )
+    result["skipped"] = skipped
+    if arguments.wait:
+        print("  loaded: waiting for a line", file=sys.stderr, flush=True)
+        sys.stdin.readline()
+    cpus = pin(arguments.threads, *(pid for peer in peers for pid in peer.pids))
+    columns = Columns(result, peers, arguments, cpus, lambda: save(result) if save else None)
+    try:
+        for label, request, tokens in requests_of(arguments):
+            columns.column(label, request, tokens, bandwidth)
+    except Enough:
+        print(f"  {name}: --seconds are over; the same command goes on", file=sys.stderr, flush=True)
     for peer in peers:
         peer.close()
-    for (peer, label), used in refused.items():
-        skipped.append(
-            f"{label}: {peer.name}, {peer.weights}: {len(used)} of {arguments.rounds} rounds refused, other programs used "
-            f"{min(used):.2f} cores and more"
-        )
-    rows = []
-    for peer in peers:
-        row = {
-            "name": peer.name,
-            "weights": peer.weights,
-            "version": peer.version,
-            "file_bytes": peer.file_bytes,
-            "resident_bytes": resident.get(peer),
-        }
-        for label, request, _ in requests:
-            if not rates[peer, label]:
-                continue
-            row[label] = summary(rates[peer, label]) | {"flags": " ".join(ways[peer, label])}
-            if (peer, label) in joules:
-                row[f"{label} joules"] = summary(joules[peer, label])
-            if "decode" in request:
-                context = request["decode"][0] + arguments.tokens / 2
-                shape = SHAPES[name]
-                cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2 * context  # K and V, 2 bytes per number
-                row[f"{label} bytes"] = int(peer.file_bytes + cache)
-        rows.append(row)
-    return {
-        "shape": name,
-        "threads": threads,
-        "stream": summary(streams),
-        "others": summary(loads or [float("nan")]),
-        "rows": rows,
-        "skipped": skipped,
-    }
+    for part in ("stream", "others", "elsewhere"):
+        figures = [one for column in result["columns"].values() for one in column[part]]
+        result[part] = summary(figures or [float("nan")])
+    return result
+
+
+def ranged(rate: dict, digits: int) -> str:
+    """A median with its range."""
+    median, least, most = (f"{rate[part]:,.{digits}f}" for part in ("median", "min", "max"))
+    return f"{median} [{least}, {most}]"
 
 
 def show(result: dict, labels: list[str]) -> str:
     """The table of one shape; ratios are against llama.cpp F16 or, without it, the fastest transformers."""
-    stream, first = result["stream"], labels[0]
+    stream, first = result["stream"], next((one for one in labels if one.startswith("decode")), labels[0])
     baseline = next(
         (row for row in result["rows"] if row["weights"].startswith("F16") and first in row),
         max(
@@ -527,12 +631,12 @@ def show(result: dict, labels: list[str]) -> str:
         ),
     )
     cells = [["runner", "weights", "file MB", "resident MB", *labels, "GB/s", "of stream", "x F16"]]
-    for row in result["rows"]:
+    for row in (one for one in result["rows"] if set(labels) & set(one)):
         resident = f"{row['resident_bytes'] / 1e6:,.0f}" if row["resident_bytes"] else "-"
         speeds = []
         for label in labels:
             rate = row.get(label)
-            speeds.append(f"{rate['median']:,.1f} [{rate['min']:,.1f}, {rate['max']:,.1f}]" if rate else "-")
+            speeds.append(ranged(rate, 1) if rate else "-")
         if f"{first} bytes" in row:
             used = row[f"{first} bytes"] * row[first]["median"] / 1e9
             ratio = f"{row[first]['median'] / baseline[first]['median']:.2f}" if baseline else "-"
@@ -544,20 +648,23 @@ def show(result: dict, labels: list[str]) -> str:
         f"Qwen3-{result['shape']} shape, {result['threads']} threads, tokens/s: median [min, max]; decode at a context, "
         f"prefill of a prompt, a batch's sequences together. Read bandwidth in the same run: {stream['median']:.1f} GB/s "
         f"[{stream['min']:.1f}, {stream['max']:.1f}]. GB/s, share and ratio are those of {first}. Other programs used "
-        f"{result['others']['median']:.2f} cores [{result['others']['min']:.2f}, {result['others']['max']:.2f}].",
+        f"{ranged(result['others'], 2)} of these cores, and {ranged(result['elsewhere'], 2)} of the others.",
         table(cells, "<<" + ">" * (len(cells[0]) - 2)),
     ]
     for row in result["rows"]:
         flags = [f"{label} {row[label]['flags']}" for label in labels if row.get(label, {}).get("flags")]
         lines += [f"flags of {row['name']}, {row['weights']}: {'; '.join(flags)}"] if flags else []
-    lines += [f"not measured: {reason}" for reason in result["skipped"]]
+    reasons = [f"{label}: {why}" for label in labels for why in result["columns"].get(label, {}).get("skipped", [])]
+    lines += [f"not measured: {reason}" for reason in [*result["skipped"], *reasons]]
     return "\n".join(lines)
 
 
 def profile(arguments, folder: Path) -> None:
     """Where a step of ours spends its time, for each packing at the first shape."""
     name = arguments.shapes[0]
-    peers, skipped = make_peers(name, folder, arguments.threads, [], ours_only=True, leave_out=[])
+    peers, skipped = make_peers(
+        name, folder, arguments.threads, [], ours_only=True, leave_out=arguments.leave_out, isa=[]
+    )
     for peer in peers:
         for context in arguments.contexts:
             peer.ask(decode=[context, 8])
@@ -594,11 +701,16 @@ def main() -> int:
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512])
     parser.add_argument("--batch", type=int, nargs="*", default=[16], help="sequences that are decoded together")
     parser.add_argument(
-        "--features", nargs="*", default=[], metavar="SET", help="ours once more with BITDISTILL_CPU_FEATURES=SET"
+        "--isa", nargs="*", default=[], choices=list(MASKS), help="ours and transformers once more with a set forced"
     )
     parser.add_argument("--llama_bench", action="append", default=[], metavar="PATH", help="repeatable")
     parser.add_argument("--ours_only", action="store_true")
-    parser.add_argument("--leave_out", nargs="+", default=[], metavar="PEER", help="transformers, or GGUF types")
+    parser.add_argument(
+        "--leave_out", nargs="+", default=[], metavar="PEER", help="a runner, a type, both, or a packing"
+    )
+    parser.add_argument("--only", metavar="COLUMN", help='one of the columns, like "decode 16"')
+    parser.add_argument("--seconds", type=float, default=0.0, help="starts no measurement that would end later")
+    parser.add_argument("--wait", action="store_true", help="measure when a line comes on standard input")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--folder", type=Path, help="keeps the model files here; by default they are temporary")
     parser.add_argument("--json", metavar="FILE")
@@ -614,17 +726,26 @@ def main() -> int:
         if arguments.profile:
             profile(arguments, folder)
             return 0
+        at = machine()
         bandwidth = Bandwidth(arguments.threads)
-        report = {
-            "machine": machine(),
-            "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
-            "results": [],
-        }
+        report = (
+            json.loads(Path(arguments.json).read_text()) if arguments.json and Path(arguments.json).is_file() else {}
+        )
+        command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
+        report = {"results": []} | report | {"machine": at, "command": command}
+        earlier = {one["shape"]: one for one in report["results"] if "columns" in one}
+        report["results"] = list(earlier.values())
+
+        def save(result: dict) -> None:
+            earlier[result["shape"]] = result
+            report["results"] = list(earlier.values())
+            if arguments.json:
+                write_json(arguments.json, report)
+
         for name in arguments.shapes:
-            report["results"].append(measure(name, arguments, folder, bandwidth))
-            print(show(report["results"][-1], [label for label, _, _ in requests_of(arguments)]), flush=True)
-    if arguments.json:
-        write_json(arguments.json, report)
+            result = measure(name, arguments, folder, bandwidth, earlier.get(name), save)
+            save(result)
+            print(show(result, list(result["columns"])), flush=True)
     return 0
 
 

@@ -497,6 +497,7 @@ KERNELS = (
     (matmul._multiply_base3, 4),
     (unpacking.unpack_blocks, 5),
     (matmul._tile_8, 6),
+    (matmul._tile_8_twice, 8),
     (matmul._tile_4, 6),
     (tables._multiply_int8, 5),
     (tables._multiply_int4, 6),

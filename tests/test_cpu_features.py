@@ -41,6 +41,13 @@ def test_portable_runs_on_a_processor_with_nothing_but_sse2():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(FEATURES != "amx", reason="the other tests run it, or none can")
+@pytest.mark.parametrize("features", ["avx512_vbmi", "avx512_vnni"])
+def test_avx512_runs_where_there_are_tiles(features):
+    process("run", BITDISTILL_CPU_FEATURES=features)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     FEATURES not in ("amx", "avx512_vbmi", "avx512_vnni", "avx_vnni"), reason="the other tests run it, or none can"
 )
@@ -54,6 +61,7 @@ VNNI_512 = {
     "_multiply_2bit": {"vpdpbusd zmm": 4},
     "_multiply_base3": {"vpdpbusd zmm": 5},
     "_tile_8": {"vpdpbusd zmm": 8},
+    "_tile_8_twice": {"vpdpbusd zmm": 16},
     "_multiply_int8": {"vpdpbusd zmm": 4},
     "_multiply_int4": {"vpdpbusd zmm": 16},
 }

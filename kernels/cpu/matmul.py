@@ -11,9 +11,10 @@ in the blocks of another group, which are multiplied with these zeros.
   read once and taken apart in registers. They are prefetched PREFETCH bytes ahead; without that, memory would wait for the
   loop. They may be read-only and have any alignment, and nothing beyond the last vector is read.
 * From TILED_TOKENS tokens on, where the processor has tile products: tile_products.py.
-* More tokens elsewhere: up to CHUNK blocks are taken apart into `scratch`, which stays in the first-level cache, and are
-  multiplied with one tile of tokens after the other (of eight tokens where there are 32 wide registers, else of four, then
-  two, then one).
+* More tokens elsewhere: up to CHUNK blocks of GROUPS row groups are taken apart into `scratch`, which stays in the first-level
+  cache, and are multiplied with one tile of tokens after the other (of eight tokens where there are 32 wide registers, else of
+  four, then two, then one). Eight tokens meet two row groups at once: eight sums alone would wait for each other's dot
+  products, and need nine loads for eight of these.
 
 int16 sums (vector.py): a dot step adds at most 2 * 2 * 128 = 512 in magnitude, so 64 steps fit. For one token with 2-bit
 bytes, half of the fields are left in place, four times too large, which saves shifts; of those, 16 steps fit.
@@ -31,7 +32,7 @@ from bitdistill.kernels.cpu.grouped_tiles import TILED_GROUPED_BYTES
 from bitdistill.kernels.cpu.native import int32s
 from bitdistill.kernels.cpu.tile_products import TILED_TOKENS, TILED_UNPACKED_BYTES, tiled_gemm
 from bitdistill.kernels.cpu.tiles import TILES
-from bitdistill.kernels.cpu.unpacking import MARGIN, TWO_BIT, low_digits, top_digit, unpack_blocks
+from bitdistill.kernels.cpu.unpacking import MARGIN, TWO_BIT, code_offset, low_digits, top_digit, unpack_blocks
 from bitdistill.kernels.cpu.vector import (
     AVX512,
     add_ints,
@@ -57,6 +58,7 @@ PREFETCH = 4096
 STEPS_2BIT, STEPS_BASE3 = 16, 12  # vectors of a GEMV before a `widen`
 CHUNK = 64  # blocks of a row group that are unpacked at a time; a tile adds up as many before a `widen`
 GROUPS = 4  # row groups that are unpacked at a time, 16 KB: a tile's activations come from the second-level cache once for all
+TOKENS = 128  # at a time: with more, their sums for GROUPS do not stay in the second-level cache
 SLOT = 64 * CHUNK + 2 * MARGIN
 UNPACKED_BYTES = max(GROUPS * SLOT, TILED_UNPACKED_BYTES, TILED_GROUPED_BYTES)
 ACC_BYTES = 32768  # accumulators of tables.py
@@ -233,6 +235,76 @@ def _tile_8(blocks, count, codes, stride, acc, acc_stride):
 
 
 @jit
+def _tile_8_twice(blocks, other, count, codes, stride, acc, other_acc, acc_stride):
+    """`_tile_8` of two row groups: each quad of activations is loaded once for both."""
+    s0, s1, s2, s3, s4, s5, s6, s7 = (
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+    )
+    t0, t1, t2, t3, t4, t5, t6, t7 = (
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+        no_sums(),
+    )
+    for block in range(count):
+        u, v = load_bytes(blocks + 64 * block), load_bytes(other + 64 * block)
+        quad = codes + 4 * block
+        q = repeat_quad(quad)
+        s0, t0 = dot(s0, u, q), dot(t0, v, q)
+        q = repeat_quad(quad + stride)
+        s1, t1 = dot(s1, u, q), dot(t1, v, q)
+        q = repeat_quad(quad + 2 * stride)
+        s2, t2 = dot(s2, u, q), dot(t2, v, q)
+        q = repeat_quad(quad + 3 * stride)
+        s3, t3 = dot(s3, u, q), dot(t3, v, q)
+        q = repeat_quad(quad + 4 * stride)
+        s4, t4 = dot(s4, u, q), dot(t4, v, q)
+        q = repeat_quad(quad + 5 * stride)
+        s5, t5 = dot(s5, u, q), dot(t5, v, q)
+        q = repeat_quad(quad + 6 * stride)
+        s6, t6 = dot(s6, u, q), dot(t6, v, q)
+        q = repeat_quad(quad + 7 * stride)
+        s7, t7 = dot(s7, u, q), dot(t7, v, q)
+    _add_to(acc, s0)
+    _add_to(acc + acc_stride, s1)
+    _add_to(acc + 2 * acc_stride, s2)
+    _add_to(acc + 3 * acc_stride, s3)
+    _add_to(acc + 4 * acc_stride, s4)
+    _add_to(acc + 5 * acc_stride, s5)
+    _add_to(acc + 6 * acc_stride, s6)
+    _add_to(acc + 7 * acc_stride, s7)
+    _add_to(other_acc, t0)
+    _add_to(other_acc + acc_stride, t1)
+    _add_to(other_acc + 2 * acc_stride, t2)
+    _add_to(other_acc + 3 * acc_stride, t3)
+    _add_to(other_acc + 4 * acc_stride, t4)
+    _add_to(other_acc + 5 * acc_stride, t5)
+    _add_to(other_acc + 6 * acc_stride, t6)
+    _add_to(other_acc + 7 * acc_stride, t7)
+
+
+@jit
+def tiles_8(source, gap, groups, count, codes, stride, acc, acc_stride):
+    """Eight tokens times `groups` row groups whose blocks are `gap` bytes apart, two at a time, and one that is left."""
+    for slot in range(0, groups - 1, 2):
+        at, out = source + slot * gap, acc + 64 * slot
+        _tile_8_twice(at, at + gap, count, codes, stride, out, out + 64, acc_stride)
+    if groups % 2:
+        _tile_8(source + (groups - 1) * gap, count, codes, stride, acc + 64 * (groups - 1), acc_stride)
+
+
+@jit
 def _tile_4(blocks, count, codes, stride, acc, acc_stride):
     s0, s1, s2, s3 = no_sums(), no_sums(), no_sums(), no_sums()
     for block in range(count):
@@ -268,11 +340,43 @@ def _tile_1(blocks, count, codes, acc):
 
 
 @jit
+def _multiply_groups(weight, packing, blocks, records, stride, tokens, acc, acc_stride, first, groups, scratch):
+    """`gemm` of up to GROUPS row groups from `first` on, for up to TOKENS tokens: their sums stay in the caches until they are
+    whole. `acc_stride` in bytes."""
+    for n in range(tokens):
+        start = repeat_int(-code_offset(packing) * int32s(records + n * stride + 4, 1)[0])
+        for slot in range(groups):
+            store_ints(acc + n * acc_stride + 64 * (first + slot), start)
+    for chunk in range(0, blocks, CHUNK):
+        count = min(CHUNK, blocks - chunk)
+        for slot in range(groups):
+            unpack_blocks(weight, packing, (first + slot) * blocks + chunk, count, scratch + slot * SLOT + MARGIN)
+        n = 0
+        while n < tokens:
+            width = 8 if AVX512 and tokens - n >= 8 else 4 if tokens - n >= 4 else 2 if tokens - n >= 2 else 1
+            quads, out = records + CODES + 4 * chunk + n * stride, acc + n * acc_stride + 64 * first
+            if AVX512 and width == 8:
+                tiles_8(scratch + MARGIN, SLOT, groups, count, quads, stride, out, acc_stride)
+                n += width
+                continue
+            for slot in range(groups):
+                source = scratch + slot * SLOT + MARGIN
+                if width == 4:
+                    _tile_4(source, count, quads, stride, out + 64 * slot, acc_stride)
+                elif width == 2:
+                    _tile_2(source, count, quads, stride, out + 64 * slot, acc_stride)
+                else:
+                    _tile_1(source, count, quads, out + 64 * slot)
+            n += width
+
+
+@jit
 def gemm(weight, packing, in_features, records, stride, tokens, acc, acc_stride, first_group, last_group, scratch):
     """``acc = act_codes @ weight_codes.T`` of the rows 16 first_group .. 16 last_group - 1, for all tokens.
 
     Args:
-        weight: address of the packed bytes of all rows; packing: TWO_BIT or BASE3.
+        weight: address of the packed bytes of all rows; packing: TWO_BIT or BASE3, or INT8 for three
+            tokens and more of AVX512 without tile products.
         in_features: I, at least 1.
         records: address of `tokens` records (activations.py), `stride` bytes apart.
         acc: address of int32 rows, one per token, `acc_stride` numbers apart; row o of the weight is written to number o.
@@ -307,31 +411,12 @@ def gemm(weight, packing, in_features, records, stride, tokens, acc, acc_stride,
     if TILES and tokens >= TILED_TOKENS:
         tiled_gemm(weight, packing, blocks, records, stride, tokens, acc, acc_stride, first_group, last_group, scratch)
         return
-    for group in range(first_group, last_group):
-        for n in range(tokens):
-            store_ints(acc + 4 * n * acc_stride + 64 * group, repeat_int(-int32s(records + n * stride + 4, 1)[0]))
-    for chunk in range(0, blocks, CHUNK):
-        count = min(CHUNK, blocks - chunk)
-        quads = codes + 4 * chunk
+    for start in range(0, tokens, TOKENS):
+        count = min(TOKENS, tokens - start)
+        these, out = records + start * stride, acc + 4 * start * acc_stride
         for group in range(first_group, last_group, GROUPS):
             groups = min(GROUPS, last_group - group)
-            for slot in range(groups):
-                unpack_blocks(weight, packing, (group + slot) * blocks + chunk, count, scratch + slot * SLOT + MARGIN)
-            n = 0
-            while n < tokens:
-                width = 8 if AVX512 and tokens - n >= 8 else 4 if tokens - n >= 4 else 2 if tokens - n >= 2 else 1
-                for slot in range(groups):
-                    source = scratch + slot * SLOT + MARGIN
-                    out = acc + 4 * n * acc_stride + 64 * (group + slot)
-                    if AVX512 and width == 8:
-                        _tile_8(source, count, quads + n * stride, stride, out, 4 * acc_stride)
-                    elif width == 4:
-                        _tile_4(source, count, quads + n * stride, stride, out, 4 * acc_stride)
-                    elif width == 2:
-                        _tile_2(source, count, quads + n * stride, stride, out, 4 * acc_stride)
-                    else:
-                        _tile_1(source, count, quads + n * stride, out)
-                n += width
+            _multiply_groups(weight, packing, blocks, these, stride, count, out, 4 * acc_stride, group, groups, scratch)
 
 
 def ternary_accumulate(act_codes: np.ndarray, weight: np.ndarray, packing: str, out_features: int) -> np.ndarray:

@@ -12,8 +12,8 @@ rest is fp32, with every operation rounded by itself and in this order:
     fp16                fp32 activations: 64 partial sums, column i in number i % 64 (multiples of 16 at the end: i % 16),
                         with fused multiply-adds where the processor has them; then the sum of those by halves
 
-Where there is AMX, an int8 table is multiplied with several tokens by tile products; the integers are the same. (An int4 table is
-not: its sums stop every 32 columns, which takes as long with tiles as without.)
+Where there is AMX, an int8 table is multiplied with several tokens by tile products, with AVX512 alone as a ternary one is; the
+integers are the same. (An int4 table is not: its sums stop every 32 columns, which takes as long with tiles as without.)
 
 So the logit of a row depends only on the row and the token, and all but those of fp16 tables are the same on every
 processor.
@@ -55,8 +55,9 @@ from bitdistill.kernels.cpu.tiles import (
     store_sums_3,
     zero_sums,
 )
-from bitdistill.kernels.cpu.unpacking import BASE3, TWO_BIT
+from bitdistill.kernels.cpu.unpacking import BASE3, INT8, TWO_BIT
 from bitdistill.kernels.cpu.vector import (
+    AVX512,
     SIGNED_OFFSET,
     add_ints,
     and_bytes,
@@ -79,11 +80,12 @@ from bitdistill.kernels.cpu.vector import (
 )
 from bitdistill.kernels.packing import packed_bytes, row_groups
 
-INT8, INT4, FP16 = 2, 3, 4  # numbers of MATRIX_FORMATS, after TWO_BIT and BASE3
+INT4, FP16 = 3, 4  # numbers of MATRIX_FORMATS, after TWO_BIT, BASE3 and INT8
 INT4_OFFSET = 8  # a stored value is code + 8
 _BASE = np.float32(PLANE_BASE)
-_TOKENS = 64  # at a time, of a ternary table
+_TOKENS = 64  # at a time, of a table that `gemm` multiplies
 _TILED_TOKENS = 2  # from here on tile products are faster than `_multiply_int8`
+_GEMM_TOKENS = 4  # and where there are none, the product of matmul.py
 
 
 @jit
@@ -199,10 +201,10 @@ def _multiply_fp16(weight, x, columns, spare):
 
 
 @jit
-def _ternary_logits(
+def _logits_of_planes(
     weight, scale, packing, rows, columns, records, stride, tokens, logits, logits_stride, first, last, scratch
 ):
-    """`table_logits` of a ternary table: both planes of some tokens as the tokens of one integer product."""
+    """`table_logits` of a ternary or an int8 table: both planes of some tokens as the tokens of one integer product."""
     acc, spare = scratch + UNPACKED_BYTES, scratch + UNPACKED_BYTES + ACC_BYTES
     for start in range(0, tokens, _TOKENS):
         count = min(_TOKENS, tokens - start)
@@ -290,8 +292,9 @@ def table_logits(
         x_stride, stride, logits_stride: distances of rows, in the units said above. tokens: how many there are.
         first_group, last_group: the groups of 16 rows of the table to compute, the last one excluded.
     """
-    if format in (TWO_BIT, BASE3):
-        _ternary_logits(
+    by_gemm = AVX512 and not TILES and format == INT8 and tokens >= _GEMM_TOKENS
+    if format in (TWO_BIT, BASE3) or by_gemm:
+        _logits_of_planes(
             weight,
             scale,
             format,

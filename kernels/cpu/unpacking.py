@@ -13,6 +13,7 @@ from bitdistill.kernels.cpu.vector import (
     lookup16,
     lookup128,
     min_bytes,
+    prefetch,
     repeat_byte,
     shift_words,
     store_bytes,
@@ -21,7 +22,8 @@ from bitdistill.kernels.cpu.vector import (
     third,
 )
 
-TWO_BIT, BASE3 = range(2)  # numbers of PACKINGS
+TWO_BIT, BASE3, INT8 = range(3)  # numbers of MATRIX_FORMATS, of which the first two are PACKINGS
+AHEAD = 4096  # bytes that unpacking int8 codes asks for in advance: the group's next blocks
 MARGIN = (
     4 * 64
 )  # bytes that `unpack_blocks` may write before and after its blocks, because a vector may hold foreign ones
@@ -84,10 +86,21 @@ def low_digits(rest):
 
 
 @jit
+def code_offset(packing):
+    """u - code of unpacked bytes u."""
+    return 128 if packing == INT8 else 1
+
+
+@jit
 def unpack_blocks(weight, packing, first, count, out):
     """Blocks first .. first + count - 1 as bytes u at `out`; up to four more before and after are written as well."""
     three = repeat_byte(3)
-    if packing == TWO_BIT:
+    if packing == INT8:
+        source, half = weight + 64 * first, repeat_byte(128)
+        for block in range(count):
+            prefetch(source + 64 * block + AHEAD)
+            store_bytes(out + 64 * block, add_bytes(load_bytes(source + 64 * block), half))
+    elif packing == TWO_BIT:
         for vector in range(first // 4, (first + count + 3) // 4):
             at = out + 64 * (4 * vector - first)
             q = load_bytes(weight + 64 * vector)
