@@ -474,7 +474,7 @@ def requests_of(arguments) -> list[tuple[str, dict, int]]:
     found = [(f"decode {context}", {"decode": [context, tokens]}, tokens) for context in arguments.contexts]
     found += [(f"prefill {length}", {"prefill": length}, length) for length in arguments.prefill]
     found += [(f"batch {size}", {"batch": [size, tokens]}, size * tokens) for size in arguments.batch]
-    return [one for one in found if arguments.only in (None, one[0])]
+    return [one for one in found if not arguments.only or one[0] in arguments.only]
 
 
 class Enough(Exception):
@@ -512,7 +512,7 @@ class Columns:
             Enough: there is no time for the next measurement.
         """
         arguments = self.arguments
-        settings = {"threads": arguments.threads, "rounds": arguments.rounds, "tokens": arguments.tokens}
+        settings = {"threads": arguments.threads, "tokens": arguments.tokens}
         column = self.result["columns"].get(label)
         if column is None or column["settings"] != settings:
             for row in self.result["rows"]:
@@ -584,6 +584,13 @@ class Columns:
             row[f"{label} bytes"] = int(peer.file_bytes + cache)
 
 
+def summarize(result: dict) -> None:
+    """The stream and the load over all columns, into the result."""
+    for part in ("stream", "others", "elsewhere"):
+        figures = [one for column in result["columns"].values() for one in column[part]]
+        result[part] = summary(figures or [float("nan")])
+
+
 def measure(name: str, arguments, folder: Path, bandwidth: Bandwidth, result: dict | None = None, save=None) -> dict:
     """All peers at one shape.
 
@@ -607,9 +614,7 @@ def measure(name: str, arguments, folder: Path, bandwidth: Bandwidth, result: di
         print(f"  {name}: --seconds are over; the same command goes on", file=sys.stderr, flush=True)
     for peer in peers:
         peer.close()
-    for part in ("stream", "others", "elsewhere"):
-        figures = [one for column in result["columns"].values() for one in column[part]]
-        result[part] = summary(figures or [float("nan")])
+    summarize(result)
     return result
 
 
@@ -708,7 +713,7 @@ def main() -> int:
     parser.add_argument(
         "--leave_out", nargs="+", default=[], metavar="PEER", help="a runner, a type, both, or a packing"
     )
-    parser.add_argument("--only", metavar="COLUMN", help='one of the columns, like "decode 16"')
+    parser.add_argument("--only", nargs="+", metavar="COLUMN", help='some of the columns, like "decode 16"')
     parser.add_argument("--seconds", type=float, default=0.0, help="starts no measurement that would end later")
     parser.add_argument("--wait", action="store_true", help="measure when a line comes on standard input")
     parser.add_argument("--profile", action="store_true")
@@ -737,6 +742,7 @@ def main() -> int:
         report["results"] = list(earlier.values())
 
         def save(result: dict) -> None:
+            summarize(result)
             earlier[result["shape"]] = result
             report["results"] = list(earlier.values())
             if arguments.json:

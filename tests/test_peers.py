@@ -80,7 +80,7 @@ def test_other_settings_are_measured_anew_and_other_rows_stay():
     columns(result, [other]).column("prefill 8", {"prefill": 8}, 8, Stream())
     assert [row["name"] for row in result["rows"]] == ["b", "a"]
     assert all(len(row["prefill 8"]["ways"][""]) == 3 for row in result["rows"])
-    columns(result, [other], rounds=1).column("prefill 8", {"prefill": 8}, 8, Stream())
+    columns(result, [other], tokens=16).column("prefill 8", {"prefill": 8}, 8, Stream())
     assert [("prefill 8" in row) for row in result["rows"]] == [True, False]
 
 
