@@ -94,6 +94,25 @@ def test_csv_out(file, want, tmp_path, monkeypatch):
     assert [float(one["probability"]) for one in got] == [one["probability"] for one in want]
 
 
+def test_a_copied_column_with_another_name(file, want, tmp_path, monkeypatch, capsys):
+    """The true label beside the answer's: both columns would be called label."""
+    (tmp_path / "rows.csv").write_text("text,label\na film,1\n")
+    options = ["--input", tmp_path / "rows.csv", "--columns"]
+    assert run(monkeypatch, file, *options, "label=gold") == 0
+    assert json.loads(capsys.readouterr().out)["gold"] == "1"
+    for columns, says in (("label", "label, which the output has already. Give it another name: label=NAME."),
+                          ("text=a,label=a", "a, which the output has already")):  # fmt: skip
+        assert run(monkeypatch, file, *options, columns) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_the_columns_of_the_file_are_named(file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.csv").write_text("id,review\n1,a\n")
+    for columns, says in (("id", "columns: expected text; got id, review in row 1"), ("no", "expected text; got id")):
+        assert run(monkeypatch, file, "--input", tmp_path / "rows.csv", "--columns", columns) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_standard_input(file, want, tmp_path):
     options = ["predict", str(file), "--input", "-", "--threads", "1"]
     call = [sys.executable, "-m", "bitdistill.cli", *options]
@@ -192,7 +211,7 @@ def test_refusals(file, tmp_path, monkeypatch, capsys):
     for arguments, says in (
         ([file], "input: expected the texts of a row"),
         ([file, "x", "--input", rows], "input: expected"),
-        ([file, "x", "y"], "text: expected 1 texts"),
+        ([file, "x", "y"], "text: expected 1 text: text"),
         ([pairs, "x"], "text: expected 2 texts: a, b"),
         ([file, "--input", tmp_path / "no.csv"], "input: expected a file"),
         ([file, "--input", file], "input: expected"),

@@ -46,6 +46,7 @@ def serving(file, *options, key=None):
                 httpx.get(f"{found[0]}/health", timeout=5)
                 break
             time.sleep(0.05)
+        process.log = lines
         yield found[0], process
     finally:
         if process.poll() is None:
@@ -146,6 +147,9 @@ def test_logprobs(client, runtime):
     assert [top.logprob for top in entries[0].top_logprobs] == pytest.approx(sorted(likelihoods)[:-5:-1], abs=1e-9)
     text = client.completions.create(model=NAME, prompt="x", max_tokens=3, logprobs=2)
     found = text.choices[0].logprobs
+    stream = client.completions.create(model=NAME, prompt="x", max_tokens=3, logprobs=2, stream=True)
+    parts = [part.choices[0].logprobs for part in stream if part.choices[0].logprobs]
+    assert [offset for part in parts for offset in part.text_offset] == found.text_offset
     assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset) == 3
     assert all(len(top) == 2 for top in found.top_logprobs)
 
@@ -194,7 +198,7 @@ CHAT_BODY = {"model": NAME, "messages": [{"role": "user", "content": "x"}]}
         ("/v1/chat/completions", {**CHAT_BODY, "messages": []}, 400, "messages"),
         ("/v1/chat/completions", {**CHAT_BODY, "messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
         ("/v1/chat/completions", {**CHAT_BODY, "model": "gpt-4"}, 404, NAME),
-        ("/v1/chat/completions", {**CHAT_BODY, "tools": [{"type": "function"}]}, 400, "tools"),
+        ("/v1/chat/completions", {**CHAT_BODY, "tools": [{"type": "function"}]}, 400, "tools: not supported here"),
         ("/v1/chat/completions", {**CHAT_BODY, "presence_penalty": 1}, 400, "presence_penalty"),
         ("/v1/chat/completions", {**CHAT_BODY, "frobnicate": 1}, 400, "frobnicate"),
         ("/v1/chat/completions", {**CHAT_BODY, "temperature": -1}, 400, "temperature"),
@@ -211,6 +215,17 @@ CHAT_BODY = {"model": NAME, "messages": [{"role": "user", "content": "x"}]}
         ("/predict", {"rows": ["x", {"sentence": "x"}]}, 400, "row 2"),
         ("/predict", {"rows": ["x", {"text": None}]}, 400, "row 2"),
         ("/predict", {"rows": 3}, 400, "rows"),
+        ("/predict", {"rows": ["x", 3]}, 400, "texts, or values by column; got a int in row 2"),
+        ("/predict", b"no json", 400, "The body is no JSON: Expecting value at character 0"),
+        ("/predict", [], 400, "body: expected an object in JSON"),
+        (
+            "/v1/completions",
+            {"prompt": 3},
+            400,
+            "prompt: Input should be a valid string, or Input should be a valid list",
+        ),
+        ("/v1/completions", {}, 400, "prompt: Field required"),
+        ("/v1/chat/completions", {**CHAT_BODY, "functions": []}, 400, "functions: not supported here"),
         ("/predict", b"x" * 30000, 413, "20,000"),
         ("/nowhere", {}, 404, ""),
     ],
@@ -221,6 +236,18 @@ def test_refusals(server, path, body, status, says):
     assert got.status_code == status, got.text
     assert says in got.json()["error"]["message"]
     assert httpx.get(f"{server}/health").json()["status"] == "ok"
+
+
+def test_a_request_as_curl_sends_it(server):
+    """`curl -d` names a form as the type; the model need not be named."""
+    body = json.dumps({"prompt": "x", "max_tokens": 2})
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    got = httpx.post(f"{server}/v1/completions", content=body, headers=form)
+    assert got.status_code == 400
+    assert "content-type: application/json; got" in got.json()["error"]["message"]
+    got = httpx.post(f"{server}/v1/completions", content=body, headers={"content-type": "application/json"}).json()
+    assert got["model"] == NAME
+    assert got["usage"]["completion_tokens"] == 2
 
 
 def test_a_body_that_does_not_say_its_length(server):
@@ -405,6 +432,28 @@ def test_key_time_and_end(file):
             process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_an_end_that_does_not_wait(file, signals):
+    """After --shutdown_seconds, or at a second signal, answers end where they are, without a traceback."""
+    seconds = "1" if signals == 1 else "60"
+    with serving(file, "--shutdown_seconds", seconds, "--slots", "1") as (server, process):
+        body = {"prompt": "x", "max_tokens": 500, "stream": True, "n": 16, "logprobs": 20}
+        with httpx.stream("POST", f"{server}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            started = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            if signals == 2:
+                time.sleep(0.5)
+                process.send_signal(signal.SIGTERM)
+            events = [line for line in lines if line]
+        assert events[-1] == "data: [DONE]"
+        assert '"length"' in events[-2]
+        assert process.wait(30) == 0
+        assert time.monotonic() - started < 50
+        assert "Traceback" not in "".join(process.log)
 
 
 def test_a_port_that_is_taken(file):

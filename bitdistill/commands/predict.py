@@ -68,7 +68,7 @@ def predict(
 
 def _predict_one(runtime, task, texts: list[str], max_new_tokens: int | None, as_json: bool) -> None:
     if len(texts) != len(task.columns):
-        expected = f"{len(task.columns)} texts: {', '.join(task.columns)}"
+        expected = f"{len(task.columns)} text{'s' * (len(task.columns) > 1)}: {', '.join(task.columns)}"
         raise UserError("text", expected=expected, got=str(len(texts)), do="Give one text for each, in this order.")
     [found] = runtime.predict(dict(zip(task.columns, texts, strict=True)), max_new_tokens)
     if as_json:
@@ -90,21 +90,23 @@ def _predict_file(
 ) -> None:
     from tqdm import tqdm
 
-    source = f"input {given}"
-    total = sum(1 for _ in task_rows(path, source, task, columns))  # every row is checked before the first is answered
+    source, names = f"input {given}", _names(columns)
+    total = sum(
+        1 for _ in task_rows(path, source, task, list(names))
+    )  # every row is checked before the first is answered
     if total == 0:
         raise UserError(source, expected="at least one row", got="none", do="Give a file with rows.")
     about = {"input_sha256": checksum(path), "model_sha256": checksum(runtime.model.path), "rows": total}
     about |= {"columns": columns, "max_new_tokens": max_new_tokens, "context": runtime.context}
-    with _Output(output, _fields(task, columns), about, overwrite) as lines:
+    with _Output(output, _fields(task, names), about, overwrite) as lines:
         if lines.written:
             print(f"[{lines.written:,} of {total:,} rows are answered already; going on]", file=sys.stderr)
-        rows = itertools.islice(task_rows(path, source, task, columns), lines.written, None)
+        rows = itertools.islice(task_rows(path, source, task, list(names)), lines.written, None)
         shown = sys.stderr.isatty()
         with tqdm(total=total, initial=lines.written, unit="row", desc=task.name, disable=not shown) as bar:
             cut = 0
             for found, kept in _answers(runtime, rows, max_new_tokens, bar):
-                lines.write({"row": found.row} | kept | _line(found))
+                lines.write({"row": found.row} | {names[column]: kept[column] for column in kept} | _line(found))
                 cut += found.truncated
         lines.finish()
     if cut:
@@ -129,14 +131,22 @@ def _answers(runtime, rows: Iterable, max_new_tokens: int | None, bar) -> Iterat
 # --- the output ---------------------------------------------------------------------------------------------------------
 
 
-def _fields(task, columns: list[str]) -> list[str]:
-    """The columns of a CSV output."""
+def _names(columns: list[str]) -> dict[str, str]:
+    """The names that copied columns have in the output, by those of the input: of "label=gold" the column label as gold."""
+    pairs = (one.partition("=") for one in columns)
+    return {column: name or column for column, _, name in pairs}
+
+
+def _fields(task, names: dict[str, str]) -> list[str]:
+    """The columns of a CSV output. Args: names: of `_names`."""
     answer = ["label", "probability"] if task.kind == "classification" else ["text", "stopped_by"]
-    clash = sorted({"row", *answer, "probabilities", "truncated"} & set(columns))
-    if clash:
-        got = f"{clash[0]}, which the output has itself"
-        raise UserError("columns", expected="other columns than the answer's", got=got, do="Leave it out.")
-    return ["row", *columns, *answer, "truncated"]
+    taken = {"row", *answer, "probabilities", "truncated"}
+    for column, name in names.items():
+        if name in taken:
+            got, do = f"{name}, which the output has already", f"Give it another name: {column}=NAME."
+            raise UserError("columns", expected="names of their own for copied columns", got=got, do=do)
+        taken.add(name)
+    return ["row", *names.values(), *answer, "truncated"]
 
 
 def _line(found) -> dict[str, Any]:
@@ -261,7 +271,9 @@ def predict_options(arguments: list[str]) -> dict[str, Any]:
         "--input_format", help="what the input is, where its name does not say it (default of -: jsonl)"
     )
     parser.add_argument(
-        "--columns", type=lambda text: text.split(","), help="columns of the input to copy into the output: id,sentence"
+        "--columns",
+        type=lambda text: text.split(","),
+        help="columns of the input to copy into the output: id,sentence; label=gold copies label under the name gold",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument(

@@ -10,6 +10,8 @@ from pathlib import Path
 from bitdistill.errors import UserError
 from bitdistill.text_files import COMPRESSED, kind_of, read_lines, user_path
 
+JSON_KINDS = (".jsonl", ".ndjson", ".json")  # each row has names of its own
+
 
 class readable:
     """The path of the input; what comes from a pipe is kept in a temporary file, because a CSV file is read more than once.
@@ -80,10 +82,14 @@ def task_rows(path: Path, source: str, task, columns: list[str]) -> Iterator[tup
         rows = RowFile(path, "input", wanted)
     for row in _named(rows, path, source):
         where = f"{row.place} of {source.removeprefix('input ')}"
-        for column in columns:
-            if column not in row.values:
-                got = f"{', '.join(row.values) or 'none'} in {row.place}"
-                raise UserError("columns", expected=column, got=got, do="Name columns that the input has.")
+        if missing := [column for column in wanted if column not in row.values]:
+            # Of a CSV or Parquet file a row has only what is wanted; the message names what there is.
+            there = rows.names if isinstance(rows, RowFile) and kind_of(path) not in JSON_KINDS else row.values
+            field, do = ("columns", "Name columns that the input has.")
+            if missing[0] in task.columns:
+                field, do = f"{source}: columns", f"Rename or add {missing[0]}."
+            got = f"{', '.join(there) or 'none'} in {row.place}"
+            raise UserError(field, expected=missing[0], got=got, do=do)
         yield row_texts(task, row.values, row.place, source), where, {c: row.values[c] for c in columns}, row.number
 
 

@@ -236,7 +236,11 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict:
 def _reason(error: Exception, text: str) -> str:
     if isinstance(error, RecursionError):
         return "an object nested too deep"
-    got = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    got = (
+        f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        if isinstance(error, json.JSONDecodeError)
+        else str(error)
+    )
     return f"{got}: {_short(text.strip())}"
 
 

@@ -56,7 +56,7 @@ class Chat:
     def pieces(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The `choices` entry of pieces that are sent together."""
         delta = {"content": "".join(piece.text for piece in pieces)}
-        return {"index": index, "delta": delta, "logprobs": self.logprobs(pieces), "finish_reason": None}
+        return {"index": index, "delta": delta, "logprobs": self.logprobs(index, pieces), "finish_reason": None}
 
     def last(self, index: int, end: End) -> dict[str, Any]:
         """The `choices` entry of the last piece."""
@@ -66,9 +66,9 @@ class Chat:
         """The `choices` entry of a whole answer."""
         message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
         reason = FINISHED[end.stopped_by]
-        return {"index": index, "message": message, "logprobs": self.logprobs(pieces), "finish_reason": reason}
+        return {"index": index, "message": message, "logprobs": self.logprobs(index, pieces), "finish_reason": reason}
 
-    def logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    def logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         """Log-probabilities of the tokens of some pieces; None where none were asked for."""
         known = [piece.logprobs for piece in pieces if piece.logprobs is not None]
         if not known:
@@ -86,10 +86,15 @@ class Chat:
 
 @dataclass
 class Text(Chat):
-    """Builds the answers of /v1/completions."""
+    """Builds the answers of /v1/completions.
+
+    Args:
+        offsets: characters of each answer so far.
+    """
 
     kind: str = "text_completion"
     prefix: str = "cmpl"
+    offsets: dict[int, int] = field(default_factory=dict)
 
     def first(self, index: int) -> dict[str, Any] | None:
         """None: text completions have no piece before the first token."""
@@ -98,7 +103,7 @@ class Text(Chat):
     def pieces(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The `choices` entry of pieces that are sent together."""
         text = "".join(piece.text for piece in pieces)
-        return {"index": index, "text": text, "logprobs": self.logprobs(pieces), "finish_reason": None}
+        return {"index": index, "text": text, "logprobs": self.logprobs(index, pieces), "finish_reason": None}
 
     def last(self, index: int, end: End) -> dict[str, Any]:
         """The `choices` entry of the last piece."""
@@ -108,19 +113,20 @@ class Text(Chat):
         """The `choices` entry of a whole answer."""
         text = "".join(piece.text for piece in pieces)
         reason = FINISHED[end.stopped_by]
-        return {"index": index, "text": text, "logprobs": self.logprobs(pieces), "finish_reason": reason}
+        return {"index": index, "text": text, "logprobs": self.logprobs(index, pieces), "finish_reason": reason}
 
-    def logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    def logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         """Log-probabilities of the tokens of some pieces; None where none were asked for."""
         known = [piece.logprobs for piece in pieces if piece.logprobs is not None]
         if not known:
             return None
         tops = [{self._name(token): logprob for token, logprob in one.top} for one in known]
-        offsets, at = [], 0
+        offsets, at = [], self.offsets.get(index, 0)
         for piece in pieces:
             if piece.logprobs is not None:
                 offsets.append(at)
             at += len(piece.text)
+        self.offsets[index] = at
         tokens = [self._name(one.token) for one in known]
         values = [one.logprob for one in known]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}

@@ -284,11 +284,41 @@ def _add_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, known)
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return respond(ApiError(400, f"{where or 'body'}: {first['msg']}", "invalid_value", where or None))
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        return respond(_malformed(error, request.headers.get("content-type", "")))
 
     @app.exception_handler(HTTPException)
     async def other(_request: Request, error: HTTPException) -> JSONResponse:
         return respond(ApiError(error.status_code, str(error.detail), "http_error"))
+
+
+def _malformed(error: RequestValidationError, content_type: str) -> ApiError:
+    """What is wrong with a body, as the client sent it: a value that may be one of several kinds has an error for each."""
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        reason, place = errors[0].get("ctx", {}).get("error", errors[0]["msg"]), errors[0]["loc"][-1]
+        return ApiError(400, f"The body is no JSON: {reason} at character {place}.", "invalid_json")
+    if not isinstance(error.body, dict):
+        expected = "an object in JSON, with the header content-type: application/json"
+        got = f"{type(error.body).__name__} as {content_type or 'no type'}"
+        return ApiError(400, f"body: expected {expected}; got {got}.", "invalid_value")
+    where = _sent(errors[0], error.body)
+    says = dict.fromkeys(_says(one) for one in errors if _sent(one, error.body) == where)
+    return ApiError(400, f"{where}: {', or '.join(says)}", "invalid_value", where)
+
+
+def _says(error: dict[str, Any]) -> str:
+    nothing = error["type"] == "too_long" and error["ctx"]["max_length"] == 0
+    return "not supported here" if nothing or error["type"] == "extra_forbidden" else error["msg"]
+
+
+def _sent(error: dict[str, Any], body: Any) -> str:
+    """The path to a value as it is in the body, without pydantic's names for the kinds that it may be."""
+    path: list[str] = []
+    for part in error["loc"][1:]:
+        if not (isinstance(part, int) if isinstance(body, list) else isinstance(body, dict) and part in body):
+            path += [str(part)] if error["type"] == "missing" else []
+            break
+        path.append(str(part))
+        body = body[part]
+    return ".".join(path)

@@ -154,7 +154,7 @@ class Engine:
         self._incoming: list[Job] = []
         self._cancelled: list[Job] = []
         self._jobs: dict[Request, Job] = {}
-        self._stopping = self._failed = False
+        self._stopping = self._failed = self._hurried = False
         self.on_failure: Callable[[], None] = lambda: None
         self.on_end: Callable[[Job, str], None] = lambda job, why: None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -171,7 +171,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether the engine still accepts jobs."""
-        return self._thread.is_alive() and not self._stopping
+        return self._thread.is_alive() and not (self._stopping or self._hurried)
 
     @property
     def failed(self) -> bool:
@@ -207,6 +207,12 @@ class Engine:
         """Ends jobs whose client has left; nothing happens to jobs that have already ended."""
         with self._change:
             self._cancelled += [job for job in jobs if not job.ended]
+            self._change.notify()
+
+    def hurry(self) -> None:
+        """Accepts no more jobs, and ends all others as if their time were over: their clients get what there is."""
+        with self._change:
+            self._hurried = True
             self._change.notify()
 
     def stop(self) -> None:
@@ -256,7 +262,7 @@ class Engine:
         return True
 
     def _overdue(self, now: float) -> list:
-        late = {job for job in self._jobs.values() if now > job.deadline}
+        late = {job for job in self._jobs.values() if self._hurried or now > job.deadline}
         return [event for job in late for event in self._end(job, "time")]
 
     def _end(self, job: Job, why: str) -> list:

@@ -1,7 +1,6 @@
 """What clients send: the part of OpenAI's requests that this server supports. A parameter that would change an answer and is
 not supported is refused, never ignored."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,7 +39,7 @@ class StreamOptions(_Strict):
 class _Sampled(_Strict):
     """The parameters that both kinds of completion share."""
 
-    model: str
+    model: str | None = None  # OpenAI wants it; here there is only one
     n: Annotated[int, Field(ge=1, le=16)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -140,5 +139,5 @@ class TextRequest(_Sampled):
 class PredictRequest(_Strict):
     """POST /predict."""
 
-    rows: Annotated[list[str | Mapping[str, Any]], Field(min_length=1)]
+    rows: Annotated[list[Any], Field(min_length=1)]  # what a row may be is `row_texts`' to say
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None

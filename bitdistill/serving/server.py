@@ -1,5 +1,6 @@
 """Runs the application: opens a socket, starts uvicorn, and lets running answers finish before it ends."""
 
+import asyncio
 import logging
 import signal
 import socket
@@ -10,11 +11,13 @@ import uvicorn
 from bitdistill.errors import UserError
 from bitdistill.runtime.cpu import Runtime
 from bitdistill.serving.app import create_app
+from bitdistill.serving.engine import Engine
 from bitdistill.serving.limits import Limits
 from bitdistill.serving.service import Service
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SWITCH_SECONDS = 5e-4  # Python's own is 5e-3
+LAST_SECONDS = 5  # for clients to read the end of answers that were ended
 
 
 def run_server(
@@ -52,7 +55,7 @@ def run_server(
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=limits.shutdown_seconds,
+        timeout_graceful_shutdown=limits.shutdown_seconds + LAST_SECONDS,
         timeout_keep_alive=30,
         limit_concurrency=limits.slots + limits.max_queue + 64,  # connections
         h11_max_incomplete_event_size=1 << 16,
@@ -65,10 +68,36 @@ def run_server(
         signal.SIGINT,
     ):  # uvicorn repeats it when all is done: a clean end, not a killed process
         signal.signal(number, lambda *_: None)
-    server = uvicorn.Server(config)
+    server = _Server(config, service.engine, limits.shutdown_seconds)
     service.engine.on_failure = lambda: setattr(server, "should_exit", True)
     server.run(sockets=[listening])
     return 1 if service.engine.failed else 0
+
+
+class _Server(uvicorn.Server):
+    """Ends in two steps: after a first signal running answers may finish, for `seconds` or until a second signal; then they end
+    where they are. uvicorn itself would cancel them, so that their clients got half an answer and the log two tracebacks."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, seconds: int):
+        super().__init__(config)
+        self.engine, self.seconds = engine, seconds
+
+    def handle_exit(self, sig: int, frame) -> None:
+        """A signal."""
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
+            return
+        # Not in the handler itself: it may have interrupted the main thread while that holds the engine's lock.
+        asyncio.get_running_loop().call_soon_threadsafe(self.engine.hurry)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no more connections and waits for the answers."""
+        if self.engine.running or self.engine.waiting:
+            again = "another Ctrl-C ends them now"
+            print(f"bitdistill: running answers have {self.seconds} s to finish; {again}", file=sys.stderr)
+        timer = asyncio.get_running_loop().call_later(self.seconds, self.engine.hurry)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 def default_name(runtime: Runtime) -> str:

@@ -65,7 +65,7 @@ class Service:
         return self.runtime.context - len(ids)
 
     def _jobs(self, prompts: list, request: ChatRequest | TextRequest, max_new_tokens: int) -> list[Job]:
-        if request.model != self.name:
+        if request.model not in (None, self.name):
             raise ApiError(404, f"The model here is {self.name!r}.", "model_not_found", "model")
         if max_new_tokens > self.limits.max_new_tokens:
             message = f"An answer here has at most {self.limits.max_new_tokens:,} tokens."
@@ -73,7 +73,8 @@ class Service:
         for ids in prompts:
             if self._room(ids) < 1:
                 message = f"The context here is {self.runtime.context:,} tokens; the prompt has {len(ids):,}."
-                raise ApiError(400, message, "context_length_exceeded", "messages")
+                param = "messages" if isinstance(request, ChatRequest) else "prompt"
+                raise ApiError(400, message, "context_length_exceeded", param)
         sampling = self._sampling(request)
         count = len(prompts) * request.n
         if count > self.limits.slots + self.limits.max_queue:
