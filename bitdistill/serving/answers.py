@@ -89,7 +89,7 @@ class Text(Chat):
     """Builds the answers of /v1/completions.
 
     Args:
-        offsets: characters of each answer so far.
+        kind, prefix: as in `Chat`. offsets: characters of each answer so far.
     """
 
     kind: str = "text_completion"
