@@ -183,6 +183,10 @@ def test_slots_are_copied_cut_back_and_used_again(long_model, long_ids, whole, d
         np.testing.assert_array_equal(got, whole[37:])
         again = decoder.forward(long_ids[50:60], [0] * 10, range(50, 60), cache)  # back to position 50
         np.testing.assert_array_equal(again, whole[50:60])
+        larger = KVCache(long_model, 3, 200, dtype)
+        larger.copy(0, 2, 41, cache)
+        got = decoder.forward(long_ids[41:], [2] * 59, range(41, 100), larger)
+        np.testing.assert_array_equal(got, whole[41:])
 
 
 def test_read_only_and_misaligned_weights():
@@ -288,6 +292,8 @@ def test_models_and_caches_that_do_not_fit_are_refused():
     for arguments, message in (((0, 2, 1), "target_slot"), ((-1, 0, 1), "source_slot"), ((0, 1, 9), "length")):
         with pytest.raises(ValueError, match=message):
             cache.copy(*arguments)
+    with pytest.raises(ValueError, match="length: expected 0 to 4"):
+        cache.copy(0, 0, 5, KVCache(model, 1, 4))
 
 
 def test_the_memory_of_a_cache():

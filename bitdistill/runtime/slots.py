@@ -42,7 +42,7 @@ class Slots:
         for slot, source in enumerate(latest[: len(self.ids)]):
             if len(other.ids[source]) > self.cache.capacity:
                 continue
-            _take_over(self.cache, slot, other.cache, source)
+            self.cache.copy(source, slot, len(other.ids[source]), other.cache)
             self.ids[slot], self._used[slot] = list(other.ids[source]), len(self.ids) - slot
         self._clock = len(self.ids)
 
@@ -58,8 +58,7 @@ class Slots:
         assert self._larger is not None, "more positions than the cache has room for"
         before, self.cache = self.cache, self._larger(positions)
         for slot, ids in enumerate(self.ids):
-            if ids:
-                _take_over(self.cache, slot, before, slot)
+            self.cache.copy(slot, slot, len(ids), before)
 
     def fits(self, slots: int, positions: int) -> bool:
         """Whether so many more sequences of so many positions can be taken at once."""
@@ -95,14 +94,6 @@ class Slots:
     def give_back(self, slot: int) -> None:
         """The sequence has ended; its keys and values stay until the slot is taken."""
         self._busy.remove(slot)
-
-
-def _take_over(cache, slot: int, other, source: int) -> None:
-    """Copies a slot of another cache, as much of it as there is room for."""
-    for name in ("keys", "values", "key_scales", "value_scales"):  # (layers, slots, heads, positions, ...)
-        to, of = getattr(cache, name), getattr(other, name)
-        span = min(to.shape[3], of.shape[3])
-        to[:, slot, :, :span] = of[:, source, :, :span]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

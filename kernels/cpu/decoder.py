@@ -134,20 +134,28 @@ class KVCache:
         self.words = np.array([*(a.ctypes.data for a in arrays), code, slots, self.padded_capacity], np.int64)
         self.nbytes = sum(array.nbytes for array in arrays)
 
-    def copy(self, source_slot: int, target_slot: int, length: int) -> None:
+    def copy(self, source_slot: int, target_slot: int, length: int, source: "KVCache | None" = None) -> None:
         """Copies the first `length` positions of one slot to another: a prefix that sequences share.
+
+        Args:
+            source_slot, target_slot: where they lie, and where they come to lie.
+            length: how many.
+            source: the cache of `source_slot`, of the same model and dtype; this one by default.
 
         Raises:
             ValueError: a slot or length out of range.
         """
-        for name, slot in (("source_slot", source_slot), ("target_slot", target_slot)):
-            _check(0 <= slot < self.slots, name, f"0 to {self.slots - 1}", slot, "Give the cache more slots.")
-        _check(0 <= length <= self.capacity, "length", f"0 to {self.capacity}", length, "Copy less.")
+        source = self if source is None else source
+        for name, slot, slots in (("source_slot", source_slot, source.slots), ("target_slot", target_slot, self.slots)):
+            _check(0 <= slot < slots, name, f"0 to {slots - 1}", slot, "Give the cache more slots.")
+        longest = min(self.capacity, source.capacity)
+        _check(0 <= length <= longest, "length", f"0 to {longest}", length, "Copy less.")
         blocks = -(-length // library.load().LANES)
-        self.keys[:, target_slot, :, :blocks] = self.keys[:, source_slot, :, :blocks]
-        for array in (self.values, self.key_scales, self.value_scales):
-            rows = -(-length * array.shape[3] // self.padded_capacity)
-            array[:, target_slot, :, :rows] = array[:, source_slot, :, :rows]
+        self.keys[:, target_slot, :, :blocks] = source.keys[:, source_slot, :, :blocks]
+        for name in ("values", "key_scales", "value_scales"):
+            to, of = getattr(self, name), getattr(source, name)
+            rows = -(-length * to.shape[3] // self.padded_capacity)
+            to[:, target_slot, :, :rows] = of[:, source_slot, :, :rows]
 
 
 class Decoder:
