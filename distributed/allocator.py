@@ -3,9 +3,9 @@
 glibc's malloc hands every large block back to the system as soon as it is freed. A step of a small model on a CPU frees and
 asks for gigabytes, each page of which the system then fills with zeros anew: an eighth of the step.
 
-A step also reads and writes each of those gigabytes several times, and a processor knows the places of a few thousand pages at
-once: of 4 KiB, those are a few megabytes. On pages of 2 MiB a step takes a tenth less time. Linux gives them at the first touch to
-memory that asked for them before, so the heap is made large at once, asks, and is touched as it is needed.
+A step also reads and writes each of those gigabytes several times, and a processor knows the places of a few thousand pages
+at once: of 4 KiB, those are a few megabytes. On pages of 2 MiB a step takes a tenth less time. Linux gives them at the first
+touch to memory that asked for them before, so the heap is made large at once, asks, and is touched as it is needed.
 """
 
 import ctypes
@@ -52,10 +52,16 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     except OSError:  # another system than Linux
         return
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     block = libc.malloc(size)
     if block:
         begin = -(-block // HUGE_PAGE) * HUGE_PAGE
-        libc.madvise(begin, (block + size - begin) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)  # where it cannot, it stays as it was
+        libc.madvise(
+            begin, (block + size - begin) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE
+        )  # where it cannot, it stays as it was
         libc.free(block)

@@ -43,8 +43,10 @@ def test_hand_example():
     rows = embedding(torch.tensor([[3, 3, 4]]))
     (rows * torch.tensor([[1.0], [10.0], [100.0]])).sum().backward()
     found = embedding.weight.grad
-    assert found[3].equal(torch.full((16,), 11.0)) and found[4].equal(torch.full((16,), 100.0))
-    assert not found[5:].any() and not found[:3].any()
+    assert found[3].equal(torch.full((16,), 11.0))
+    assert found[4].equal(torch.full((16,), 100.0))
+    assert not found[5:].any()
+    assert not found[:3].any()
 
 
 def test_a_loss_that_does_not_reach_the_head_has_the_lookups_gradient_alone():

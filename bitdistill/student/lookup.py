@@ -26,8 +26,8 @@ def fuse_lookup(model: nn.Module) -> bool:
     Args:
         model: a causal LM that no engine divides or replicates.
 
-    Returns: whether it does: not where embedding and head are two tables, lie on a GPU, are partitioned or frozen, nor for a class of
-        embedding that computes something else, as Gemma's does.
+    Returns: whether it does: not where embedding and head are two tables, lie on a GPU, are partitioned or frozen, nor for a
+        class of embedding that computes something else, as Gemma's does.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding) is not nn.Embedding or embedding.max_norm is not None or embedding.scale_grad_by_freq:
@@ -74,7 +74,8 @@ class _Lookup(torch.autograd.Function):
 
 
 def _add_rows(weight: Tensor, pending: Pending, gradient: Tensor | None) -> Tensor | None:
-    """The head's gradient with the rows that wait. Autograd also asks where the head has none; then they go to the weight's own."""
+    """The head's gradient with the rows that wait. Autograd also asks where the head has none; then they go to the weight's
+    own."""
     if pending and gradient is None:
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     total = weight.grad if gradient is None else gradient

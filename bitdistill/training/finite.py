@@ -97,12 +97,14 @@ class FiniteSteps(TrainerCallback):
         self.beat()
         if gradient is None:  # of a weight that the loss does not depend on
             return
-        rows = torch.linalg.vector_norm(gradient.detach(), dim=-1, dtype=torch.float32)  # PyTorch shares rows among threads
+        rows = torch.linalg.vector_norm(
+            gradient.detach(), dim=-1, dtype=torch.float32
+        )  # PyTorch shares rows among threads
         norm = torch.linalg.vector_norm(rows)
         self._norms.setdefault(name, []).append(norm)
 
     def gradients_not_finite(self) -> list[str]:
-        """Names of the parameters whose gradients of this step have no finite norm on this rank, the nearest to the loss first."""
+        """Names of parameters whose gradients of this step have no finite norm on this rank, nearest to the loss first."""
         norms = [torch.stack(norms).sum() for norms in self._norms.values()]
         finite = torch.stack(norms).isfinite().tolist() if norms else []
         return [name for name, good in zip(self._norms, finite, strict=True) if not good]

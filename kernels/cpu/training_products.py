@@ -60,7 +60,9 @@ class Ternary:
             return self.weight_scale.view(-1)
         if "columns" not in self.kept:
             scales = self.weight_scale.split(1)
-            self.kept["columns"] = torch.cat([scale.expand(size) for scale, size in zip(scales, self.sizes, strict=True)])
+            self.kept["columns"] = torch.cat(
+                [scale.expand(size) for scale, size in zip(scales, self.sizes, strict=True)]
+            )
         return self.kept["columns"]
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,8 @@ row_scale``. The planes take turns with the same columns of the right operand, w
 
 The sums over K stay in the tile registers and are scaled and joined where they come out, in the first-level cache: oneDNN's
 product writes them to memory, and a second function reads them there. Tile and vector instructions have units of their own, so
-the sums of one block are scaled a few rows at a time between the products of the next one. Large float32 results are then written past the caches
-(`stream`): a normal store would first read each line from memory.
+the sums of one block are scaled a few rows at a time between the products of the next one. Large float32 results are then
+written past the caches (`stream`): a normal store would first read each line from memory.
 
 Addresses are int64, strides in bytes. N is a multiple of 16, K of 64.
 """
@@ -185,7 +185,9 @@ def multiply_tiles(
     streamed = kind == FLOAT32 and 4 * rows * width >= STREAMED_BYTES and out % 64 == 0
     ends = (row_scale, column_scale, bias, out, width, kind == BF16, streamed, planes)
     configured = 0
-    waiting = row_waiting = column_waiting = wide_waiting = 0  # rows of sums that were not written yet, and where they belong
+    waiting = row_waiting = column_waiting = wide_waiting = (
+        0  # rows of sums that were not written yet, and where they belong
+    )
     for begin in range(0, rows, at_once):
         for pair in range(first, last):
             column = 2 * TILE_ROWS * pair
