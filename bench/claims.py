@@ -229,7 +229,7 @@ def markdown(report: dict, headlines: bool = False) -> str:
     rows = [one for one in report["rows"] if not headlines or one["claim"].startswith(HEADLINES)]
     lines = [
         BEGIN,
-        f"Measured {at['date'][:10]} on {at['processor']}, {report['threads']} threads, commit {at['commit']}.",
+        f"Measured {at['date'][:10]} on {at['processor']}, {report['threads']} thread{'s' * (report['threads'] > 1)}, commit {at['commit']}.",
         "",
         "| claim | measured | spread | holds | command |",
         "|---|---|---|---|---|",

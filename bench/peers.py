@@ -650,7 +650,7 @@ def show(result: dict, labels: list[str]) -> str:
             ends = ["-", "-", "-"]
         cells.append([row["name"], row["weights"], f"{row['file_bytes'] / 1e6:,.0f}", resident, *speeds, *ends])
     lines = [
-        f"Qwen3-{result['shape']} shape, {result['threads']} threads, tokens/s: median [min, max]; decode at a context, "
+        f"Qwen3-{result['shape']} shape, {result['threads']} thread{'s' * (result['threads'] > 1)}, tokens/s: median [min, max]; decode at a context, "
         f"prefill of a prompt, a batch's sequences together. Read bandwidth in the same run: {stream['median']:.1f} GB/s "
         f"[{stream['min']:.1f}, {stream['max']:.1f}]. GB/s, share and ratio are those of {first}. Other programs used "
         f"{ranged(result['others'], 2)} of these cores, and {ranged(result['elsewhere'], 2)} of the others.",
