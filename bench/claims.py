@@ -225,11 +225,11 @@ def accuracy_rows(folder: Path = ROOT / "bench" / "results" / "studies") -> list
 
 def markdown(report: dict, headlines: bool = False) -> str:
     """The table for docs/claims.md, or with `headlines` its main rows, for README.md."""
-    at = report["machine"]
+    at, threads = report["machine"], report["threads"]
     rows = [one for one in report["rows"] if not headlines or one["claim"].startswith(HEADLINES)]
     lines = [
         BEGIN,
-        f"Measured {at['date'][:10]} on {at['processor']}, {report['threads']} thread{'s' * (report['threads'] > 1)}, commit {at['commit']}.",
+        f"Measured {at['date'][:10]} on {at['processor']}, {threads} thread{'s' * (threads > 1)}, commit {at['commit']}.",
         "",
         "| claim | measured | spread | holds | command |",
         "|---|---|---|---|---|",

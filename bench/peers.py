@@ -626,7 +626,8 @@ def ranged(rate: dict, digits: int) -> str:
 
 def show(result: dict, labels: list[str]) -> str:
     """The table of one shape; ratios are against llama.cpp F16 or, without it, the fastest transformers."""
-    stream, first = result["stream"], next((one for one in labels if one.startswith("decode")), labels[0])
+    threads, stream = result["threads"], result["stream"]
+    first = next((one for one in labels if one.startswith("decode")), labels[0])
     baseline = next(
         (row for row in result["rows"] if row["weights"].startswith("F16") and first in row),
         max(
@@ -650,8 +651,8 @@ def show(result: dict, labels: list[str]) -> str:
             ends = ["-", "-", "-"]
         cells.append([row["name"], row["weights"], f"{row['file_bytes'] / 1e6:,.0f}", resident, *speeds, *ends])
     lines = [
-        f"Qwen3-{result['shape']} shape, {result['threads']} thread{'s' * (result['threads'] > 1)}, tokens/s: median [min, max]; decode at a context, "
-        f"prefill of a prompt, a batch's sequences together. Read bandwidth in the same run: {stream['median']:.1f} GB/s "
+        f"Qwen3-{result['shape']} shape, {threads} thread{'s' * (threads > 1)}, tokens/s: median [min, max]; decode at a "
+        f"context, prefill of a prompt, a batch's sequences together. Read bandwidth: {stream['median']:.1f} GB/s "
         f"[{stream['min']:.1f}, {stream['max']:.1f}]. GB/s, share and ratio are those of {first}. Other programs used "
         f"{ranged(result['others'], 2)} of these cores, and {ranged(result['elsewhere'], 2)} of the others.",
         table(cells, "<<" + ">" * (len(cells[0]) - 2)),
