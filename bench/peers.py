@@ -332,14 +332,17 @@ class LlamaBench:
         ]
         command += ["-c", str(positions), "-npp", str(PROMPT_OF_BATCH), "-ntg", str(tokens), "-npl", str(sequences)]
         energy = Energy()
-        lines = [line.split("|") for line in self._output(command).splitlines() if "|" in line]
+        answer = self._output(
+            command, with_log=True
+        )  # of llama.cpp it is the answer, of ik_llama.cpp a part of the log
+        lines = [line.split("|") for line in answer.splitlines() if "|" in line]
         names = [name.strip() for name in next((line for line in lines if "T_TG s" in map(str.strip, line)), [])]
         if not names or lines[-1][names.index("B")].strip() != str(sequences):
             raise Skipped(f"{self.name}, {self.weights}: llama-batched-bench answered without figures")
         return {"seconds": float(lines[-1][names.index("T_TG s")]), "joules": energy.joules()}
 
-    def _output(self, command: list[str]) -> str:
-        """What a program prints.
+    def _output(self, command: list[str], with_log: bool = False) -> str:
+        """What a program prints, and its log as well where `with_log`.
 
         Raises:
             Skipped: it failed, with its last words.
@@ -348,7 +351,7 @@ class LlamaBench:
         if done.returncode:
             words = (done.stderr.strip().splitlines() or ["no words"])[-1]
             raise Skipped(f"{self.name}, {self.weights}: ended with status {done.returncode}: {words}")
-        return done.stdout
+        return done.stdout + done.stderr if with_log else done.stdout
 
     def close(self) -> None:
         """Nothing stays open."""

@@ -127,3 +127,18 @@ def test_neighbors_count_a_busy_core_once():
     here, elsewhere = neighbors.cores()
     assert 0 <= here <= os.cpu_count() + 0.5
     assert elsewhere >= 0
+
+
+@pytest.mark.parametrize("channel", [1, 2])
+def test_a_batchs_table_is_found_in_the_answer_or_in_the_log(tmp_path, channel):
+    """llama.cpp prints it, ik_llama.cpp logs it."""
+    table = "|    PP |     TG |    B |   T_TG s |\n|-------|--------|------|----------|\n|    16 |      4 |    3 |    0.250 |\n"
+    for name, words in (("llama-bench", "usage"), ("llama-batched-bench", table)):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\nprintf '{words}' >&{channel}\n")
+        path.chmod(0o755)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    peer = peers.LlamaBench("peer", "TQ2_0", str(tmp_path / "llama-bench"), tmp_path / "model.gguf", 1)
+    assert peer.ask((), batch=(3, 4))["seconds"] == 0.25
+    with pytest.raises(peers.Skipped, match="without figures"):
+        peer.ask((), batch=(5, 4))
