@@ -47,7 +47,9 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     Nothing is done where addresses are counted as if they were memory: under limits of the process, and where Linux is strict."""
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     try:
-        if OVERCOMMIT.read_text(encoding="utf-8").strip() == STRICT or any(limit != resource.RLIM_INFINITY for limit in limits):
+        if OVERCOMMIT.read_text(encoding="utf-8").strip() == STRICT or any(
+            limit != resource.RLIM_INFINITY for limit in limits
+        ):
             return
     except OSError:  # another system than Linux
         return
