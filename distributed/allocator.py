@@ -45,25 +45,21 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     """Lets the heap grow by half of the machine's memory, none of which is touched, and asks for huge pages there.
 
     Nothing is done where addresses are counted as if they were memory: under limits of the process, and where Linux is strict."""
-    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    limited = any(
+        resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    )
     try:
-        if OVERCOMMIT.read_text(encoding="utf-8").strip() == STRICT or any(
-            limit != resource.RLIM_INFINITY for limit in limits
-        ):
+        if limited or OVERCOMMIT.read_text(encoding="utf-8").strip() == STRICT:
             return
     except OSError:  # another system than Linux
         return
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     block = libc.malloc(size)
     if block:
         begin = -(-block // HUGE_PAGE) * HUGE_PAGE
-        libc.madvise(
-            begin, (block + size - begin) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE
-        )  # where it cannot, it stays as it was
+        whole = (block + size - begin) // HUGE_PAGE * HUGE_PAGE
+        libc.madvise(begin, whole, MADV_HUGEPAGE)  # where it cannot, it stays as it was
         libc.free(block)

@@ -97,9 +97,7 @@ class FiniteSteps(TrainerCallback):
         self.beat()
         if gradient is None:  # of a weight that the loss does not depend on
             return
-        rows = torch.linalg.vector_norm(
-            gradient.detach(), dim=-1, dtype=torch.float32
-        )  # PyTorch shares rows among threads
+        rows = torch.linalg.vector_norm(gradient.detach(), dim=-1, dtype=torch.float32)  # which PyTorch's threads share
         norm = torch.linalg.vector_norm(rows)
         self._norms.setdefault(name, []).append(norm)
 
@@ -110,8 +108,8 @@ class FiniteSteps(TrainerCallback):
         return [name for name, good in zip(self._norms, finite, strict=True) if not good]
 
     def gradient_norm(self) -> Tensor | None:
-        """The norm of all gradients of this step on this rank, float32 (); None where they came in
-        parts, as with micro-batches, so that the norm of their sum is not known."""
+        """The norm of all gradients of this step on this rank, float32 (); None where they came in parts, as with micro-batches,
+        so that the norm of their sum is not known."""
         if not self._norms or any(len(norms) > 1 for norms in self._norms.values()):
             return None
         return torch.linalg.vector_norm(torch.stack([norm for (norm,) in self._norms.values()]))

@@ -248,8 +248,8 @@ class StageTrainer(Trainer):
             return super().training_step(*args, **kwargs)
 
     def _clip_grad_norm(self, model):
-        """The norm of all gradients, as PyTorch computes it. PyTorch alone on a CPU knows it from when they arrived, and its
-        fused AdamW divides by what clipping would multiply with: two passes over all gradients less."""
+        """The norm of all gradients, which are clipped. Where PyTorch alone trains on a CPU, the norm is known from when they
+        arrived, and its fused AdamW divides by what clipping would multiply with: two passes over all gradients less."""
         optimizer = getattr(self.optimizer, "optimizer", None)
         if self.zero is not None or self.args.device.type != "cpu" or not optimizer.defaults.get("fused"):
             return super()._clip_grad_norm(model)

@@ -202,28 +202,13 @@ def _add_to(acc, sums):
 
 
 @jit
-def _tile_8(blocks, count, codes, stride, acc, acc_stride):
-    s0, s1, s2, s3, s4, s5, s6, s7 = (
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-    )
-    for block in range(count):
-        u = load_bytes(blocks + 64 * block)
-        quad = codes + 4 * block
-        s0 = dot(s0, u, repeat_quad(quad))
-        s1 = dot(s1, u, repeat_quad(quad + stride))
-        s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
-        s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
-        s4 = dot(s4, u, repeat_quad(quad + 4 * stride))
-        s5 = dot(s5, u, repeat_quad(quad + 5 * stride))
-        s6 = dot(s6, u, repeat_quad(quad + 6 * stride))
-        s7 = dot(s7, u, repeat_quad(quad + 7 * stride))
+def _no_sums_8():
+    return no_sums(), no_sums(), no_sums(), no_sums(), no_sums(), no_sums(), no_sums(), no_sums()
+
+
+@jit
+def _add_8(acc, acc_stride, s0, s1, s2, s3, s4, s5, s6, s7):
+    """Adds the sums of eight tokens to rows `acc_stride` bytes apart."""
     _add_to(acc, s0)
     _add_to(acc + acc_stride, s1)
     _add_to(acc + 2 * acc_stride, s2)
@@ -235,28 +220,27 @@ def _tile_8(blocks, count, codes, stride, acc, acc_stride):
 
 
 @jit
+def _tile_8(blocks, count, codes, stride, acc, acc_stride):
+    s0, s1, s2, s3, s4, s5, s6, s7 = _no_sums_8()
+    for block in range(count):
+        u = load_bytes(blocks + 64 * block)
+        quad = codes + 4 * block
+        s0 = dot(s0, u, repeat_quad(quad))
+        s1 = dot(s1, u, repeat_quad(quad + stride))
+        s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
+        s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
+        s4 = dot(s4, u, repeat_quad(quad + 4 * stride))
+        s5 = dot(s5, u, repeat_quad(quad + 5 * stride))
+        s6 = dot(s6, u, repeat_quad(quad + 6 * stride))
+        s7 = dot(s7, u, repeat_quad(quad + 7 * stride))
+    _add_8(acc, acc_stride, s0, s1, s2, s3, s4, s5, s6, s7)
+
+
+@jit
 def _tile_8_twice(blocks, other, count, codes, stride, acc, other_acc, acc_stride):
     """`_tile_8` of two row groups: each quad of activations is loaded once for both."""
-    s0, s1, s2, s3, s4, s5, s6, s7 = (
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-    )
-    t0, t1, t2, t3, t4, t5, t6, t7 = (
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-        no_sums(),
-    )
+    s0, s1, s2, s3, s4, s5, s6, s7 = _no_sums_8()
+    t0, t1, t2, t3, t4, t5, t6, t7 = _no_sums_8()
     for block in range(count):
         u, v = load_bytes(blocks + 64 * block), load_bytes(other + 64 * block)
         quad = codes + 4 * block
@@ -276,32 +260,8 @@ def _tile_8_twice(blocks, other, count, codes, stride, acc, other_acc, acc_strid
         s6, t6 = dot(s6, u, q), dot(t6, v, q)
         q = repeat_quad(quad + 7 * stride)
         s7, t7 = dot(s7, u, q), dot(t7, v, q)
-    _add_to(acc, s0)
-    _add_to(acc + acc_stride, s1)
-    _add_to(acc + 2 * acc_stride, s2)
-    _add_to(acc + 3 * acc_stride, s3)
-    _add_to(acc + 4 * acc_stride, s4)
-    _add_to(acc + 5 * acc_stride, s5)
-    _add_to(acc + 6 * acc_stride, s6)
-    _add_to(acc + 7 * acc_stride, s7)
-    _add_to(other_acc, t0)
-    _add_to(other_acc + acc_stride, t1)
-    _add_to(other_acc + 2 * acc_stride, t2)
-    _add_to(other_acc + 3 * acc_stride, t3)
-    _add_to(other_acc + 4 * acc_stride, t4)
-    _add_to(other_acc + 5 * acc_stride, t5)
-    _add_to(other_acc + 6 * acc_stride, t6)
-    _add_to(other_acc + 7 * acc_stride, t7)
-
-
-@jit
-def tiles_8(source, gap, groups, count, codes, stride, acc, acc_stride):
-    """Eight tokens times `groups` row groups whose blocks are `gap` bytes apart, two at a time, and one that is left."""
-    for slot in range(0, groups - 1, 2):
-        at, out = source + slot * gap, acc + 64 * slot
-        _tile_8_twice(at, at + gap, count, codes, stride, out, out + 64, acc_stride)
-    if groups % 2:
-        _tile_8(source + (groups - 1) * gap, count, codes, stride, acc + 64 * (groups - 1), acc_stride)
+    _add_8(acc, acc_stride, s0, s1, s2, s3, s4, s5, s6, s7)
+    _add_8(other_acc, acc_stride, t0, t1, t2, t3, t4, t5, t6, t7)
 
 
 @jit
@@ -340,6 +300,37 @@ def _tile_1(blocks, count, codes, acc):
 
 
 @jit
+def multiply_unpacked(source, gap, groups, count, codes, stride, tokens, acc, acc_stride):
+    """Adds the products of `groups` row groups with all tokens, over `count` blocks, to their sums.
+
+    Args:
+        source: address of the first group's blocks of bytes u. gap: bytes from one group's blocks to the next one's.
+        groups, count, tokens: how many row groups, blocks of each, and tokens there are.
+        codes: address of the first token's codes of the blocks' columns. stride: bytes from one token to the next.
+        acc: address of the first group's int32 of the first token. acc_stride: bytes from one token to the next.
+    """
+    n = 0
+    while n < tokens:
+        width = 8 if AVX512 and tokens - n >= 8 else 4 if tokens - n >= 4 else 2 if tokens - n >= 2 else 1
+        quads, sums, slot = codes + n * stride, acc + n * acc_stride, 0
+        while slot < groups:
+            at, out = source + slot * gap, sums + 64 * slot
+            if AVX512 and width == 8 and groups - slot >= 2:
+                _tile_8_twice(at, at + gap, count, quads, stride, out, out + 64, acc_stride)
+                slot += 1
+            elif AVX512 and width == 8:
+                _tile_8(at, count, quads, stride, out, acc_stride)
+            elif width == 4:
+                _tile_4(at, count, quads, stride, out, acc_stride)
+            elif width == 2:
+                _tile_2(at, count, quads, stride, out, acc_stride)
+            else:
+                _tile_1(at, count, quads, out)
+            slot += 1
+        n += width
+
+
+@jit
 def _multiply_groups(weight, packing, blocks, records, stride, tokens, acc, acc_stride, first, groups, scratch):
     """`gemm` of up to GROUPS row groups from `first` on, for up to TOKENS tokens: their sums stay in the caches until they are
     whole. `acc_stride` in bytes."""
@@ -351,23 +342,8 @@ def _multiply_groups(weight, packing, blocks, records, stride, tokens, acc, acc_
         count = min(CHUNK, blocks - chunk)
         for slot in range(groups):
             unpack_blocks(weight, packing, (first + slot) * blocks + chunk, count, scratch + slot * SLOT + MARGIN)
-        n = 0
-        while n < tokens:
-            width = 8 if AVX512 and tokens - n >= 8 else 4 if tokens - n >= 4 else 2 if tokens - n >= 2 else 1
-            quads, out = records + CODES + 4 * chunk + n * stride, acc + n * acc_stride + 64 * first
-            if AVX512 and width == 8:
-                tiles_8(scratch + MARGIN, SLOT, groups, count, quads, stride, out, acc_stride)
-                n += width
-                continue
-            for slot in range(groups):
-                source = scratch + slot * SLOT + MARGIN
-                if width == 4:
-                    _tile_4(source, count, quads, stride, out + 64 * slot, acc_stride)
-                elif width == 2:
-                    _tile_2(source, count, quads, stride, out + 64 * slot, acc_stride)
-                else:
-                    _tile_1(source, count, quads, out + 64 * slot)
-            n += width
+        quads, out = records + CODES + 4 * chunk, acc + 64 * first
+        multiply_unpacked(scratch + MARGIN, SLOT, groups, count, quads, stride, tokens, out, acc_stride)
 
 
 @jit

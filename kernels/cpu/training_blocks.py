@@ -13,10 +13,9 @@ Addresses are int64. Shape suffixes: N tokens, K summed columns, R rows of the w
 import numpy as np
 
 from bitdistill.kernels.cpu.compilation import jit
-from bitdistill.kernels.cpu.matmul import CHUNK, GROUPS, _tile_1, _tile_2, _tile_4, tiles_8
+from bitdistill.kernels.cpu.matmul import CHUNK, GROUPS, multiply_unpacked
 from bitdistill.kernels.cpu.native import int8s, int32s
 from bitdistill.kernels.cpu.vector import (
-    AVX512,
     add_bytes,
     load_bytes,
     repeat_byte,
@@ -102,22 +101,7 @@ def multiply_blocks(first, last, blocks, codes, columns, tokens, acc, acc_stride
                 store_ints(acc + 4 * n * acc_stride + 64 * (group + slot), repeat_int(-sums[n]))
         for chunk in range(0, quads, CHUNK):
             count = min(CHUNK, quads - chunk)
-            acts = codes + 4 * chunk
-            n = 0
-            while n < tokens:
-                width = 8 if AVX512 and tokens - n >= 8 else 4 if tokens - n >= 4 else 2 if tokens - n >= 2 else 1
-                if AVX512 and width == 8:
-                    source, out = blocks + 64 * (group * quads + chunk), acc + 4 * n * acc_stride + 64 * group
-                    tiles_8(source, 64 * quads, groups, count, acts + n * columns, columns, out, 4 * acc_stride)
-                    n += width
-                    continue
-                for slot in range(groups):
-                    source = blocks + 64 * ((group + slot) * quads + chunk)
-                    out = acc + 4 * n * acc_stride + 64 * (group + slot)
-                    if width == 4:
-                        _tile_4(source, count, acts + n * columns, columns, out, 4 * acc_stride)
-                    elif width == 2:
-                        _tile_2(source, count, acts + n * columns, columns, out, 4 * acc_stride)
-                    else:
-                        _tile_1(source, count, acts + n * columns, out)
-                n += width
+            source, out = blocks + 64 * (group * quads + chunk), acc + 64 * group
+            multiply_unpacked(
+                source, 64 * quads, groups, count, codes + 4 * chunk, columns, tokens, out, 4 * acc_stride
+            )

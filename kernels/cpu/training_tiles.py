@@ -185,9 +185,8 @@ def multiply_tiles(
     streamed = kind == FLOAT32 and 4 * rows * width >= STREAMED_BYTES and out % 64 == 0
     ends = (row_scale, column_scale, bias, out, width, kind == BF16, streamed, planes)
     configured = 0
-    waiting = row_waiting = column_waiting = wide_waiting = (
-        0  # rows of sums that were not written yet, and where they belong
-    )
+    # Rows of sums that were not written yet, and where they belong.
+    waiting = row_waiting = column_waiting = wide_waiting = 0
     for begin in range(0, rows, at_once):
         for pair in range(first, last):
             column = 2 * TILE_ROWS * pair
