@@ -58,7 +58,8 @@ STEPS: dict[str, dict[str, Any]] = {
     },  # the better head is a part of the best full-precision training, too
     "full bf16": {"ternary": False, "precision": "bf16"},
     "task before": {"stage": "distill", "engine": "deepspeed", "kernels": "reference"},
-    "task": {"stage": "distill", "backward": "fast", "head": "auto"},
+    "task": {"stage": "distill", "backward": "fast", "head": "auto", "grouped": True},
+    "task, random rows": {"stage": "distill", "backward": "fast", "head": "auto"},
 }
 # (instruction set, what, figure of which variant over which, at least)
 TARGETS = [

@@ -48,6 +48,7 @@ class Spec:
         zero: the ZeRO stage. precision: "fp32" or "bf16" of all products.
         head: of the LM head's, or "auto", the faster one; a teacher's products are as the head's.
         steps: timed ones, after one that is not. blocks: of a step of stage 2. corpus: text for stage 2.
+        grouped: whether a fine-tuning step takes rows of like length, as every recipe does; an older commit cannot.
         profile: seconds of each part as well, by the clock "perf_counter" or "process_time".
     """
 
@@ -64,6 +65,7 @@ class Spec:
     steps: int = 3
     blocks: int = BLOCKS
     corpus: str | None = None
+    grouped: bool = False
     profile: bool = False
     clock: str = "perf_counter"
 
@@ -151,6 +153,8 @@ def arguments_of(spec: Spec):
         numerics["autocast_dtype"] = names[spec.precision]
     if names[head_of(spec)] is not None:
         numerics["head_dtype"] = names[head_of(spec)]
+    if spec.grouped:
+        numerics["train_sampling_strategy"] = "group_by_length"
     return training_arguments(
         Path(spec.folder) / "checkpoints",
         seed=0,
@@ -167,12 +171,16 @@ def arguments_of(spec: Spec):
 
 
 def task_rows(count: int):
-    """Rows of a classification task: random words, lengths as those of SST-2, a label of one word at the end."""
+    """Rows of a classification task: random words, lengths as those of SST-2, a label of one word at the end. The first ROWS of
+    them are as long as any: grouped by length, rows of this length are the first step, which is not timed, and the lengths of
+    all steps after it are random ones."""
     from datasets import Dataset
 
     generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (count,), generator=generator)
+    lengths[:ROWS] = LONGEST
     rows = []
-    for length in torch.randint(SHORTEST, LONGEST + 1, (count,), generator=generator).tolist():
+    for length in lengths.tolist():
         ids = torch.randint(1000, 10_000, (length,), generator=generator).tolist()
         ids.append(ANSWERS[int(torch.randint(2, (1,), generator=generator))])
         rows.append({"input_ids": ids, "labels": [-100] * length + ids[-1:], "length": length + 1})

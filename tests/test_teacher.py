@@ -85,9 +85,6 @@ def test_offloaded_equals_resident_beside_a_student(tmp_path):
     assert [name for name, good in found.items() if not good] == []
     assert len(found) == 2 * 2 * 11 + 1
 
-    from bitdistill.student.attention import unfuse_attention
-
-    unfuse_attention()  # of a stage that another test of this process has ended in the middle
     tokens = (torch.arange(2 * 40).reshape(2, 40) % 64 * 3) % 64
     for dtype in (torch.float32, torch.bfloat16):  # and both equal a model that never met DeepSpeed
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=dtype).eval()

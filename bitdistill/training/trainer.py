@@ -180,14 +180,9 @@ class StageTrainer(Trainer):
         self.objective, self.stage, self.stream, self.annealing = objective, stage, stream, annealing
         self.weight_codes = WeightCodes(self.model)
         self._adopted: Adopted | None = None
-        if self.args.device.type == "cpu":
-            fuse_norms(self.model)
-            fuse_rotary(self.model)
-            fuse_attention()
-            if self.zero is None:
-                fuse_lookup(self.model)
-                for parameter in self.model.parameters():  # out of the mapping of the file that they were read from
-                    parameter.data = parameter.data.clone()
+        if self.args.device.type == "cpu" and self.zero is None:
+            for parameter in self.model.parameters():  # out of the mapping of the file that they were read from
+                parameter.data = parameter.data.clone()
         self.model_accepts_loss_kwargs = True  # the loss is normalized over the whole step: no division by micro-steps
         if hasattr(self, "loss_is_scaled_for_ga"):
             self.loss_is_scaled_for_ga = True
@@ -343,7 +338,7 @@ class StageTrainer(Trainer):
         if self.args.device.type == "cpu":
             process_group.fit_threads(max(model.config.hidden_size for model in self._models().values()))
         started = time.perf_counter()
-        with termination.deferred(), self._watched():
+        with termination.deferred(), self._watched(), self._fused():
             start = self._adopted.folder if self._adopted else checkpoint
             self.train(resume_from_checkpoint=str(start) if start else None)
         if self.stop_wanted and self.state.global_step < self.state.max_steps:
@@ -392,6 +387,23 @@ class StageTrainer(Trainer):
             yield
         finally:
             watch.stop()
+
+    @contextlib.contextmanager
+    def _fused(self) -> Iterator[None]:
+        """Inside, what stands between the model's products on a CPU runs by the compiled kernels."""
+        if self.args.device.type == "cpu":
+            fuse_norms(self.model)
+            fuse_rotary(self.model)
+            fuse_attention()
+            if self.zero is None:
+                fuse_lookup(self.model)
+        try:
+            yield
+        finally:
+            unfuse_norms(self.model)
+            unfuse_rotary(self.model)
+            unfuse_attention()
+            unfuse_lookup(self.model)
 
     def step_rows(self) -> int:
         """Rows that one optimizer step consumes over all ranks."""
@@ -479,10 +491,6 @@ def release(trainer: StageTrainer) -> None:
     if hasattr(engine, "destroy"):
         engine.destroy()
     trainer.weight_codes = None
-    unfuse_norms(trainer.model)
-    unfuse_rotary(trainer.model)
-    unfuse_attention()
-    unfuse_lookup(trainer.model)
     trainer.model = trainer.model_wrapped = trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state()
