@@ -101,6 +101,25 @@ def test_attend_is_softmax_attention(kind, group, head_dim, length, window):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("window", [None, 40, 600, attention.SPAN])
+def test_rows_of_several_spans(kind, group, window):
+    """Right around every border of a span and of a window, and bit for bit the same alone and in any tile."""
+    length, head_dim = 2 * attention.SPAN + 70, 24
+    q, k, v = random_case(length, group, head_dim, seed=group)
+    cache, at_once = Cache(kind, 1, length, head_dim), min(3, attention.tile_rows(group))
+    for position in range(length):
+        cache.write(0, position, k[position], v[position])
+    want = expected(kind, q, k, v, window)
+    borders = [0, 38, attention.SPAN - 2, attention.SPAN, attention.SPAN + 40, 2 * attention.SPAN - 1, length - 3]
+    for start in borders:
+        tile = cache.attend(0, start, q[start : start + at_once], window)
+        np.testing.assert_allclose(tile, want[start : start + at_once], rtol=0, atol=3e-6)
+        alone = [cache.attend(0, p, q[p : p + 1], window) for p in range(start, start + at_once)]
+        np.testing.assert_array_equal(tile, np.concatenate(alone))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_dim", [96, 128, 256])
 def test_wide_heads(kind, head_dim):
     q, k, v = random_case(35, 2, head_dim)

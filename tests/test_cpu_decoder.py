@@ -172,6 +172,32 @@ def test_sequences_side_by_side_do_not_matter(long_model, long_ids, whole, dtype
         np.testing.assert_array_equal(np.stack(got[slot]), whole)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 1), (6, 3)])
+def test_spans_shared_among_threads_do_not_matter(heads, kv_heads, dtype):
+    """A long prompt, one token at a time and a ragged batch: what one thread computes, however many share it."""
+    length = 1100  # three spans; of one layer a row sees all, of the other 600 positions
+    model = random_model(window=600, heads=heads, kv_heads=kv_heads, head_dim=24, table="fp16", hidden=64)
+    ids, ends = prompt(length), [1, 2, 300, 511, 512, 513, 812, 1023, 1024, 1025, 1099]
+    cache, slots = KVCache(model, len(ends), length, dtype), range(len(ends))
+    with Decoder(model, 1) as decoder:
+        want = decoder.forward(ids, [0] * length, range(length), cache)
+    for slot in slots[1:]:
+        cache.copy(0, slot, length)
+    last = [ids[position] for position in ends]
+    for threads in (2, 3, 7):
+        with Decoder(model, threads) as decoder:
+            assert decoder._parts.size == 0
+            batch = decoder.forward(last, slots, ends, cache)
+            np.testing.assert_array_equal(batch, want[ends])
+            alone = [decoder.forward([ids[p]], [slot], [p], cache)[0] for slot, p in zip(slots, ends, strict=True)]
+            np.testing.assert_array_equal(np.stack(alone), want[ends])
+            few = decoder.forward(ids[-5:], [3] * 5, range(length - 5, length), cache)
+            np.testing.assert_array_equal(few, want[-5:])
+            assert decoder._parts.size > 0
+            assert not decoder._arrived.any()
+            np.testing.assert_array_equal(decoder.forward(ids, [1] * length, range(length), cache), want)
+
+
 def test_slots_are_copied_cut_back_and_used_again(long_model, long_ids, whole, dtype):
     cache = KVCache(long_model, 2, 100, dtype)
     other = prompt(100, seed=5)

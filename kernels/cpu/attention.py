@@ -12,8 +12,14 @@ Layout of the cache, per layer, slot and key/value head ("head" below; D head wi
     scales   (capacity,), for keys and for values; int8 only: key = code * scale, scale = max|k| / 127 of that position
 
 Positions are visited in chunks of CHUNK that begin at multiples of CHUNK. A position that a row may not see has weight 0
-and leaves the row's sums as they are. So the result of a row depends on its own position, window and sequence only, and
-neither on which rows are computed together nor on the threads. Rows of one prompt are computed in tiles: the query heads of
+and leaves the row's sums as they are. Every SPAN positions have a maximum, a total and sums of their own, a part, which
+begins with nothing; a row's parts are merged one after the other, the oldest first:
+
+    m = max(m_a, m_b)    total = e^(m_a - m) total_a + e^(m_b - m) total_b    sums likewise
+
+This is done whoever computes the parts: one thread for all of a row, or many threads for a few spans each. So the result of
+a row depends on its own position, window and sequence only, and neither on which rows are computed together nor on the
+threads. Rows of one prompt are computed in tiles: the query heads of
 up to TILE_ROWS rows of one sequence are multiplied with each chunk of keys and values while it is in the first-level cache,
 two queries at a time in registers, or four where there are 32 wide ones. Where there is AMX, a bf16 cache meets all queries of
 a tile in tile products (tile_attention.py), in decoding, too: so the bits are the same.
@@ -22,15 +28,17 @@ a tile in tile products (tile_attention.py), in decoding, too: so the bits are t
 import numpy as np
 
 from bitdistill.kernels.cpu.compilation import jit
-from bitdistill.kernels.cpu.elementwise import ROW, padded
+from bitdistill.kernels.cpu.elementwise import ROW, copy_floats, padded
 from bitdistill.kernels.cpu.floats import (
     LANES,
     add,
     divide,
+    exp,
     largest_magnitude,
     load,
     load_bf16_half,
     load_int8,
+    maximum,
     maximum_magnitude,
     multiply,
     multiply_add,
@@ -40,16 +48,18 @@ from bitdistill.kernels.cpu.floats import (
     store,
     store_bf16,
     store_codes,
+    subtract,
     total,
 )
 from bitdistill.kernels.cpu.native import float32s, int8s, uint16s
 from bitdistill.kernels.cpu.records import BF16, FP32, INT8
-from bitdistill.kernels.cpu.tile_attention import CHUNK, attend_tiles, soften, tile_scratch_floats
+from bitdistill.kernels.cpu.tile_attention import CHUNK, attend_tiles, soften, split_queries, tile_scratch_floats
 from bitdistill.kernels.cpu.tiles import TILES
 from bitdistill.kernels.cpu.vector import AVX512, prefetch
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON
 
 BYTES = (4, 2, 1)  # of a cached number
+SPAN = 512  # positions of a part, of which a thread computes one or more: 256 KB of keys and values in bf16, 128 wide
 TILE_QUERIES = 16  # rows of a tile x query heads of a key/value head, but at least one row
 _NONE_YET = np.float32(-3e38)  # the running maximum before any score: e^(-inf - it) is 0, not NaN
 
@@ -61,11 +71,23 @@ def tile_rows(heads_per_group):
 
 
 @jit
+def part_floats(queries, head_dim):
+    """Floats of a part: the sums of each query, then their totals, then their maxima."""
+    return queries * (padded(head_dim) + 2 * LANES)
+
+
+@jit
 def attention_scratch_floats(heads_per_group, head_dim):
-    """Floats of private memory that `attend` needs: queries, sums, totals and maxima of a tile, and four chunks of weights."""
+    """Floats of private memory that `attend` needs: queries of a tile, two parts, and four chunks of weights."""
     queries = tile_rows(heads_per_group) * heads_per_group
-    floats = queries * (2 * padded(head_dim) + 2 * LANES) + 4 * CHUNK + padded(head_dim)
+    floats = queries * padded(head_dim) + 2 * part_floats(queries, head_dim) + 4 * CHUNK + padded(head_dim)
     return floats + tile_scratch_floats(queries, head_dim) if TILES else floats
+
+
+@jit
+def first_span(position, window):
+    """The oldest span that a row at this position sees; its newest is ``position // SPAN``."""
+    return max(0, position - window + 1) // SPAN if window > 0 else 0
 
 
 @jit
@@ -273,41 +295,51 @@ def _mix_four(weights, values, dtype, first, last, width, sums):
 
 
 @jit
-def attend(cache, head, position, rows, heads_per_group, window, head_dim, scratch):
-    """Attention of the query heads of one key/value head, for `rows` neighboring positions of one sequence.
+def _weights(queries, head_dim, scratch):
+    """Where the memory begins that an `attend_span` needs for itself: behind queries and two parts."""
+    return scratch + 4 * (queries * padded(head_dim) + 2 * part_floats(queries, head_dim))
+
+
+@jit
+def prepare(cache, queries, head_dim, scratch):
+    """What `attend_span` needs once before the first span of a tile: see there. `queries`: rows x heads_per_group."""
+    if TILES and cache["dtype"] == BF16:
+        split_queries(scratch, queries, head_dim, _weights(queries, head_dim, scratch) + 16 * CHUNK)
+
+
+@jit
+def attend_span(cache, head, position, rows, heads_per_group, window, head_dim, span, part, scratch):
+    """The part of one span: online softmax over its positions, for the rows of `attend`.
 
     Args:
-        cache: record as in `write_position`; the keys and values of all these rows are written already.
-        head: ``(layer * slots + slot) * key/value heads + head``.
-        position: of the first row. rows: at most `tile_rows`.
-        window: a row sees that many last positions, itself included; 0 is all.
-        scratch: address of `attention_scratch_floats` floats. Query g of row r lies at float
-            ``(r * heads_per_group + g) * padded(head_dim)``, multiplied by attention_scale; its result takes its place.
-        heads_per_group: query heads per key/value head. head_dim: entries of a query, key or value.
-
-    Numerics: fp32; on a bf16 or int8 cache the arithmetic is the same on the rounded numbers.
+        cache, head, position, rows, heads_per_group, window, head_dim, scratch: as in `attend`, after `prepare`. The queries
+            stay as they are.
+        span: positions SPAN * span .. SPAN * (span + 1) - 1.
+        part: address of part_floats(rows * heads_per_group, head_dim) floats, to be written; those of a query that does not
+            see the span are not meant to be used.
     """
     dtype, capacity, width = cache["dtype"], cache["capacity"], padded(head_dim)
     number, queries = _element_bytes(dtype), rows * heads_per_group
-    sums = scratch + 4 * queries * width
+    sums = part
     totals = sums + 4 * queries * width
     maxima = totals + ROW * queries
-    weights = maxima + ROW * queries
+    weights = _weights(queries, head_dim, scratch)
     for query in range(queries):
         store(totals + ROW * query, splat(np.float32(0)))
         store(maxima + ROW * query, splat(_NONE_YET))
         for at in range(0, 4 * width, ROW):
             store(sums + 4 * query * width + at, splat(np.float32(0)))
-    end = position + rows
-    begin = max(0, position - window + 1) if window > 0 else 0
+    end = min(position + rows, SPAN * (span + 1))
+    oldest_seen = max(0, position - window + 1) if window > 0 else 0
+    begin = max(oldest_seen // CHUNK * CHUNK, SPAN * span)
     tiled = TILES and dtype == BF16
     if tiled:
         attend_tiles(
             cache["keys"] + 2 * head * capacity * key_rows(dtype, head_dim), cache["values"] + 2 * head * capacity * width,
-            begin // CHUNK * CHUNK, position, heads_per_group, window, head_dim, scratch, queries, sums, totals, maxima,
+            begin, end, position, heads_per_group, window, head_dim, queries, sums, totals, maxima,
             weights + 16 * CHUNK,
         )  # fmt: skip
-    for first in range(begin // CHUNK * CHUNK, 0 if tiled else end, CHUNK):
+    for first in range(begin, 0 if tiled else end, CHUNK):
         keys = cache["keys"] + number * (head * capacity + first) * key_rows(dtype, head_dim)
         values = cache["values"] + number * (head * capacity + first) * width
         key_scales = cache["key_scales"] + 4 * (head * capacity + first)
@@ -339,7 +371,73 @@ def attend(cache, head, position, rows, heads_per_group, window, head_dim, scrat
             else:
                 _mix(weights, w1, values, dtype, low, high, width, sums + 4 * query * width, sums + 4 * last * width)
             query = last + 1
+
+
+@jit
+def merge_span(part, whole, span, position, queries, heads_per_group, window, head_dim):
+    """Adds a part to what a row's older parts have become: online softmax of two sums. The oldest one is copied.
+
+    Args:
+        part: address of what `attend_span` wrote. span: which one that was. whole: address of as many floats, updated.
+        position, heads_per_group, window, head_dim: as in `attend`. queries: rows x heads_per_group.
+    """
+    width = padded(head_dim)
     for query in range(queries):
-        by = splat(total(load(totals + ROW * query)))
-        for at in range(0, 4 * width, ROW):
-            store(scratch + 4 * query * width + at, divide(load(sums + 4 * query * width + at), by))
+        row = position + query // heads_per_group
+        oldest = first_span(row, window)
+        if span < oldest or span > row // SPAN:
+            continue
+        sums, totals = 4 * query * width, 4 * queries * width + ROW * query
+        maxima = totals + ROW * queries
+        if span == oldest:
+            copy_floats(part + sums, whole + sums, width)
+            store(whole + totals, load(part + totals))
+            store(whole + maxima, load(part + maxima))
+            continue
+        before, new = load(whole + maxima), load(part + maxima)
+        top = maximum(new, before)
+        shrink, share = exp(subtract(before, top)), exp(subtract(new, top))
+        store(whole + maxima, top)
+        store(whole + totals, multiply_add(load(part + totals), share, multiply(load(whole + totals), shrink)))
+        for at in range(sums, sums + 4 * width, ROW):
+            store(whole + at, multiply_add(load(part + at), share, multiply(load(whole + at), shrink)))
+
+
+@jit
+def finish_parts(whole, queries, head_dim, out):
+    """``sums / total`` of each query.
+
+    Args:
+        whole: address of merged parts. queries: how many. head_dim: entries of each.
+        out: address of float32 (queries, padded(head_dim)).
+    """
+    width = padded(head_dim)
+    for query in range(queries):
+        by = splat(total(load(whole + 4 * queries * width + ROW * query)))
+        for at in range(4 * query * width, 4 * (query + 1) * width, ROW):
+            store(out + at, divide(load(whole + at), by))
+
+
+@jit
+def attend(cache, head, position, rows, heads_per_group, window, head_dim, scratch):
+    """Attention of the query heads of one key/value head, for `rows` neighboring positions of one sequence.
+
+    Args:
+        cache: record as in `write_position`; the keys and values of all these rows are written already.
+        head: ``(layer * slots + slot) * key/value heads + head``.
+        position: of the first row. rows: at most `tile_rows`.
+        window: a row sees that many last positions, itself included; 0 is all.
+        scratch: address of `attention_scratch_floats` floats. Query g of row r lies at float
+            ``(r * heads_per_group + g) * padded(head_dim)``, multiplied by attention_scale; its result takes its place.
+        heads_per_group: query heads per key/value head. head_dim: entries of a query, key or value.
+
+    Numerics: fp32; on a bf16 or int8 cache the arithmetic is the same on the rounded numbers.
+    """
+    queries = rows * heads_per_group
+    whole = scratch + 4 * queries * padded(head_dim)
+    part = whole + 4 * part_floats(queries, head_dim)
+    prepare(cache, queries, head_dim, scratch)
+    for span in range(first_span(position, window), (position + rows - 1) // SPAN + 1):
+        attend_span(cache, head, position, rows, heads_per_group, window, head_dim, span, part, scratch)
+        merge_span(part, whole, span, position, queries, heads_per_group, window, head_dim)
+    finish_parts(whole, queries, head_dim, scratch)

@@ -263,6 +263,8 @@ class Decoder:
         """Checked rows, block by block. One token takes this path thousands of times per second: few numpy calls."""
         call, count, address = self._call[0], rows.shape[1], out.__array_interface__["data"][0]
         self._call_words[-len(cache.words) :] = cache.words
+        if self._pool is not None:
+            self._make_room(min(count, ROWS_PER_BLOCK), cache)
         done = 0
         for start in range(0, count, ROWS_PER_BLOCK):
             stop = min(start + ROWS_PER_BLOCK, count)
@@ -276,6 +278,20 @@ class Decoder:
             else:
                 self._pool.run()
             done = high
+
+    def _make_room(self, rows: int, cache: KVCache) -> None:
+        """Memory for attention that is divided into spans: as many parts as a call of so many rows can need of this cache."""
+        self._arrived[:] = 0  # a call that failed may have left something
+        model, compiled = self.model, self._compiled
+        spans = -(-cache.padded_capacity // compiled.SPAN)
+        group = model.num_attention_heads // model.num_key_value_heads
+        units = min(len(self._arrived), rows * model.num_key_value_heads)
+        queries = min(rows, compiled.tile_rows(group)) * group
+        floats = units * spans * compiled.part_floats(queries, model.head_dim) if spans > 1 else 0
+        if floats > self._parts.size:
+            self.scratch_bytes += 4 * (floats - self._parts.size)
+            self._parts = _zeros((floats,), np.float32)
+            self._scratch["parts"] = self._parts.ctypes.data
 
     def _checked_out(self, out: np.ndarray | None, wanted: int) -> np.ndarray:
         shape = (wanted, self.model.head.rows)
@@ -477,6 +493,7 @@ class Decoder:
         }  # fmt: skip
         shared = {name: rows * size for name, size in wide.items()}
         shared |= {"records": 3 * rows * record, "cos": rows * angles, "sin": rows * angles}
+        shared["arrived"] = 8 * records.SPREAD * self.threads
         at = 0
         for name, size in private.items():
             scratch[name] = at
@@ -490,6 +507,9 @@ class Decoder:
             scratch[name] = at
             at += _aligned(size)
         scratch["rows"], scratch["record_bytes"] = rows, record
+        start = scratch["arrived"] - memory.ctypes.data
+        self._arrived = memory[start : start + 8 * records.SPREAD * self.threads].view(np.int64)
+        self._parts = np.zeros(0, np.float32)  # grows with the cache
 
 
 def _aligned(size: int, to: int = ALIGNMENT) -> int:

@@ -34,9 +34,16 @@ FUNCTIONS = (
     elementwise.padded,
     activations.record_bytes,
     attention.attention_scratch_floats,
+    attention.part_floats,
+    attention.tile_rows,
     attention.key_rows,
 )
-NUMBERS = {"SCRATCH_BYTES": matmul.SCRATCH_BYTES, "CHUNK": attention.CHUNK, "LANES": floats.LANES}
+NUMBERS = {
+    "SCRATCH_BYTES": matmul.SCRATCH_BYTES,
+    "CHUNK": attention.CHUNK,
+    "SPAN": attention.SPAN,
+    "LANES": floats.LANES,
+}
 # What a step spends its time in, and half of what there is to compile.
 PRODUCTS = (matmul.gemm, grouped.grouped_gemm, tables.table_logits)
 

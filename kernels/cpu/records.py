@@ -15,6 +15,7 @@ FAILED = -1  # what an exported function returns in place of an exception
 
 GROUP = 16  # rows of a weight that lie together in a packed block
 ACC_WORDS = 16384  # int32 accumulators of a thread before they are scaled: 64 KB, inside the second-level cache
+SPREAD = 4  # with fewer units of attention per thread, they are divided into spans
 PARTS = ("embedding", "norms", "qkv", "attention", "o", "gate_up", "down", "head", "waiting")
 EMBEDDING, NORMS, QKV, ATTENTION, O, GATE_UP, DOWN, HEAD, WAITING = range(0, 72, 8)  # bytes from a thread's first
 
@@ -74,12 +75,13 @@ CALL = np.dtype(
     + [(name, _INT) for name in ("keys", "values", "key_scales", "value_scales", "dtype", "cache_slots", "capacity")]
 )
 # Working memory. Shared: x, qkv, attended, gate, up, out: float32 (rows, padded width); records: 3 x rows of them;
-# cos, sin: (ropes, rows, head_dim / 2). Private: `private` bytes for each thread, divided up in `_Private`'s order.
+# cos, sin: (ropes, rows, head_dim / 2); arrived: an int64 for each unit of attention; parts: float32, those of its spans.
+# Private: `private` bytes for each thread, divided up in `_Private`'s order.
 SCRATCH = np.dtype(
     [
         (name, _INT)
         for name in (
-            "rows", "x", "qkv", "attended", "gate", "up", "out", "records", "record_bytes", "cos", "sin",
+            "rows", "x", "qkv", "attended", "gate", "up", "out", "records", "record_bytes", "cos", "sin", "arrived", "parts",
             "private", "private_bytes", "p_x", "p_row", "p_row2", "p_records", "p_cos", "p_sin", "p_acc", "p_product",
             "p_attention", "p_tiles",
         )

@@ -8,16 +8,28 @@ compilation for every model, packing, family and cache.
 
 How the work is shared. Products are shared by row groups of the weights: all rows of the call use a row group in one place,
 so a weight is read once. Attention is shared by (tile of rows, key/value head); whichever thread is free takes the next
-one. What belongs to a row (norm, quantize, residual) is shared by rows, with a barrier after it. With a single row,
-barriers would cost more than this work; then each thread keeps a residual stream of its own and does all of it. Five
-barriers per layer remain (q k v, attention, o, gate up, down).
+one. Where there are fewer than SPREAD of them for a thread, as in decoding with one key/value head, each is shared by spans
+of positions, too, and the thread that finishes its last span merges them. What belongs to a row (norm, quantize, residual)
+is shared by rows, with a barrier after it. With a single row, barriers would cost more than this work; then each thread
+keeps a residual stream of its own and does all of it. Five barriers per layer remain (q k v, attention, o, gate up, down).
 
 Sums: a product is exact in integers; everything else belongs to one row and is summed by one thread in one order. So
 results depend neither on the number of threads nor on which rows are computed together.
 """
 
 from bitdistill.kernels.cpu.activations import quantize_activation, quantize_activation_blocks, quantize_planes
-from bitdistill.kernels.cpu.attention import attend, tile_rows, write_position
+from bitdistill.kernels.cpu.attention import (
+    SPAN,
+    attend,
+    attend_span,
+    finish_parts,
+    first_span,
+    merge_span,
+    part_floats,
+    prepare,
+    tile_rows,
+    write_position,
+)
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.elementwise import (
     add_rows,
@@ -56,11 +68,12 @@ from bitdistill.kernels.cpu.records import (
     PROJECTION,
     QKV,
     SCRATCH,
+    SPREAD,
     WAITING,
     O,
 )
 from bitdistill.kernels.cpu.tables import FP16, table_logits, table_row
-from bitdistill.kernels.cpu.threads import barrier, begin_call, end_call, nanoseconds, next_ticket
+from bitdistill.kernels.cpu.threads import barrier, begin_call, end_call, last_to_arrive, nanoseconds, next_ticket
 
 _models, _calls, _scratches = view_of(MODEL, "_models"), view_of(CALL, "_calls"), view_of(SCRATCH, "_scratches")
 _layers, _projections = view_of(LAYER, "_layers"), view_of(PROJECTION, "_projections")
@@ -189,8 +202,8 @@ def _write_keys(model, layer, call, layer_index, row, head, qkv, qkv_stride, cos
 
 
 @jit
-def _attend(model, layer, call, layer_index, row, rows, head, qkv, qkv_stride, cos, sin, attended, work):
-    """Attention of a tile of rows with one key/value head: queries from qkv, results to `attended`."""
+def _prepare_queries(model, layer, row, rows, head, qkv, qkv_stride, cos, sin, work):
+    """Norm, RoPE and scale of the queries of a tile of rows and one key/value head, as `attend` reads them."""
     width = model["head_dim"]
     wide, half = padded(width), width // 2
     group = model["heads"] // model["kv_heads"]
@@ -203,14 +216,45 @@ def _attend(model, layer, call, layer_index, row, rows, head, qkv, qkv_stride, c
                 rms_norm(query, layer["q_norm"], model["eps"], width, query)
             rotate(query, cos + 4 * r * half, sin + 4 * r * half, half)
             scale_row(query, model["attention_scale"], width)
+
+
+@jit
+def _attend(model, layer, call, layer_index, row, rows, head, nth, spans, parts, arrived, attended, work):
+    """Attention of a tile of rows with one key/value head, whose queries are in `work`; results to `attended`.
+
+    Of more than one `spans`, it is that of the `nth` span of these rows alone: its part goes to `parts`, and the last one to
+    arrive makes the result of all of them.
+    """
+    width, window = model["head_dim"], layer["window"]
+    group = model["heads"] // model["kv_heads"]
     slot, position = int64s(call["slots"], row + 1)[row], int64s(call["positions"], row + 1)[row]
     number = (layer_index * call["cache_slots"] + slot) * model["kv_heads"] + head
-    attend(call, number, position, rows, group, layer["window"], width, work)
+    queries = rows * group
+    if spans == 1:
+        attend(call, number, position, rows, group, window, width, work)
+    else:
+        part_bytes, first = 4 * part_floats(queries, width), first_span(position, window)
+        part = parts + nth * part_bytes
+        prepare(call, queries, width, work)
+        attend_span(call, number, position, rows, group, window, width, first + nth, part, work)
+        if not last_to_arrive(arrived, spans):
+            return
+        whole = work + 4 * queries * padded(width)
+        for span in range(spans):
+            merge_span(parts + span * part_bytes, whole, first + span, position, queries, group, window, width)
+        finish_parts(whole, queries, width, work)
     stride = padded(model["heads"] * width)
     for r in range(rows):
         for g in range(group):
             target = attended + 4 * ((row + r) * stride + (head * group + g) * width)
-            copy_floats(work + 4 * (r * group + g) * wide, target, width)
+            copy_floats(work + 4 * (r * group + g) * padded(width), target, width)
+
+
+@jit
+def _spans(call, row, rows, window):
+    """How many spans a tile of rows sees."""
+    position = int64s(call["positions"], row + 1)[row]
+    return (position + rows - 1) // SPAN + 1 - first_span(position, window)
 
 
 @jit
@@ -281,7 +325,9 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
                 scaling = float32s(frequencies + 4 * half, 1)[0]
                 rope_angles(positions[row], frequencies, scaling, half, cos + at, sin + at)
         tiles = private + scratch["p_tiles"]
-        tile_count = _cut_tiles(call, tile_rows(model["heads"] // model["kv_heads"]), tiles)
+        group = model["heads"] // model["kv_heads"]
+        tile_count = _cut_tiles(call, tile_rows(group), tiles)
+        part_bytes = 4 * part_floats(min(rows, tile_rows(group)) * group, model["head_dim"])
         tile_starts = int64s(tiles, rows + 1)
         since = _lap(profile + EMBEDDING, since)
 
@@ -335,17 +381,29 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
                 since = _lap(profile + ATTENTION, since)
                 barrier(state, threads)
                 since = _lap(profile + WAITING, since)
-            units = tile_count * kv_heads
+            most, pairs = 1, tile_count * kv_heads
+            if threads > 1 and pairs < SPREAD * threads:
+                for tile in range(tile_count):
+                    row = tile_starts[tile]
+                    most = max(most, _spans(call, row, tile_starts[tile + 1] - row, layer["window"]))
             unit = next_ticket(state) if threads > 1 else 0
-            while unit < units:
-                tile, head = unit // kv_heads, unit % kv_heads
+            while unit < most * pairs:
+                pair, nth = unit // most, unit % most
+                tile, head = pair // kv_heads, pair % kv_heads
                 row = tile_starts[tile]
-                if alone:
-                    _write_keys(model, layer, call, index, row, head, qkv, qkv_stride, layer_cos, layer_sin, work)
-                _attend(
-                    model, layer, call, index, row, tile_starts[tile + 1] - row, head, qkv, qkv_stride,
-                    layer_cos + 4 * row * half, layer_sin + 4 * row * half, attended, work,
-                )  # fmt: skip
+                count = tile_starts[tile + 1] - row
+                spans = _spans(call, row, count, layer["window"]) if most > 1 else 1
+                if nth < spans:
+                    if alone and nth == spans - 1:  # only the newest span reads them
+                        _write_keys(model, layer, call, index, row, head, qkv, qkv_stride, layer_cos, layer_sin, work)
+                    at = 4 * row * half
+                    _prepare_queries(
+                        model, layer, row, count, head, qkv, qkv_stride, layer_cos + at, layer_sin + at, work
+                    )
+                    _attend(
+                        model, layer, call, index, row, count, head, nth, spans,
+                        scratch["parts"] + pair * most * part_bytes, scratch["arrived"] + 8 * pair, attended, work,
+                    )  # fmt: skip
                 unit = next_ticket(state) if threads > 1 else unit + 1
             since = _lap(profile + ATTENTION, since)
             barrier(state, threads)

@@ -154,6 +154,19 @@ def next_ticket(state):
 
 
 @jit
+def last_to_arrive(counter, expected):
+    """Whether the other ``expected - 1`` threads have been here; what they wrote before is then visible. Begins anew after it.
+
+    Args:
+        counter: address of an int64, 0 at first. expected: how many come.
+    """
+    if atomic_add(counter, 1) != expected - 1:
+        return False
+    atomic_store(counter, 0)
+    return True
+
+
+@jit
 def begin_call(state, thread, threads, seen):
     """Lets a thread into the call after number `seen`: thread 0 opens it, the others wait for it.
 

@@ -150,17 +150,27 @@ def _spoil(values, width, low, high, sums):
 
 
 @jit
+def split_queries(queries, count, head_dim, scratch):
+    """The parts of queries, as `attend_tiles` reads them at `scratch`; the arguments are its own."""
+    width, depth = padded(head_dim), _deep(head_dim)
+    for query in range(count):
+        for d in range(0, depth, LANES):
+            value = load(queries + 4 * (query * width + d)) if d < width else splat(np.float32(0))
+            _store_parts(value, scratch + 2 * (query * depth + d), 2 * count * depth)
+
+
+@jit
 def attend_tiles(
-    keys, values, begin, position, heads_per_group, window, head_dim, queries, count, sums, totals, maxima, scratch
+    keys, values, begin, end, position, heads_per_group, window, head_dim, count, sums, totals, maxima, scratch
 ):
-    """The sums over all positions of `attention.attend`, for a bf16 cache.
+    """The sums of `attention.attend_span`, for a bf16 cache.
 
     Args:
-        keys, values: addresses of this head's. begin: the first position, a multiple of CHUNK.
+        keys, values: addresses of this head's. begin: the first position, a multiple of CHUNK. end: the last one + 1.
         position: of the first row. heads_per_group, window, head_dim: as in `attend`.
-        queries: address of float32 (count, padded(head_dim)). count: rows x heads_per_group.
-        sums, totals, maxima: addresses of their zeros and of maxima below all scores, as in `attend`; they are updated.
-        scratch: address of `tile_scratch_floats` floats; fastest if 64 divides it.
+        count: rows x heads_per_group.
+        sums, totals, maxima: addresses of their zeros and of maxima below all scores, as in `attend_span`; they are updated.
+        scratch: address of `tile_scratch_floats` floats that begin with the parts of the queries; fastest if 64 divides it.
 
     Numerics: products of fp32 by bf16 are exact, as sums of three; sums are fp32, in the order of the tile products.
     """
@@ -169,15 +179,11 @@ def attend_tiles(
     scores = scratch + PARTS * part_bytes
     weights = scores + 2 * _SCORES
     clean = weights + PARTS * _WEIGHTS
-    for query in range(count):
-        for d in range(0, depth, LANES):
-            value = load(queries + 4 * (query * width + d)) if d < width else splat(np.float32(0))
-            _store_parts(value, scratch + 2 * (query * depth + d), part_bytes)
     for start in range(0, count, TILE_ROWS):
         piece = min(TILE_ROWS, count - start)
         oldest, newest = position + start // heads_per_group, position + (start + piece - 1) // heads_per_group
         configure(piece)
-        for first in range(begin, newest + 1, CHUNK):
+        for first in range(begin, min(newest + 1, end), CHUNK):
             chunk_keys, chunk_values = keys + 2 * first * depth, values + 2 * first * width
             ahead = piece < TILE_ROWS and first + CHUNK <= newest  # few queries wait for memory
             if ahead:
