@@ -17,6 +17,7 @@ A study's YAML (bench/studies/):
     references    cells that all others are compared with, on the same rows and seeds
     perplexity    optional, {file, blocks, block_size}: score by perplexity on a text in place of the task's rows
     x             optional: a setting that is the horizontal axis of the plot; cells that differ in it alone are one curve
+    goal          optional, of losses over x: how much above the first reference is near enough; curves are drawn on to it
 
 A cell whose results with the same settings are there is not run again, so a study can be stopped, resumed and extended. A
 stage that two cells have in common (same settings, same seed) is run once and shared by hard links; the main job checks
@@ -89,7 +90,7 @@ def load_study(path: Path, data: str | None) -> dict[str, Any]:
         study = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML; got {error}. Correct its syntax.") from None
-    known = {"name", "about", "run", "seeds", "cells", "grid", "references", "perplexity", "x"}
+    known = {"name", "about", "run", "seeds", "cells", "grid", "references", "perplexity", "x", "goal"}
     if not isinstance(study, dict) or set(study) - known or not {"name", "run", "seeds"} <= set(study):
         raise ValueError(f"{path}: expected name, run, seeds and others of {sorted(known)}; got {study!r:.200}.")
     names, values = list(study.get("grid") or {}), list((study.get("grid") or {}).values())
@@ -340,7 +341,7 @@ def stored(path: Path) -> dict[str, Any]:
 def save(study: dict[str, Any], result: dict[str, Any], at: dict[str, Any], path: Path) -> None:
     """Results in the order of the study, without those of cells that it no longer has."""
     order = [f"{name} | {seed}" for name in study["cells"] for seed in study["seeds"]]
-    result |= {key: study[key] for key in ("name", "about", "references", "x", "perplexity") if key in study}
+    result |= {key: study[key] for key in ("name", "about", "references", "x", "goal", "perplexity") if key in study}
     if "task" in study["run"]:
         result["task"] = study["run"]["task"]
     result["settings"] = {name: study["cells"][name] for name in study["cells"]}

@@ -206,6 +206,10 @@ def markdown(result: dict[str, Any]) -> str:
     count = next(iter(result["cells"].values()))["rows"] if result["cells"] else 0
     what = "rows" if accuracy else "blocks"
     foot = f"{count:,} {what} per seed; {at['processor']}, one thread per run, {at['date'][:10]}; p: Holm-corrected."
+    for name, (_, exponent, end) in reach(result, rows).items():
+        over = X_NAMES.get(result["x"], result["x"])
+        foot += f" What is missing to {references[0]} falls with the power {exponent:.2f} of {over}"
+        foot += f"{'' if name == 'default' else f' ({name})'}; going on like this, {result['goal']:g} are left at {end:,.0f}."
     return "\n".join([f"### {result['name']}", "", str(result.get("about", "")).strip(), "", *lines, "", foot])
 
 
@@ -230,11 +234,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 ends = np.array([point[1]["interval"] for point in points]).T
                 axes.plot(x, mean, "o-", ms=4, lw=1.6, color=color, label=name)
                 axes.fill_between(x, *ends, color=color, alpha=0.15, lw=0)
+            for (name, (factor, exponent, end)), color in zip(reach(result, rows).items(), COLORS, strict=False):
+                base = next(row["mean"] for row in rows if row["cell"] == result["references"][0])
+                x = np.geomspace(min(point[0] for point in lines[name]), end)
+                axes.plot(x, base + factor * x**exponent, ":", lw=1.2, color=color, label="if it went on like this")
+                axes.plot(end, base + result["goal"], "x", ms=7, color=color)
             for row, color in zip(
                 (one for one in rows if one["cell"] in result.get("references", [])), GREYS, strict=False
             ):
                 axes.axhline(row["mean"], color=color, lw=1, ls="--", label=row["cell"])
-            ticks = sorted({point[0] for points in lines.values() for point in points})
+            ticks = {point[0] for points in lines.values() for point in points}
+            ticks = sorted(ticks | {end for _, _, end in reach(result, rows).values()})
             axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
@@ -270,6 +280,30 @@ def curves(result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, list
         x = row["stage2_tokens"] if result["x"] == "pretrain.max_steps" else settings[result["x"]]
         found.setdefault(name, []).append((x, row))
     return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items()}
+
+
+def reach(result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
+    """How far each curve of losses would have to go until it is `goal` above the first reference, if it went on as it does.
+
+    Fits ``loss - reference = factor * x^exponent`` by least squares of the logarithms.
+
+    Returns: {curve: (factor, exponent, x at the goal)}, of curves with three points and more that fall.
+    """
+    if "goal" not in result:
+        return {}
+    base = next(row["mean"] for row in rows if row["cell"] == result["references"][0])
+    found = {}
+    for name, points in curves(result, rows).items():
+        x, loss = np.array([(x, row["mean"]) for x, row in points]).T
+        if len(x) >= 3 and (loss > base).all():
+            exponent, shift = np.polyfit(np.log(x), np.log(loss - base), 1)
+            if exponent < 0:
+                found[name] = (
+                    float(np.exp(shift)),
+                    float(exponent),
+                    float((result["goal"] / np.exp(shift)) ** (1 / exponent)),
+                )
+    return found
 
 
 def into_page(text: str, folder: Path) -> str:

@@ -290,3 +290,26 @@ def test_a_model_without_pretraining(keep):
         same = "norm" in key or (keep and ("embed" in key or "lm_head" in key))
         assert bool((value == before[key]).all()) == same, key
         assert bool((value == again.state_dict()[key]).all()), key
+
+
+def test_a_curve_of_losses_is_drawn_on_to_its_goal(tmp_path):
+    def loss(name, value, tokens=0):
+        behind = {"pretrain": {"tokens": tokens, "seconds": 1.0}} if tokens else {}
+        facts = {"metric": "perplexity", "losses": [value, value], "rows": 2}
+        return cell(name, 0, [True], stages=behind, scored="pretrain" if tokens else "base") | facts
+
+    steps = (80, 400, 800)
+    cells = [loss(f"max_steps {n}", 3 + 2e3 * (1000 * n) ** -0.5, 1000 * n) for n in steps]
+    result = result_of(loss("base", 3.0), *cells, references=["base"], x="pretrain.max_steps", goal=0.5)
+    result["settings"] |= {f"max_steps {n}": {"pretrain.max_steps": n} for n in steps}
+    found = study_report.reach(result, study_report.summaries(result))
+    assert found == {"default": (pytest.approx(2e3), pytest.approx(-0.5), pytest.approx(1.6e7))}
+    text = study_report.markdown(result)
+    assert (
+        "What is missing to base falls with the power -0.50 of stage-2 tokens; going on like this, 0.5 are left at 16,000,000."
+        in text
+    )
+    study_report.draw(result, tmp_path / "s.png")
+    rising = [loss(f"max_steps {n}", 3 + n / 1000, 1000 * n) for n in steps]
+    worse = result | {"cells": result_of(loss("base", 3.0), *rising)["cells"]}
+    assert study_report.reach(worse, study_report.summaries(worse)) == {}
