@@ -1,6 +1,7 @@
 """Trouble in the middle of a run: two ranks end together, with one message, and nothing is lost; a signal ends a process in
 good order, wherever it is."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -166,6 +167,11 @@ def test_a_stage_that_was_killed_after_its_last_step_is_not_trained_further(tmp_
     second, facts_again, lines_again = attempt(resume=True)
     assert facts_again["resumed_from"] == "checkpoint-4"
     assert facts_again["steps"] == facts["steps"] == 4
+    state = json.loads(
+        (tmp_path / "checkpoints" / "checkpoint-4" / "bitdistill_state.json").read_text(encoding="utf-8")
+    )
+    assert 0 < state["seconds"] <= facts["seconds"] + 0.01
+    assert facts_again["seconds"] >= state["seconds"] - 0.01  # the time of the first attempt counts, too
     assert lines_again == lines
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -191,6 +191,10 @@ class StageTrainer(Trainer):
         # Of each loss term, and of all of them together, since the last line was logged.
         self._sums: dict[str, float] = {}
         self._steps_summed, self._tokens_summed, self._since = 0, 0, time.perf_counter()
+        self._started, self._earlier_seconds = (
+            0.0,
+            0.0,
+        )  # of `fit`, and of those that led to the checkpoint it went on from
         self.stop_wanted = False  # some rank was asked to end: after this step, on every rank
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -307,12 +311,14 @@ class StageTrainer(Trainer):
         """What a resumed run needs besides the Trainer's own state, for JSON. Every rank calls it; rank 0's counts."""
         since = {"sums": self._sums_of_all_ranks(), "steps": self._steps_summed, "tokens": self._tokens_summed}
         state = {"objective": self.objective.state_dict(), "since_last_line": since, STEP_ROWS: self.step_rows()}
+        state["seconds"] = self._seconds()
         if self.stream is not None:
             state["stream"] = self.stream.state_for(self.state.global_step * self.step_rows())
         return state
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         self.objective.load_state_dict(state["objective"])
+        self._earlier_seconds = state.get("seconds", 0.0)
         since, share = state["since_last_line"], float(process_group.is_main())  # the sum over the ranks is what it was
         self._sums = {name: share * value for name, value in since["sums"].items()}
         self._steps_summed, self._tokens_summed = since["steps"], since["tokens"]
@@ -320,11 +326,15 @@ class StageTrainer(Trainer):
             self.stream.load_state(state["stream"])
             self.args.ignore_data_skip = True
 
+    def _seconds(self) -> float:
+        return self._earlier_seconds + time.perf_counter() - self._started
+
     def fit(self, resume: bool) -> dict[str, Any]:
         """Trains, from the last complete checkpoint when `resume` is set and there is one. A checkpoint is saved when the
         run is asked to end (distributed/termination.py).
 
-        Returns: facts for done.json: seconds, steps, step_rows, engine, resumed_from.
+        Returns: facts for done.json: seconds (with those of earlier attempts, up to the checkpoint), steps, step_rows, engine,
+            resumed_from.
         """
         folder = Path(self.args.output_dir)
         checkpoint = latest_checkpoint(folder) if resume else None
@@ -337,14 +347,14 @@ class StageTrainer(Trainer):
             process_group.say(f"{self.stage}: no complete checkpoint to continue from, starts at step 0")
         if self.args.device.type == "cpu":
             process_group.fit_threads(max(model.config.hidden_size for model in self._models().values()))
-        started = time.perf_counter()
+        self._started = time.perf_counter()
         with termination.deferred(), self._watched(), self._fused():
             start = self._adopted.folder if self._adopted else checkpoint
             self.train(resume_from_checkpoint=str(start) if start else None)
         if self.stop_wanted and self.state.global_step < self.state.max_steps:
             raise termination.Stopped(f"; {self.stage}: checkpoint-{self.state.global_step} is saved")
         return {
-            "seconds": round(time.perf_counter() - started, 2),
+            "seconds": round(self._seconds(), 2),
             "steps": self.state.global_step,
             STEP_ROWS: self.step_rows(),
             "engine": "deepspeed" if self.is_deepspeed_enabled else "torch",
