@@ -22,7 +22,7 @@ def write(call, head, position, key, value, head_dim, scratch):
 
 @jit
 def attend(call, head, position, rows, group, window, head_dim, scratch):
-    attention.attend(call[0], head, position, rows, group, window, head_dim, scratch)
+    attention.attend(call.ctypes.data, head, position, rows, group, window, head_dim, scratch)
 
 
 def padded(array):

@@ -2,15 +2,17 @@
 survives damage, processes side by side and failures."""
 
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bitdistill.errors import UserError
-from bitdistill.kernels.cpu import library
+from bitdistill.kernels.cpu import library, records
 from bitdistill.kernels.cpu.decoder import Decoder, KVCache
 from bitdistill.kernels.cpu.pool import ABORTED, LINE, LINES, store_word
 from decoder_models import random_model
@@ -47,9 +49,10 @@ def words(process):
 
 @pytest.fixture
 def kept(monkeypatch, tmp_path):
-    """A folder with the file of this machine, as the only one; nothing is loaded yet."""
+    """A folder with the files of this machine, as the only ones; nothing is loaded yet."""
     library.load()
-    (tmp_path / "step.bin").write_bytes((library.cache_folder() / "step.bin").read_bytes())
+    for part in library.PARTS:
+        (tmp_path / f"{part}.bin").write_bytes((library.cache_folder() / f"{part}.bin").read_bytes())
     monkeypatch.setattr(library, "cache_folder", lambda: tmp_path)
     library._kept.cache_clear()
     yield tmp_path
@@ -103,7 +106,7 @@ def test_processes_that_start_together_compile_once(tmp_path):
 def test_a_damaged_file_is_said_and_made_again(kept, monkeypatch, damage):
     whole = (kept / "step.bin").read_bytes()
     (kept / "step.bin").write_bytes(damage(whole))
-    monkeypatch.setattr(library, "_compiled", lambda folder: whole.partition(b"\n")[2])
+    monkeypatch.setattr(library, "_compiled", lambda parts, folder: [whole.partition(b"\n")[2] for _ in parts])
     said = []
     with pytest.warns(RuntimeWarning, match="is damaged: the kernels are compiled again"):
         compiled = library.load(lambda: said.append("compiling"))
@@ -118,7 +121,7 @@ def test_a_compiler_that_fails_is_heard(kept, monkeypatch):
     monkeypatch.setattr(library, "_PROGRAM", "import sys; sys.exit('no space left')")
     with pytest.raises(RuntimeError, match=r"compiling step ended with 1:\nno space left"):
         library.load()
-    assert [path.name for path in kept.iterdir()] == ["step.lock"]
+    assert sorted(path.name for path in kept.iterdir()) == ["products.bin", "step.lock"]
     monkeypatch.setattr(library.sys, "executable", None)
     with pytest.raises(UserError, match="a Python interpreter"):
         library.load()
@@ -141,7 +144,7 @@ def test_calls_that_nobody_answers_are_refused(kept):
     content = (kept / "step.bin").read_bytes().partition(b"\n")[2]
     assert b'"sched_yield"' in content
     with pytest.raises(RuntimeError, match="compiled kernels call sched_field, which no library of this process has"):
-        library._linked(content.replace(b'"sched_yield"', b'"sched_field"', 1))
+        library._linked({"step": content.replace(b'"sched_yield"', b'"sched_field"', 1)})
 
 
 def test_forked_processes_have_it():
@@ -152,3 +155,42 @@ def test_forked_processes_have_it():
     if child == 0:
         os._exit(padded(33))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 48
+
+
+def with_blocks(model):
+    """The model with a scale for each 32 columns of its activations."""
+    layers = [
+        replace(layer, **{name: replace(getattr(layer, name), act_blocks=True) for name in records.PROJECTIONS})
+        for layer in model.layers
+    ]
+    return replace(model, layers=layers)
+
+
+@compiled_only
+def test_products_with_scales_of_groups_are_compiled_when_a_model_has_them(kept):
+    """And a step without them that meets such a model ends the process, in place of a result that is wrong."""
+    plain = random_model()
+    grouped = with_blocks(plain)
+    Decoder(plain).forward([1], [0], [0], KVCache(plain, 1, 1))
+    assert not (kept / "grouped.bin").exists()
+    Decoder(grouped).forward([1], [0], [0], KVCache(grouped, 1, 1))
+    assert (kept / "grouped.bin").exists()
+    assert library.load() is library.load(grouped=True)
+    script = """
+from decoder_models import random_model
+from test_cpu_library import Decoder, KVCache, with_blocks
+model = with_blocks(random_model())
+type(model).grouped = False
+Decoder(model).forward([1], [0], [0], KVCache(model, 1, 1))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True)
+    assert ended.returncode == -signal.SIGABRT, ended
+
+
+@compiled_only
+@pytest.mark.slow
+def test_what_makes_numba_quicker_changes_no_byte(tmp_path):
+    script = "import sys; from bitdistill.kernels.cpu import linking\n{}linking.write_part('grouped', sys.argv[1])"
+    for name, before in (("quick", ""), ("slow", "linking._quicken = lambda: None\n")):
+        subprocess.run([sys.executable, "-c", script.format(before), str(tmp_path / name)], check=True)
+    assert (tmp_path / "quick").read_bytes() == (tmp_path / "slow").read_bytes()

@@ -105,8 +105,8 @@ class Runtime(Predictor):
         self.kv_cache = kv_cache
         self.threads = threads or available_cpus()
         self.file_bytes = self.model.file_bytes
-        library.load(_say_compiling)
         self._decoder_model = decoder_model(self.model)
+        library.load(_say_compiling, self._decoder_model.grouped)
         self._decoder = Decoder(self._decoder_model, self.threads)
         self._logits = np.empty((0, self.model.config.vocab_size), np.float32)
         self._slots: Slots | None = None

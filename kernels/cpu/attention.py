@@ -51,8 +51,8 @@ from bitdistill.kernels.cpu.floats import (
     subtract,
     total,
 )
-from bitdistill.kernels.cpu.native import float32s, int8s, uint16s
-from bitdistill.kernels.cpu.records import BF16, FP32, INT8
+from bitdistill.kernels.cpu.native import float32s, int8s, uint16s, view_of
+from bitdistill.kernels.cpu.records import BF16, CALL, FP32, INT8
 from bitdistill.kernels.cpu.tile_attention import CHUNK, attend_tiles, soften, split_queries, tile_scratch_floats
 from bitdistill.kernels.cpu.tiles import TILES
 from bitdistill.kernels.cpu.vector import AVX512, prefetch
@@ -62,6 +62,7 @@ BYTES = (4, 2, 1)  # of a cached number
 SPAN = 512  # positions of a part, of which a thread computes one or more: 256 KB of keys and values in bf16, 128 wide
 TILE_QUERIES = 16  # rows of a tile x query heads of a key/value head, but at least one row
 _NONE_YET = np.float32(-3e38)  # the running maximum before any score: e^(-inf - it) is 0, not NaN
+_caches = view_of(CALL, "_caches")
 
 
 @jit
@@ -301,23 +302,24 @@ def _weights(queries, head_dim, scratch):
 
 
 @jit
-def prepare(cache, queries, head_dim, scratch):
+def prepare(cache_at, queries, head_dim, scratch):
     """What `attend_span` needs once before the first span of a tile: see there. `queries`: rows x heads_per_group."""
-    if TILES and cache["dtype"] == BF16:
+    if TILES and _caches(cache_at, 1)[0]["dtype"] == BF16:
         split_queries(scratch, queries, head_dim, _weights(queries, head_dim, scratch) + 16 * CHUNK)
 
 
 @jit
-def attend_span(cache, head, position, rows, heads_per_group, window, head_dim, span, part, scratch):
+def attend_span(cache_at, head, position, rows, heads_per_group, window, head_dim, span, part, scratch):
     """The part of one span: online softmax over its positions, for the rows of `attend`.
 
     Args:
-        cache, head, position, rows, heads_per_group, window, head_dim, scratch: as in `attend`, after `prepare`. The queries
+        cache_at, head, position, rows, heads_per_group, window, head_dim, scratch: as in `attend`, after `prepare`. The queries
             stay as they are.
         span: positions SPAN * span .. SPAN * (span + 1) - 1.
         part: address of part_floats(rows * heads_per_group, head_dim) floats, to be written; those of a query that does not
             see the span are not meant to be used.
     """
+    cache = _caches(cache_at, 1)[0]
     dtype, capacity, width = cache["dtype"], cache["capacity"], padded(head_dim)
     number, queries = _element_bytes(dtype), rows * heads_per_group
     sums = part
@@ -419,11 +421,11 @@ def finish_parts(whole, queries, head_dim, out):
 
 
 @jit
-def attend(cache, head, position, rows, heads_per_group, window, head_dim, scratch):
+def attend(cache_at, head, position, rows, heads_per_group, window, head_dim, scratch):
     """Attention of the query heads of one key/value head, for `rows` neighboring positions of one sequence.
 
     Args:
-        cache: record as in `write_position`; the keys and values of all these rows are written already.
+        cache_at: address of a record as in `write_position`; the keys and values of all these rows are written already.
         head: ``(layer * slots + slot) * key/value heads + head``.
         position: of the first row. rows: at most `tile_rows`.
         window: a row sees that many last positions, itself included; 0 is all.
@@ -436,8 +438,8 @@ def attend(cache, head, position, rows, heads_per_group, window, head_dim, scrat
     queries = rows * heads_per_group
     whole = scratch + 4 * queries * padded(head_dim)
     part = whole + 4 * part_floats(queries, head_dim)
-    prepare(cache, queries, head_dim, scratch)
+    prepare(cache_at, queries, head_dim, scratch)
     for span in range(first_span(position, window), (position + rows - 1) // SPAN + 1):
-        attend_span(cache, head, position, rows, heads_per_group, window, head_dim, span, part, scratch)
+        attend_span(cache_at, head, position, rows, heads_per_group, window, head_dim, span, part, scratch)
         merge_span(part, whole, span, position, queries, heads_per_group, window, head_dim)
     finish_parts(whole, queries, head_dim, scratch)

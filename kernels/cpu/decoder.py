@@ -58,6 +58,11 @@ class Projection:
     input_scale: np.ndarray | None = None  # float32 (I,), by which its input is divided before it is rounded
     act_blocks: bool = False  # its activations have a scale for each 32 columns, not one for the token
 
+    @property
+    def grouped(self) -> bool:
+        """Whether several scales take part in one number of the result."""
+        return self.act_blocks or (self.group_size is not None and self.group_size < self.in_features)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -96,6 +101,11 @@ class Model:
     attention_scale: float
     embedding_scale: float
     ropes: Sequence[tuple[np.ndarray, float]]  # (inv_freq float32 (head_dim / 2,), factor of cosine and sine)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it needs the products with scales of groups of columns (library.py)."""
+        return any(getattr(layer, name).grouped for layer in self.layers for name in records.PROJECTIONS)
 
 
 class KVCache:
@@ -175,7 +185,7 @@ class Decoder:
     def __init__(self, model: Model, threads: int = 1):
         _check(threads >= 1, "threads", "at least 1", threads)
         self.model, self.threads = model, threads
-        self._compiled = library.load()
+        self._compiled = library.load(grouped=model.grouped)
         self._keep: list[np.ndarray] = []  # the arrays whose addresses are used
         self.scratch_bytes = 0
         self._model, self._layers = np.zeros(1, records.MODEL), np.zeros(len(model.layers), records.LAYER)

@@ -1,16 +1,17 @@
-"""The decoder's compiled step as one file of machine code: loaded in milliseconds, without Numba.
+"""The decoder's compiled step as files of machine code: loaded in milliseconds, without Numba.
 
-    cache folder/step.bin    SHA-256 of the rest, in hex, and a line end
+    cache folder/PART.bin    SHA-256 of the rest, in hex, and a line end
                              a line of JSON: {"functions": {name: arguments}, "numbers": {name: number},
-                             "calls": [what they call of the system's libraries], "objects": [bytes of each]}
-                             the object files, one after the other (ELF on Linux)
+                             "calls": [what they call of the system's libraries]}
+                             the object file (ELF on Linux)
 
 LLVM's linker for code in memory (MCJIT) loads the objects; ctypes calls their functions, which take and return int64 and let
 go of the GIL. They need nothing of Python or Numba: a step touches only memory whose addresses it is given.
 
-Who finds no file, or a damaged one, makes it: linking.py compiles each of its PARTS in a process of its own, so that two cores
-are at work and this process never imports Numba. Processes that start at the same time wait for the first of them. With
-NUMBA_DISABLE_JIT=1 there is no file, and the functions are those of step.py in plain Python.
+Who finds no file, or a damaged one, makes it: linking.py compiles each part in a process of its own, so that two cores are at
+work and this process never imports Numba. Few models have scales of groups, so the products with them are a part that is
+compiled when it is asked for. Processes that start at the same time wait for the first of them. With NUMBA_DISABLE_JIT=1
+there is no file, and the functions are those of step.py in plain Python.
 """
 
 import ctypes
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,32 +39,33 @@ from bitdistill.kernels.cpu.records import FAILED
 if os.name == "posix":  # without it, processes that start at the same time all compile
     import fcntl
 
-PARTS = ("step", "products")  # of linking.py
+PARTS, GROUPED = ("step", "products"), "grouped"  # of linking.py
+LATER = "bitdistill_grouped_gemm"  # what the other parts call of GROUPED
 _loading = threading.Lock()
 
 
-def load(compiling: Callable[[], None] = lambda: None) -> SimpleNamespace:
+def load(compiling: Callable[[], None] = lambda: None, grouped: bool = False) -> SimpleNamespace:
     """What decoder.py uses of the compiled code: the functions of linking.FUNCTIONS and the numbers of linking.NUMBERS, by name.
 
     Args:
         compiling: called when it has to be compiled, which takes some seconds.
+        grouped: whether a product may have scales of groups of columns, of weights or activations; without it, a step that
+            meets one ends the process.
 
     Raises:
         RuntimeError: the compiler failed; its output is in the message.
     """
     with _loading:
-        return _loaded(compiling)
+        kept = _kept()
+        if not kept.get(True, kept.get(grouped)):
+            parts = (*PARTS, GROUPED) if grouped else PARTS
+            kept[grouped] = _from_files(parts, compiling) if COMPILED else _from_sources()
+        return kept.get(True, kept.get(grouped))
 
 
 @functools.cache
-def _kept() -> list[SimpleNamespace]:
-    return []
-
-
-def _loaded(compiling: Callable[[], None]) -> SimpleNamespace:
-    if not _kept():
-        _kept().append(_from_file(compiling) if COMPILED else _from_sources())
-    return _kept()[0]
+def _kept() -> dict[bool, SimpleNamespace]:
+    return {}
 
 
 def _from_sources() -> SimpleNamespace:
@@ -72,17 +74,19 @@ def _from_sources() -> SimpleNamespace:
     return SimpleNamespace(**{function.__name__: function for function in linking.FUNCTIONS}, **linking.NUMBERS)
 
 
-def _from_file(compiling: Callable[[], None]) -> SimpleNamespace:
-    path = cache_folder() / "step.bin"
-    content = _read(path)
-    if content is None:
-        with _alone(path.with_suffix(".lock")):
-            content = _read(path)
-            if content is None:
+def _from_files(parts: Sequence[str], compiling: Callable[[], None]) -> SimpleNamespace:
+    folder = cache_folder()
+    contents = {part: _read(folder / f"{part}.bin") for part in parts}
+    if None in contents.values():
+        with _alone(folder / "step.lock"):
+            contents = {part: content or _read(folder / f"{part}.bin") for part, content in contents.items()}
+            missing = [part for part, content in contents.items() if content is None]
+            if missing:
                 compiling()
-                content = _compiled(path.parent)
-                write_whole(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-    return _linked(content)
+                for part, content in zip(missing, _compiled(missing, folder), strict=True):
+                    write_whole(folder / f"{part}.bin", hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+                    contents[part] = content
+    return _linked(contents)
 
 
 def _read(path: Path) -> bytes | None:
@@ -116,8 +120,8 @@ linking.write_part(*sys.argv[2:])
 """
 
 
-def _compiled(folder: Path) -> bytes:
-    """The header and the objects of all parts, compiled side by side."""
+def _compiled(parts: Sequence[str], folder: Path) -> list[bytes]:
+    """What the files of these parts hold, compiled side by side."""
     if not sys.executable:
         do = "Run `bitdistill generate` once with a Python of its own: the machine code is kept."
         raise UserError(
@@ -126,14 +130,14 @@ def _compiled(folder: Path) -> bytes:
     # Errors are tried and thrown away by the thousand when types are inferred: no colors for them.
     environment = os.environ | {"NUMBA_DISABLE_ERROR_MESSAGE_HIGHLIGHTING": "1"}
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        compilers, paths = [], [Path(temporary, part) for part in PARTS]
+        compilers, paths = [], [Path(temporary, part) for part in parts]
         try:
-            for part, path in zip(PARTS, paths, strict=True):
+            for part, path in zip(parts, paths, strict=True):
                 command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), part, str(path)]
                 compilers.append(
                     subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
                 )
-            for part, compiler in zip(PARTS, compilers, strict=True):
+            for part, compiler in zip(parts, compilers, strict=True):
                 _, errors = compiler.communicate()
                 if compiler.returncode:
                     raise RuntimeError(
@@ -144,15 +148,7 @@ def _compiled(folder: Path) -> bytes:
                 if compiler.poll() is None:
                     compiler.kill()
                     compiler.communicate()
-        header, objects = {"calls": [], "objects": []}, b""
-        for path in paths:
-            facts, _, machine_code = path.read_bytes().partition(b"\n")
-            facts = json.loads(facts)
-            header["calls"] += facts.pop("calls")
-            header |= facts
-            header["objects"].append(len(machine_code))
-            objects += machine_code
-    return json.dumps(header).encode() + b"\n" + objects
+        return [path.read_bytes() for path in paths]
 
 
 # --- loading -----------------------------------------------------------------------------------------------------------------
@@ -160,23 +156,30 @@ def _compiled(folder: Path) -> bytes:
 _engines = []  # own the machine code
 
 
-def _linked(content: bytes) -> SimpleNamespace:
-    facts, _, objects = content.partition(b"\n")
-    header = json.loads(facts)
+def _linked(contents: dict[str, bytes]) -> SimpleNamespace:
+    """The functions and numbers of parts that are linked with each other."""
     llvmlite.binding.initialize_native_target()
     llvmlite.binding.initialize_native_asmprinter()
     machine = llvmlite.binding.Target.from_default_triple().create_target_machine()
     engine = llvmlite.binding.create_mcjit_compiler(llvmlite.binding.parse_assembly(""), machine)
     _engines.append(engine)
-    missing = [name for name in header["calls"] if not llvmlite.binding.address_of_symbol(name)]
-    if missing:  # the linker would put 0 for them
-        raise RuntimeError(f"compiled kernels call {', '.join(missing)}, which no library of this process has")
-    for size in header["objects"]:
-        engine.add_object_file(llvmlite.binding.ObjectFileRef.from_data(objects[:size]))
-        objects = objects[size:]
+    # What is found where GROUPED is not among the parts; a missing name would be the address 0.
+    llvmlite.binding.add_symbol(LATER, llvmlite.binding.address_of_symbol("abort"))
+    functions, numbers, machine_codes = {}, {}, []
+    for content in contents.values():
+        facts, _, machine_code = content.partition(b"\n")
+        machine_codes.append(machine_code)  # the engine reads it when it is finalized
+        header = json.loads(facts)
+        missing = [name for name in header["calls"] if not llvmlite.binding.address_of_symbol(name)]
+        if missing:  # the linker would put 0 for them
+            raise RuntimeError(f"compiled kernels call {', '.join(missing)}, which no library of this process has")
+        engine.add_object_file(llvmlite.binding.ObjectFileRef.from_data(machine_code))
+        functions |= header["functions"]
+        numbers |= header["numbers"]
     engine.finalize_object()
-    functions = {name: _function(engine, name, arguments) for name, arguments in header["functions"].items()}
-    return SimpleNamespace(**functions, **header["numbers"])
+    return SimpleNamespace(
+        **{name: _function(engine, name, arguments) for name, arguments in functions.items()}, **numbers
+    )
 
 
 def _function(engine, name: str, arguments: int) -> Callable[..., int]:

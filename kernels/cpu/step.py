@@ -219,24 +219,24 @@ def _prepare_queries(model, layer, row, rows, head, qkv, qkv_stride, cos, sin, w
 
 
 @jit
-def _attend(model, layer, call, layer_index, row, rows, head, nth, spans, parts, arrived, attended, work):
+def _attend(model, layer, call_at, layer_index, row, rows, head, nth, spans, parts, arrived, attended, work):
     """Attention of a tile of rows with one key/value head, whose queries are in `work`; results to `attended`.
 
     Of more than one `spans`, it is that of the `nth` span of these rows alone: its part goes to `parts`, and the last one to
     arrive makes the result of all of them.
     """
-    width, window = model["head_dim"], layer["window"]
+    call, width, window = _calls(call_at, 1)[0], model["head_dim"], layer["window"]
     group = model["heads"] // model["kv_heads"]
     slot, position = int64s(call["slots"], row + 1)[row], int64s(call["positions"], row + 1)[row]
     number = (layer_index * call["cache_slots"] + slot) * model["kv_heads"] + head
     queries = rows * group
     if spans == 1:
-        attend(call, number, position, rows, group, window, width, work)
+        attend(call_at, number, position, rows, group, window, width, work)
     else:
         part_bytes, first = 4 * part_floats(queries, width), first_span(position, window)
         part = parts + nth * part_bytes
-        prepare(call, queries, width, work)
-        attend_span(call, number, position, rows, group, window, width, first + nth, part, work)
+        prepare(call_at, queries, width, work)
+        attend_span(call_at, number, position, rows, group, window, width, first + nth, part, work)
         if not last_to_arrive(arrived, spans):
             return
         whole = work + 4 * queries * padded(width)
@@ -401,7 +401,7 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
                         model, layer, row, count, head, qkv, qkv_stride, layer_cos + at, layer_sin + at, work
                     )
                     _attend(
-                        model, layer, call, index, row, count, head, nth, spans,
+                        model, layer, call_at, index, row, count, head, nth, spans,
                         scratch["parts"] + pair * most * part_bytes, scratch["arrived"] + 8 * pair, attended, work,
                     )  # fmt: skip
                 unit = next_ticket(state) if threads > 1 else unit + 1
