@@ -4,12 +4,14 @@ Numba notices when a function's own file changes, but not when the files of the 
 machine code below `instructions.cache_folder`, whose name depends on all of them.
 """
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numba
 from numba.core import event
+from numba.core.types.functions import BaseFunction
 
 from bitdistill.errors import UserError
 from bitdistill.kernels.cpu.instructions import COMPILED, NAMED_CPU, NAMED_FEATURES, cache_folder
@@ -46,6 +48,22 @@ def jit(function: Callable, fastmath: set[str] | bool = False) -> Callable:
 def jit_sums(function: Callable) -> Callable:
     """`jit` for a loop that sums floats in any order, which lets it become a vector loop."""
     return jit(function, {"reassoc"})
+
+
+def compile_quickly() -> None:
+    """For a process that does nothing but compile. Numba finds out once what a function returns for the same types, not at each
+    of its calls, where it tries every overload of an operator and words an error for each that does not fit. And nobody looks
+    through the growing heap again and again for objects to collect."""
+    gc.disable()
+    resolve, known = BaseFunction.get_call_type, {}
+
+    def get_call_type(function, context, args, kws):
+        key = function, args, tuple(kws.items())
+        if key not in known:
+            known[key] = resolve(function, context, args, kws)
+        return known[key]
+
+    BaseFunction.get_call_type = get_call_type
 
 
 class _Listener(event.Listener):

@@ -10,7 +10,6 @@ Parts are compiled side by side. "step" calls what the others export by its name
 This module changes Numba for the whole process (`write_part`), which therefore does nothing else.
 """
 
-import gc
 import inspect
 import itertools
 import json
@@ -28,10 +27,10 @@ from numba.core.cpu import CPUContext
 from numba.core.dispatcher import Dispatcher
 from numba.core.runtime import rtsys
 from numba.core.typed_passes import InlineOverloads, NopythonRewrites
-from numba.core.types.functions import BaseFunction
 from numba.core.untyped_passes import InlineClosureLikes
 
 from bitdistill.kernels.cpu import activations, attention, elementwise, floats, grouped, matmul, records, step, tables
+from bitdistill.kernels.cpu.compilation import compile_quickly
 
 # What decoder.py uses of the compiled code.
 FUNCTIONS = (
@@ -70,8 +69,8 @@ def write_part(part: str, path: str) -> None:
     Args:
         part: one of library.PARTS, or library.GROUPED. path: of the file.
     """
-    gc.disable()  # it would look through a growing heap again and again; the process ends in a moment
-    _quicken()
+    compile_quickly()
+    _leave_out_passes()
     exported = EXPORTED.get(part, FUNCTIONS)
     JITCPUCodegen._library_class = _Lowered
     CPUContext.get_executable = lambda *_: [].append  # some built-in function: nothing is called in this process
@@ -88,22 +87,15 @@ def write_part(part: str, path: str) -> None:
     Path(path).write_bytes(json.dumps(facts).encode() + b"\n" + machine_code)
 
 
-def _quicken() -> None:
-    """Numba comes to the same machine code a fifth sooner: it finds out once, not twenty times, what a function returns for the
-    same types, and leaves out passes that find nothing to rewrite in a kernel (closures, inlined overloads, whole arrays)."""
-    resolve, known, add = BaseFunction.get_call_type, {}, PassManager.add_pass
-
-    def get_call_type(function, context, args, kws):
-        key = function, args, tuple(kws.items())
-        if key not in known:
-            known[key] = resolve(function, context, args, kws)
-        return known[key]
+def _leave_out_passes() -> None:
+    """Numba leaves out passes that find nothing to rewrite in these kernels: closures, inlined overloads, whole arrays."""
+    add = PassManager.add_pass
 
     def add_pass(manager, kind, description=""):
         if kind not in (InlineClosureLikes, InlineOverloads, NopythonRewrites):
             add(manager, kind, description)
 
-    BaseFunction.get_call_type, PassManager.add_pass = get_call_type, add_pass
+    PassManager.add_pass = add_pass
 
 
 def _modules() -> list:
