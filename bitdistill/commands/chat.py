@@ -3,7 +3,13 @@
 import sys
 from typing import Any
 
-from bitdistill.commands.options import Parser, add_runtime_options, require_at_least, take_runtime_options
+from bitdistill.commands.options import (
+    Parser,
+    add_lookup_option,
+    add_runtime_options,
+    require_at_least,
+    take_runtime_options,
+)
 from bitdistill.errors import UserError
 
 HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -21,8 +27,8 @@ def chat(
         run_or_file: a run directory, or a packed file.
         system: a message to begin with.
         max_new_tokens: tokens of an answer, at most.
-        options: the others of `chat_options`: threads, kv_cache, context and those of sampling; of the latter, what is not given
-            is the base's own recommendation.
+        options: the others of `chat_options`: threads, kv_cache, context, lookup and those of sampling; of the latter, what is
+            not given is the base's own recommendation.
 
     Raises:
         UserError: the file has no chat template, or a setting is out of its range.
@@ -103,4 +109,5 @@ def chat_options(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("--repetition_penalty", type=float, help="a value above 1 makes repetitions rarer")
     parser.add_argument("--seed", type=int, help="seed of the sampling")
     add_runtime_options(parser)
+    add_lookup_option(parser)
     return vars(parser.parse_args(arguments))

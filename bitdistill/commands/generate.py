@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from bitdistill import console
-from bitdistill.commands.options import Parser, add_runtime_options, take_runtime_options
+from bitdistill.commands.options import Parser, add_lookup_option, add_runtime_options, take_runtime_options
 from bitdistill.errors import UserError
 from bitdistill.text_files import decode, user_path
 
@@ -32,7 +32,7 @@ def generate(
         slots, max_new_tokens, stop, special_tokens: see `generate_options`.
         device: "cpu", or a GPU: "cuda", "cuda:1".
         profile: also print where the time of a decoding step goes.
-        options: the others of `generate_options`: threads, kv_cache, context and those of sampling.
+        options: the others of `generate_options`: threads, kv_cache, context, lookup and those of sampling.
 
     Raises:
         UserError: no such file, no prompt or two, or a setting out of its range.
@@ -49,8 +49,9 @@ def generate(
 
         runtime = Runtime(path, **runtime_options)
     else:
-        if prompts_file is not None or profile or runtime_options.pop("threads", None) is not None:
-            got = f"{device} with --prompts_file, --profile or --threads"
+        threads, lookup = (runtime_options.pop(name, None) for name in ("threads", "lookup"))
+        if prompts_file is not None or profile or threads is not None or lookup:
+            got = f"{device} with --prompts_file, --profile, --threads or --lookup"
             raise UserError("device", expected="cpu for these options", got=got, do="Leave one of them out.")
         from bitdistill.runtime.cuda import CudaRuntime
 
@@ -167,5 +168,6 @@ def generate_options(arguments: list[str]) -> dict:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu (default), or a GPU: cuda, cuda:1")
     add_runtime_options(parser)
+    add_lookup_option(parser)
     parser.add_argument("--profile", action="store_true", help="also print where the time of a decoding step goes")
     return vars(parser.parse_args(arguments))

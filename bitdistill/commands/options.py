@@ -25,9 +25,15 @@ def add_runtime_options(parser: Parser, context: str = "the model's own limit") 
     parser.add_argument("--context", type=int, help=f"positions of the context, at most (default: {context})")
 
 
+def add_lookup_option(parser: Parser) -> None:
+    """Adds the option of commands whose answers may quote their prompts."""
+    text = "compute up to so many tokens at once that followed the same words before; answers are the same (default: 0, none)"
+    parser.add_argument("--lookup", type=int, default=0, help=text)
+
+
 def take_runtime_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Takes out of a command's options those of `add_runtime_options`, which are a runtime's own arguments."""
-    return {name: options.pop(name) for name in ("threads", "kv_cache", "context") if name in options}
+    """Takes out of a command's options those of the two functions above, which are a runtime's own arguments."""
+    return {name: options.pop(name) for name in ("threads", "kv_cache", "context", "lookup") if name in options}
 
 
 def require_at_least(option: str, number: int | None, least: int) -> None:

@@ -9,11 +9,12 @@ A prompt whose next token is only looked at (`labels.py`) is a request like any 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from bitdistill.runtime.drafts import Drafts
 from bitdistill.runtime.slots import Slots, common_prefix
 
 ROWS_PER_STEP = 256  # a prompt's piece: large enough for full speed, small enough that others need not wait long
@@ -40,6 +41,8 @@ class Request:
     cached_tokens: int = 0
     slot: int = -1
     stopped_by: str = ""
+    drafts: Drafts | None = None  # what it looks up beside its newest token
+    drafted: list[int] = field(default_factory=list)  # what the step now being done computes of that
 
     @property
     def new_tokens(self) -> int:
@@ -120,10 +123,12 @@ class Batch:
         _admit(self.waiting, self.active, self._slots, self._together, self.stats)
         if not self.active:
             return
-        prompt_rows, ready = _step(self._forward, self.active, self._slots)
-        chosen = [(request, request.sampler.choose(logits)) for request, logits in ready]
-        _count(self.stats, self._slots, prompt_rows, ready, time.perf_counter() - started)
+        prompt_rows, ready = _step(self._forward, self.active, self._slots, self._context)
+        chosen = [(request, token) for request, rows in ready for token in _choose(request, rows, self._slots)]
+        _count(self.stats, self._slots, prompt_rows, ready, len(chosen), time.perf_counter() - started)
         for request, token in chosen:
+            if request.stopped_by:
+                continue  # an earlier token of this step was the last one
             if token is None:
                 request.stopped_by = "scored"
             elif token in self._eos:
@@ -168,10 +173,13 @@ def _admit(waiting: deque[Request], active: list[Request], slots: Slots, togethe
         active.append(waiting.popleft())
 
 
-def _step(forward: Callable, active: list[Request], slots: Slots) -> tuple[int, list[tuple[Request, np.ndarray]]]:
+def _step(
+    forward: Callable, active: list[Request], slots: Slots, context: int
+) -> tuple[int, list[tuple[Request, np.ndarray]]]:
     """One call of the decoder.
 
-    Returns: how many rows were pieces of prompts; (request, logits (V,)) of those whose next token can be chosen now.
+    Returns: how many rows were pieces of prompts; (request, logits (1 + drafted, V)) of those whose next token can be chosen
+        now.
     """
     pending = [len(request.ids) - len(slots.ids[request.slot]) for request in active]
     room = max(ROWS_PER_STEP - pending.count(1), 1)
@@ -181,27 +189,48 @@ def _step(forward: Callable, active: list[Request], slots: Slots) -> tuple[int, 
         taken = 1 if count == 1 else min(count, room)
         room -= taken if count > 1 else 0
         pieces.append(request.ids[first : first + taken])
-        ids += pieces[-1]
-        places += [request.slot] * taken
-        positions += range(first, first + taken)
+        request.drafted = []
+        if request.drafts and count == 1 and request.new_tokens > 0:
+            left = min(request.max_new_tokens - request.new_tokens - 1, context - len(request.ids), room)
+            request.drafted = request.drafts.draft(request.ids, left)
+            room -= len(request.drafted)
+        rows = taken + len(request.drafted)
+        ids += pieces[-1] + request.drafted
+        places += [request.slot] * rows
+        positions += range(first, first + rows)
         if taken == count:
             ready.append(request)
-            wanted.append(len(ids) - 1)
+            wanted += range(len(ids) - len(request.drafted) - 1, len(ids))
     slots.reserve(max(positions) + 1)
     logits = forward(ids, places, positions, slots.cache, wanted)
     prompt_rows = 0
     for request, piece in zip(active, pieces, strict=True):
         slots.ids[request.slot] += piece
         prompt_rows += len(piece) if request.new_tokens == 0 else 0
-    return prompt_rows, list(zip(ready, logits, strict=True))
+    parts, row = [], 0
+    for request in ready:
+        parts.append((request, logits[row : row + 1 + len(request.drafted)]))
+        row += 1 + len(request.drafted)
+    return prompt_rows, parts
 
 
-def _count(stats: Stats, slots: Slots, prompt_rows: int, ready: list, seconds: float) -> None:
+def _choose(request: Request, rows: np.ndarray, slots: Slots) -> list[int | None]:
+    """The next token, and those after it as long as they are what was drafted: only then are the next rows theirs."""
+    tokens = [request.sampler.choose(rows[0])]
+    for drafted, logits in zip(request.drafted, rows[1:], strict=True):
+        if tokens[-1] != drafted:
+            break
+        slots.ids[request.slot].append(drafted)
+        tokens.append(request.sampler.choose(logits))
+    return tokens
+
+
+def _count(stats: Stats, slots: Slots, prompt_rows: int, ready: list, chosen: int, seconds: float) -> None:
     if prompt_rows:
         stats.prompt_seconds += seconds
     else:
         stats.decode_seconds += seconds
         stats.decode_steps += 1
-        stats.decoded_tokens += len(ready)
+        stats.decoded_tokens += chosen
         stats.kv_read_bytes += sum(slots.read_bytes(request.slot) for request, _ in ready)
     stats.kv_cache_bytes = slots.cache.nbytes

@@ -26,6 +26,7 @@ from bitdistill.names import KV_CACHES
 from bitdistill.runtime.base import cache_capacity, check_new_tokens, stop_strings
 from bitdistill.runtime.batching import ROWS_PER_STEP, Batch, Request, Stats
 from bitdistill.runtime.compiled import decoder_model
+from bitdistill.runtime.drafts import Drafts
 from bitdistill.runtime.labels import label_requests, label_tree
 from bitdistill.runtime.packed_file import PackedModel, read_packed
 from bitdistill.runtime.predict import Predictor
@@ -34,6 +35,7 @@ from bitdistill.runtime.slots import Slots
 from bitdistill.runtime.text_stream import TextStream
 
 MAX_SLOTS = 16
+MAX_LOOKUP = 16  # tokens; a longer draft is seldom right to its end
 MAX_THREADS = 1024  # a slip of the finger would fill the machine with threads
 
 
@@ -74,6 +76,8 @@ class Runtime(Predictor):
         kv_cache: how keys and values are kept: "bf16", "fp32" or "int8" (a scale for each position and head). What they
             cost in KL is in export/parity.py; bf16 is the default because it does not mind the outliers in keys, either.
         context: at most so many positions; the model's own limit by default.
+        lookup: of each sequence, compute up to so many tokens at once that followed the same words before (drafts.py); answers
+            are the same, token for token.
 
     Attributes:
         model: the open file (`PackedModel`): config, metadata, tensors.
@@ -87,7 +91,12 @@ class Runtime(Predictor):
     """
 
     def __init__(
-        self, path: str | Path, threads: int | None = None, kv_cache: str = "bf16", context: int | None = None
+        self,
+        path: str | Path,
+        threads: int | None = None,
+        kv_cache: str = "bf16",
+        context: int | None = None,
+        lookup: int = 0,
     ):
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             expected, do = f"1 to {MAX_THREADS:,}", "Leave it out to use all cores."
@@ -101,7 +110,9 @@ class Runtime(Predictor):
         if context is not None and not 1 <= context <= longest:
             do = "Leave it out for the model's own context."
             raise UserError("context", expected=f"1 to {longest:,} positions", got=f"{context:,}", do=do)
-        self.context = context or longest
+        if not 0 <= lookup <= MAX_LOOKUP:
+            raise UserError("lookup", expected=f"0 to {MAX_LOOKUP}", got=f"{lookup:,}", do="Use 3, or 0 for none.")
+        self.context, self._lookup = context or longest, lookup
         self.kv_cache = kv_cache
         self.threads = threads or available_cpus()
         self.file_bytes = self.model.file_bytes
@@ -367,7 +378,8 @@ class Runtime(Predictor):
         check_new_tokens(max_new_tokens)
         ids = self._checked_ids(prompt_ids, limit=self.context)
         sampler = Sampler(sampling, ids, self.model.config.vocab_size)
-        return Request(index, ids, max_new_tokens, sampler, prompt_tokens=len(ids))
+        drafts = Drafts(self._lookup) if self._lookup else None
+        return Request(index, ids, max_new_tokens, sampler, prompt_tokens=len(ids), drafts=drafts)
 
 
 def _check_slots(slots: int) -> None:

@@ -30,7 +30,11 @@ def find_packed(run_or_file: str | Path) -> Path:
 
 
 def load(
-    run_or_file: str | Path, threads: int | None = None, kv_cache: str = "bf16", context: int | None = None
+    run_or_file: str | Path,
+    threads: int | None = None,
+    kv_cache: str = "bf16",
+    context: int | None = None,
+    lookup: int = 0,
 ) -> Runtime:
     """Opens a packed student for inference on this CPU. Needs neither torch nor transformers.
 
@@ -39,10 +43,12 @@ def load(
         threads: CPU threads; all cores that this process may use by default.
         kv_cache: how keys and values are stored: "bf16", "fp32" or "int8".
         context: the most positions that a prompt and its answer may have; the model's own limit by default.
+        lookup: tokens that may be looked up in the prompt and the answer so far and computed at once; 0 for none. Answers are
+            the same.
 
     Returns: the Runtime: `predict`, `generate`, `generate_batch`, `logits`, `classify`.
 
     Raises:
         UserError: there is no such file, it is damaged or foreign, or a setting is out of its range.
     """
-    return Runtime(find_packed(run_or_file), threads, kv_cache, context)
+    return Runtime(find_packed(run_or_file), threads, kv_cache, context, lookup)

@@ -8,13 +8,14 @@ columns. A dot step multiplies a block with the same four activations in every l
 in the blocks of another group, which are multiplied with these zeros.
 
 * One token (`_multiply_2bit`, `_multiply_base3`), or two, as the planes of one token of an LM head are: packed bytes are
-  read once and taken apart in registers. They are prefetched PREFETCH bytes ahead; without that, memory would wait for the
+  read once and taken apart in registers; with AVX2, of 2 bits, for every two of up to PAIRED_2BIT_TOKENS. They are prefetched
+  PREFETCH bytes ahead; without that, memory would wait for the
   loop. They may be read-only and have any alignment, and nothing beyond the last vector is read.
 * From TILED_TOKENS tokens on, where the processor has tile products: tile_products.py.
 * More tokens elsewhere: up to CHUNK blocks of GROUPS row groups are taken apart into `scratch`, which stays in the first-level
-  cache, and are multiplied with one tile of tokens after the other (of eight tokens where there are 32 wide registers, else of
-  four, then two, then one). Eight tokens meet two row groups at once: eight sums alone would wait for each other's dot
-  products, and need nine loads for eight of these.
+  cache, and are multiplied with one tile of up to four tokens after the other. Where there are 32 wide registers, a tile
+  meets all four row groups at once: sixteen sums, because fewer would wait for each other's dot products (one takes five
+  cycles, and two begin in each), and eight loads for sixteen of these.
 
 int16 sums (vector.py): a dot step adds at most 2 * 2 * 128 = 512 in magnitude, so 64 steps fit. For one token with 2-bit
 bytes, half of the fields are left in place, four times too large, which saves shifts; of those, 16 steps fit.
@@ -29,6 +30,7 @@ import numpy as np
 from bitdistill.kernels.cpu.activations import CODES, record_bytes
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.grouped_tiles import TILED_GROUPED_BYTES
+from bitdistill.kernels.cpu.instructions import FEATURES
 from bitdistill.kernels.cpu.native import int32s
 from bitdistill.kernels.cpu.tile_products import TILED_TOKENS, TILED_UNPACKED_BYTES, tiled_gemm
 from bitdistill.kernels.cpu.tiles import TILES
@@ -56,6 +58,9 @@ from bitdistill.kernels.packing import PACKINGS, packed_bytes, row_groups
 
 PREFETCH = 4096
 STEPS_2BIT, STEPS_BASE3 = 16, 12  # vectors of a GEMV before a `widen`
+# Up to so many tokens, the packed bytes of a row group are taken apart again for every two, from the first-level cache. With
+# AVX2 that is faster than to unpack them once: 2 bits need little work, and sixteen registers hold few sums of a tile.
+PAIRED_2BIT_TOKENS = 8 if FEATURES == "avx2" else 2
 CHUNK = 64  # blocks of a row group that are unpacked at a time; a tile adds up as many before a `widen`
 GROUPS = 4  # row groups that are unpacked at a time, 16 KB: a tile's activations come from the second-level cache once for all
 TOKENS = 128  # at a time: with more, their sums for GROUPS do not stay in the second-level cache
@@ -202,66 +207,63 @@ def _add_to(acc, sums):
 
 
 @jit
-def _no_sums_8():
-    return no_sums(), no_sums(), no_sums(), no_sums(), no_sums(), no_sums(), no_sums(), no_sums()
-
-
-@jit
-def _add_8(acc, acc_stride, s0, s1, s2, s3, s4, s5, s6, s7):
-    """Adds the sums of eight tokens to rows `acc_stride` bytes apart."""
+def _add_4(acc, s0, s1, s2, s3):
+    """Adds the sums of one token and four row groups."""
     _add_to(acc, s0)
-    _add_to(acc + acc_stride, s1)
-    _add_to(acc + 2 * acc_stride, s2)
-    _add_to(acc + 3 * acc_stride, s3)
-    _add_to(acc + 4 * acc_stride, s4)
-    _add_to(acc + 5 * acc_stride, s5)
-    _add_to(acc + 6 * acc_stride, s6)
-    _add_to(acc + 7 * acc_stride, s7)
+    _add_to(acc + 64, s1)
+    _add_to(acc + 128, s2)
+    _add_to(acc + 192, s3)
 
 
 @jit
-def _tile_8(blocks, count, codes, stride, acc, acc_stride):
-    s0, s1, s2, s3, s4, s5, s6, s7 = _no_sums_8()
-    for block in range(count):
-        u = load_bytes(blocks + 64 * block)
-        quad = codes + 4 * block
-        s0 = dot(s0, u, repeat_quad(quad))
-        s1 = dot(s1, u, repeat_quad(quad + stride))
-        s2 = dot(s2, u, repeat_quad(quad + 2 * stride))
-        s3 = dot(s3, u, repeat_quad(quad + 3 * stride))
-        s4 = dot(s4, u, repeat_quad(quad + 4 * stride))
-        s5 = dot(s5, u, repeat_quad(quad + 5 * stride))
-        s6 = dot(s6, u, repeat_quad(quad + 6 * stride))
-        s7 = dot(s7, u, repeat_quad(quad + 7 * stride))
-    _add_8(acc, acc_stride, s0, s1, s2, s3, s4, s5, s6, s7)
+def _no_sums_4():
+    return no_sums(), no_sums(), no_sums(), no_sums()
 
 
 @jit
-def _tile_8_twice(blocks, other, count, codes, stride, acc, other_acc, acc_stride):
-    """`_tile_8` of two row groups: each quad of activations is loaded once for both."""
-    s0, s1, s2, s3, s4, s5, s6, s7 = _no_sums_8()
-    t0, t1, t2, t3, t4, t5, t6, t7 = _no_sums_8()
+def _dot_4(s0, s1, s2, s3, u0, u1, u2, u3, quad):
+    """A step of one token and four row groups."""
+    q = repeat_quad(quad)
+    return dot(s0, u0, q), dot(s1, u1, q), dot(s2, u2, q), dot(s3, u3, q)
+
+
+@jit
+def _tile_4_of_4(blocks, gap, count, codes, stride, tokens, acc, acc_stride):
+    """Three or four tokens and four row groups: sixteen sums, and eight loads for sixteen dot products."""
+    a0, a1, a2, a3 = _no_sums_4()
+    b0, b1, b2, b3 = _no_sums_4()
+    c0, c1, c2, c3 = _no_sums_4()
+    d0, d1, d2, d3 = _no_sums_4()
+    last = codes + (tokens - 1) * stride  # of three, the last one is done twice
     for block in range(count):
-        u, v = load_bytes(blocks + 64 * block), load_bytes(other + 64 * block)
+        u0, u1 = load_bytes(blocks + 64 * block), load_bytes(blocks + 64 * block + gap)
+        u2, u3 = load_bytes(blocks + 64 * block + 2 * gap), load_bytes(blocks + 64 * block + 3 * gap)
         quad = codes + 4 * block
-        q = repeat_quad(quad)
-        s0, t0 = dot(s0, u, q), dot(t0, v, q)
-        q = repeat_quad(quad + stride)
-        s1, t1 = dot(s1, u, q), dot(t1, v, q)
-        q = repeat_quad(quad + 2 * stride)
-        s2, t2 = dot(s2, u, q), dot(t2, v, q)
-        q = repeat_quad(quad + 3 * stride)
-        s3, t3 = dot(s3, u, q), dot(t3, v, q)
-        q = repeat_quad(quad + 4 * stride)
-        s4, t4 = dot(s4, u, q), dot(t4, v, q)
-        q = repeat_quad(quad + 5 * stride)
-        s5, t5 = dot(s5, u, q), dot(t5, v, q)
-        q = repeat_quad(quad + 6 * stride)
-        s6, t6 = dot(s6, u, q), dot(t6, v, q)
-        q = repeat_quad(quad + 7 * stride)
-        s7, t7 = dot(s7, u, q), dot(t7, v, q)
-    _add_8(acc, acc_stride, s0, s1, s2, s3, s4, s5, s6, s7)
-    _add_8(other_acc, acc_stride, t0, t1, t2, t3, t4, t5, t6, t7)
+        a0, a1, a2, a3 = _dot_4(a0, a1, a2, a3, u0, u1, u2, u3, quad)
+        b0, b1, b2, b3 = _dot_4(b0, b1, b2, b3, u0, u1, u2, u3, quad + stride)
+        c0, c1, c2, c3 = _dot_4(c0, c1, c2, c3, u0, u1, u2, u3, quad + 2 * stride)
+        d0, d1, d2, d3 = _dot_4(d0, d1, d2, d3, u0, u1, u2, u3, last + 4 * block)
+    _add_4(acc, a0, a1, a2, a3)
+    _add_4(acc + acc_stride, b0, b1, b2, b3)
+    _add_4(acc + 2 * acc_stride, c0, c1, c2, c3)
+    if tokens == 4:
+        _add_4(acc + 3 * acc_stride, d0, d1, d2, d3)
+
+
+@jit
+def _tile_2_of_4(blocks, gap, count, codes, stride, tokens, acc, acc_stride):
+    """One or two tokens and four row groups."""
+    a0, a1, a2, a3 = _no_sums_4()
+    b0, b1, b2, b3 = _no_sums_4()
+    last = codes + (tokens - 1) * stride
+    for block in range(count):
+        u0, u1 = load_bytes(blocks + 64 * block), load_bytes(blocks + 64 * block + gap)
+        u2, u3 = load_bytes(blocks + 64 * block + 2 * gap), load_bytes(blocks + 64 * block + 3 * gap)
+        a0, a1, a2, a3 = _dot_4(a0, a1, a2, a3, u0, u1, u2, u3, codes + 4 * block)
+        b0, b1, b2, b3 = _dot_4(b0, b1, b2, b3, u0, u1, u2, u3, last + 4 * block)
+    _add_4(acc, a0, a1, a2, a3)
+    if tokens == 2:
+        _add_4(acc + acc_stride, b0, b1, b2, b3)
 
 
 @jit
@@ -309,24 +311,26 @@ def multiply_unpacked(source, gap, groups, count, codes, stride, tokens, acc, ac
         codes: address of the first token's codes of the blocks' columns. stride: bytes from one token to the next.
         acc: address of the first group's int32 of the first token. acc_stride: bytes from one token to the next.
     """
+    four = AVX512 and groups == 4
     n = 0
     while n < tokens:
-        width = 8 if AVX512 and tokens - n >= 8 else 4 if tokens - n >= 4 else 2 if tokens - n >= 2 else 1
-        quads, sums, slot = codes + n * stride, acc + n * acc_stride, 0
-        while slot < groups:
-            at, out = source + slot * gap, sums + 64 * slot
-            if AVX512 and width == 8 and groups - slot >= 2:
-                _tile_8_twice(at, at + gap, count, quads, stride, out, out + 64, acc_stride)
-                slot += 1
-            elif AVX512 and width == 8:
-                _tile_8(at, count, quads, stride, out, acc_stride)
-            elif width == 4:
-                _tile_4(at, count, quads, stride, out, acc_stride)
-            elif width == 2:
-                _tile_2(at, count, quads, stride, out, acc_stride)
-            else:
-                _tile_1(at, count, quads, out)
-            slot += 1
+        left, quads, sums = tokens - n, codes + n * stride, acc + n * acc_stride
+        if four and left >= 3:
+            width = min(4, left)
+            _tile_4_of_4(source, gap, count, quads, stride, width, sums, acc_stride)
+        elif four:
+            width = left
+            _tile_2_of_4(source, gap, count, quads, stride, width, sums, acc_stride)
+        else:
+            width = 4 if left >= 4 else 2 if left >= 2 else 1
+            for slot in range(groups):
+                at, out = source + slot * gap, sums + 64 * slot
+                if width == 4:
+                    _tile_4(at, count, quads, stride, out, acc_stride)
+                elif width == 2:
+                    _tile_2(at, count, quads, stride, out, acc_stride)
+                else:
+                    _tile_1(at, count, quads, out)
         n += width
 
 
@@ -365,24 +369,24 @@ def gemm(weight, packing, in_features, records, stride, tokens, acc, acc_stride,
     """
     blocks = (in_features + 3) // 4
     codes = records + CODES
-    if tokens == 1:
-        total = repeat_int(int32s(records + 4, 1)[0])
+    if tokens <= (PAIRED_2BIT_TOKENS if packing == TWO_BIT else 2):
         for group in range(first_group, last_group):
-            if packing == TWO_BIT:
-                product = _multiply_2bit(weight, blocks, codes, group)
-            else:
-                product = _multiply_base3(weight, blocks, codes, group)
-            store_ints(acc + 64 * group, sub_ints(product, total))
-        return
-    if tokens == 2:
-        total, other_total = repeat_int(int32s(records + 4, 1)[0]), repeat_int(int32s(records + stride + 4, 1)[0])
-        for group in range(first_group, last_group):
-            if packing == TWO_BIT:
-                product, other = _multiply_2bit_twice(weight, blocks, codes, codes + stride, group)
-            else:
-                product, other = _multiply_base3_twice(weight, blocks, codes, codes + stride, group)
-            store_ints(acc + 64 * group, sub_ints(product, total))
-            store_ints(acc + 4 * acc_stride + 64 * group, sub_ints(other, other_total))
+            at, out = codes, acc + 64 * group
+            for _ in range(tokens // 2):
+                total, other_total = int32s(at - CODES + 4, 1)[0], int32s(at + stride - CODES + 4, 1)[0]
+                if packing == TWO_BIT:
+                    product, other = _multiply_2bit_twice(weight, blocks, at, at + stride, group)
+                else:
+                    product, other = _multiply_base3_twice(weight, blocks, at, at + stride, group)
+                store_ints(out, sub_ints(product, repeat_int(total)))
+                store_ints(out + 4 * acc_stride, sub_ints(other, repeat_int(other_total)))
+                at, out = at + 2 * stride, out + 8 * acc_stride
+            if tokens % 2:
+                if packing == TWO_BIT:
+                    product = _multiply_2bit(weight, blocks, at, group)
+                else:
+                    product = _multiply_base3(weight, blocks, at, group)
+                store_ints(out, sub_ints(product, repeat_int(int32s(at - CODES + 4, 1)[0])))
         return
     if TILES and tokens >= TILED_TOKENS:
         tiled_gemm(weight, packing, blocks, records, stride, tokens, acc, acc_stride, first_group, last_group, scratch)

@@ -103,6 +103,7 @@ def unpack_blocks(weight, packing, first, count, out):
     elif packing == TWO_BIT:
         for vector in range(first // 4, (first + count + 3) // 4):
             at = out + 64 * (4 * vector - first)
+            prefetch(weight + 64 * vector + AHEAD)
             q = load_bytes(weight + 64 * vector)
             store_bytes(at, and_bytes(q, three))
             store_bytes(at + 64, and_bytes(shift_words(q, 2), three))
@@ -111,6 +112,7 @@ def unpack_blocks(weight, packing, first, count, out):
     else:
         for vector in range(first // 5, (first + count + 4) // 5):
             at = out + 64 * (5 * vector - first)
+            prefetch(weight + 64 * vector + AHEAD)
             rest, u4 = top_digit(load_bytes(weight + 64 * vector))
             u0, u1, u2, u3 = low_digits(rest)
             store_bytes(at, u0)

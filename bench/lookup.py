@@ -1,0 +1,132 @@
+"""Would lookup decoding pay? What k drafted tokens cost, and how many of them are right, for a packed student.
+
+    python bench/lookup.py FILE --texts TEXT.jsonl [--field article] [--prompts 20] [--tokens 96] [--json FILE]
+
+Lookup decoding drafts the k tokens that followed the last occurrence of the newest n-gram (n = 3, else 2) in the prompt and the
+answer so far, and computes all of them in one step; those that greedy decoding would have chosen are kept, so the answer is the
+same. It pays where a step of k + 1 rows costs less than the tokens that it gives.
+
+The cost is the processor time of `Decoder.forward` with k + 1 rows, over that with one row, at a context of CONTEXT tokens. The
+gain is counted on greedy answers: each is made once, one token at a time, and then walked with drafts of k tokens, a step without
+a draft costing one row. "repeating" is the share of answers whose last 24 tokens hold the same 4-gram three times: a student
+that circles makes any lookup look good, so gains are also given without these.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from bitdistill.runtime.cpu import Runtime
+from measure import machine, table, write_json
+
+DRAFTS = (2, 3, 4, 6, 8)
+CONTEXT, PROMPT = 400, 384
+NGRAMS = (3, 2)
+
+
+def draft(tokens: list[int], k: int) -> list[int]:
+    """The k tokens behind the last earlier occurrence of the newest n-gram, or fewer, or none."""
+    for n in NGRAMS:
+        tail = tokens[-n:]
+        for start in range(len(tokens) - n - 1, -1, -1):
+            if tokens[start : start + n] == tail:
+                return tokens[start + n : start + n + k]
+    return []
+
+
+def walk(prompt: list[int], answer: list[int], k: int) -> Counter:
+    """rows -> steps that lookup decoding takes for this answer; the first token is the prompt's."""
+    steps, done = Counter(), 1
+    while done < len(answer):
+        guess = draft(prompt + answer[:done], min(k, len(answer) - done - 1))
+        right = 0
+        while right < len(guess) and guess[right] == answer[done + right]:
+            right += 1
+        steps[1 + len(guess)] += 1
+        done += right + 1
+    return steps
+
+
+def circles(answer: list[int]) -> bool:
+    """Whether an answer ends in a circle."""
+    last = answer[-24:]
+    return max(Counter(zip(*(last[i:] for i in range(4)), strict=False)).values(), default=0) >= 3
+
+
+def costs(runtime: Runtime, rounds: int) -> dict[int, float]:
+    """rows -> processor seconds of a step, the fastest."""
+    cache = runtime._keys_values(1, CONTEXT + 16)
+    decoder, best = runtime._decoder, {}
+    for _ in range(rounds):
+        for rows in range(1, max(DRAFTS) + 2):
+            started = time.thread_time()
+            decoder.forward([7] * rows, [0] * rows, range(CONTEXT, CONTEXT + rows), cache)
+            best[rows] = min(time.thread_time() - started, best.get(rows, 1.0))
+    return best
+
+
+def greedy(runtime: Runtime, prompt: list[int], count: int) -> list[int]:
+    """The answer one token at a time, to its end or `count` tokens."""
+    cache, answer = runtime.new_cache(len(prompt) + count), []
+    logits = runtime.logits(prompt, last_only=True, cache=cache)
+    while len(answer) < count:
+        answer.append(int(logits[-1].argmax()))
+        if answer[-1] in runtime.model.config.eos_token_ids:
+            break
+        logits = runtime.logits(answer[-1:], last_only=True, cache=cache)
+    return answer
+
+
+def main() -> int:
+    """Measures, prints, writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("file")
+    parser.add_argument("--texts", required=True, help="rows as JSON lines, or a text whose blank lines divide it")
+    parser.add_argument("--field", default="article", help="of a row")
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--suffix", default="", help="what is asked behind a text")
+    parser.add_argument("--json", metavar="FILE")
+    given = parser.parse_args()
+    lines = Path(given.texts).read_text(encoding="utf-8").split("\n" if given.texts.endswith(".jsonl") else "\n\n")
+    texts = [
+        json.loads(line)[given.field] if given.texts.endswith(".jsonl") else line for line in lines if line.strip()
+    ]
+    runtime = Runtime(given.file, threads=1)
+    cost, answers = costs(runtime, 15), []
+    suffix = runtime.tokenizer.encode(given.suffix, add_special_tokens=False).ids
+    for text in texts:
+        prompt = runtime.tokenizer.encode(text).ids[:PROMPT]
+        if len(prompt) >= PROMPT // 2 and len(answers) < given.prompts:
+            prompt += suffix
+            answers.append((prompt, greedy(runtime, prompt, given.tokens)))
+    straight = [pair for pair in answers if not circles(pair[1])]
+    print(f"{len(answers)} answers of {statistics.mean(len(a) for _, a in answers):.0f} tokens; "
+          f"{len(answers) - len(straight)} of them repeating")  # fmt: skip
+    cells, results = [["k", "cost of k + 1 rows", "tokens a step", "gain", "gain without repeating"]], []
+    for k in DRAFTS:
+        gains = []
+        for chosen in (answers, straight):
+            steps = sum((walk(prompt, answer, k) for prompt, answer in chosen), Counter())
+            made = sum(len(answer) - 1 for _, answer in chosen)
+            spent = sum(count * cost[rows] for rows, count in steps.items())
+            gains.append((made / max(1, steps.total()), made * cost[1] / spent if spent else float("nan")))
+        results.append({"k": k, "cost": cost[k + 1] / cost[1], "tokens_a_step": gains[0][0], "gain": gains[0][1],
+                        "gain_straight": gains[1][1]})  # fmt: skip
+        cells.append(
+            [str(k), f"{cost[k + 1] / cost[1]:.2f}", f"{gains[0][0]:.2f}", f"{gains[0][1]:.2f}", f"{gains[1][1]:.2f}"]
+        )
+    print(table(cells, ">>>>>"))
+    if given.json:
+        write_json(given.json, {"machine": machine(), "texts": Path(given.texts).name, "answers": len(answers),
+                                "repeating": len(answers) - len(straight), "seconds": cost, "results": results})  # fmt: skip
+    runtime.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
