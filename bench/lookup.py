@@ -2,9 +2,9 @@
 
     python bench/lookup.py FILE --texts TEXT.jsonl [--field article] [--prompts 20] [--tokens 96] [--json FILE]
 
-Lookup decoding drafts the k tokens that followed the last occurrence of the newest n-gram (n = 3, else 2) in the prompt and the
-answer so far, and computes all of them in one step; those that greedy decoding would have chosen are kept, so the answer is the
-same. It pays where a step of k + 1 rows costs less than the tokens that it gives.
+Lookup decoding (bitdistill/runtime/drafts.py) computes k drafted tokens in the step of the newest one; those that greedy decoding
+would have chosen are kept, so the answer is the same. It pays
+where a step of k + 1 rows costs less than the tokens that it gives.
 
 The cost is the processor time of `Decoder.forward` with k + 1 rows, over that with one row, at a context of CONTEXT tokens. The
 gain is counted on greedy answers: each is made once, one token at a time, and then walked with drafts of k tokens, a step without
@@ -21,28 +21,18 @@ from collections import Counter
 from pathlib import Path
 
 from bitdistill.runtime.cpu import Runtime
+from bitdistill.runtime.drafts import Drafts
 from measure import machine, table, write_json
 
 DRAFTS = (2, 3, 4, 6, 8)
 CONTEXT, PROMPT = 400, 384
-NGRAMS = (3, 2)
-
-
-def draft(tokens: list[int], k: int) -> list[int]:
-    """The k tokens behind the last earlier occurrence of the newest n-gram, or fewer, or none."""
-    for n in NGRAMS:
-        tail = tokens[-n:]
-        for start in range(len(tokens) - n - 1, -1, -1):
-            if tokens[start : start + n] == tail:
-                return tokens[start + n : start + n + k]
-    return []
 
 
 def walk(prompt: list[int], answer: list[int], k: int) -> Counter:
     """rows -> steps that lookup decoding takes for this answer; the first token is the prompt's."""
-    steps, done = Counter(), 1
+    steps, done, drafts = Counter(), 1, Drafts(k)
     while done < len(answer):
-        guess = draft(prompt + answer[:done], min(k, len(answer) - done - 1))
+        guess = drafts.draft(prompt + answer[:done], len(answer) - done - 1)
         right = 0
         while right < len(guess) and guess[right] == answer[done + right]:
             right += 1
