@@ -45,6 +45,8 @@ MASKS = {
         "MKL_ENABLE_INSTRUCTIONS": AVX2,
         "ATEN_CPU_CAPABILITY": "avx2",
         "BITDISTILL_CPU_FEATURES": "avx2",
+        "NUMBA_CPU_NAME": "haswell",  # else the compiler takes whatever instructions this processor has
+        "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c",
     },
 }
 CLOCKS = {"wall": "perf_counter", "cpu": "process_time"}

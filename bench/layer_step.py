@@ -19,6 +19,7 @@ from collections import defaultdict
 
 import torch
 
+from bitdistill.distributed import allocator
 from bitdistill.kernels.cpu import bit_linear, training_gradients, training_products
 from bitdistill.kernels.cpu.bf16 import WITHOUT_BF16
 from bitdistill.kernels.cpu.choices import ISA
@@ -118,6 +119,7 @@ def measure_parts(rounds: int, tokens: int, clock) -> dict[str, dict[str, float]
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
+    allocator.keep_freed_memory()  # as in training: else the pages of every result are made anew
     way = measure_parts if given.get("parts") else measure
     clock = getattr(time, given.get("clock", "perf_counter"))
     print(json.dumps(way(given["rounds"], given.get("tokens", 1024), clock)))

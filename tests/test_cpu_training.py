@@ -19,7 +19,9 @@ from bitdistill.kernels.cpu import (
     training_products,
     training_quantize,
 )
+from bitdistill.kernels.cpu.instructions import FEATURES
 
+KNOWN = ("amx", "avx2")  # instruction sets that need no measurement
 SHAPES = [(6, 48), (2, 3, 48), (1, 16), (0, 48), (7, 575), (3, 1), (130, 80), (5, 17)]
 
 
@@ -44,6 +46,13 @@ def odd_rows(shape, dtype=torch.float32, seed=0):
         elif place in (2, 3):
             row.mul_(1e10 if place == 2 else 1e-10)
     return x.to(dtype)
+
+
+def work_for(seconds):
+    """Takes so much of the processor's time."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
 
 
 def relative(a, b):
@@ -192,34 +201,29 @@ def test_the_choice_is_kept_for_this_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(choices, "cache_folder", lambda: tmp_path)
     choices._known.cache_clear()
     timed = []
-    for name, method in training_products.METHODS.items():
-        monkeypatch.setitem(
-            training_products.METHODS, name, lambda *work, name=name, method=method: timed.append(name) or method(*work)
-        )
-    ternary = bit_linear.ternarize([torch.randn(32, 36)])  # no whole tiles
-    codes = torch.randint(-127, 128, (9, 36), dtype=torch.int8)
+    ways = {name: lambda name=name: timed.append(name) for name in ("one", "other")}
     try:
-        first = training_products.ternary_product("forward", codes, ternary)
-        assert all(timed.count(name) > choices.TRIALS for name in training_products.possible(codes, 32))
+        first = choices.fastest("this", ways)
+        assert all(timed.count(name) > choices.TRIALS for name in ways)
         for again in range(2):  # known to the process, then read from the file
             timed.clear()
-            assert torch.equal(training_products.ternary_product("forward", codes, ternary), first)
-            assert len(timed) == 1
+            assert choices.fastest("this", ways) == first
+            assert not timed
             if again == 0:
                 choices._known.cache_clear()
         (tmp_path / "choices.json").write_text("broken")
         choices._known.cache_clear()
-        assert torch.equal(training_products.ternary_product("forward", codes, ternary), first)
+        assert choices.fastest("this", ways) in ways
+        assert timed
     finally:
         choices._known.cache_clear()
 
 
 def test_tiles_are_taken_without_timing(monkeypatch):
     codes, ternary = torch.ones(9, 64, dtype=torch.int8), bit_linear.ternarize([torch.randn(32, 64)])
-    if "tiles" not in training_products.possible(codes, 32):
-        pytest.skip("no AMX here")
+    if FEATURES not in KNOWN:
+        pytest.skip("by measurement here")
     monkeypatch.setattr(training_products, "fastest", lambda *_: pytest.fail("timed"))
-    monkeypatch.setitem(training_products.METHODS, "own", lambda *_: pytest.fail("not tiles"))
     monkeypatch.setitem(training_products.METHODS, "onednn", lambda *_: pytest.fail("not tiles"))
     training_products.ternary_product("forward", codes, ternary)
 
@@ -227,7 +231,7 @@ def test_tiles_are_taken_without_timing(monkeypatch):
 def test_side_by_side_the_first_choice_holds_and_none_is_lost(monkeypatch, tmp_path):
     monkeypatch.setattr(choices, "cache_folder", lambda: tmp_path)
     choices._known.cache_clear()
-    file, ways = tmp_path / "choices.json", {"slow": lambda: time.sleep(0.01), "fast": lambda: None}
+    file, ways = tmp_path / "choices.json", {"slow": lambda: work_for(0.01), "fast": lambda: None}
     try:
         assert choices.fastest("one", ways) == "fast"
         (key,) = kept = json.loads(file.read_text())
@@ -244,15 +248,10 @@ def test_side_by_side_the_first_choice_holds_and_none_is_lost(monkeypatch, tmp_p
 def test_bf16_products_only_where_they_are_faster(monkeypatch, tmp_path):
     monkeypatch.setattr(choices, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    products = torch.mm
+    monkeypatch.delenv(choices.ISA, raising=False)
 
     def slow(dtype):
-        def mm(a, b):
-            if a.dtype == dtype:
-                time.sleep(0.02)
-            return products(a, b)
-
-        return mm
+        return lambda a, b: work_for(0.02) if a.dtype == dtype else None
 
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(torch, "mm", slow(dtype))
@@ -286,22 +285,29 @@ def test_forward_bit_for_bit(shape, bias, threads):
     assert torch.equal(linear(x, weights, biases, "exact"), torch.cat(expected, -1))
 
 
+def take(way, shape, monkeypatch):
+    """Lets the gradients of weights of a shape be computed by a way, or skips the test."""
+    if way == "rows" and not training_products.dense_products_are_exact():
+        pytest.skip("oneDNN's int8 times int8 is not exact on this machine")
+    if way == "tiles" and not training_products.has_tiles(shape):
+        pytest.skip("no tiles for this shape, or on this machine")
+    monkeypatch.setattr(training_gradients, "_way", lambda *_: way)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "way"), [(torch.float32, "floats"), (torch.float32, "digits"), (torch.bfloat16, "floats")]
+    ("dtype", "way"), [(torch.float32, way) for way in training_gradients.WAYS] + [(torch.bfloat16, "floats")]
 )
-@pytest.mark.parametrize("shape", [(6, 48), (2, 65, 575), (0, 48), (1, 16)])
+@pytest.mark.parametrize("shape", [(6, 48), (2, 65, 576), (0, 48), (1, 16), (2, 65, 575)])
 @pytest.mark.parametrize("uneven", [False, True])
 def test_exact_gradients_are_as_good_as_pytorchs(shape, dtype, way, uneven, threads, monkeypatch):
     """Of input, weights and biases, against float64: at most twice the reference's error, also where some gradients are far
     larger than others."""
-    if way == "digits" and not training_products.dense_products_are_exact():
-        pytest.skip("int8 times int8 is not exact on this machine")
-    monkeypatch.setattr(training_gradients, "fastest", lambda what, ways: way)
+    take(way, (48, shape[-1]), monkeypatch)
     torch.manual_seed(0)
     x = torch.randn(shape).to(dtype).requires_grad_()
     weights, biases = (
-        [torch.randn(O, shape[-1], requires_grad=True) for O in (32, 7)],
-        [torch.randn(32), torch.randn(7)],
+        [torch.randn(O, shape[-1], requires_grad=True) for O in (32, 16)],
+        [torch.randn(32), torch.randn(16)],
     )
     biases = [bias.requires_grad_() for bias in biases]
     inputs = [x, *weights, *biases]
@@ -316,8 +322,8 @@ def test_exact_gradients_are_as_good_as_pytorchs(shape, dtype, way, uneven, thre
     codes, scale = reference.quantize_activation(x)
     rows64, dy64 = (codes * scale.double()).flatten(0, -2), dy.double().flatten(0, -2)
     parts = [reference.quantize_weight(weight) for weight in weights]
-    dx = sum((d @ (c * s.double())) for d, (c, s) in zip(dy64.split([32, 7], 1), parts, strict=True)).view(shape)
-    truth = [dx, *(d.t() @ rows64 for d in dy64.split([32, 7], 1)), *dy64.sum(0).split([32, 7])]
+    dx = sum((d @ (c * s.double())) for d, (c, s) in zip(dy64.split([32, 16], 1), parts, strict=True)).view(shape)
+    truth = [dx, *(d.t() @ rows64 for d in dy64.split([32, 16], 1)), *dy64.sum(0).split([32, 16])]
     for name, a, b, t in zip(["x", "w0", "w1", "b0", "b1"], ours, theirs, truth, strict=True):
         assert a.dtype == b.dtype
         assert relative(a, t) <= max(2 * relative(b, t), 2**-22 if dtype == torch.float32 else 2**-8), name
@@ -350,14 +356,13 @@ def test_fast_gradients_are_close(dense, threads, monkeypatch):
     assert only_weight.shape == weight.shape
 
 
-@pytest.mark.parametrize("way", ["floats", "digits"])
+@pytest.mark.parametrize("way", training_gradients.WAYS)
 def test_exact_gradients_show_what_is_not_finite(way, monkeypatch):
-    if way == "digits" and not training_products.dense_products_are_exact():
-        pytest.skip("int8 times int8 is not exact on this machine")
-    monkeypatch.setattr(training_gradients, "fastest", lambda what, ways: way)
-    x, weight = torch.randn(70, 33, requires_grad=True), torch.randn(40, 33, requires_grad=True)
+    width = 48 if way == "tiles" else 33
+    take(way, (48, width), monkeypatch)
+    x, weight = torch.randn(70, width, requires_grad=True), torch.randn(48, width, requires_grad=True)
     for bad in (float("nan"), float("inf")):
-        dy = torch.randn(70, 40)
+        dy = torch.randn(70, 48)
         dy[4, 6] = bad
         dx, dw = torch.autograd.grad(linear(x, [weight], [], "exact"), [x, weight], dy)
         assert not dx[4].isfinite().any()
@@ -412,28 +417,80 @@ def test_gradient_codes_bit_for_bit(shape, dtype, planes, threads):
 @pytest.mark.parametrize("planes", [1, 3])
 @pytest.mark.parametrize("shape", GRADIENTS)
 def test_gradients_by_tiles_bit_for_bit(shape, planes, threads):
-    """dX and dW from tiles are those of whole matrices, digits joined or not; and the one alone is the same."""
+    """dX and dW from tiles are the integers of the codes, scaled or joined; and the one alone is the same."""
     N, I, O = shape
-    if not training_products.has_tiles((O, I)) or not training_products.dense_products_are_exact():
-        pytest.skip("no AMX here")
+    if not training_products.has_tiles((O, I)):
+        pytest.skip("no tiles here")
     x, weight, dy = odd_rows((N, I)), torch.randn(O, I), odd_rows((N, O), seed=1)
-    work = (dy, *bit_linear.quantize_input(x), bit_linear.ternarize([weight]))
+    codes, act_scale = bit_linear.quantize_input(x)
+    ternary = bit_linear.ternarize([weight])
+    work = (dy, codes, act_scale, ternary)
     tiles = training_gradients._in_parts(*work, True, True, planes, True)
-    for ours, expected in zip(tiles, training_gradients._in_parts(*work, True, True, planes, False), strict=True):
-        assert torch.equal(ours, expected)
+    (row_codes, row_scale), (column_codes, column_scale) = quantized_gradient(
+        dy, act_scale, ternary.of_columns(), planes
+    )
+    sums = row_codes.long() @ ternary.weight_codes.long(), column_codes.transpose(1, 2).long() @ codes.long()
+    for ours, acc, scale in zip(tiles, sums, (row_scale, column_scale), strict=True):
+        acc = acc.int().flatten(0, 1)
+        if planes == 1:
+            assert torch.equal(ours, training_products.scaled(acc, scale, None, None, torch.float32))
+        else:
+            assert torch.equal(ours, training_gradients._joined(acc, scale, planes))
     assert torch.equal(training_gradients._in_parts(*work, True, False, planes, True)[0], tiles[0])
     assert torch.equal(training_gradients._in_parts(*work, False, True, planes, True)[1], tiles[1])
 
 
-def test_exact_gradients_take_tiles_without_timing(monkeypatch):
-    if not training_products.has_tiles((32, 48)):
-        pytest.skip("no AMX here")
+@pytest.mark.parametrize("backward", ["exact", "fast"])
+def test_gradients_take_tiles_without_timing(backward, monkeypatch):
+    if FEATURES not in KNOWN:
+        pytest.skip("by measurement here")
     monkeypatch.setattr(training_gradients, "fastest", lambda *_: pytest.fail("timed"))
     monkeypatch.setattr(training_gradients, "_in_rows", lambda *_: pytest.fail("not tiles"))
     x, weight = torch.randn(70, 48, requires_grad=True), torch.randn(32, 48, requires_grad=True)
-    linear(x, [weight], [], "exact").sum().backward()
+    linear(x, [weight], [], backward).sum().backward()
     assert x.grad.shape == x.shape
     assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("digits", [False, True])
+@pytest.mark.parametrize("shape", [(70, 64, 32), (70, 33, 40), (0, 64, 32)])
+def test_gradients_take_the_ways_that_were_fastest(shape, digits, tiles, monkeypatch):
+    taken, (N, I, O) = [], shape
+    monkeypatch.setattr(training_gradients, "digits_are_fastest", lambda: digits)
+    monkeypatch.setattr(training_gradients, "tiles_are_fastest", lambda: tiles)
+    ways = {
+        name: lambda *work, name=name, way=way: taken.append(name) or way(*work)
+        for name, way in training_gradients.WAYS.items()
+    }
+    monkeypatch.setattr(training_gradients, "WAYS", ways)
+    x, weight = torch.randn(N, I, requires_grad=True), torch.randn(O, I, requires_grad=True)
+    possible, exact = training_products.has_tiles((O, I)), training_products.dense_products_are_exact()
+    whole = {"tiles"} if possible and (tiles or not exact) else {"rows"} if exact else None
+    for backward, expected in (
+        ("exact", whole if digits and whole else {"floats"}),
+        ("fast", whole or {"rows", "floats"}),
+    ):
+        taken.clear()
+        grads = torch.autograd.grad(linear(x, [weight], [], backward), [x, weight], torch.randn(N, O))
+        assert [grad.shape for grad in grads] == [x.shape, weight.shape]
+        assert set(taken) == expected
+
+
+@pytest.mark.parametrize("which", [training_products.tiles_are_fastest, training_gradients.digits_are_fastest])
+def test_what_is_fastest_is_asked_once(which, monkeypatch):
+    asked = []
+    for module in (training_products, training_gradients):
+        monkeypatch.setattr(module, "fastest", lambda what, ways: asked.append(ways) or min(ways))
+    which.cache_clear()
+    try:
+        assert which() == which()
+        assert len(asked) <= (FEATURES not in KNOWN) + (which is training_gradients.digits_are_fastest)
+        for ways in asked:
+            for way in ways.values():
+                way()
+    finally:
+        which.cache_clear()
 
 
 def test_more_tokens_than_an_int32_sum_holds(monkeypatch):

@@ -41,9 +41,10 @@ def test_exact_with_each_instruction_set_of_ours(features):
 
 
 @pytest.mark.slow
-def test_tile_products_exact_in_numpy():
+@pytest.mark.parametrize("features", ["amx", "avx2", "neon_dot"])
+def test_tile_products_exact_in_numpy(features):
     """Without the instructions: what they do, written in numpy."""
-    assert process("tiles", NUMBA_DISABLE_JIT="1", BITDISTILL_CPU_FEATURES="amx") == ["exact"]
+    assert process("tiles", NUMBA_DISABLE_JIT="1", BITDISTILL_CPU_FEATURES=features) == ["exact"]
 
 
 def tiles():

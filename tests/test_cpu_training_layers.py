@@ -160,7 +160,7 @@ def test_a_gated_mlp_is_one_operation_before_its_down_projection(activation, cou
 def test_a_student_against_the_reference(name, counted, in_pytorch, monkeypatch):
     """Loss and every gradient, with gradient checkpointing."""
     monkeypatch.setattr(
-        training_gradients, "fastest", lambda what, ways: "floats"
+        training_gradients, "digits_are_fastest", lambda: False
     )  # so that only forward passes are counted
     student = tiny_students.student(name).train()
     tokens = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -302,7 +302,7 @@ def _tile_1(blocks, count, codes, acc):
 
 
 @jit
-def multiply_unpacked(source, gap, groups, count, codes, stride, tokens, acc, acc_stride):
+def _multiply_unpacked(source, gap, groups, count, codes, stride, tokens, acc, acc_stride):
     """Adds the products of `groups` row groups with all tokens, over `count` blocks, to their sums.
 
     Args:
@@ -347,7 +347,7 @@ def _multiply_groups(weight, packing, blocks, records, stride, tokens, acc, acc_
         for slot in range(groups):
             unpack_blocks(weight, packing, (first + slot) * blocks + chunk, count, scratch + slot * SLOT + MARGIN)
         quads, out = records + CODES + 4 * chunk, acc + 64 * first
-        multiply_unpacked(scratch + MARGIN, SLOT, groups, count, quads, stride, tokens, out, acc_stride)
+        _multiply_unpacked(scratch + MARGIN, SLOT, groups, count, quads, stride, tokens, out, acc_stride)
 
 
 @jit

@@ -2,9 +2,12 @@
 
  exact    float products of dY with int8 operands turned into floats, in fp32; in bf16 where dY is bf16 and such products are fast
           here (bf16.py). A float32 dY is taken apart into three int8 digits where their three int8 products, as accurate, are
-          faster: always in tiles (AMX), elsewhere by measurement (choices.py).
- fast     int8 products of dY rounded to the nearest code (training_digits.py). Where int8 times int8 is not exact
-          (training_products.py) dW stays a float product.
+          faster.
+ fast     int8 products of dY rounded to the nearest code (training_digits.py). Where oneDNN's int8 times int8 is not exact
+          (training_products.py) dW is a float product, or an int8 one in tiles.
+
+An int8 product is one in tiles (training_tiles.py), or one of whole matrices by oneDNN ("rows"), whichever is known to be faster
+or was when it was measured (choices.py).
 
 An int8 product needs scales that stand before its sum: with scales of groups of columns dX stays a float product, with
 activation scales of blocks dW does.
@@ -20,9 +23,11 @@ from torch import Tensor
 from bitdistill.kernels.cpu import training_digits
 from bitdistill.kernels.cpu.bf16 import has_bf16_products
 from bitdistill.kernels.cpu.choices import fastest
+from bitdistill.kernels.cpu.instructions import FEATURES
 from bitdistill.kernels.cpu.rows import BLOCK, COMPILED, rows_of, share_rows
 from bitdistill.kernels.cpu.training_groups import rounded
 from bitdistill.kernels.cpu.training_products import (
+    SHAPE,
     Ternary,
     dense_product,
     dense_products_are_exact,
@@ -31,6 +36,7 @@ from bitdistill.kernels.cpu.training_products import (
     scaled,
     scaled_product,
     ternary_product,
+    tiles_are_fastest,
     tiles_of_columns,
 )
 from bitdistill.kernels.numerics import TOKENS_OF_A_SUM
@@ -42,29 +48,75 @@ def exact_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
     """(dX, dW) in dY's dtype: float products, or int8 products of all digits of a float32 dY where these are faster."""
     if dy.dtype not in COMPILED or not has_bf16_products():
         dy = dy.float()
-    int8_x, int8_weight = needs_x and not ternary.grouped(), needs_weight and act_scale.shape[1] == 1
+    planes = DIGITS if dy.dtype == torch.float32 else 0
+    return _gradients(dy, codes, act_scale, ternary, needs_x, needs_weight, planes)
+
+
+def fast_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
+    """(dX, dW) fp32, int8 products; floats where an int8 product cannot have the scales, or would not be exact."""
+    return _gradients(dy, codes, act_scale, ternary, needs_x, needs_weight, 1)
+
+
+def _gradients(dy, codes, act_scale, ternary, needs_x, needs_weight, planes):
+    x_way, weight_way = (
+        _way(of_x, planes, dy, act_scale, ternary) if needed else None
+        for of_x, needed in ((True, needs_x), (False, needs_weight))
+    )
     dx = dw = None
-    work = (dy, codes, act_scale, ternary)
-    if dy.dtype == torch.float32 and has_tiles(ternary.weight_codes.shape):
-        dx, dw = _in_parts(*work, int8_x, int8_weight, DIGITS)
-    elif dy.dtype == torch.float32 and len(dy) and dense_products_are_exact():
-        dx = _fastest_exact("dX", _float_dx, _digit_dx, *work) if int8_x else None
-        dw = _fastest_exact("dW", _float_dw, _digit_dw, *work) if int8_weight else None
-    if needs_x and dx is None:
-        dx = _float_dx(*work)
-    if needs_weight and dw is None:
-        dw = _float_dw(*work)
+    for way in {x_way, weight_way} - {None}:
+        found = WAYS[way](dy, codes, act_scale, ternary, way == x_way, way == weight_way, planes)
+        dx, dw = found[0] if way == x_way else dx, found[1] if way == weight_way else dw
     return dx, dw
 
 
-def _float_dx(dy, _codes, _act_scale, ternary):
+def _way(of_x, planes, dy, act_scale, ternary):
+    """By which of WAYS dX, or else dW, is computed."""
+    if planes == 0 or (ternary.grouped() if of_x else act_scale.shape[1] > 1):
+        return "floats"
+    tiles, exact = has_tiles(ternary.weight_codes.shape), dense_products_are_exact()
+    if (tiles or exact) and planes > 1 and not digits_are_fastest():
+        return "floats"
+    if tiles and (tiles_are_fastest() or not exact):
+        return "tiles"
+    return "rows" if exact or (of_x and planes == 1) else "floats"
+
+
+@functools.cache
+def digits_are_fastest() -> bool:
+    """Whether the products of all digits of a float32 take less time than its own: known for AMX, and for AVX2, where they take
+    more; by measurement elsewhere."""
+    if FEATURES in ("amx", "avx2"):
+        return FEATURES == "amx"
+    N, I, O = SHAPE
+    ternary = Ternary(torch.ones((O, I), dtype=torch.int8), torch.ones(1), (O,))
+    work = (torch.ones(N, O), torch.ones((N, I), dtype=torch.int8), torch.ones(N, 1), ternary, True, True, DIGITS)
+    ways = {"floats": functools.partial(_by_floats, *work), "digits": functools.partial(_in_parts, *work)}
+    return fastest(f"exact gradients {N}x{I}x{O}", ways) == "digits"
+
+
+def _by_floats(dy, codes, act_scale, ternary, needs_x, needs_weight, _planes):
+    if dy.dtype not in COMPILED or not has_bf16_products():
+        dy = dy.float()
+    return _float_dx(dy, ternary) if needs_x else None, _float_dw(dy, codes, act_scale) if needs_weight else None
+
+
+def _float_dx(dy, ternary):
     return dy @ ternary.dequantized(dy.dtype)
 
 
-def _float_dw(dy, codes, act_scale, _ternary):
-    if act_scale.shape[1] > 1:
-        return dy.t() @ rounded(codes, act_scale).to(dy.dtype)
-    return dy.t() @ codes.to(dy.dtype).mul_(act_scale)
+def _float_dw(dy, codes, act_scale):
+    return dy.t() @ rounded(codes, act_scale, dy.dtype)
+
+
+def _by_rows(*work):
+    return _in_parts(*work, tiled=False)
+
+
+def _by_tiles(*work):
+    return _in_parts(*work, tiled=True)
+
+
+WAYS = {"floats": _by_floats, "rows": _by_rows, "tiles": _by_tiles}
 
 
 def digit_gradients(
@@ -80,7 +132,8 @@ def digit_gradients(
 
     Args:
         dy: float32 (N, O). codes: int8 (N, I). act_scale: fp32 (N, 1). ternary: of the weight (O, I).
-        needs_x, needs_weight: which of the two. tiled: whether tiles multiply; by default where `has_tiles`.
+        needs_x, needs_weight: which of the two. tiled: whether tiles multiply; by default where they are possible
+            and fastest.
 
     Returns: fp32 (N, I) and (O, I), the same bits with and without tiles.
 
@@ -90,40 +143,10 @@ def digit_gradients(
     return _in_parts(dy, codes, act_scale, ternary, needs_x, needs_weight, DIGITS, tiled)
 
 
-def _digit_dx(*work):
-    return digit_gradients(*work, needs_weight=False)[0]
-
-
-def _digit_dw(*work):
-    return digit_gradients(*work, needs_x=False)[1]
-
-
-def _fastest_exact(name, of_floats, of_digits, dy, codes, act_scale, ternary):
-    """One of the two by the faster way, of which this machine is asked once for a shape."""
-    work = (dy, codes, act_scale, ternary)
-    ways = {"floats": functools.partial(of_floats, *work), "digits": functools.partial(of_digits, *work)}
-    shape = f"{len(dy).bit_length()} bits, {'x'.join(map(str, ternary.weight_codes.shape))}"
-    return ways[fastest(f"exact {name} {shape}", ways)]()
-
-
-def fast_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
-    """(dX, dW) fp32, int8 products; floats where an int8 product cannot have the scales, or would not be exact."""
-    int8_x = needs_x and not ternary.grouped()
-    exact = has_tiles(ternary.weight_codes.shape) or dense_products_are_exact()
-    int8_weight = needs_weight and act_scale.shape[1] == 1 and exact
-    dx = dw = None
-    if int8_x or int8_weight:
-        dx, dw = _in_parts(dy, codes, act_scale, ternary, int8_x, int8_weight, 1)
-    if int8_x < needs_x or int8_weight < needs_weight:
-        rest = exact_gradients(dy, codes, act_scale, ternary, int8_x < needs_x, int8_weight < needs_weight)
-        dx, dw = dx if int8_x else rest[0], dw if int8_weight else rest[1]
-    return dx, dw
-
-
 def _in_parts(dy, codes, act_scale, ternary, needs_x, needs_weight, planes, tiled=None):
     """(dX, dW) fp32 from int8 codes of dY, of as many tokens at a time as an int32 can sum."""
     if tiled is None:
-        tiled = has_tiles(ternary.weight_codes.shape)
+        tiled = has_tiles(ternary.weight_codes.shape) and (tiles_are_fastest() or not dense_products_are_exact())
     gradients = _in_tiles if tiled and len(dy) else _in_rows
     rest = (ternary, needs_x, needs_weight, planes)
     if len(dy) <= TOKENS_OF_A_SUM:
@@ -155,7 +178,7 @@ def _quantized(kernel, dy, act_scale, ternary, planes, row_codes, column_codes):
 
 
 def _in_tiles(dy, codes, act_scale, ternary, needs_x, needs_weight, planes):
-    """By AMX: the codes are written as its operands, and the digits are joined as the sums leave its registers."""
+    """By `multiply_tiles`: the codes are written as its operands, and the digits are joined as the sums leave the registers."""
     (N, O), I = dy.shape, codes.shape[1]
     tokens, columns = -(-N // 64) * 64, -(-O // 64) * 64
     row_tiles = torch.empty(planes * -(-N // 16) * 16 * columns, dtype=torch.int8) if needs_x else None
@@ -166,10 +189,11 @@ def _in_tiles(dy, codes, act_scale, ternary, needs_x, needs_weight, planes):
     rest = {"tiled": True, "planes": planes}
     if needs_x:
         dx = torch.empty((N, I), dtype=torch.float32)
-        multiply_tiles(row_tiles, (N, columns), ternary.tiles("backward"), dx, row_scale, **rest)
+        multiply_tiles(row_tiles, (N, columns), ternary.tiles("backward"), dx, True, row_scale, **rest)
     if needs_weight:
         dw = torch.empty((O, I), dtype=torch.float32)
-        multiply_tiles(column_tiles, (O, tokens), tiles_of_columns(codes), dw, column_scale, **rest)
+        right = tiles_of_columns(codes, False)
+        multiply_tiles(column_tiles, (O, tokens), right, dw, False, column_scale, **rest)
     return dx, dw
 
 

@@ -30,10 +30,10 @@ from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.floats import splat, store
 from bitdistill.kernels.cpu.grouped import _tile_1, _tile_4, _tile_8, write_group_sums
 from bitdistill.kernels.cpu.matmul import CHUNK, GROUPS
-from bitdistill.kernels.cpu.native import float32s, int8s
+from bitdistill.kernels.cpu.native import float32s, int8s, int32s
 from bitdistill.kernels.cpu.rows import share_rows
-from bitdistill.kernels.cpu.training_products import Ternary, is_left_out
-from bitdistill.kernels.cpu.vector import AVX512
+from bitdistill.kernels.cpu.training_products import Ternary, dequantized, is_left_out
+from bitdistill.kernels.cpu.vector import AVX512, add_bytes, load_bytes, repeat_byte, store_bytes
 from bitdistill.kernels.numerics import ACT_BLOCK
 from bitdistill.kernels.reference import spread_scales
 
@@ -41,6 +41,28 @@ TOKENS = 256  # whose records and sums are worked on together: they stay in the 
 
 
 # --- integers ------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def lay_out_rows(first, last, codes, columns, blocks):
+    """Blocks of the groups first .. last - 1 of a weight, int8 (R, K), like those of packing.py when they are unpacked: 64 bytes
+    ``code + 1`` of 16 rows with four columns each.
+
+    Args:
+        first, last: groups. codes: address of int8 (R, columns), 16 rows per group.
+        columns: K. blocks: address of 64-byte blocks (R / 16, columns / 4).
+    """
+    quads = columns // 4
+    one = repeat_byte(1)
+    for group in range(first, last):
+        out = int32s(blocks + 64 * group * quads, 16 * quads)
+        for row in range(16):
+            source = int32s(codes + (16 * group + row) * columns, quads)
+            for quad in range(quads):
+                out[16 * quad + row] = source[quad]
+        for quad in range(quads):
+            at = blocks + 64 * (group * quads + quad)
+            store_bytes(at, add_bytes(load_bytes(at), one))
 
 
 @jit
@@ -67,7 +89,7 @@ def multiply_groups(first, last, blocks, width, scales, columns, act_blocks, rec
     """The sums above of the row groups first .. last - 1 for all tokens, without a token's own scale.
 
     Args:
-        first, last: groups of 16 rows. blocks: address of the blocks of all groups (training_blocks.py). width: I.
+        first, last: groups of 16 rows. blocks: address of the blocks of all groups (`lay_out_rows`). width: I.
         scales: address of fp16 (O / 16, G, 16), or 0 for ones. columns: of a group. act_blocks: whether tokens have blocks.
         records: address of records (`write_records`). stride: bytes of one. tokens: how many.
         acc: address of float32 rows, written. acc_stride: numbers from one row to the next.
@@ -109,6 +131,16 @@ def multiply_groups(first, last, blocks, width, scales, columns, act_blocks, rec
                 n += tile
 
 
+def _blocks(ternary: Ternary) -> Tensor:
+    """The weight as `multiply_groups` reads it; made once."""
+    if "blocks" not in ternary.kept:
+        (O, I), codes = ternary.weight_codes.shape, ternary.weight_codes
+        blocks = torch.empty(O * I, dtype=torch.int8)
+        share_rows(lay_out_rows, O // 16, 16 * I, codes.data_ptr(), I, blocks.data_ptr(), block=1)
+        ternary.kept["blocks"] = blocks
+    return ternary.kept["blocks"]
+
+
 def _integers(codes: Tensor, act_scale: Tensor, ternary: Ternary) -> Tensor:
     (N, I), O = codes.shape, len(ternary.weight_codes)
     act_blocks, grouped = act_scale.shape[1] > 1, ternary.grouped()
@@ -122,7 +154,7 @@ def _integers(codes: Tensor, act_scale: Tensor, ternary: Ternary) -> Tensor:
         sums = ACT_BLOCK if act_blocks else columns
         work = (codes[start:].data_ptr(), I, act_scales, sums, records.data_ptr(), stride)
         share_rows(write_records, some, I, *work)
-        work = (ternary.blocks("forward").data_ptr(), I, scales, columns, act_blocks, records.data_ptr(), stride)
+        work = (_blocks(ternary).data_ptr(), I, scales, columns, act_blocks, records.data_ptr(), stride)
         share_rows(multiply_groups, O // 16, 16 * I * some, *work, some, out[start:].data_ptr(), O, block=1)
     return out
 
@@ -156,17 +188,17 @@ def _pieces(codes: Tensor, act_scale: Tensor, ternary: Ternary) -> Tensor:
         return torch.addmm(high @ weight, x.sub_(high), weight)
 
 
-def rounded(codes: Tensor, act_scale: Tensor | None) -> Tensor:
-    """``act_codes * act_scale`` fp32 (N, I): codes int8 (N, I), act_scale fp32 (N, 1), (N, B), or None for ones."""
-    x = codes.float()
+def rounded(codes: Tensor, act_scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``act_codes * act_scale`` (N, I) in fp32 or bf16: codes int8 (N, I), act_scale fp32 (N, 1), (N, B), or None for ones."""
     if act_scale is None:
-        return x
+        return codes.to(dtype)
     if act_scale.shape[1] == 1:
-        return x.mul_(act_scale)
+        return dequantized(codes, act_scale, dtype)
+    x = codes.float()
     if x.shape[1] % ACT_BLOCK == 0:
         x.view(len(x), x.shape[1] // ACT_BLOCK, ACT_BLOCK).mul_(act_scale.unsqueeze(2))
-        return x
-    return x.mul_(spread_scales(act_scale, x.shape[1], ACT_BLOCK))
+        return x.to(dtype)
+    return x.mul_(spread_scales(act_scale, x.shape[1], ACT_BLOCK)).to(dtype)
 
 
 def _columns_of(ternary: Ternary, blocks: bool) -> Tensor:

@@ -4,7 +4,7 @@
     backward    row_codes (N, O) @ weight_codes (O, I)           -> (N, I)
     dense       column_codes (N, O).T @ act_codes (N, I)         -> (O, I), where int8 times int8 is exact
 
-The first two are there as int32, and scaled, ``acc * (row_scale * column_scale) + bias`` in floats. Tiles (AMX) scale the sums
+The first two are there as int32, and scaled, ``acc * (row_scale * column_scale) + bias`` in floats. Tiles scale the sums
 as they come out of the registers; the others write them first. With tiles the gradients need no other product than
 `multiply_tiles` (training_gradients.py).
 
@@ -12,10 +12,9 @@ as they come out of the registers; the others write them first. With tiles the g
 never get that large, but with +-127 on both sides they do. So `dense` products are used only on machines where
 `dense_products_are_exact` has found them to be exact. Tiles always are.
 
-**Choice.** Where there are tiles, they are taken: they were at least as fast as oneDNN on every shape that was tried, and need
-no timing, which a busy machine can spoil. Elsewhere METHODS are timed on the first product of a kind, width and number of tokens
-(rounded to a power of two), with the given operands, and the fastest is known from then on (choices.py). All methods give the
-same integers, so the choice affects time only.
+**Choice.** With AMX, and with AVX2 alone, tiles are taken: they were at least as fast as oneDNN on every shape that was tried,
+and need no timing, which a busy machine can spoil. Elsewhere both METHODS are timed once, on one shape, and the faster is known
+from then on (choices.py): it was the same on all shapes. Both give the same integers, so the choice affects time only.
 """
 
 import functools
@@ -25,11 +24,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bitdistill.kernels.cpu import training_blocks, training_quantize, training_tiles
+from bitdistill.kernels.cpu import byte_tiles, training_quantize, training_tiles
+from bitdistill.kernels.cpu.byte_tiles import OFFSET, TERNARY_OFFSET
 from bitdistill.kernels.cpu.choices import fastest
+from bitdistill.kernels.cpu.instructions import FEATURES
 from bitdistill.kernels.cpu.rows import COMPILED, share_rows
 from bitdistill.kernels.cpu.tiles import TILES
 from bitdistill.kernels.reference import spread_scales
+
+SHAPE = (1024, 576, 1536)  # N, I and O of what is timed
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +71,9 @@ class Ternary:
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """``weight_scale * weight_codes`` (O, I) in a float dtype, made anew. Exact for scales of rows and groups, which are
         snapped, in every dtype; rounded once for one scale per linear."""
-        (O, I), weight = self.weight_codes.shape, self.weight_codes.to(dtype)
         if not self.grouped():
-            return weight.mul_(self.of_columns().view(-1, 1))
+            return dequantized(self.weight_codes, self.of_columns(), dtype)
+        (O, I), weight = self.weight_codes.shape, self.weight_codes.to(dtype)
         if I % self.columns:
             return weight.mul_(spread_scales(self.weight_scale, I, self.columns))
         weight.view(O, I // self.columns, self.columns).mul_(self.weight_scale.unsqueeze(2))
@@ -83,20 +86,6 @@ class Ternary:
             self.kept["halves"] = self.weight_scale.half().view(-1, 16, groups).transpose(1, 2).contiguous()
         return self.kept["halves"]
 
-    def blocks(self, kind: str) -> Tensor:
-        """The codes as training_blocks.py reads them, for `kind` "forward" or "backward"; made once."""
-        if kind not in self.kept:
-            (O, I), codes = self.weight_codes.shape, self.weight_codes
-            blocks = torch.empty(O * I, dtype=torch.int8)
-            if kind == "forward":
-                work = (codes.data_ptr(), I, blocks.data_ptr())
-                share_rows(training_blocks.lay_out_rows, O // 16, 16 * I, *work, block=1)
-            else:
-                work = (codes.data_ptr(), O, I, blocks.data_ptr())
-                share_rows(training_blocks.lay_out_columns, I // 16, 16 * O, *work, block=1)
-            self.kept[kind] = blocks
-        return self.kept[kind]
-
     def tiles(self, kind: str) -> Tensor:
         """The codes as training_tiles.py reads them, for `kind` "forward" or "backward"; made once."""
         name = f"tiles {kind}"
@@ -104,12 +93,20 @@ class Ternary:
             (O, I), codes = self.weight_codes.shape, self.weight_codes
             if kind == "forward":
                 tiles = torch.empty(O * I, dtype=torch.int8)
-                work = (codes.data_ptr(), I, tiles.data_ptr())
+                work = (codes.data_ptr(), I, TERNARY_OFFSET, tiles.data_ptr())
                 share_rows(training_tiles.lay_out_rows, O // 16, 16 * I, *work, block=1)
             else:
-                tiles = tiles_of_columns(codes)
+                tiles = tiles_of_columns(codes, True)
             self.kept[name] = tiles
         return self.kept[name]
+
+
+def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``codes * scale`` in a float dtype: int8 (N, W), contiguous, and fp32 (N,) or (N, 1). Rounded once."""
+    out = torch.empty(codes.shape, dtype=dtype if dtype in COMPILED else torch.float32)
+    work = (codes.data_ptr(), codes.shape[1], scale.data_ptr(), out.data_ptr(), out.dtype == torch.bfloat16)
+    share_rows(training_quantize.dequantize_rows, *codes.shape, *work)
+    return out.to(dtype)
 
 
 # --- the ways to multiply ------------------------------------------------------------------------------------------------
@@ -126,30 +123,24 @@ def _onednn(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
     torch._int_mm(_plain(codes), _plain(weight), out=out)
 
 
-def _own(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
-    """training_blocks.py."""
-    (N, K), width = codes.shape, out.shape[1]
-    work = (ternary.blocks(kind).data_ptr(), codes.data_ptr(), K, N, out.data_ptr(), width)
-    share_rows(training_blocks.multiply_blocks, width // 16, 16 * K * N, *work, block=1)
-
-
 def _tiles(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
     """training_tiles.py."""
-    multiply_tiles(codes, codes.shape, ternary.tiles(kind), out)
+    multiply_tiles(codes, codes.shape, ternary.tiles(kind), out, True)
 
 
-METHODS: dict[str, Callable] = {"onednn": _onednn, "own": _own, "tiles": _tiles}
+METHODS: dict[str, Callable] = {"onednn": _onednn, "tiles": _tiles}
 
 
 def multiply_tiles(
-    left: Tensor, shape: tuple[int, int], right: Tensor, out: Tensor, row_scale: Tensor | None = None,
+    left: Tensor, shape: tuple[int, int], right: Tensor, out: Tensor, ternary: bool, row_scale: Tensor | None = None,
     column_scale: Tensor | None = None, bias: Tensor | None = None, tiled: bool = False, planes: int = 1,
 ) -> Tensor:  # fmt: skip
-    """``left @ right`` by AMX, scaled where out is of floats.
+    """``left @ right`` by AMX or in vector registers, scaled where out is of floats.
 
     Args:
         left: int8 rows, or tiles of `planes` planes where `tiled`. shape: (M, K) of a plane, K a multiple of 64.
-        right: laid out in tiles. out: (M, N), int32, float32 or bf16, overwritten.
+        right: laid out in tiles, with TERNARY_OFFSET where `ternary`, else with OFFSET.
+        out: (M, N), int32, float32 or bf16, overwritten. ternary: whether right has no other codes than -1, 0 and 1.
         row_scale, column_scale, bias, tiled, planes: as in training_tiles.py.
 
     Returns: out.
@@ -160,18 +151,23 @@ def multiply_tiles(
         torch.float32: training_tiles.FLOAT32,
         torch.bfloat16: training_tiles.BF16,
     }
-    scales = (0 if values is None else values.data_ptr() for values in (row_scale, column_scale, bias))
-    work = (right.data_ptr(), K // 64, width, *scales, out.data_ptr(), kinds[out.dtype])
-    pairs, size = -(-width // 32), 32 * K * M * planes
-    share_rows(training_tiles.multiply_tiles, pairs, size, left.data_ptr(), M, tiled, planes, *work, block=1)
+    offset = TERNARY_OFFSET if ternary else OFFSET
+    starts = None if TILES else torch.zeros(planes * -(-M // 16) * 16, dtype=torch.int32)
+    matrix = (left.data_ptr(), M, tiled, planes)
+    if offset:
+        work = (K // 64, offset, starts.data_ptr())
+        share_rows(byte_tiles.row_starts, -(-M // 16), 16 * K * planes, *matrix, *work, block=1)
+    scales = (0 if values is None else values.data_ptr() for values in (starts, row_scale, column_scale, bias))
+    work = (right.data_ptr(), K // 64, width, ternary, *scales, out.data_ptr(), kinds[out.dtype])
+    share_rows(training_tiles.multiply_tiles, -(-width // 32), 32 * K * M * planes, *matrix, *work, block=1)
     return out
 
 
-def tiles_of_columns(codes: Tensor) -> Tensor:
-    """int8 (K, N) as a right operand of `multiply_tiles`, K padded with zeros to a multiple of 64."""
+def tiles_of_columns(codes: Tensor, ternary: bool) -> Tensor:
+    """int8 (K, N) as a right operand of `multiply_tiles`, `ternary` or not, K padded with zeros to a multiple of 64."""
     (K, N), padded = codes.shape, -(-codes.shape[0] // 64) * 64
     tiles = torch.empty(padded * N, dtype=torch.int8)
-    work = (codes.data_ptr(), K, N, tiles.data_ptr())
+    work = (codes.data_ptr(), K, N, TERNARY_OFFSET if ternary else OFFSET, tiles.data_ptr())
     share_rows(training_tiles.lay_out_columns, N // 16, 16 * padded, *work, block=1)
     return tiles
 
@@ -197,9 +193,7 @@ def has_products() -> bool:
 def possible(codes: Tensor, width: int) -> list[str]:
     """Names of METHODS for codes (N, K) and a result of `width` columns."""
     names = ["onednn"]
-    if width % 16 == 0 and codes.shape[1] % 4 == 0:
-        names.append("own")
-    if TILES and width % 16 == 0 and codes.shape[1] % 64 == 0:
+    if width % 16 == 0 and codes.shape[1] % 64 == 0:
         names.append("tiles")
     return [name for name in names if name not in _left_out]
 
@@ -210,17 +204,19 @@ def ternary_product(kind: str, codes: Tensor, ternary: Ternary, method: str | No
     Args:
         kind: "forward" or "backward".
         codes: int8 (N, K), contiguous, within +-127; K is I, or O backward. ternary: the weight.
-        method: of METHODS; the fastest by default.
+        method: of METHODS; by default tiles where they are possible and fastest.
 
     Returns: int32 (N, O), or (N, I) backward. Numerics: exact.
     """
-    O, I = ternary.weight_codes.shape
-    width = O if kind == "forward" else I
-    out = torch.empty((len(codes), width), dtype=torch.int32)
+    name = method or _method(kind, codes, ternary)
+    out = torch.empty((len(codes), _width(kind, ternary)), dtype=torch.int32)
     if out.numel():
-        name = method or _fastest(kind, codes, ternary, out)
         METHODS[name](kind, codes, ternary, out)
     return out
+
+
+def _width(kind: str, ternary: Ternary) -> int:
+    return ternary.weight_codes.shape[0 if kind == "forward" else 1]
 
 
 def scaled_product(
@@ -234,13 +230,12 @@ def scaled_product(
 
     Returns: (N, O), or (N, I) backward, in dtype.
     """
-    O, I = ternary.weight_codes.shape
-    width = O if kind == "forward" else I
-    if method in (None, "tiles") and "tiles" in possible(codes, width):
-        out = torch.empty((len(codes), width), dtype=dtype if dtype in COMPILED else torch.float32)
-        multiply_tiles(codes, codes.shape, ternary.tiles(kind), out, row_scale, column_scale, bias)
-        return out.to(dtype)
-    return scaled(ternary_product(kind, codes, ternary, method), row_scale, column_scale, bias, dtype)
+    work = (row_scale, column_scale, bias, dtype)
+    name = method or _method(kind, codes, ternary)
+    if name != "tiles":
+        return scaled(ternary_product(kind, codes, ternary, name), *work)
+    out = torch.empty((len(codes), _width(kind, ternary)), dtype=dtype if dtype in COMPILED else torch.float32)
+    return multiply_tiles(codes, codes.shape, ternary.tiles(kind), out, True, row_scale, column_scale, bias).to(dtype)
 
 
 def scaled(
@@ -274,7 +269,7 @@ def dense_product(column_codes: Tensor, act_codes: Tensor) -> Tensor:
 def has_tiles(weight_shape: Sequence[int]) -> bool:
     """Whether both products of the backward pass of a weight (O, I) are done in tiles; they are always exact."""
     O, I = weight_shape
-    return TILES and O % 16 == 0 and I % 16 == 0 and not is_left_out("tiles")
+    return O % 16 == 0 and I % 16 == 0 and not is_left_out("tiles")
 
 
 @functools.cache
@@ -292,18 +287,19 @@ def dense_products_are_exact() -> bool:
 # --- which one -----------------------------------------------------------------------------------------------------------
 
 
-def _with_layout(name: str, kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> None:
-    """A product that lays out the weight itself: that is a part of its time."""
-    fresh = Ternary(ternary.weight_codes, ternary.weight_scale, ternary.sizes, ternary.columns)
-    METHODS[name](kind, codes, fresh, out)
+def _method(kind: str, codes: Tensor, ternary: Ternary) -> str:
+    names = possible(codes, _width(kind, ternary))
+    return "tiles" if "tiles" in names and (len(names) == 1 or tiles_are_fastest()) else names[0]
 
 
-def _fastest(kind: str, codes: Tensor, ternary: Ternary, out: Tensor) -> str:
-    names = possible(codes, out.shape[1])
-    if "tiles" in names:
-        return "tiles"
-    if len(names) == 1:
-        return names[0]
-    (N, K), work = codes.shape, (kind, codes, ternary, out)
-    ways = {name: functools.partial(_with_layout, name, *work) for name in names}
-    return fastest(f"{kind} {K}x{out.shape[1]}, {N.bit_length()} bits", ways)
+@functools.cache
+def tiles_are_fastest() -> bool:
+    """Whether tiles are taken wherever a shape has them: known for AMX and for AVX2, by measurement elsewhere."""
+    if FEATURES in ("amx", "avx2"):
+        return True
+    N, K, O = SHAPE
+    codes, scales = torch.ones((N, K), dtype=torch.int8), torch.ones(max(N, O))
+    ternary = Ternary(torch.ones((O, K), dtype=torch.int8), scales[:1], (O,))
+    work = ("forward", codes, ternary, scales[:N], scales[:O], None, torch.float32)  # tiles save a pass for the scales
+    ways = {name: functools.partial(scaled_product, *work, name) for name in METHODS}
+    return fastest(f"scaled int8 product {N}x{K}x{O}", ways) == "tiles"

@@ -3,6 +3,7 @@
     quantize_rows      act_codes, act_scale          reference.quantize_activation and its blocks, bit for bit
     weight_sums, weight_codes                        reference.quantize_weight, bit for bit
     weight_groups                                    reference.quantize_weight_groups, bit for bit
+    dequantize_rows    act_scale * act_codes
     scale_rows         sums -> float: ``acc * (row_scale * column_scale) + bias``
 
 Addresses are int64, strides in bytes; `half` says that floats are bf16.
@@ -16,17 +17,19 @@ from bitdistill.kernels.cpu.floats import (
     add,
     divide,
     largest_magnitude,
+    load_int8,
     load_int32,
     maximum,
     maximum_magnitude,
     multiply,
+    repeat,
     round_bf16,
     splat,
     store_first_codes,
     store_int8,
     subtract,
 )
-from bitdistill.kernels.cpu.native import float32s, float64s, int32s, int64s
+from bitdistill.kernels.cpu.native import float32s, float64s, int8s, int32s, int64s
 from bitdistill.kernels.cpu.rows import get, put
 from bitdistill.kernels.numerics import ACT_MAX, EPSILON, MAX_SCALE
 
@@ -69,6 +72,23 @@ def quantize_rows(first, last, x, stride, half, width, part, codes, scale):
             for i in range(start, end, LANES):
                 put_codes(out + i, multiply(get(row + size * i, end - i, half), factor), end - i)
             float32s(scale + 4 * (n * parts + p), 1)[0] = peak / _ACT_MAX
+
+
+@jit
+def dequantize_rows(first, last, codes, width, scale, out, half):
+    """``out = codes * scale`` of rows first .. last - 1.
+
+    Args:
+        first, last: rows. codes: address of int8 (N, width). width: of a row. scale: address of float32 (N,).
+        out: address of (N, width) floats, bf16 where `half`. half: see there.
+    """
+    size = 2 if half else 4
+    for n in range(first, last):
+        source, target, by = codes + n * width, out + size * n * width, repeat(scale + 4 * n)
+        for i in range(0, width - LANES + 1, LANES):
+            put(target + size * i, multiply(load_int8(source + i), by), LANES, half)
+        for i in range(width // LANES * LANES, width):
+            put(target + size * i, multiply(splat(np.float32(int8s(source + i, 1)[0])), by), 1, half)
 
 
 @jit_sums

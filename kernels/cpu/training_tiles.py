@@ -1,17 +1,18 @@
-"""The int8 products of training by AMX (tiles.py): a left operand times a right operand laid out in tiles.
+"""The int8 products of training by AMX (tiles.py), or by tiles of sums in vector registers (byte_tiles.py): a left operand times
+a right operand laid out in tiles.
 
     acc = left (M, K) @ right (K, N)        out = acc, or acc * (row_scale * column_scale) + bias in float32 or bf16
 
 A right operand is 1,024 bytes for each 16 of its N columns and 64 of its K rows, in this order: what `lay_out_rows` makes
 of codes (N, K), and `lay_out_columns` of codes (K, N). A left operand is rows of int8, or tiles of 16 of its M rows and 64 of
 its K columns in this order (training_digits.py), which lie in fewer sets of the first-level cache and need no stride. K is
-padded with zeros to whole tiles.
+padded with zeros to whole tiles. Without AMX, an offset is added to each number of a right operand (byte_tiles.py).
 
 A left operand in tiles may have three planes, the digits of a float32 (training_digits.py): ``out = joined(acc of each) *
 row_scale``. The planes take turns with the same columns of the right operand, which stay in the first-level cache.
 
-The sums over K stay in the tile registers and are scaled and joined where they come out, in the first-level cache: oneDNN's
-product writes them to memory, and a second function reads them there. Tile and vector instructions have units of their own, so
+The sums over K stay in registers and are scaled and joined where they come out, in the first-level cache: oneDNN's product
+writes them to memory, and a second function reads them there. AMX and vector instructions have units of their own, so with AMX
 the sums of one block are scaled a few rows at a time between the products of the next one. Large float32 results are then
 written past the caches (`stream`): a normal store would first read each line from memory.
 
@@ -20,6 +21,7 @@ Addresses are int64, strides in bytes. N is a multiple of 16, K of 64.
 
 import numpy as np
 
+from bitdistill.kernels.cpu.byte_tiles import BY_PAIRS, COLUMNS, ROWS, multiply_ternary_tile, multiply_tile
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.floats import LANES, add, end_streams, load_int32, multiply, repeat, splat, stream
 from bitdistill.kernels.cpu.native import int8s, keep
@@ -29,6 +31,7 @@ from bitdistill.kernels.cpu.tiles import (
     TILE_BYTES,
     TILE_COLUMNS,
     TILE_ROWS,
+    TILES,
     configure,
     multiply_2x2_signed,
     release,
@@ -39,26 +42,39 @@ from bitdistill.kernels.cpu.tiles import (
     zero_sums,
 )
 from bitdistill.kernels.cpu.training_digits import joined
+from bitdistill.kernels.cpu.vector import add_bytes, load_bytes, repeat_byte, store_bytes
 
 LEFT_BYTES = 1 << 19  # of the left operand that meet all columns at a time: they stay in the second-level cache
 STREAMED_BYTES = 1 << 20  # a float32 result of so many bytes is written past the caches: it would not stay in them
 SUMS_BYTES = 4 * (2 * TILE_ROWS) ** 2  # of the int32 that leave the four tiles of sums
 INT32, FLOAT32, BF16 = range(3)  # what a product writes
+ROWS_AT_ONCE = 2 * TILE_ROWS if TILES else ROWS
 
 
 @jit
-def lay_out_rows(first, last, codes, columns, tiles):
+def _add_offset(tile, offset):
+    if offset != 0:
+        by = repeat_byte(offset)
+        for line in range(TILE_ROWS):
+            at = tile + TILE_COLUMNS * line
+            store_bytes(at, add_bytes(load_bytes(at), by))
+
+
+@jit
+def lay_out_rows(first, last, codes, columns, offset, tiles):
     """The right operand ``codes.T``, of groups first .. last - 1 of 16 rows.
 
     Args:
         first, last: groups. codes: address of int8 (R, columns). columns: K, a multiple of 64.
-        tiles: address of int8 (R * columns,).
+        offset: that is added to each. tiles: address of int8 (R * columns,).
     """
     depth = columns // TILE_COLUMNS
     for group in range(first, last):
         for tile in range(depth):
             source = codes + TILE_ROWS * group * columns + TILE_COLUMNS * tile
-            transpose_ints(source, columns, tiles + TILE_BYTES * (group * depth + tile), TILE_COLUMNS)
+            target = tiles + TILE_BYTES * (group * depth + tile)
+            transpose_ints(source, columns, target, TILE_COLUMNS)
+            _add_offset(target, offset)
 
 
 @jit
@@ -71,25 +87,26 @@ def _whole(source, columns, count, room):
 
 
 @jit
-def lay_out_columns(first, last, codes, rows, columns, tiles):
+def lay_out_columns(first, last, codes, rows, columns, offset, tiles):
     """The right operand ``codes``, of groups first .. last - 1 of 16 columns; rows beyond the last are zeros.
 
     Args:
         first, last: groups. codes: address of int8 (rows, columns). rows, columns: K and N.
-        tiles: address of int8 (N * K rounded up to a multiple of 64,).
+        offset: that is added to each. tiles: address of int8 (N * K rounded up to a multiple of 64,).
     """
     depth = (rows + TILE_COLUMNS - 1) // TILE_COLUMNS
     room = np.empty(TILE_BYTES, np.int8)
     for tile in range(depth):
         count = min(TILE_COLUMNS, rows - TILE_COLUMNS * tile)
         for group in range(first, last):
-            source = codes + TILE_COLUMNS * tile * columns + TILE_ROWS * group
+            source, stride = codes + TILE_COLUMNS * tile * columns + TILE_ROWS * group, columns
             target = tiles + TILE_BYTES * (group * depth + tile)
             if count < TILE_COLUMNS:
                 _whole(source, columns, count, room.ctypes.data)
-                interleave_codes(room.ctypes.data, 16, target, TILE_COLUMNS)
-            else:
-                interleave_codes(source, columns, target, TILE_COLUMNS)
+                source, stride = room.ctypes.data, TILE_ROWS
+            interleave_codes(source, stride, target, TILE_COLUMNS)
+            _add_offset(target, offset)
+    keep(room)
 
 
 @jit
@@ -159,8 +176,19 @@ def _store(place, stride, count, wide):
 
 
 @jit
+def _multiply_bytes(left, stride, step, count, right, gap, depth, wide, ternary, starts, place, place_stride):
+    """The sums of up to ROWS rows and of 16 or 32 columns, in vector registers."""
+    for column in range(0, wide, COLUMNS):
+        codes, more, at = right + column // TILE_ROWS * gap, gap if wide - column > TILE_ROWS else 0, place + 4 * column
+        if BY_PAIRS and ternary:
+            multiply_ternary_tile(left, stride, step, count, codes, more, depth, starts, at, place_stride)
+        else:
+            multiply_tile(left, stride, step, count, codes, more, depth, starts, at, place_stride)
+
+
+@jit
 def multiply_tiles(
-    first, last, left, rows, tiled, planes, right, depth, width, row_scale, column_scale, bias, out, kind
+    first, last, left, rows, tiled, planes, right, depth, width, ternary, starts, row_scale, column_scale, bias, out, kind
 ):  # fmt: skip
     """The product, of pairs first .. last - 1 of 16 columns each.
 
@@ -169,6 +197,8 @@ def multiply_tiles(
         left: address of int8 (rows, 64 * depth), or of its tiles. rows: M.
         tiled: whether left is in tiles. planes: 1, or 3 in tiles: then kind is FLOAT32, without column_scale and bias.
         right: address of the tiles of all columns. depth: K / 64. width: N.
+        ternary: whether right has no other codes than -1, 0 and 1.
+        starts: address of what `byte_tiles.row_starts` writes; not read where there is AMX.
         row_scale: address of float32 (M,), or 0 for ones. column_scale: of float32 (N,), or 0.
         bias: address of float32 (N,), or 0 for none.
         out: address of (M, N) numbers. kind: INT32 for the sums alone, else FLOAT32 or BF16.
@@ -177,7 +207,7 @@ def multiply_tiles(
     """
     row_bytes, size = TILE_COLUMNS * depth, 2 if kind == BF16 else 4
     stride, step = (TILE_COLUMNS, TILE_BYTES) if tiled else (row_bytes, TILE_COLUMNS)
-    plane_bytes = (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS * row_bytes
+    plane_rows, gap = (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS, TILE_BYTES * depth
     room = np.empty(2 * planes * SUMS_BYTES + TILE_COLUMNS, np.int8)
     sums = (room.ctypes.data + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS
     others = sums + planes * SUMS_BYTES
@@ -191,18 +221,28 @@ def multiply_tiles(
         for pair in range(first, last):
             column = 2 * TILE_ROWS * pair
             wide = min(2 * TILE_ROWS, width - column)
-            codes = right + TILE_BYTES * depth * 2 * pair
-            more_codes = codes + TILE_BYTES * depth if wide > TILE_ROWS else codes
-            for row in range(begin, min(rows, begin + at_once), 2 * TILE_ROWS):
-                count = min(2 * TILE_ROWS, rows - row)
+            codes = right + 2 * gap * pair
+            more_codes = codes + gap if wide > TILE_ROWS else codes
+            for row in range(begin, min(rows, begin + at_once), ROWS_AT_ONCE):
+                count = min(ROWS_AT_ONCE, rows - row)
                 at_a_time, written = (waiting + planes * depth - 1) // (planes * depth), 0
                 for plane in range(planes):
+                    place, place_stride = sums + plane * SUMS_BYTES, 8 * TILE_ROWS
+                    if kind == INT32:
+                        place, place_stride = out + size * (row * width + column), 4 * width
+                    place_row, in_tile = row + plane * plane_rows, row % TILE_ROWS
+                    acts = left + (place_row - in_tile) * row_bytes + in_tile * stride
+                    if not TILES:
+                        start = starts + 4 * place_row
+                        _multiply_bytes(
+                            acts, stride, step, count, codes, gap, depth, wide, ternary, start, place, place_stride
+                        )
+                        continue
                     if count != configured:
                         configure(count)
                         configured = count
                     else:
                         zero_sums()
-                    acts = left + row * row_bytes + plane * plane_bytes
                     more_acts = acts + TILE_ROWS * row_bytes if count > TILE_ROWS else acts
                     for tile in range(depth):
                         at, skip = step * tile, TILE_BYTES * tile
@@ -211,11 +251,10 @@ def multiply_tiles(
                             more = min(at_a_time, waiting - written)
                             _put_sums(others, written, more, row_waiting, column_waiting, wide_waiting, *ends)
                             written += more
-                    if kind == INT32:
-                        _store(out + size * (row * width + column), 4 * width, count, wide)
-                    else:
-                        _store(sums + plane * SUMS_BYTES, 8 * TILE_ROWS, count, wide)
-                if kind != INT32:
+                    _store(place, place_stride, count, wide)
+                if not TILES and kind != INT32:
+                    _put_sums(sums, 0, count, row, column, wide, *ends)
+                elif kind != INT32:
                     waiting, row_waiting, column_waiting, wide_waiting = count, row, column, wide
                     sums, others = others, sums
     _put_sums(others, 0, waiting, row_waiting, column_waiting, wide_waiting, *ends)

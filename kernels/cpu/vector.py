@@ -68,8 +68,8 @@ def _load(builder, address, kind):
     return value
 
 
-def _splat(builder, value, vector):
-    """One number in all lanes."""
+def repeat_lanes(builder, value, vector):
+    """IR: one number in all lanes of a vector type."""
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, vector.count), [0] * vector.count))
 
@@ -203,7 +203,7 @@ def prefetch(builder, address):
 def repeat_quad(builder, address):
     """The four bytes at an address in every lane."""
     quad = _load(builder, address, _I32)
-    return builder.bitcast(_splat(builder, quad, _INTS), _BYTES)
+    return builder.bitcast(repeat_lanes(builder, quad, _INTS), _BYTES)
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def repeat_quad(builder, address):
 @native(BYTES(types.int64), lambda value: np.full(64, value & 255, np.uint8))
 def repeat_byte(builder, value):
     """One byte 64 times."""
-    return _splat(builder, builder.trunc(value, _I8), _BYTES)
+    return repeat_lanes(builder, builder.trunc(value, _I8), _BYTES)
 
 
 @native(BYTES(BYTES, BYTES), np.bitwise_and)
@@ -242,7 +242,7 @@ def min_bytes(builder, a, b):
 @native(BYTES(BYTES, types.int64), lambda a, bits: (a.view(np.uint16) >> np.uint16(bits)).view(np.uint8))
 def shift_words(builder, a, bits):
     """Every pair of bytes, as a little-endian word, shifted right: bits of the upper byte come down into the lower one."""
-    amount = _splat(builder, builder.trunc(bits, _I16), _WORDS)
+    amount = repeat_lanes(builder, builder.trunc(bits, _I16), _WORDS)
     return builder.bitcast(builder.lshr(builder.bitcast(a, _WORDS), amount), _BYTES)
 
 
@@ -299,8 +299,8 @@ def _pairs(builder, a, b, a_signed):
     return builder.add(builder.mul(a_even, b_even), builder.mul(a_odd, b_odd))
 
 
-def _widen(builder, words):
-    """Neighboring int16 added, as int32."""
+def widen_words(builder, words):
+    """IR: neighboring int16 added, as int32."""
     if FEATURES == "avx2":
         ones = _every(ir.VectorType(_I16, 16), 1)
         halves = [_lanes_from(builder, words, start, 16) for start in (0, 16)]
@@ -310,7 +310,10 @@ def _widen(builder, words):
     return builder.add(builder.ashr(builder.shl(lanes, sixteen), sixteen), builder.ashr(lanes, sixteen))
 
 
-def _maddubs(builder, a, b):
+def pair_products(builder, a, b):
+    """IR: a * b of unsigned and signed bytes, products of neighbors added, as words: vpmaddubsw, or plain operations."""
+    if FEATURES != "avx2":
+        return _pairs(builder, a, b, a_signed=False)
     halves = [[_lanes_from(builder, value, start, 32) for value in (a, b)] for start in (0, 32)]
     words = ir.VectorType(_I16, 16)
     return _joined(builder, [_call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, *half) for half in halves])
@@ -344,9 +347,7 @@ def dot(builder, sums, unsigned, act):
     """
     if WIDE:
         return _four_way(builder, sums, unsigned, act)
-    if FEATURES == "avx2":
-        return builder.add(sums, _maddubs(builder, unsigned, act))
-    return builder.add(sums, _pairs(builder, unsigned, act, a_signed=False))
+    return builder.add(sums, pair_products(builder, unsigned, act))
 
 
 @native(SUMS(SUMS, SUMS), np.add)
@@ -358,22 +359,27 @@ def add_sums(builder, a, b):
 @native(INTS(SUMS), lambda sums: sums.reshape(16, -1).sum(axis=1, dtype=np.int32))
 def widen(builder, sums):
     """The sums of `dot` as int32, one per row."""
-    return sums if WIDE else _widen(builder, sums)
+    return sums if WIDE else widen_words(builder, sums)
 
 
 @native(INTS(INTS, BYTES, BYTES), _py_dot_signed)
 def dot_signed(builder, ints, codes, act):
     """ints + (codes + SIGNED_OFFSET) * act, four columns per lane: both int8 within +-127."""
-    if NEON:
+    if SIGNED_OFFSET:  # with the top bit flipped, int8 codes are codes + 128
+        codes = builder.xor(codes, _every(_BYTES, SIGNED_OFFSET))
+    return dot_bytes(builder, ints, codes, act)
+
+
+def dot_bytes(builder, ints, codes, act):
+    """IR: `dot_signed` of codes that have SIGNED_OFFSET added already."""
+    if WIDE:
         return _four_way(builder, ints, codes, act)
-    if WIDE:  # takes unsigned codes: with the top bit flipped they are codes + 128
-        return _four_way(builder, ints, builder.xor(codes, _every(_BYTES, 128)), act)
     if FEATURES == "avx2":  # |codes| * (act with the sign of codes): a pair is below 2 * 127**2, so nothing saturates
         positive = builder.icmp_signed(">=", codes, _every(_BYTES, 0))
         size = builder.select(positive, codes, builder.neg(codes))
         act = _in_parts(builder, 2, "llvm.x86.avx2.psign.b", act, codes)
-        return builder.add(ints, _widen(builder, _maddubs(builder, size, act)))
-    return builder.add(ints, _widen(builder, _pairs(builder, codes, act, a_signed=True)))
+        return builder.add(ints, widen_words(builder, pair_products(builder, size, act)))
+    return builder.add(ints, widen_words(builder, _pairs(builder, codes, act, a_signed=True)))
 
 
 # --- 16 integers and 16 floats ----------------------------------------------------------------------------------------
@@ -382,7 +388,7 @@ def dot_signed(builder, ints, codes, act):
 @native(INTS(types.int32), lambda value: np.full(16, value, np.int32))
 def repeat_int(builder, value):
     """One int32 16 times."""
-    return _splat(builder, value, _INTS)
+    return repeat_lanes(builder, value, _INTS)
 
 
 @native(INTS(INTS, INTS), np.add)
@@ -406,7 +412,7 @@ def mul_ints(builder, a, b):
 @native(INTS(INTS, types.int64), lambda a, bits: a >> np.int32(bits))
 def shift_ints(builder, a, bits):
     """a >> bits, arithmetic"""
-    return builder.ashr(a, _splat(builder, builder.trunc(bits, _I32), _INTS))
+    return builder.ashr(a, repeat_lanes(builder, builder.trunc(bits, _I32), _INTS))
 
 
 @native(V(INTS), lambda a: a.astype(np.float32))
