@@ -1,15 +1,16 @@
 """Would lookup decoding pay? What k drafted tokens cost, and how many of them are right, for a packed student.
 
-    python bench/lookup.py FILE --texts TEXT.jsonl [--field article] [--prompts 20] [--tokens 96] [--json FILE]
+    python bench/lookup.py FILE --texts TEXT.jsonl [--field article] [--prompts 20] [--tokens 96] [--answers_by FOLDER]
 
 Lookup decoding (bitdistill/runtime/drafts.py) computes k drafted tokens in the step of the newest one; those that greedy decoding
-would have chosen are kept, so the answer is the same. It pays
-where a step of k + 1 rows costs less than the tokens that it gives.
+would have chosen are kept, so the answer is the same. It pays where a step of k + 1 rows costs less than the tokens that it
+gives.
 
 The cost is the processor time of `Decoder.forward` with k + 1 rows, over that with one row, at a context of CONTEXT tokens. The
 gain is counted on greedy answers: each is made once, one token at a time, and then walked with drafts of k tokens, a step without
-a draft costing one row. "repeating" is the share of answers whose last 24 tokens hold the same 4-gram three times: a student
-that circles makes any lookup look good, so gains are also given without these.
+a draft costing one row. `--answers_by` is a Hugging Face model of the same tokenizer that answers in the student's place, where
+the student was not trained for the texts. "repeating" is the share of answers whose last 24 tokens hold the same 4-gram three
+times: a model that circles makes any lookup look good, so gains are also given without these.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from bitdistill.runtime.drafts import Drafts
 from measure import machine, table, write_json
 
 DRAFTS = (2, 3, 4, 6, 8)
-CONTEXT, PROMPT = 400, 384
+CONTEXT = 400
 
 
 def walk(prompt: list[int], answer: list[int], k: int) -> Counter:
@@ -71,6 +72,22 @@ def greedy(runtime: Runtime, prompt: list[int], count: int) -> list[int]:
     return answer
 
 
+def greedy_by(folder: str):
+    """`greedy` of a Hugging Face model: (prompt, count) -> answer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def answer(prompt: list[int], count: int) -> list[int]:
+        with torch.inference_mode():
+            ids = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0)
+        return ids[0, len(prompt) :].tolist()
+
+    return answer
+
+
 def main() -> int:
     """Measures, prints, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -79,6 +96,10 @@ def main() -> int:
     parser.add_argument("--field", default="article", help="of a row")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--length", type=int, default=384, help="tokens of a text, at most")
+    parser.add_argument(
+        "--answers_by", metavar="FOLDER", help="a Hugging Face model that answers in the student's place"
+    )
     parser.add_argument("--suffix", default="", help="what is asked behind a text")
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
@@ -88,12 +109,13 @@ def main() -> int:
     ]
     runtime = Runtime(given.file, threads=1)
     cost, answers = costs(runtime, 15), []
+    answered = greedy_by(given.answers_by) if given.answers_by else lambda prompt, count: greedy(runtime, prompt, count)
     suffix = runtime.tokenizer.encode(given.suffix, add_special_tokens=False).ids
     for text in texts:
-        prompt = runtime.tokenizer.encode(text).ids[:PROMPT]
-        if len(prompt) >= PROMPT // 2 and len(answers) < given.prompts:
+        prompt = runtime.tokenizer.encode(text).ids[: given.length]
+        if len(prompt) >= given.length // 2 and len(answers) < given.prompts:
             prompt += suffix
-            answers.append((prompt, greedy(runtime, prompt, given.tokens)))
+            answers.append((prompt, answered(prompt, given.tokens)))
     straight = [pair for pair in answers if not circles(pair[1])]
     print(f"{len(answers)} answers of {statistics.mean(len(a) for _, a in answers):.0f} tokens; "
           f"{len(answers) - len(straight)} of them repeating")  # fmt: skip
