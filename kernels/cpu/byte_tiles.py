@@ -77,7 +77,7 @@ def _py_tile(left, left_row, left_step, count, right, gap, depth, starts, out, o
     return 0
 
 
-def _number(value):
+def _word(value):
     return ir.Constant(_I64, value)
 
 
@@ -93,9 +93,9 @@ def _loop(builder, count, values, body):
     builder.branch(loop)
     builder.position_at_end(loop)
     turn, *carried = (builder.phi(value.type) for value in [_I64(0), *values])
-    results = [builder.add(turn, _number(1)), *body(turn, carried)]
+    results = [builder.add(turn, _word(1)), *body(turn, carried)]
     builder.cbranch(builder.icmp_signed("<", results[0], count), loop, after)
-    for value, first, later in zip([turn, *carried], [_number(0), *values], results, strict=True):
+    for value, first, later in zip([turn, *carried], [_word(0), *values], results, strict=True):
         value.add_incoming(first, before)
         value.add_incoming(later, builder.block)
     builder.position_at_end(after)
@@ -104,31 +104,31 @@ def _loop(builder, count, values, body):
 
 def _tile(builder, by_pairs, left, left_row, left_step, count, right, gap, depth, starts, out, out_row):
     """The loop over tiles, which carries all sums, and in it one over their quads."""
-    last, rows, places, first = builder.sub(count, _number(1)), [], [], []
-    line = builder.select(builder.icmp_signed("==", gap, _number(0)), _number(0), _number(_LINE))
-    lines = [_number(0), line][:GROUPS]
+    last, rows, places, first = builder.sub(count, _word(1)), [], [], []
+    line = builder.select(builder.icmp_signed("==", gap, _word(0)), _word(0), _word(_LINE))
+    lines = [_word(0), line][:GROUPS]
     for m in range(ROWS):
-        n = builder.select(builder.icmp_signed("<", _number(m), count), _number(m), last)
+        n = builder.select(builder.icmp_signed("<", _word(m), count), _word(m), last)
         rows.append(builder.add(left, builder.mul(n, left_row)))
-        start = _load(builder, builder.add(starts, builder.mul(n, _number(4))), _I32)
+        start = _load(builder, builder.add(starts, builder.mul(n, _word(4))), _I32)
         for group in range(GROUPS):
             places.append(builder.add(builder.add(out, builder.mul(n, out_row)), lines[group]))
             first.append(repeat_lanes(builder, start, _INTS))
 
     def add_tile(tile, sums):
-        skip, at = builder.mul(tile, left_step), builder.add(right, builder.mul(tile, _number(_TILE_BYTES)))
+        skip, at = builder.mul(tile, left_step), builder.add(right, builder.mul(tile, _word(_TILE_BYTES)))
 
         def add_quads(turn, results):
             results = list(results)
-            line = builder.add(at, builder.mul(turn, _number(_LINE * QUADS)))
-            quads = builder.add(skip, builder.mul(turn, _number(4 * QUADS)))
+            line = builder.add(at, builder.mul(turn, _word(_LINE * QUADS)))
+            quads = builder.add(skip, builder.mul(turn, _word(4 * QUADS)))
             for quad in range(QUADS):
                 codes = [
-                    _load(builder, builder.add(end, _number(_LINE * quad)), _BYTES)
+                    _load(builder, builder.add(end, _word(_LINE * quad)), _BYTES)
                     for end in [line, builder.add(line, gap)][:GROUPS]
                 ]
                 for m, row in enumerate(rows):
-                    four = _load(builder, builder.add(builder.add(row, quads), _number(4 * quad)), _I32)
+                    four = _load(builder, builder.add(builder.add(row, quads), _word(4 * quad)), _I32)
                     acts = builder.bitcast(repeat_lanes(builder, four, _INTS), _BYTES)
                     for group in range(GROUPS):
                         place = GROUPS * m + group
@@ -139,14 +139,14 @@ def _tile(builder, by_pairs, left, left_row, left_step, count, right, gap, depth
             return results
 
         begin = [ir.Constant(_WORDS, [0] * 32)] * len(sums) if by_pairs else sums
-        results = _loop(builder, _number(_TILE_QUADS // QUADS), begin, add_quads)
+        results = _loop(builder, _word(_TILE_QUADS // QUADS), begin, add_quads)
         if not by_pairs:
             return results
         return [builder.add(value, widen_words(builder, words)) for value, words in zip(sums, results, strict=True)]
 
     for place, value in zip(places, _loop(builder, depth, first, add_tile), strict=True):
         builder.store(value, builder.inttoptr(place, ir.PointerType(_INTS)), align=1)
-    return _number(0)
+    return _word(0)
 
 
 _SIGNATURE = types.int64(*[types.int64] * 10)
