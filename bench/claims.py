@@ -190,17 +190,21 @@ def gpu_rows() -> list[dict]:
     return rows
 
 
-def cpu_training_rows(path: Path = ROOT / "bench" / "results" / "cpu" / "training_avx512.json") -> list[dict]:
-    """From the committed run of bench/cpu_training.py; without one: not measured."""
-    found = json.loads(path.read_text())["targets"] if path.is_file() else []
-    measured = {(one["isa"], one["what"]): one["ratio"] for one in found}
+def cpu_training_rows(folder: Path = ROOT / "bench" / "results" / "cpu") -> list[dict]:
+    """From the committed runs of bench/cpu_training.py, training_*.json; what no run has: not measured."""
+    measured = {}
+    for path in sorted(folder.glob("training_*.json")):
+        for one in json.loads(path.read_text())["targets"]:
+            for isa, ratio in ((one["isa"], one["ratio"]), (NATIVE, one["native"])):
+                if ratio is not None:
+                    measured[isa, one["what"]] = ratio
     rows = []
     for isa, what, _, _, _, target in cpu_training.TARGETS:
-        value = measured.get((isa, what))
-        claim = f"CPU training ({isa}): {what}"
-        rows.append(
-            row(claim, "aim", "bench/cpu_training.py", target, value, "one run", why="no run on such a CPU yet")
-        )
+        for where in (isa, NATIVE) if isa == VNNI else (isa,):
+            claim = f"CPU training ({'the processor as it is' if where == NATIVE else where}): {what}"
+            value = measured.get((where, what))
+            why = "no run on such a CPU yet"
+            rows.append(row(claim, "aim", "bench/cpu_training.py", target, value, "one run", why=why))
     return rows
 
 

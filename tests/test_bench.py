@@ -396,12 +396,24 @@ def test_targets_of_cpu_training():
 
 
 def test_claims_of_cpu_training(tmp_path):
-    first = cpu_training.TARGETS[0]
-    written = {"targets": [{"isa": first[0], "what": first[1], "ratio": first[-1] - 0.5, "target": first[-1]}]}
-    (tmp_path / "training.json").write_text(json.dumps(written))
-    rows = claims.cpu_training_rows(tmp_path / "training.json")
-    assert [one["holds"] for one in rows] == ["does not hold", *["not measured"] * (len(cpu_training.TARGETS) - 1)]
-    assert {one["holds"] for one in claims.cpu_training_rows(tmp_path / "absent")} == {"not measured"}
+    isa, what, *_, target = cpu_training.TARGETS[0]
+    for name, ratio, native in (
+        ("training_a", target - 0.5, None),
+        ("training_b", None, target + 1),
+        ("other", 99, 99),
+    ):
+        written = {"targets": [{"isa": isa, "what": what, "ratio": ratio, "native": native}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(written))
+    masked, native, *rest = claims.cpu_training_rows(tmp_path)
+    assert (masked["holds"], native["holds"]) == ("does not hold", "holds")
+    assert native["claim"] == f"CPU training (the processor as it is): {what}"
+    both = sum(one[0] == cpu_training.VNNI for one in cpu_training.TARGETS)
+    assert len(rest) == len(cpu_training.TARGETS) + both - 2
+    assert (
+        {one["holds"] for one in rest}
+        == {"not measured"}
+        == {one["holds"] for one in claims.cpu_training_rows(tmp_path / "absent")}
+    )
 
 
 def test_slurm_submits_the_script_of_the_page():
