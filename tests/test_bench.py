@@ -74,12 +74,23 @@ def test_shapes_are_those_of_the_models():
         assert (shape.linear_weights(), shape.vocabulary * shape.hidden) == (linears, embedding)
 
 
-def test_ratio_of_two_pieces_of_work():
-    def spin(count):
-        return lambda: sum(range(count))
+def test_ratio_of_two_pieces_of_work(monkeypatch):
+    """By a clock that only the work itself moves on."""
+    now, calls = [0.0], []
 
-    assert side_by_side.ratio(spin(20_000), spin(200_000), rounds=5) > 3
-    assert side_by_side.ratio(spin(200_000), spin(20_000), rounds=5) < 0.33
+    def work(seconds):
+        def run():
+            calls.append(seconds)
+            now[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(side_by_side.time, "perf_counter", lambda: now[0])
+    assert side_by_side.ratio(work(0.02), work(0.2), rounds=5) == pytest.approx(10)
+    assert side_by_side.ratio(work(0.2), work(0.02), rounds=5) == pytest.approx(0.1)
+    calls.clear()
+    assert side_by_side.ratio(work(0.002), work(0.002), rounds=3) == pytest.approx(1)
+    assert len(calls) == 2 * 2 + 3 * 2 * 10  # two calls to know how many of each fill 0.02 s
 
 
 def test_a_quick_ratio_runs_each_once(monkeypatch):
