@@ -349,7 +349,7 @@ class LlamaBench:
         """
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            words = (done.stderr.strip().splitlines() or ["no words"])[-1]
+            words = (done.stderr.strip().splitlines() or ["no words"])[-1].replace(f"{Path(command[0]).parent}/", "")
             raise Skipped(f"{self.name}, {self.weights}: ended with status {done.returncode}: {words}")
         return done.stdout + done.stderr if with_log else done.stdout
 

@@ -91,6 +91,8 @@ def load_study(path: Path, data: str | None) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML; got {error}. Correct its syntax.") from None
     known = {"name", "about", "run", "seeds", "cells", "grid", "references", "perplexity", "x", "goal"}
+    if isinstance(study, dict) and "about" in study:
+        study["about"] = yaml.safe_load(path.read_text())["about"]  # a reader's $DATA is another folder
     if not isinstance(study, dict) or set(study) - known or not {"name", "run", "seeds"} <= set(study):
         raise ValueError(f"{path}: expected name, run, seeds and others of {sorted(known)}; got {study!r:.200}.")
     names, values = list(study.get("grid") or {}), list((study.get("grid") or {}).values())

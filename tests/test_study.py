@@ -168,12 +168,13 @@ def test_bad_studies(tmp_path, text, match):
 
 
 def test_the_same_data_elsewhere_is_the_same_study(tmp_path):
-    text = "{name: s, run: {model: $DATA/m}, seeds: [0], cells: {a: {}}}"
+    text = "{name: s, about: from $DATA/m, run: {model: $DATA/m}, seeds: [0], cells: {a: {}}}"
     found = set()
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
         loaded = study.load_study(write(tmp_path, text), str(tmp_path / name))
         found.add(study.identity(study.jobs_of(loaded, tmp_path)[0], str(tmp_path / name)))
+        assert loaded["about"] == "from $DATA/m"  # results name nobody's folder
     assert len(found) == 1
 
 
