@@ -9,12 +9,11 @@ and of every sequence of the batch, whose caches hold CONTEXT tokens.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import workers
 from measure import cores, machine, table, write_json
 from random_models import SHAPES, write_packed_model
 
@@ -65,12 +64,14 @@ def main() -> int:
             path = str(Path(folder, "model.safetensors"))
             write_packed_model(path, SHAPES[given.shape], given.packing, given.embedding)
         for threads in given.threads:
-            workers = {name: start(path, threads, name) for name in given.features}
+            asked = {
+                name: workers.start(__file__, [path, threads], BITDISTILL_CPU_FEATURES=name) for name in given.features
+            }
             for label, size in CALLS.items():
                 best = {}
                 for _ in range(given.rounds + 1):  # the first one compiles
-                    for name, worker in workers.items():
-                        parts = ask(worker, size)
+                    for name, worker in asked.items():
+                        parts = workers.ask(worker, size)
                         if name not in best or sum(parts.values()) < sum(best[name].values()):
                             best[name] = parts
                 for name, parts in best.items():
@@ -82,36 +83,15 @@ def main() -> int:
                         [label, str(threads), name, f"{1e3 * total:.1f}", f"{abs(size) / total:,.0f}"]
                         + [f"{1e3 * parts[part]:.1f}" for part in PARTS]
                     )
-            for worker in workers.values():
-                worker.stdin.close()
-                worker.wait()
+            for worker in asked.values():
+                workers.end(worker)
     print(table(cells, "<><" + ">" * (len(cells[0]) - 3)))
     if given.json:
         write_json(given.json, {"machine": machine(), "results": results})
     return 0
 
 
-def start(path: str, threads: int, features: str) -> subprocess.Popen:
-    """A worker, ready."""
-    worker = subprocess.Popen(
-        [sys.executable, __file__, "serve", path, str(threads)],
-        env=os.environ | {"BITDISTILL_CPU_FEATURES": features},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert worker.stdout.readline() == "ready\n"
-    return worker
-
-
-def ask(worker: subprocess.Popen, size: int) -> dict[str, float]:
-    """Seconds by part of one call."""
-    worker.stdin.write(f"{size}\n")
-    worker.stdin.flush()
-    return json.loads(worker.stdout.readline())
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
-        sys.exit(serve(sys.argv[2], int(sys.argv[3])))
+        sys.exit(serve(*json.loads(sys.argv[2])))
     sys.exit(main())

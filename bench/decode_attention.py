@@ -9,13 +9,12 @@ ask all of them in turn. `--base` is another checkout of this project, whose cod
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import workers
 from measure import cores, machine, table, write_json
 from random_models import Shape, write_packed_model
 from regressions import importable
@@ -44,17 +43,6 @@ def serve(folder: str, kv_heads: list[int], contexts: list[int], threads: list[i
         print(json.dumps(min(steps, key=lambda parts: sum(parts.values()))), flush=True)
 
 
-def start(path: str | None, arguments: list) -> subprocess.Popen:
-    """A worker on the code in a folder, or on the installed one; ready."""
-    environment = os.environ | ({} if path is None else {"PYTHONPATH": path})
-    worker = subprocess.Popen(
-        [sys.executable, __file__, "serve", json.dumps(arguments)],
-        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert worker.stdout.readline() == "ready\n"
-    return worker
-
-
 def main() -> int:
     """Measures, prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -69,23 +57,21 @@ def main() -> int:
         for kv in given.kv_heads:
             write_packed_model(Path(folder, f"{kv}.safetensors"), shape(kv), "2bit", "int8")
         arguments = [folder, given.kv_heads, given.contexts, given.threads]
-        workers = {"this": start(None, arguments)}
+        asked = {"this": workers.start(__file__, arguments)}
         if given.base is not None:
-            workers["base"] = start(str(importable(given.base, Path(folder, "base"))), arguments)
+            path = str(importable(given.base, Path(folder, "base")))
+            asked["base"] = workers.start(__file__, arguments, PYTHONPATH=path)
         found = {}
         for turn in range(given.rounds + 1):
             for kv in given.kv_heads:
                 for context in given.contexts:
                     for threads in given.threads:
-                        for name, worker in workers.items():
-                            worker.stdin.write(json.dumps([kv, context, threads]) + "\n")
-                            worker.stdin.flush()
-                            parts = json.loads(worker.stdout.readline())
+                        for name, worker in asked.items():
+                            parts = workers.ask(worker, [kv, context, threads])
                             if turn:  # the first one warms up
                                 found.setdefault((kv, context, threads, name), []).append(parts)
-        for worker in workers.values():
-            worker.stdin.close()
-            worker.wait()
+        for worker in asked.values():
+            workers.end(worker)
     results, cells = [], [["kv heads", "context", "threads", "code", "ms", "attention", "waiting"]]
     for (kv, context, threads, name), rounds in found.items():
         totals = [1e3 * sum(parts.values()) for parts in rounds]

@@ -12,14 +12,13 @@ rounds. Accumulators are checked against numpy before anything is timed.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
+import workers
 from measure import machine, table, write_json
 from random_models import SHAPES
 from regressions import importable
@@ -56,16 +55,10 @@ def serve(shapes: list[list[int]], tokens: list[int]) -> None:
         print(json.dumps(found), flush=True)
 
 
-def start(features: str, path: str | None, arguments: list) -> subprocess.Popen:
-    """A worker with an instruction set, on the code in a folder or on the installed one; ready."""
-    environment = os.environ | ({} if features == "native" else {"BITDISTILL_CPU_FEATURES": features})
-    environment |= {} if path is None else {"PYTHONPATH": path}
-    worker = subprocess.Popen(
-        [sys.executable, __file__, "serve", json.dumps(arguments)],
-        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert worker.stdout.readline() == "ready\n"
-    return worker
+def environment(features: str, path: str | None = None) -> dict[str, str]:
+    """Variables of a worker with an instruction set, on the code in a folder or on the installed one."""
+    chosen = {} if features == "native" else {"BITDISTILL_CPU_FEATURES": features}
+    return chosen if path is None else chosen | {"PYTHONPATH": path}
 
 
 def main() -> int:
@@ -80,25 +73,24 @@ def main() -> int:
     given = parser.parse_args()
     shapes = Counter(SHAPES[given.shape].linears().values())
     arguments = [list(map(list, shapes)), given.tokens]
-    workers = {name: start(name, None, arguments) for name in given.features}
+    asked = {name: workers.start(__file__, arguments, **environment(name)) for name in given.features}
     folder = tempfile.TemporaryDirectory()
     if given.base is not None:
         path = str(importable(given.base, Path(folder.name)))
-        workers |= {f"{name}, base": start(name, path, arguments) for name in given.features}
+        asked |= {
+            f"{name}, base": workers.start(__file__, arguments, **environment(name, path)) for name in given.features
+        }
     best: dict[tuple, float] = {}
     for _ in range(given.rounds):
-        for name, worker in workers.items():
-            worker.stdin.write("\n")
-            worker.stdin.flush()
-            for packing, count, rows, columns, seconds in json.loads(worker.stdout.readline()):
+        for name, worker in asked.items():
+            for packing, count, rows, columns, seconds in workers.ask(worker, "again"):
                 at = (name, packing, count, rows, columns)
                 best[at] = min(seconds, best.get(at, seconds))
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+    for worker in asked.values():
+        workers.end(worker)
     folder.cleanup()
     cells = [["instructions", "packing", "", *map(str, given.tokens)]]
-    for name in sorted(workers, key=lambda name: given.features.index(name.removesuffix(", base"))):
+    for name in sorted(asked, key=lambda name: given.features.index(name.removesuffix(", base"))):
         for packing in PACKINGS:
             seconds = {count: sum(times * best[name, packing, count, rows, columns]
                                   for (rows, columns), times in shapes.items()) for count in given.tokens}  # fmt: skip

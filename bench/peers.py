@@ -281,7 +281,8 @@ class LlamaBench:
     pids = ()
 
     def __init__(self, name: str, weights: str, binary: str, path: Path, threads: int):
-        self.name, self.weights, self.binary, self.path, self.threads = name, weights, binary, path, threads
+        self.name, self.weights, self.threads = name, weights, threads
+        self.binary, self.path = str(Path(shutil.which(binary) or binary).absolute()), path.absolute()
         self.file_bytes, self.version = path.stat().st_size, None
         usage = subprocess.run([binary, "--help"], capture_output=True, text=True, check=False).stdout
         self.deep = "--n-depth" in usage
@@ -347,7 +348,8 @@ class LlamaBench:
         Raises:
             Skipped: it failed, with its last words.
         """
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # Some write a llama.log where they are: beside the model, not into the user's folder.
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.path.parent)
         if done.returncode:
             words = (done.stderr.strip().splitlines() or ["no words"])[-1].replace(f"{Path(command[0]).parent}/", "")
             raise Skipped(f"{self.name}, {self.weights}: ended with status {done.returncode}: {words}")

@@ -234,8 +234,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 ends = np.array([point[1]["interval"] for point in points]).T
                 axes.plot(x, mean, "o-", ms=4, lw=1.6, color=color, label=name)
                 axes.fill_between(x, *ends, color=color, alpha=0.15, lw=0)
-            for (name, (factor, exponent, end)), color in zip(reach(result, rows).items(), COLORS, strict=False):
-                base = next(row["mean"] for row in rows if row["cell"] == result["references"][0])
+            reached = reach(result, rows)
+            for (name, (factor, exponent, end)), color in zip(reached.items(), COLORS, strict=False):
+                base = _first_reference(result, rows)
                 x = np.geomspace(min(point[0] for point in lines[name]), end)
                 axes.plot(x, base + factor * x**exponent, ":", lw=1.2, color=color, label="if it went on like this")
                 axes.plot(end, base + result["goal"], "x", ms=7, color=color)
@@ -244,7 +245,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             ):
                 axes.axhline(row["mean"], color=color, lw=1, ls="--", label=row["cell"])
             ticks = {point[0] for points in lines.values() for point in points}
-            ticks = sorted(ticks | {end for _, _, end in reach(result, rows).values()})
+            ticks = sorted(ticks | {end for _, _, end in reached.values()})
             axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
@@ -282,6 +283,10 @@ def curves(result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, list
     return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items()}
 
 
+def _first_reference(result: dict[str, Any], rows: list[dict[str, Any]]) -> float:
+    return next(row["mean"] for row in rows if row["cell"] == result["references"][0])
+
+
 def reach(result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
     """How far each curve of losses would have to go until it is `goal` above the first reference, if it went on as it does.
 
@@ -291,7 +296,7 @@ def reach(result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, tuple
     """
     if "goal" not in result:
         return {}
-    base = next(row["mean"] for row in rows if row["cell"] == result["references"][0])
+    base = _first_reference(result, rows)
     found = {}
     for name, points in curves(result, rows).items():
         x, loss = np.array([(x, row["mean"]) for x, row in points]).T

@@ -191,10 +191,8 @@ class StageTrainer(Trainer):
         # Of each loss term, and of all of them together, since the last line was logged.
         self._sums: dict[str, float] = {}
         self._steps_summed, self._tokens_summed, self._since = 0, 0, time.perf_counter()
-        self._started, self._earlier_seconds = (
-            0.0,
-            0.0,
-        )  # of `fit`, and of those that led to the checkpoint it went on from
+        # When `fit` began, and how long the earlier ones took that led to the checkpoint it went on from.
+        self._started, self._earlier_seconds = time.perf_counter(), 0.0
         self.stop_wanted = False  # some rank was asked to end: after this step, on every rank
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -401,13 +399,13 @@ class StageTrainer(Trainer):
     @contextlib.contextmanager
     def _fused(self) -> Iterator[None]:
         """Inside, what stands between the model's products on a CPU runs by the compiled kernels."""
-        if self.args.device.type == "cpu":
-            fuse_norms(self.model)
-            fuse_rotary(self.model)
-            fuse_attention()
-            if self.zero is None:
-                fuse_lookup(self.model)
         try:
+            if self.args.device.type == "cpu":
+                fuse_norms(self.model)
+                fuse_rotary(self.model)
+                fuse_attention()
+                if self.zero is None:
+                    fuse_lookup(self.model)
             yield
         finally:
             unfuse_norms(self.model)

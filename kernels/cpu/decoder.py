@@ -292,6 +292,9 @@ class Decoder:
     def _make_room(self, rows: int, cache: KVCache) -> None:
         """Memory for attention that is divided into spans: as many parts as a call of so many rows can need of this cache."""
         self._arrived[:] = 0  # a call that failed may have left something
+        if (rows, cache.padded_capacity) == self._room_for:
+            return
+        self._room_for = rows, cache.padded_capacity
         model, compiled = self.model, self._compiled
         spans = -(-cache.padded_capacity // compiled.SPAN)
         group = model.num_attention_heads // model.num_key_value_heads
@@ -519,7 +522,7 @@ class Decoder:
         scratch["rows"], scratch["record_bytes"] = rows, record
         start = scratch["arrived"] - memory.ctypes.data
         self._arrived = memory[start : start + 8 * records.SPREAD * self.threads].view(np.int64)
-        self._parts = np.zeros(0, np.float32)  # grows with the cache
+        self._parts, self._room_for = np.zeros(0, np.float32), (0, 0)  # grows with the cache
 
 
 def _aligned(size: int, to: int = ALIGNMENT) -> int:

@@ -46,8 +46,7 @@ DIGITS = 3  # planes of int8 codes that are as good as a float32
 
 def exact_gradients(dy, codes, act_scale, ternary, needs_x, needs_weight):
     """(dX, dW) in dY's dtype: float products, or int8 products of all digits of a float32 dY where these are faster."""
-    if dy.dtype not in COMPILED or not has_bf16_products():
-        dy = dy.float()
+    dy = _factor(dy)
     planes = DIGITS if dy.dtype == torch.float32 else 0
     return _gradients(dy, codes, act_scale, ternary, needs_x, needs_weight, planes)
 
@@ -76,9 +75,14 @@ def _way(of_x, planes, dy, act_scale, ternary):
     tiles, exact = has_tiles(ternary.weight_codes.shape), dense_products_are_exact()
     if (tiles or exact) and planes > 1 and not digits_are_fastest():
         return "floats"
-    if tiles and (tiles_are_fastest() or not exact):
+    if _tiles_multiply(ternary):
         return "tiles"
     return "rows" if exact or (of_x and planes == 1) else "floats"
+
+
+def _tiles_multiply(ternary):
+    """Whether int8 products are ones in tiles: where they are possible, and fastest or alone exact."""
+    return has_tiles(ternary.weight_codes.shape) and (tiles_are_fastest() or not dense_products_are_exact())
 
 
 @functools.cache
@@ -94,9 +98,13 @@ def digits_are_fastest() -> bool:
     return fastest(f"exact gradients {N}x{I}x{O}", ways) == "digits"
 
 
+def _factor(dy):
+    """dY as a float product takes it: in bf16 only where such products are fast."""
+    return dy if dy.dtype in COMPILED and has_bf16_products() else dy.float()
+
+
 def _by_floats(dy, codes, act_scale, ternary, needs_x, needs_weight, _planes):
-    if dy.dtype not in COMPILED or not has_bf16_products():
-        dy = dy.float()
+    dy = _factor(dy)
     return _float_dx(dy, ternary) if needs_x else None, _float_dw(dy, codes, act_scale) if needs_weight else None
 
 
@@ -146,7 +154,7 @@ def digit_gradients(
 def _in_parts(dy, codes, act_scale, ternary, needs_x, needs_weight, planes, tiled=None):
     """(dX, dW) fp32 from int8 codes of dY, of as many tokens at a time as an int32 can sum."""
     if tiled is None:
-        tiled = has_tiles(ternary.weight_codes.shape) and (tiles_are_fastest() or not dense_products_are_exact())
+        tiled = _tiles_multiply(ternary)
     gradients = _in_tiles if tiled and len(dy) else _in_rows
     rest = (ternary, needs_x, needs_weight, planes)
     if len(dy) <= TOKENS_OF_A_SUM:
