@@ -200,6 +200,35 @@ def check_tiles(tokens, steps, signed, extreme=None):
 
 
 @jit
+def _tiles_of_halves(tokens, acts, stride, codes, more, sums):
+    """Four tiles of sums, one after the other."""
+    tiles.configure_halves(tokens)
+    tiles.multiply_halves(acts, stride, codes, more)
+    tiles.store_sums_0(sums, 64)
+    tiles.store_sums_1(sums + 1024, 64)
+    tiles.store_sums_2(sums + 2048, 64)
+    tiles.store_sums_3(sums + 3072, 64)
+    tiles.release()
+
+
+def check_halves(tokens, count, extreme=None):
+    """Sums of `count` times 32 columns, each by itself; the last one stands for those that are not there."""
+    rng = np.random.default_rng(8 * tokens + count)
+    acts = rng.integers(-127, 128, (tokens, 32 * count), dtype=np.int8)
+    codes = rng.integers(0, 256, (16, 32 * count), dtype=np.uint8)
+    if extreme is not None:
+        acts[:], codes[:] = extreme, 255
+    blocks = odd(np.ascontiguousarray(codes.reshape(16, 8 * count, 4).transpose(1, 0, 2)).reshape(-1))
+    rows, sums = odd(acts), np.full((4, 16, 16), 7, np.int32)
+    _tiles_of_halves(tokens, rows.ctypes.data, rows.strides[0], blocks.ctypes.data, count - 1, sums.ctypes.data)
+    for half in range(4):
+        at = slice(32 * min(half, count - 1), 32 * min(half, count - 1) + 32)
+        expected = acts[:, at].astype(np.int64) @ codes[:, at].T.astype(np.int64)
+        np.testing.assert_array_equal(sums[half, :tokens], expected)
+    assert (sums[:, tokens:] == 7).all()
+
+
+@jit
 def _tiles_of_keys(queries, parts, part_bytes, stride, keys, more_keys, steps, sums):
     """Four tiles of sums, one after the other."""
     tiles.configure(queries)
@@ -330,7 +359,8 @@ def check_planes(x):
         records = np.full((2, size), 77, np.uint8)
         row = odd(x[n])
         activations.quantize_planes(row.ctypes.data, columns, records.ctypes.data, size)
-        for record, codes in zip(records, expected[:2], strict=True):
+        whole = 255 * expected[0][n] + expected[1][n]
+        for record, codes, summed in zip(records, expected[:2], (whole, expected[1][n]), strict=True):
             np.testing.assert_array_equal(record[64 : 64 + columns].view(np.int8), codes[n])
             assert np.abs(codes[n]).max() <= 127
             assert record[:4].view(np.float32)[0] == expected[2][n, 0]
@@ -338,7 +368,7 @@ def check_planes(x):
             assert not record[48:64].any()
             assert not record[64 + columns : activations.group_sums_offset(columns)].any()
             sums = record[activations.group_sums_offset(columns) :].view(np.int32)[: -(-columns // 32)]
-            np.testing.assert_array_equal(sums, np.add.reduceat(codes[n], range(0, columns, 32)))
+            np.testing.assert_array_equal(sums, np.add.reduceat(summed, range(0, columns, 32)))
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -471,6 +501,7 @@ def run():
         for queries in (1, 16):
             check_bf16_tiles(queries, 2, whole=True)
         check_bf16_pairs(19, 3)
+        check_halves(9, 3)
     check_planes(np.random.default_rng(2).standard_normal((2, 49)).astype(np.float32))
     check_products([(1, 1, 1), (33, 37, 5), (17, 1090, 1), (16, 260, 11), (50, 300, 18)])
     check_extremes(1290, 1)
@@ -482,6 +513,7 @@ def run():
         check_grouped(rng.integers(-1, 2, shape, dtype=np.int8), acts, columns)
         check_grouped_extremes(columns)
     check_table("int8", 50, 128, 3)
+    check_table("int4", 35, 160, 9)
     for format in tables.MATRIX_FORMATS:
         check_table(format, 33, 64, 2)
         check_table(format, 5, 96, 1)
@@ -501,6 +533,7 @@ KERNELS = (
     (matmul._tile_4, 6),
     (tables._multiply_int8, 5),
     (tables._multiply_int4, 6),
+    (tables._multiply_int4_pair, 6),
 )
 
 
@@ -532,7 +565,7 @@ def assembly():
         JITCodeLibrary._finalize_specific = lambda library: None
         CPUContext.get_executable = lambda context, library, *rest: library._ensure_finalized() or [].append
     found = {}
-    for kernel, arguments in (*KERNELS, *([(_tiles_2x2, 8), (_tiles_bf16, 7)] if tiles.TILES else [])):
+    for kernel, arguments in (*KERNELS, *([(_tiles_2x2, 8), (_tiles_bf16, 7), (_tiles_of_halves, 6)] if tiles.TILES else [])):
         kernel.compile((int64,) * arguments)
         signature = kernel.signatures[0]
         text = for_arm(kernel.inspect_llvm(signature)) if foreign else kernel.inspect_asm(signature)

@@ -64,8 +64,13 @@ VNNI_512 = {
     "_tile_4_of_4": {"vpdpbusd zmm": 16},
     "_multiply_int8": {"vpdpbusd zmm": 4},
     "_multiply_int4": {"vpdpbusd zmm": 16},
+    "_multiply_int4_pair": {"vpdpbusd zmm": 32},
 }
-TILES = {"_tiles_2x2": {"tdpbsud": 4, "tdpbssd": 4, "tileloadd": 12, "ldtilecfg": 1}, "_tiles_bf16": {"tdpbf16ps": 4}}
+TILES = {
+    "_tiles_2x2": {"tdpbsud": 4, "tdpbssd": 4, "tileloadd": 12, "ldtilecfg": 1},
+    "_tiles_bf16": {"tdpbf16ps": 4},
+    "_tiles_of_halves": {"tdpbsud": 4, "tileloadd": 8},
+}
 EXPECTED = {
     "amx": ("sapphirerapids", AVX512 + ",+avx512vbmi,+amx-tile,+amx-int8,+amx-bf16", VNNI_512 | TILES),
     "avx512_vbmi": ("sapphirerapids", AVX512 + ",+avx512vbmi", VNNI_512),
@@ -79,6 +84,7 @@ EXPECTED = {
             "_tile_4": {"vpdpbusd ymm": 8},
             "_multiply_int8": {"vpdpbusd ymm": 8},
             "_multiply_int4": {"vpdpbusd ymm": 32},
+            "_multiply_int4_pair": {"vpdpbusd ymm": 64},
         },
     ),
     "avx2": (
@@ -90,6 +96,7 @@ EXPECTED = {
             "_tile_4": {"vpmaddubsw ymm": 8},
             "_multiply_int8": {"vpmaddubsw ymm": 8, "vpmaddwd ymm": 8},
             "_multiply_int4": {"vpmaddubsw ymm": 32},
+            "_multiply_int4_pair": {"vpmaddubsw ymm": 64},
         },
     ),
     "neon_dot": (
@@ -101,6 +108,7 @@ EXPECTED = {
             "_tile_4": {"sdot v": 16},
             "_multiply_int8": {"sdot v": 16},
             "_multiply_int4": {"sdot v": 64},
+            "_multiply_int4_pair": {"sdot v": 128},
         },
     ),
 }

@@ -20,8 +20,18 @@ def test_int8_tables_in_tiles_and_what_is_left_of_them(rows, columns, tokens):
         cpu_checks.check_table("int8", rows, columns, tokens, extreme)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"), [(50, 32, 4), (33, 96, 5), (16, 128, 8), (20, 160, 9), (35, 256, 33), (48, 288, 67)]
+)
+def test_int4_tables_of_several_tokens(rows, columns, tokens):
+    """Column groups that are no multiple of four, broken passes of two and of eight tokens, more than one pass of 32."""
+    cpu_checks.check_table("int4", rows, columns, tokens)
+    for extreme in (0, 1):
+        cpu_checks.check_table("int4", rows, columns, tokens, extreme)
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(tables.MATRIX_FORMATS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 6))
+@given(st.sampled_from(tables.MATRIX_FORMATS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 20))
 def test_any_shape(format, rows, columns, tokens):
     columns = 32 * (columns % 5 + 1) if format == "int4" else columns
     cpu_checks.check_table(format, rows, columns, tokens)

@@ -21,6 +21,14 @@ def test_bf16_of_two_tiles_by_two(tokens):
     cpu_checks.check_bf16_pairs(tokens, 3)
 
 
+@pytest.mark.parametrize("tokens", range(1, 17))
+def test_products_of_half_a_tile(tokens):
+    for count in (1, 2, 3, 4):
+        cpu_checks.check_halves(tokens, count)
+    for extreme in (-127, 127):
+        cpu_checks.check_halves(tokens, 4, extreme)
+
+
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("tokens", [16, 32])
 def test_largest_sums_of_many_columns(tokens, signed):

@@ -4,7 +4,7 @@
     offset 4            int32    sum of the codes: what weights stored as code + 1 add too much
     offset 48           16 zeros
     offset CODES = 64   int8     codes of the I columns, then zeros: at least 16 after a multiple of 4, and up to what follows
-    group_sums_offset   int32    sums of the codes of every group of columns (planes and groups only)
+    group_sums_offset   int32    sums of the codes of every group of columns (planes and groups only; of planes, see below)
     act_scales_offset   float32  act_scale of every 32 columns (blocks only)
 
 Why the zeros: a vector of packed weights may also hold blocks of the row groups before and after (packing.py), up to four
@@ -13,7 +13,7 @@ is N records, `record_bytes` apart or more.
 
 Integer tables (LM heads) need activations of more than 8 bits, because the model was not trained with quantized ones there.
 Two planes keep 16 bits: ``x ~ act_scale * (255 hi + lo)`` with hi and lo in -127..127, in one record each, so that a
-product with them is two exact integer products.
+product with them is two exact integer products. The group sums in the record of hi are those of 255 hi + lo.
 Addresses are int64. Shape suffixes: I in_features.
 """
 
@@ -187,6 +187,7 @@ def quantize_planes(x, in_features, records, stride):
     for group in range(high_sums.size):
         high_total += high_sums[group]
         low_total += low_sums[group]
+        high_sums[group] = PLANE_BASE * high_sums[group] + low_sums[group]
     int32s(records + 4, 1)[0] = high_total
     int32s(low_record + 4, 1)[0] = low_total
 

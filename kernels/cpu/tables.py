@@ -13,7 +13,8 @@ rest is fp32, with every operation rounded by itself and in this order:
                         with fused multiply-adds where the processor has them; then the sum of those by halves
 
 Where there is AMX, an int8 table is multiplied with several tokens by tile products, with AVX512 alone as a ternary one is; the
-integers are the same. (An int4 table is not: its sums stop every 32 columns, which takes as long with tiles as without.)
+integers are the same. An int4 table's sums stop every 32 columns, which half a tile has; without tiles, two tokens share what
+is unpacked.
 
 So the logit of a row depends only on the row and the token, and all but those of fp16 tables are the same on every
 processor.
@@ -43,11 +44,15 @@ from bitdistill.kernels.cpu.matmul import (
 from bitdistill.kernels.cpu.native import float16s, float32s, int32s, uint8s
 from bitdistill.kernels.cpu.records import MATRIX_FORMATS
 from bitdistill.kernels.cpu.tiles import (
+    HALF_BYTES,
+    TILE_BYTES,
     TILE_COLUMNS,
     TILE_ROWS,
     TILES,
     configure,
+    configure_halves,
     multiply_1x4_signed,
+    multiply_halves,
     release,
     store_sums_0,
     store_sums_1,
@@ -85,6 +90,8 @@ INT4_OFFSET = 8  # a stored value is code + 8
 _BASE = np.float32(PLANE_BASE)
 _TOKENS = 64  # at a time, of a table that `gemm` multiplies
 _TILED_TOKENS = 2  # from here on tile products are faster than `_multiply_int8`
+_TILED_INT4_FROM = 4  # and than `_int4_logits`
+_TILED_INT4_TOKENS = 32  # for which a row group of an int4 table is unpacked once
 _GEMM_TOKENS = 4  # and where there are none, the product of matmul.py
 
 
@@ -144,32 +151,80 @@ def _multiply_int8(weight, blocks, high, low, group):
 
 
 @jit
-def _multiply_int4(weight, scale, columns, high, low, group):
-    """sum over column groups of (255 hi + lo) * scale, 16 floats; high, low: addresses of records."""
-    groups = columns // SUM_COLUMNS
-    high_sums = int32s(high + group_sums_offset(columns), groups)
-    low_sums = int32s(low + group_sums_offset(columns), groups)
-    high_quads, low_quads = high + CODES, low + CODES
-    source = weight + 256 * groups * group
-    scales = scale + 32 * groups * group
-    fifteen, base = repeat_byte(15), repeat_int(PLANE_BASE)
-    result = splat(np.float32(0))
+def _int4_sums(high, low, even, odd, high_quads, low_quads):
+    """The sums of both planes, with the eight columns of one load of an int4 table added."""
+    high = dot(dot(high, even, repeat_quad(high_quads)), odd, repeat_quad(high_quads + 4))
+    low = dot(dot(low, even, repeat_quad(low_quads)), odd, repeat_quad(low_quads + 4))
+    return high, low
+
+
+@jit
+def _int4_result(result, high, low, sums, scales):
+    """Adds ``float(255 hi + lo) * scale`` of one column group; sums: address of the token's sum of ``255 hi + lo`` there."""
+    both = add_ints(mul_ints(high, repeat_int(PLANE_BASE)), low)
+    both = sub_ints(both, repeat_int(INT4_OFFSET * int32s(sums, 1)[0]))
+    return add(result, multiply(floats_of(both), scales))
+
+
+@jit
+def _multiply_int4(weight, scale, columns, high, stride, group):
+    """sum over column groups of (255 hi + lo) * scale, 16 floats; high: address of the record of hi, lo `stride` bytes after."""
+    groups, sums = columns // SUM_COLUMNS, high + group_sums_offset(columns)
+    quads = high + CODES
+    source, scales = weight + 256 * groups * group, scale + 32 * groups * group
+    fifteen, result = repeat_byte(15), splat(np.float32(0))
     for g in range(groups):
-        offset = INT4_OFFSET * (PLANE_BASE * high_sums[g] + low_sums[g])
         hi, lo = no_sums(), no_sums()
         for _ in range(4):
             prefetch(source + PREFETCH)
             q = load_bytes(source)
             even, odd = and_bytes(q, fifteen), and_bytes(shift_words(q, 4), fifteen)
-            hi = dot(dot(hi, even, repeat_quad(high_quads)), odd, repeat_quad(high_quads + 4))
-            lo = dot(dot(lo, even, repeat_quad(low_quads)), odd, repeat_quad(low_quads + 4))
-            source += 64
-            high_quads += 8
-            low_quads += 8
-        both = sub_ints(add_ints(mul_ints(widen(hi), base), widen(lo)), repeat_int(offset))
-        result = add(result, multiply(floats_of(both), load_halves(scales)))
+            hi, lo = _int4_sums(hi, lo, even, odd, quads, quads + stride)
+            source, quads = source + 64, quads + 8
+        result = _int4_result(result, widen(hi), widen(lo), sums + 4 * g, load_halves(scales))
         scales += 32
     return result
+
+
+@jit
+def _multiply_int4_pair(weight, scale, columns, high, stride, group):
+    """`_multiply_int4` of two tokens, whose four records follow each other: a row group is unpacked once for both."""
+    groups, sums, next_token = columns // SUM_COLUMNS, high + group_sums_offset(columns), 2 * stride
+    quads = high + CODES
+    source, scales = weight + 256 * groups * group, scale + 32 * groups * group
+    fifteen, result_a, result_b = repeat_byte(15), splat(np.float32(0)), splat(np.float32(0))
+    for g in range(groups):
+        hi_a, lo_a, hi_b, lo_b = no_sums(), no_sums(), no_sums(), no_sums()
+        for _ in range(4):
+            prefetch(source + PREFETCH)
+            q = load_bytes(source)
+            even, odd = and_bytes(q, fifteen), and_bytes(shift_words(q, 4), fifteen)
+            hi_a, lo_a = _int4_sums(hi_a, lo_a, even, odd, quads, quads + stride)
+            hi_b, lo_b = _int4_sums(hi_b, lo_b, even, odd, quads + next_token, quads + next_token + stride)
+            source, quads = source + 64, quads + 8
+        row_scales = load_halves(scales)
+        result_a = _int4_result(result_a, widen(hi_a), widen(lo_a), sums + 4 * g, row_scales)
+        result_b = _int4_result(result_b, widen(hi_b), widen(lo_b), sums + 4 * g + next_token, row_scales)
+        scales += 32
+    return result_a, result_b
+
+
+@jit
+def _int4_logits(weight, scale, rows, columns, records, stride, tokens, logits, logits_stride, first, last, scratch):
+    """`table_logits` of an int4 table, two tokens at a time."""
+    for group in range(first, last):
+        row = 16 * group
+        for n in range(0, tokens - 1, 2):
+            high = records + 2 * n * stride
+            a, b = _multiply_int4_pair(weight, scale, columns, high, stride, group)
+            out = logits + 4 * n * logits_stride
+            _write(row, rows, multiply(splat(float32s(high, 1)[0]), a), scratch, out)
+            _write(row, rows, multiply(splat(float32s(high + 2 * stride, 1)[0]), b), scratch, out + 4 * logits_stride)
+        if tokens % 2:
+            high = records + 2 * (tokens - 1) * stride
+            product = _multiply_int4(weight, scale, columns, high, stride, group)
+            out = logits + 4 * (tokens - 1) * logits_stride
+            _write(row, rows, multiply(splat(float32s(high, 1)[0]), product), scratch, out)
 
 
 @jit
@@ -262,6 +317,69 @@ def _tiled_int8_logits(
 
 
 @jit
+def _unpack_int4(source, columns, codes):
+    """`columns` columns of an int4 row group, a multiple of 8, as unsigned codes, a block of 64 bytes for each four columns."""
+    fifteen = repeat_byte(15)
+    for block in range(columns // 8):
+        prefetch(source + 64 * block + PREFETCH)
+        q = load_bytes(source + 64 * block)
+        store_bytes(codes + 128 * block, and_bytes(q, fifteen))
+        store_bytes(codes + 128 * block + 64, and_bytes(shift_words(q, 4), fifteen))
+
+
+@jit
+def _tiled_int4_logits(
+    weight, scale, rows, columns, records, stride, tokens, logits, logits_stride, first, last, scratch
+):
+    """`table_logits` of an int4 table by products of half a tile, which is a column group; planes are tokens.
+
+    A row group is unpacked once for every 32 tokens. Four column groups at a time: their sums go through memory, where a token's
+    logits wait for the next four.
+    """
+    groups, sums_at = columns // SUM_COLUMNS, group_sums_offset(columns)
+    sums = (scratch + 63) // 64 * 64  # int32 (4 column groups, 16 planes, 16)
+    results = sums + 4 * TILE_BYTES  # float32 (_TILED_INT4_TOKENS, 16)
+    codes = results + 64 * _TILED_INT4_TOKENS  # of four column groups
+    spare = codes + 4 * HALF_BYTES
+    configured = 0
+    for group in range(first, last):
+        row = 16 * group
+        for start in range(0, tokens, _TILED_INT4_TOKENS):
+            count = min(_TILED_INT4_TOKENS, tokens - start)
+            for n in range(count):
+                store(results + 64 * n, splat(np.float32(0)))
+            for g in range(0, groups, 4):
+                several = min(4, groups - g)
+                scales = scale + 32 * (groups * group + g)
+                _unpack_int4(weight + 256 * (groups * group + g), several * SUM_COLUMNS, codes)
+                for n in range(0, count, TILE_ROWS // 2):
+                    pairs = min(TILE_ROWS // 2, count - n)
+                    if pairs != configured:
+                        configure_halves(2 * pairs)
+                        configured = pairs
+                    zero_sums()
+                    these = records + 2 * (start + n) * stride
+                    multiply_halves(these + CODES + SUM_COLUMNS * g, stride, codes, several - 1)
+                    store_sums_0(sums, 64)
+                    store_sums_1(sums + TILE_BYTES, 64)
+                    store_sums_2(sums + 2 * TILE_BYTES, 64)
+                    store_sums_3(sums + 3 * TILE_BYTES, 64)
+                    for pair in range(pairs):
+                        result = load(results + 64 * (n + pair))
+                        of_token = these + 2 * pair * stride + sums_at + 4 * g
+                        for k in range(several):
+                            at = sums + TILE_BYTES * k + 128 * pair
+                            high, low = load_ints(at), load_ints(at + 64)
+                            result = _int4_result(result, high, low, of_token + 4 * k, load_halves(scales + 32 * k))
+                        store(results + 64 * (n + pair), result)
+            for n in range(count):
+                act_scale = float32s(records + 2 * (start + n) * stride, 1)[0]
+                out = logits + 4 * (start + n) * logits_stride
+                _write(row, rows, multiply(splat(act_scale), load(results + 64 * n)), spare, out)
+    release()
+
+
+@jit
 def table_logits(
     weight,
     scale,
@@ -310,6 +428,38 @@ def table_logits(
             scratch,
         )
         return
+    if TILES and format == INT4 and tokens >= _TILED_INT4_FROM:
+        _tiled_int4_logits(
+            weight,
+            scale,
+            rows,
+            columns,
+            records,
+            stride,
+            tokens,
+            logits,
+            logits_stride,
+            first_group,
+            last_group,
+            scratch,
+        )
+        return
+    if format == INT4:
+        _int4_logits(
+            weight,
+            scale,
+            rows,
+            columns,
+            records,
+            stride,
+            tokens,
+            logits,
+            logits_stride,
+            first_group,
+            last_group,
+            scratch,
+        )
+        return
     if TILES and format == INT8 and tokens >= _TILED_TOKENS and columns % TILE_COLUMNS == 0:
         tiled = first_group + (last_group - first_group) // 4 * 4
         _tiled_int8_logits(
@@ -326,12 +476,8 @@ def table_logits(
                     values[r] = _multiply_fp16(weight + 2 * r * columns, x + 4 * n * x_stride, columns, scratch)
                 continue
             high = records + 2 * n * stride
-            act_scale = float32s(high, 1)[0]
-            if format == INT8:
-                hi, lo = _multiply_int8(weight, (columns + 3) // 4, high, high + stride, group)
-                product = _joined_planes(hi, lo, act_scale, _row_scales(scale, row, rows, scratch))
-            else:
-                product = multiply(splat(act_scale), _multiply_int4(weight, scale, columns, high, high + stride, group))
+            hi, lo = _multiply_int8(weight, (columns + 3) // 4, high, high + stride, group)
+            product = _joined_planes(hi, lo, float32s(high, 1)[0], _row_scales(scale, row, rows, scratch))
             _write(row, rows, product, scratch, out)
 
 

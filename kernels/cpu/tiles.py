@@ -10,9 +10,11 @@ The registers are fixed, so that an operation names no register:
 
     `multiply_2x2`  sums 0, 1: tokens 0 .. 15 with the first and the second codes; sums 2, 3: tokens 16 .. 31 with them
     `multiply_1x4`  sums 0, 1, 2, 3: tokens 0 .. 15 with four times 16 rows of codes
+    `multiply_halves`  sums 0, 1, 2, 3: tokens 0 .. 15 with four times 32 columns of the same 16 rows
 
 Four tiles of sums are what hides the latency of a product, which is three times what it occupies the multiplier. `configure`
-sets the number of tokens, from 1 to 32: memory of rows that are not there is not touched.
+sets the number of tokens, from 1 to 32: memory of rows that are not there is not touched. `configure_halves` does so for
+products of 32 columns, half a tile: 16 tokens of 32 bytes, and eight blocks of codes.
 
 Codes are unsigned bytes (u = code + 1), or int8 in the operations named `_signed`. Sums wrap at 32 bits. In the
 operation named `_bf16` a tile is of 32 bf16 columns, those of the weight in pairs, and the sums are float32. Between `configure`
@@ -37,6 +39,7 @@ TILE_ROWS = 16  # tokens of a tile of activations, rows of the weight of a tile 
 TILE_COLUMNS = 64
 TILE_BLOCKS = TILE_COLUMNS // 4  # blocks of a tile of codes
 TILE_BYTES = TILE_ROWS * TILE_COLUMNS
+HALF_COLUMNS, HALF_BYTES = TILE_COLUMNS // 2, TILE_BYTES // 2
 _SUMS, _ACTS, _CODES = (0, 1, 2, 3), (4, 5), (6, 7)  # numbers of the registers
 _LINE = 64  # bytes from one row of a tile of codes to the next
 
@@ -56,14 +59,14 @@ def _assembly(builder, lines, *values):
     return ir.Constant(_I64, 0)
 
 
-def _configuration(tokens):
-    """The 64 bytes of `ldtilecfg` for a number of tokens: palette 1, then bytes per row and rows of each register."""
+def _configuration(tokens, columns):
+    """The 64 bytes of `ldtilecfg` for so many tokens and columns: palette 1, then bytes per row and rows of each register."""
     rows = _rows(tokens)
     content = np.zeros(64, np.uint8)
     content[0] = 1
     for tile in (*_SUMS, *_ACTS, *_CODES):
-        content[16 + 2 * tile] = 64
-        content[48 + tile] = TILE_ROWS if tile in _CODES else rows[tile % 2 if tile in _ACTS else tile // 2]
+        content[16 + 2 * tile] = columns if tile in _ACTS else 64
+        content[48 + tile] = columns // 4 if tile in _CODES else rows[tile % 2 if tile in _ACTS else tile // 2]
     return content
 
 
@@ -77,9 +80,12 @@ def _rows(tokens):
 _thread = threading.local()  # its `rows` of two tiles of activations, and `sums`: what the registers hold
 
 
-def _py_configure(tokens):
-    _thread.rows = _rows(tokens)
-    return _py_zero()
+def _py_configure(columns):
+    def configure(tokens):
+        _thread.rows, _thread.columns = _rows(tokens), columns
+        return _py_zero()
+
+    return configure
 
 
 def _py_release():
@@ -93,9 +99,9 @@ def _py_zero():
     return 0
 
 
-def _py_read(address, stride, rows, dtype):
-    """`rows` rows of 64 bytes at an address."""
-    lines = [(ctypes.c_char * 64).from_address(int(address + row * stride)) for row in range(rows)]
+def _py_read(address, stride, rows, dtype, row_bytes=64):
+    """`rows` rows of `row_bytes` bytes at an address."""
+    lines = [(ctypes.c_char * row_bytes).from_address(int(address + row * stride)) for row in range(rows)]
     return np.stack([np.frombuffer(line, dtype) for line in lines])
 
 
@@ -104,9 +110,10 @@ def _py_multiply(tile, acts, stride, codes, dtype):
     sums = _thread.sums[tile]
     if dtype == np.uint16:
         return _py_multiply_bf16(tile, acts, stride, codes, _LINE)
-    left = _py_read(acts, stride, len(sums), np.int8).astype(np.int32)
-    right = _py_read(codes, _LINE, TILE_BLOCKS, dtype).reshape(TILE_BLOCKS, TILE_ROWS, 4)
-    sums += left @ right.transpose(0, 2, 1).reshape(TILE_COLUMNS, TILE_ROWS).astype(np.int32)
+    columns = _thread.columns
+    left = _py_read(acts, stride, len(sums), np.int8, columns).astype(np.int32)
+    right = _py_read(codes, _LINE, columns // 4, dtype).reshape(columns // 4, TILE_ROWS, 4)
+    sums += left @ right.transpose(0, 2, 1).reshape(columns, TILE_ROWS).astype(np.int32)
 
 
 def _py_multiply_2x2(dtype):
@@ -127,24 +134,44 @@ def _py_multiply_1x4(dtype):
     return multiply
 
 
+def _py_multiply_halves(acts, stride, codes, more):
+    for tile in _SUMS:
+        half = min(tile, more)
+        _py_multiply(tile, acts + half * HALF_COLUMNS, stride, codes + half * HALF_BYTES, np.uint8)
+    return 0
+
+
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
 _NAME = "bitdistill.tile_configurations"
-_CONFIGURATIONS = np.concatenate([_configuration(tokens) for tokens in range(2 * TILE_ROWS + 1)])
+_CONFIGURATIONS = np.concatenate(
+    [_configuration(tokens, columns) for columns in (TILE_COLUMNS, HALF_COLUMNS) for tokens in range(2 * TILE_ROWS + 1)]
+)
 _TABLE = ir.ArrayType(ir.IntType(8), len(_CONFIGURATIONS))
 
 
-@native(types.int64(types.int64), _py_configure)
-def configure(builder, tokens):
-    """Takes the tiles for this thread, for 1 to 32 tokens; the sums become zero. Returns 0."""
+def _take(builder, tokens, first):
+    """IR: the configuration for so many tokens of those from number `first` on."""
     table = builder.module.globals.get(_NAME)
     if table is None:
         table = ir.GlobalVariable(builder.module, _TABLE, _NAME)
         table.initializer, table.global_constant = ir.Constant(_TABLE, _CONFIGURATIONS.tolist()), True
         table.linkage = "internal"
-    address = builder.add(builder.ptrtoint(table, _I64), builder.mul(tokens, ir.Constant(_I64, 64)))
-    return _assembly(builder, ["ldtilecfg ($0)"], address)
+    place = builder.mul(builder.add(tokens, ir.Constant(_I64, first)), ir.Constant(_I64, 64))
+    return _assembly(builder, ["ldtilecfg ($0)"], builder.add(builder.ptrtoint(table, _I64), place))
+
+
+@native(types.int64(types.int64), _py_configure(TILE_COLUMNS))
+def configure(builder, tokens):
+    """Takes the tiles for this thread, for 1 to 32 tokens; the sums become zero. Returns 0."""
+    return _take(builder, tokens, 0)
+
+
+@native(types.int64(types.int64), _py_configure(HALF_COLUMNS))
+def configure_halves(builder, tokens):
+    """`configure` for `multiply_halves`. Returns 0."""
+    return _take(builder, tokens, 2 * TILE_ROWS + 1)
 
 
 @native(types.int64(), _py_release)
@@ -227,6 +254,30 @@ def _multiply_1x4(instruction, dtype):
     return multiply
 
 
+@native(types.int64(*[types.int64] * 4), _py_multiply_halves)
+def multiply_halves(builder, acts, stride, codes, more):
+    """Four times 32 columns of activations with their codes, HALF_BYTES each; after the first one there are only `more` of them,
+    and the last one takes the place of those that are missing. Returns 0."""
+    lines, places = [], []
+    for tile in _SUMS:
+        side = tile % 2
+        lines += [
+            f"tileloadd (${tile},$8,1), %tmm{_ACTS[side]}",
+            f"tileloadd (${4 + tile},$9,1), %tmm{_CODES[side]}",
+            f"tdpbsud %tmm{_CODES[side]}, %tmm{_ACTS[side]}, %tmm{tile}",
+        ]
+    halves = [_at_most(builder, tile, more) for tile in _SUMS]
+    for address, step in ((acts, HALF_COLUMNS), (codes, HALF_BYTES)):
+        places += [builder.add(address, builder.mul(half, ir.Constant(_I64, step))) for half in halves]
+    return _assembly(builder, lines, *places, stride, ir.Constant(_I64, _LINE))
+
+
+def _at_most(builder, number, most):
+    """IR: the smaller of a constant and a value."""
+    number = ir.Constant(_I64, number)
+    return builder.select(builder.icmp_signed(">", number, most), most, number)
+
+
 # --- bf16 -------------------------------------------------------------------------------------------------------------
 # sums[m, n] += sum over k of a[m, k] * b[k, n]        16 x 16 float32, k over 32 bf16
 # b lies in pairs: b[2p, n] and b[2p + 1, n] are neighbors, 16 of these pairs are a row of 64 bytes. A float32 matrix a comes
@@ -306,10 +357,7 @@ def multiply_values(builder, parts, part_bytes, stride, values, values_stride, m
     third = builder.add(second, part_bytes)
     places = []
     for tile in _SUMS:
-        number = ir.Constant(_I64, tile)
-        beyond = builder.icmp_signed(">", number, more)
-        step = builder.mul(builder.select(beyond, more, number), ir.Constant(_I64, _LINE))
-        places.append(builder.add(values, step))
+        places.append(builder.add(values, builder.mul(_at_most(builder, tile, more), ir.Constant(_I64, _LINE))))
     return _assembly(builder, lines, parts, second, third, stride, values_stride, *places)
 
 
