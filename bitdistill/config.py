@@ -143,6 +143,9 @@ class PretrainConfig(TrainingConfig):
             words, 132 (196) bytes per token. Not used with lambda_hidden, where the KL is that of all words.
         lambda_hidden: weight of the distance between the hidden states of student and base model after each layer (this
             project's addition; docs/method.md). If it is above 0, the base model runs beside the student, and nothing is cached.
+        teacher_forcing: share of the steps in which each layer of the student reads, in part, the base model's state in place
+            of the student's own: wholly at the first step, then less and less (this project's addition; docs/method.md). It
+            needs lambda_hidden above 0; 0 turns it off.
     """
 
     enabled: bool = True
@@ -155,6 +158,7 @@ class PretrainConfig(TrainingConfig):
     kd_temperature: float = 1.0
     kd_top_k: int = 32
     lambda_hidden: float = 0.0
+    teacher_forcing: float = 0.0
 
 
 @dataclass
@@ -178,6 +182,7 @@ class DistillConfig(TrainingConfig):
         gamma_every: steps between measurements of that ratio.
         lambda_hidden: weight of the distance between the hidden states of student and teacher after each layer (this
             project's addition; docs/method.md); 0, as in the paper, turns it off. Both must have the same hidden size.
+        teacher_forcing: as in pretrain, with the teacher's states.
         teacher_cache: run the teacher once over all training rows, in a stage of its own (teacher_cache), save its outputs, and
             train from these files without the teacher in memory. The losses equal those with the live teacher up to rounding.
             This saves time from the second epoch on, when several trainings share one teacher, or when the teacher does not fit
@@ -201,6 +206,7 @@ class DistillConfig(TrainingConfig):
     gamma_rho: float = 1.0
     gamma_every: int = 10
     lambda_hidden: float = 0.0
+    teacher_forcing: float = 0.0
     teacher_cache: bool = False
     cache_top_k: int | None = None
 
@@ -364,6 +370,15 @@ class RunConfig:
                     expected="random: blocks of a corpus are all of one length",
                     got=strategy,
                     do=f"Leave {name}.train_sampling_strategy out; teacher and distill can have group_by_length.",
+                )
+        for name in ("pretrain", "distill"):
+            section = getattr(self, name)
+            if section.teacher_forcing > 0 and not section.lambda_hidden > 0:
+                raise UserError(
+                    f"{name}.teacher_forcing",
+                    expected=f"0 where {name}.lambda_hidden is 0: a layer that reads its teacher's state learns from the states alone",
+                    got=str(section.teacher_forcing),
+                    do=f"Raise {name}.lambda_hidden, for example to 10, or leave {name}.teacher_forcing out.",
                 )
         start, end = self.pretrain.annealing_start, self.pretrain.annealing_end
         if start > end:

@@ -40,8 +40,9 @@ def sections_in_effect(config: RunConfig) -> dict[str, dict[str, Any]]:
         for name in OF_STAGE_2_LOGITS:
             del sections["pretrain"][name]
     for name in ("pretrain", "distill"):
-        if not sections[name]["lambda_hidden"] > 0:  # results of earlier versions do not name it
-            del sections[name]["lambda_hidden"]
+        for setting in ("lambda_hidden", "teacher_forcing"):
+            if not sections[name][setting] > 0:  # results of earlier versions do not name it
+                del sections[name][setting]
     if not config.distill.teacher_cache:
         for name in OF_TEACHER_CACHE:
             del sections["distill"][name]

@@ -78,6 +78,7 @@ LIMITS = {
     "speed_tokens": COUNT_OR_NONE,
     "split_heads": COUNT,
     "subln_eps": POSITIVE,
+    "teacher_forcing": DECAY,
     "teacher_relation_layers": Limit("decoder layers by number; negative ones count from the end", -LARGEST, LARGEST),
     "vocabulary_threshold": COUNT_OR_NONE,
     "warmup_steps": NOT_NEGATIVE,

@@ -156,8 +156,14 @@ def _stage_2_objective(job: Job, model: nn.Module) -> Objective | None:
     section = job.config.pretrain
     if section.lambda_hidden > 0:
         teacher = _load_teacher(job, job.base_folder)
-        weights = {"lambda_logits": section.lambda_logits, "lambda_hidden": section.lambda_hidden}
-        return NextTokenAndStates(model, teacher, temperature=section.kd_temperature, **weights)
+        return NextTokenAndStates(
+            model,
+            teacher,
+            temperature=section.kd_temperature,
+            lambda_logits=section.lambda_logits,
+            lambda_hidden=section.lambda_hidden,
+            teacher_forcing=section.teacher_forcing,
+        )
     cache = _teacher_cache(job, model.config.vocab_size)
     return cache and NextTokenDistillation(model, cache, section.lambda_logits)
 

@@ -565,7 +565,10 @@ def assembly():
         JITCodeLibrary._finalize_specific = lambda library: None
         CPUContext.get_executable = lambda context, library, *rest: library._ensure_finalized() or [].append
     found = {}
-    for kernel, arguments in (*KERNELS, *([(_tiles_2x2, 8), (_tiles_bf16, 7), (_tiles_of_halves, 6)] if tiles.TILES else [])):
+    for kernel, arguments in (
+        *KERNELS,
+        *([(_tiles_2x2, 8), (_tiles_bf16, 7), (_tiles_of_halves, 6)] if tiles.TILES else []),
+    ):
         kernel.compile((int64,) * arguments)
         signature = kernel.signatures[0]
         text = for_arm(kernel.inspect_llvm(signature)) if foreign else kernel.inspect_asm(signature)

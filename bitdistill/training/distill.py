@@ -27,6 +27,7 @@ from bitdistill.distributed.teacher import Teacher
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.loading import check_same_vocabulary
 from bitdistill.training.capture import AttentionCapture
+from bitdistill.training.forcing import TeacherForcing
 from bitdistill.training.gamma import BalancedGamma
 from bitdistill.training.head import (
     head_cross_entropy,
@@ -91,6 +92,8 @@ class Distillation(Objective):
             are measured every gamma_every steps; balanced follows them.
         gamma_rho: the gradient ratio that "balanced" aims at. gamma_every: optimizer steps between measurements.
         lambda_hidden: weight of the hidden-state loss over all layers; 0 turns it off.
+        teacher_forcing: share of the steps in which layers read the teacher's states, in part (forcing.py), with lambda_hidden
+            above 0; 0 for none.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Distillation(Objective):
         gamma_rho: float = 1.0,
         gamma_every: int = 10,
         lambda_hidden: float = 0.0,
+        teacher_forcing: float = 0.0,
     ):
         self.student, self.teacher, self.depth = student, teacher, student.config.num_hidden_layers
         self.student_layers = relation_layers if relation != "none" else ()
@@ -130,6 +134,8 @@ class Distillation(Objective):
         self.relation, self.gamma_every = relation, gamma_every
         self.lambda_hidden = lambda_hidden
         self.student_states = HiddenStates(student) if lambda_hidden > 0 else None
+        assert lambda_hidden > 0 or not teacher_forcing > 0, "states of a teacher that nothing is compared with"
+        self.forcing = TeacherForcing(student, teacher_forcing) if teacher_forcing > 0 else None
         self.student_capture = None
         if relation == "none":
             self.gamma = 0.0
@@ -163,10 +169,15 @@ class Distillation(Objective):
 
     def logged(self) -> dict[str, float]:
         """Beside each line of metrics.jsonl: gamma, and the gradient norms of the relations and of the rest."""
+        forcing = {"teacher_forcing": self.forcing.value} if self.forcing else {}
         if self.relation == "none":
-            return {}
+            return forcing
         norms = {"grad_norm_task": self.measured.task_norm, "grad_norm_attention": self.measured.attention_norm}
-        return {"gamma_attention": self.gamma_used, **norms}
+        return {"gamma_attention": self.gamma_used, **norms, **forcing}
+
+    def close(self) -> None:
+        if self.forcing:
+            self.forcing.release()
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
         mask_BT = batch["attention_mask"]
@@ -190,6 +201,8 @@ class Distillation(Objective):
             with self.said_by.head() as teacher_weight_VG:
                 return head_distillation(*ours, rows_BP, said.hidden, teacher_weight_VG, **options)
 
+        if self.forcing:
+            self.forcing.use(said.states, counts.progress)
         states = self.student_states or nullcontext()
         with self.student_capture or nullcontext(), states, instead_of_logits(self.student, compute):
             ce, *logits = model(**inputs).logits

@@ -21,6 +21,7 @@ from bitdistill.data.corpus import TokenStream
 from bitdistill.data.token_shards import ShardedStream
 from bitdistill.distributed.teacher import Teacher
 from bitdistill.training.annealing import Annealing
+from bitdistill.training.forcing import TeacherForcing
 from bitdistill.training.head import (
     head_cross_entropy,
     head_distillation,
@@ -103,14 +104,30 @@ class NextTokenAndStates(Objective):
         teacher: the base model, frozen.
         lambda_logits, temperature: weight of the KL, 0 without it, and its temperature.
         lambda_hidden: weight of the hidden-state loss, above 0.
+        teacher_forcing: share of the steps in which layers read the teacher's states, in part (forcing.py); 0 for none.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: Teacher, *, lambda_logits: float, temperature: float, lambda_hidden: float
+        self,
+        student: nn.Module,
+        teacher: Teacher,
+        *,
+        lambda_logits: float,
+        temperature: float,
+        lambda_hidden: float,
+        teacher_forcing: float = 0.0,
     ):
         self.student, self.teacher, self.temperature = student, teacher, temperature
         self.lambda_logits, self.lambda_hidden = lambda_logits, lambda_hidden
         self.of_student, self.said_by = HiddenStates(student), LiveTeacher(teacher, (), student.config)
+        self.forcing = TeacherForcing(student, teacher_forcing) if teacher_forcing > 0 else None
+
+    def logged(self) -> dict[str, float]:
+        return {"teacher_forcing": self.forcing.value} if self.forcing else {}
+
+    def close(self) -> None:
+        if self.forcing:
+            self.forcing.release()
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], counts: Counts) -> dict[str, tuple[float, Tensor]]:
         targets_BT, mask_BT = next_tokens(batch["labels"]), batch["attention_mask"]
@@ -135,6 +152,8 @@ class NextTokenAndStates(Objective):
                     kl_items=counts.tokens,
                 )
 
+        if self.forcing:
+            self.forcing.use(said.states, counts.progress)
         with self.of_student, instead_of_logits(self.student, compute):
             ce, *kl = model(**inputs).logits
         hidden = hidden_state_loss(said.states, self.of_student.states, mask_BT, counts.tokens)

@@ -66,6 +66,7 @@ class Counts:
     tokens: int  # unpadded positions
     positions: int  # all positions, padding included
     step: int  # the optimizer steps done before this one
+    progress: float = 0.0  # these over those of the stage
 
 
 class Objective:
@@ -88,6 +89,9 @@ class Objective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes a `state_dict` back."""
+
+    def close(self) -> None:
+        """Called when training ends, also with an exception: what the objective put into the model is taken out."""
 
 
 def capped_steps(max_steps: int, cap: int | None) -> int:
@@ -235,7 +239,8 @@ class StageTrainer(Trainer):
             i for batch in batches for i in batch.get("block", batch.get("row", torch.empty(0))).tolist() if i != NO_ROW
         ]
         here = torch.tensor([answers, tokens, positions], device=self.args.device)
-        self._counts = Counts(*process_group.all_reduce_sum(here).tolist(), step=self.state.global_step)
+        step, steps = self.state.global_step, self.state.max_steps
+        self._counts = Counts(*process_group.all_reduce_sum(here).tolist(), step=step, progress=step / steps)
         self._steps_summed += 1
         self._tokens_summed += self._counts.tokens
         return batches, self._counts.answer_tokens
@@ -412,6 +417,7 @@ class StageTrainer(Trainer):
             unfuse_rotary(self.model)
             unfuse_attention()
             unfuse_lookup(self.model)
+            self.objective.close()
 
     def step_rows(self) -> int:
         """Rows that one optimizer step consumes over all ranks."""
