@@ -376,7 +376,7 @@ class RunConfig:
             if section.teacher_forcing > 0 and not section.lambda_hidden > 0:
                 raise UserError(
                     f"{name}.teacher_forcing",
-                    expected=f"0 where {name}.lambda_hidden is 0: a layer that reads its teacher's state learns from the states alone",
+                    expected=f"0 where {name}.lambda_hidden is 0: a layer that reads its teacher's states learns from them alone",
                     got=str(section.teacher_forcing),
                     do=f"Raise {name}.lambda_hidden, for example to 10, or leave {name}.teacher_forcing out.",
                 )

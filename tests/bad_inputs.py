@@ -217,6 +217,8 @@ COMMAND_LINE = [
     Case("heads that cannot be split", "train --distill.split_heads 5", "split_heads|5"),
     Case("annealing that ends before it starts", "train --pretrain.annealing_start 0.9", "pretrain.annealing_start|at most"),
     Case("annealing that starts at one", "train --pretrain.annealing_start 1.0", "pretrain.annealing_start|got 1"),
+    Case("forcing without states", "train --pretrain.teacher_forcing 0.5", "pretrain.teacher_forcing|lambda_hidden"),
+    Case("forcing to the end", "train --distill.teacher_forcing 1.0", "distill.teacher_forcing|got 1"),
     Case("length groups of blocks", "train --pretrain.train_sampling_strategy group_by_length", "random|group_by_length"),
     Case("finished teacher without one", "train --teacher.finetuned true", "teacher.finetuned|teacher.model"),
     Case("two formats of an embedding", "train --refine.embedding int8 --export.embedding int4", "export.embedding|int8"),

@@ -177,6 +177,17 @@ def test_every_term_is_logged(reference):
     assert all(len(line["layers"]) == 14 and "flips" in next(iter(line["layers"].values())) for line in health)
 
 
+def test_teacher_forcing_falls_to_nothing_in_both_stages(world, tmp_path):
+    shares = {"pretrain": 0.5, "distill": 0.75}
+    forced = [f"--{stage}.{name}={value}" for stage, share in shares.items()
+              for name, value in (("lambda_hidden", 10), ("teacher_forcing", share))]  # fmt: skip
+    without = [f"--{name}.enabled=false" for name in ("baseline", "evaluate", "export")]
+    job(world, tmp_path / "run", *forced, *without)
+    for stage, share in shares.items():
+        written = [line["teacher_forcing"] for line in losses(tmp_path / "run", stage).values()]
+        assert written == pytest.approx([max(0, 1 - step / (16 * share)) for step in range(16)])
+
+
 def test_half_precision_teacher_and_fp32_masters(reference):
     run, _ = reference
     assert {t.dtype for t in load_file(run / "teacher" / "model.safetensors").values()} == {torch.float16}

@@ -8,8 +8,8 @@ the layers below make wrong, and the gradient reaches them, too. From share * T 
 thing that surgery does to a deep model is to fill its upper layers with noise, from which they cannot learn what they were
 for. Only the losses between states (hidden.py) teach a layer whose input is the teacher's.
 
-Source: this project's own (docs/results.md). Teacher forcing of sequences: Williams and Zipser 1989; its end by degrees, scheduled
-sampling: arXiv 1506.03099; layers that learn from the full-precision model's inputs: BRECQ, arXiv 2102.05426.
+Source: this project's own (docs/results.md). Teacher forcing of sequences: Williams and Zipser 1989; its end by degrees,
+scheduled sampling: arXiv 1506.03099; layers that learn from the full-precision model's inputs: BRECQ, arXiv 2102.05426.
 """
 
 from collections.abc import Sequence
