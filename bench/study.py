@@ -194,7 +194,8 @@ def arguments_of(job: dict[str, Any], stage: str) -> list[str]:
     """The main job's command line for a stage of a cell."""
     arguments = [f"--{name}={_text(value)}" for name, value in job["settings"].items()]
     arguments += [f"--seed={job['seed']}", f"--output_dir={job['folder']}", f"--stage={stage}"]
-    return arguments + (["--baseline.enabled=false", "--evaluate.enabled=false"] if stage == "all" else [])
+    training_alone = [f"--{name}.enabled=false" for name in ("baseline", "evaluate", "export")]
+    return arguments + (training_alone if stage == "all" else [])
 
 
 def stages_to_run(job: dict[str, Any]) -> list[str]:

@@ -229,7 +229,7 @@ class EvaluateConfig:
     """Scoring of the settings on the task's validation rows.
 
     Args:
-        enabled: False ends the run after training; then nothing is exported either.
+        enabled: False leaves the table out; the packed file then knows no scores.
         per_device_eval_batch_size: rows that are scored at a time.
         max_rows: validation rows scored of each split; all when absent.
         weight_only: also score the teacher with its linears in 4 bits (round to nearest, GPTQ), which needs no training.
@@ -246,7 +246,7 @@ class ExportConfig:
     """The packed file.
 
     Args:
-        enabled: False ends the run after the scores.
+        enabled: False packs nothing.
         packing: base3 (five ternary digits in a byte, 1.6 bits per weight) or 2bit.
         embedding: the format in which embedding and LM head are stored. When absent, it is the one in which they were trained
             (refine.embedding), or int8 if they were trained in full precision. Another one is possible only in that case.

@@ -370,17 +370,24 @@ class Job:
         rows = self.sources.training_tokens(tokenizer, vocabulary, self.root / "example.txt")
         return {"rows": rows, "pad_token_id": pad_token(tokenizer, vocabulary)}
 
+    def scores(self) -> dict[str, Any]:
+        """What `evaluate` found; nothing in a run without it."""
+        if "evaluate" not in self.directory.stages:
+            return {}
+        return json.loads((self.directory.folder("evaluate") / "scores.json").read_text(encoding="utf-8"))
+
     def header(self) -> Header:
         """What the packed files of this run say of it, besides what their own students know."""
         config = self.config
         base = "demo" if self.embedded else str(config.model)
         if user_path(base, "model").exists():  # a folder's place on this machine is nobody else's business
             base = user_path(base, "model").resolve().name
-        scored = json.loads((self.directory.folder("evaluate") / "scores.json").read_text(encoding="utf-8"))
-        scores = {"metric": scored["metric"]}
-        for row in scored["rows"]:
-            if row["setting"] in SETTINGS:
-                scores[row["setting"]] = {key: row[key] for key in ("score", "interval", "examples")}
+        scored, scores = self.scores(), {}
+        if scored:
+            scores["metric"] = scored["metric"]
+            for row in scored["rows"]:
+                if row["setting"] in SETTINGS:
+                    scores[row["setting"]] = {key: row[key] for key in ("score", "interval", "examples")}
         return Header(task=self.task, max_length=config.max_length, base=base, scores=scores)
 
     def settings(self, stage: str) -> dict[str, Any]:

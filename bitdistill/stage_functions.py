@@ -327,7 +327,6 @@ def export_settings(job: Job) -> None:
 
 def _write_card(job: Job, folder: Path, sizes: dict[str, Any]) -> None:
     """The packed student's model card."""
-    scores = job.directory.folder("evaluate") / "scores.json"
     surgery = student_record(job.trained[DISTILLED])
     write_card(
         folder / "README.md",
@@ -338,6 +337,6 @@ def _write_card(job: Job, folder: Path, sizes: dict[str, Any]) -> None:
         task=job.task.name,
         corpus=job.config.corpus,
         surgery={name: value for name, value in surgery.items() if name != "format_version"},
-        scores=json.loads(scores.read_text(encoding="utf-8")),
+        scores=job.scores(),
         proof=proof_of_packed(json.loads((folder / "proof.json").read_text(encoding="utf-8"))),
     )

@@ -95,7 +95,7 @@ STAGES = {  #      depends on                         is part of a run when
                       ("baseline", "distill steps", "training", "backward", "model", *TASK, "embedding"), train_baseline),
     "evaluate": Stage(("teacher", "distill", "baseline"), lambda config: config.evaluate.enabled,
                       ("evaluate", "task", "validation rows", "GPTQ rows"),                            evaluate_settings),
-    "export":   Stage(("distill", "baseline", "evaluate"), lambda config: config.evaluate.enabled and config.export.enabled,
+    "export":   Stage(("distill", "baseline", "evaluate"), lambda config: config.export.enabled,
                       ("export",),                                                                     export_settings),
 }
 # fmt: on

@@ -107,7 +107,7 @@ def test_a_stage_that_a_run_does_not_have_is_replaced_by_what_it_needs():
             ["--pretrain.enabled", "false", "--pretrain.lambda_logits", "1"],
             "base teacher refine distill baseline evaluate export",
         ),
-        (["--evaluate.enabled", "false"], "base teacher refine pretrain distill baseline"),
+        (["--evaluate.enabled", "false"], "base teacher refine pretrain distill baseline export"),
         (["--baseline.enabled", "false", "--export.enabled", "false"], "base teacher refine pretrain distill evaluate"),
         (
             ["--model", "m", "--task", "sst2", "--corpus", "c"],

@@ -13,11 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import forked
+from bitdistill.runtime.packed_file import read_packed
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = str(ROOT / "bitdistill" / "train.py")
@@ -186,6 +188,20 @@ def test_teacher_forcing_falls_to_nothing_in_both_stages(world, tmp_path):
     for stage, share in shares.items():
         written = [line["teacher_forcing"] for line in losses(tmp_path / "run", stage).values()]
         assert written == pytest.approx([max(0, 1 - step / (16 * share)) for step in range(16)])
+
+
+def test_a_run_without_scores_is_packed_all_the_same(world, reference, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(reference[0], run)
+    output = job(world, run, "--evaluate.enabled", "false")
+    assert "export: runs (" in output
+    before, after = (read_packed(folder / "export" / "student.safetensors") for folder in (reference[0], run))
+    assert "scores" not in after.metadata
+    assert before.metadata["scores"].keys() == {"metric", "FP16-SFT", "BitNet-SFT", "BitDistill"}
+    assert after.tensors.keys() == before.tensors.keys()
+    assert all(np.array_equal(after.tensors[name], tensor) for name, tensor in before.tensors.items())
+    card = (run / "export" / "README.md").read_text(encoding="utf-8")
+    assert "FP16-SFT" not in card
 
 
 def test_half_precision_teacher_and_fp32_masters(reference):
