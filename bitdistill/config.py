@@ -357,9 +357,12 @@ class RunConfig:
     def validate(self) -> None:
         """Raises UserError for a value or a combination that cannot run; called before anything is loaded."""
         check_limits(self)
-        checks = (self._check_training, self._check_layers, self._check_model, self._check_folders, self._check_formats)
-        for check in checks:
-            check()
+        self._check_training()
+        self._check_forcing()
+        self._check_layers()
+        self._check_model()
+        self._check_folders()
+        self._check_formats()
 
     def _check_training(self) -> None:
         for name in ("base", "pretrain"):
@@ -371,6 +374,16 @@ class RunConfig:
                     got=strategy,
                     do=f"Leave {name}.train_sampling_strategy out; teacher and distill can have group_by_length.",
                 )
+        start, end = self.pretrain.annealing_start, self.pretrain.annealing_end
+        if start > end:
+            raise UserError(
+                "pretrain.annealing_start",
+                expected=f"at most pretrain.annealing_end, {end}",
+                got=str(start),
+                do="Lower pretrain.annealing_start, or raise pretrain.annealing_end.",
+            )
+
+    def _check_forcing(self) -> None:
         for name in ("pretrain", "distill"):
             section = getattr(self, name)
             if section.teacher_forcing > 0 and not section.lambda_hidden > 0:
@@ -380,14 +393,6 @@ class RunConfig:
                     got=str(section.teacher_forcing),
                     do=f"Raise {name}.lambda_hidden, for example to 10, or leave {name}.teacher_forcing out.",
                 )
-        start, end = self.pretrain.annealing_start, self.pretrain.annealing_end
-        if start > end:
-            raise UserError(
-                "pretrain.annealing_start",
-                expected=f"at most pretrain.annealing_end, {end}",
-                got=str(start),
-                do="Lower pretrain.annealing_start, or raise pretrain.annealing_end.",
-            )
 
     def _check_layers(self) -> None:
         if self.distill.teacher_cache and self.distill.lambda_hidden > 0:
