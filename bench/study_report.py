@@ -260,7 +260,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 axes.plot(row["mean"], y, "o", color=color, ms=5.5)
             axes.set_yticks(range(len(rows)), [row["cell"] for row in rows])
             axes.invert_yaxis()
-            axes.set(xlabel=f"{label}; dot: mean, band: 95 %, strokes: seeds")
+            # Under the whole picture: with long names the axes are narrower than this.
+            figure.supxlabel(f"{label}; dot: mean, band: 95 %, strokes: seeds", fontsize="medium")
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
