@@ -13,6 +13,7 @@ score is listed too.
 
 import base64
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,8 @@ def markdown(result: dict[str, Any]) -> str:
     for name, (_, exponent, end) in reach(result, rows).items():
         over = X_NAMES.get(result["x"], result["x"])
         foot += f" What is missing to {references[0]} falls with the power {exponent:.2f} of {over}"
-        foot += f"{'' if name == 'default' else f' ({name})'}; going on like this, {result['goal']:g} are left at {end:,.0f}."
+        foot += "" if name == "default" else f" ({name})"
+        foot += f"; going on like this, {result['goal']:g} are left at about {float(f'{end:.2g}'):,.0f}."
     return "\n".join([f"### {result['name']}", "", str(result.get("about", "")).strip(), "", *lines, "", foot])
 
 
@@ -228,14 +230,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
         if result.get("x"):
             figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
             lines = curves(result, rows)
-            for (name, points), color in zip(lines.items(), COLORS, strict=False):
+            colors = dict(zip(lines, itertools.cycle(COLORS), strict=False))
+            for name, points in lines.items():
+                color = colors[name]
                 x = [point[0] for point in points]
                 mean = np.array([point[1]["mean"] for point in points])
                 ends = np.array([point[1]["interval"] for point in points]).T
                 axes.plot(x, mean, "o-", ms=4, lw=1.6, color=color, label=name)
                 axes.fill_between(x, *ends, color=color, alpha=0.15, lw=0)
             reached = reach(result, rows)
-            for (name, (factor, exponent, end)), color in zip(reached.items(), COLORS, strict=False):
+            for name, (factor, exponent, end) in reached.items():
+                color = colors[name]
                 base = _first_reference(result, rows)
                 x = np.geomspace(min(point[0] for point in lines[name]), end)
                 axes.plot(x, base + factor * x**exponent, ":", lw=1.2, color=color, label="if it went on like this")
@@ -247,7 +252,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             ticks = {point[0] for points in lines.values() for point in points}
             ticks = sorted(ticks | {end for _, _, end in reached.values()})
             axes.set_xscale("log")
-            axes.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
+            axes.set_xticks(ticks, [_short(tick) for tick in ticks])
             axes.minorticks_off()
             axes.set(xlabel=X_NAMES.get(result["x"], result["x"]), ylabel=label)
             axes.legend()
@@ -264,6 +269,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
             figure.supxlabel(f"{label}; dot: mean, band: 95 %, strokes: seeds", fontsize="medium")
         figure.savefig(path, dpi=150)
         plt.close(figure)
+
+
+def _short(number: float) -> str:
+    """Three digits of a number, for a tick: 82 k, 0.25."""
+    for size, letter in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if number >= size:
+            return f"{number / (1000 if letter == ' k' else size):.3g}{letter}"
+    return f"{number:,.0f}" if number >= 1 else f"{number:g}"
 
 
 COLORS = ("#3d88c7", "#dd7b1e", "#12946f", "#b567a8", "#8c6d31", "#c7516a", "#5b6ee1", "#7f7f7f")

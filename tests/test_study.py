@@ -307,7 +307,7 @@ def test_a_curve_of_losses_is_drawn_on_to_its_goal(tmp_path):
     assert found == {"default": (pytest.approx(2e3), pytest.approx(-0.5), pytest.approx(1.6e7))}
     text = study_report.markdown(result)
     assert (
-        "What is missing to base falls with the power -0.50 of stage-2 tokens; going on like this, 0.5 are left at 16,000,000."
+        "What is missing to base falls with the power -0.50 of stage-2 tokens; going on like this, 0.5 are left at about 16,000,000."
         in text
     )
     study_report.draw(result, tmp_path / "s.png")
