@@ -413,52 +413,21 @@ def table_logits(
     by_gemm = AVX512 and not TILES and format == INT8 and tokens >= _GEMM_TOKENS
     if format in (TWO_BIT, BASE3) or by_gemm:
         _logits_of_planes(
-            weight,
-            scale,
-            format,
-            rows,
-            columns,
-            records,
-            stride,
-            tokens,
-            logits,
-            logits_stride,
-            first_group,
-            last_group,
-            scratch,
-        )
+            weight, scale, format, rows, columns, records, stride, tokens, logits, logits_stride, first_group,
+            last_group, scratch,
+        )  # fmt: skip
         return
     if TILES and format == INT4 and tokens >= _TILED_INT4_FROM:
         _tiled_int4_logits(
-            weight,
-            scale,
-            rows,
-            columns,
-            records,
-            stride,
-            tokens,
-            logits,
-            logits_stride,
-            first_group,
-            last_group,
+            weight, scale, rows, columns, records, stride, tokens, logits, logits_stride, first_group, last_group,
             scratch,
-        )
+        )  # fmt: skip
         return
     if format == INT4:
         _int4_logits(
-            weight,
-            scale,
-            rows,
-            columns,
-            records,
-            stride,
-            tokens,
-            logits,
-            logits_stride,
-            first_group,
-            last_group,
+            weight, scale, rows, columns, records, stride, tokens, logits, logits_stride, first_group, last_group,
             scratch,
-        )
+        )  # fmt: skip
         return
     if TILES and format == INT8 and tokens >= _TILED_TOKENS and columns % TILE_COLUMNS == 0:
         tiled = first_group + (last_group - first_group) // 4 * 4
