@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from bitdistill.student.loading import load_language_model, load_tokenizer
 from bitdistill.student.refine import load_student
 from bitdistill.text_files import read_text
+from bitdistill.training.forcing import TeacherForcing
 from bitdistill.training.hidden import HiddenStates
 from measure import table
 
@@ -38,20 +39,12 @@ def loss_with(student: nn.Module, ids_BT: Tensor, teachers: list[Tensor], first:
     share_T1 = torch.full((ids_BT.shape[1], 1), others)
     share_T1[0] = first
 
-    def reads(teacher_BTH):
-        return lambda _, given, options: (
-            ((given[0].lerp(teacher_BTH, share_T1), *given[1:]), options)
-            if given
-            else (given, options | {"hidden_states": options["hidden_states"].lerp(teacher_BTH, share_T1)})
-        )
-
-    layers = student.get_decoder().layers
-    hooks = [layer.register_forward_pre_hook(reads(teacher_BTH), with_kwargs=True)
-             for layer, teacher_BTH in zip(layers[1:], teachers[:-1], strict=True)]  # fmt: skip
+    forcing = TeacherForcing(student, 1.0)
+    forcing.use(teachers, 0.0)
+    forcing.value = share_T1
     with torch.no_grad():
         logits_BTV = student(ids_BT).logits[:, :-1].float()
-    for hook in hooks:
-        hook.remove()
+    forcing.release()
     return cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten()).item()
 
 

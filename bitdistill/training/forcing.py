@@ -32,7 +32,7 @@ def forcing_at(progress: float, share: float) -> float:
 class TeacherForcing:
     """Gives the layers of a student its teacher's states, in part.
 
-    The hooks stay until `release`, for a backward pass that computes checkpointed layers again has to read the same.
+    The states stay until the next batch or `release`, for a backward pass that computes checkpointed layers again reads the same.
 
     Args:
         student: a Hugging Face causal language model, inside whatever DeepSpeed wraps around it.
@@ -46,12 +46,8 @@ class TeacherForcing:
         assert share > 0, share
         self.share, self.value = share, 0.0
         self._states: Sequence[Tensor] = ()
-        layers = student.get_decoder().layers
-        self._hooks = [
-            layer.register_forward_pre_hook(self._mixer(number), with_kwargs=True)
-            for number, layer in enumerate(layers)
-            if number
-        ]
+        for below, layer in enumerate(student.get_decoder().layers[1:]):
+            layer.register_forward_pre_hook(self._mixer(below), with_kwargs=True)
 
     def use(self, states: Sequence[Tensor], progress: float) -> None:
         """Before the student runs on a batch.
@@ -67,11 +63,11 @@ class TeacherForcing:
         """The student reads its own states again."""
         self._states, self.value = (), 0.0
 
-    def _mixer(self, number: int):
+    def _mixer(self, below: int):
         def mix(_module, arguments, options):
             if not self._states:
                 return None
-            teacher_BTH = self._states[number - 1]
+            teacher_BTH = self._states[below]
             if arguments:
                 return (self._mixed(arguments[0], teacher_BTH), *arguments[1:]), options
             return arguments, options | {"hidden_states": self._mixed(options["hidden_states"], teacher_BTH)}
