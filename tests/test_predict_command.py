@@ -357,6 +357,13 @@ def test_the_deployed_commands_have_options_that_exist():
         assert options["port"] == 8000
 
 
+def test_the_image_makes_its_volume_for_the_user_who_writes_it():
+    image = (Path(__file__).resolve().parents[1] / "deploy" / "Dockerfile").read_text()
+    [volume], [user] = re.findall(r"^VOLUME (\S+)$", image, re.M), re.findall(r"useradd .* (\S+) \\$", image, re.M)
+    [made] = re.findall(r"^ && install --directory (.*)$", image, re.M)  # Docker makes a folder that is missing as root
+    assert shlex.split(made) == ["--owner", user, "--group", user, volume]
+
+
 def test_whole_lines():
     for content, delimiter, ends in (
         (b'{"a": 1}\n{"b"', None, [9]),
