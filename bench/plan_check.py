@@ -3,9 +3,9 @@
     python bench/real_model.py DIR
     python bench/plan_check.py --model DIR [--json FILE]
 
-Steps are the main job's own (bench/training_step.py), in a process each: stage 2 of the model with two sizes of micro-step,
-stage 3 with a teacher, full-precision training, stage 2 of a Qwen3-shaped model with random weights, and that on two ranks at
-every ZeRO stage. The exit status is 1 when the plan is more than 15 % off anywhere.
+Steps are the main job's own (bench/training_step.py), in a process each: stage 2 of the model with two sizes of micro-step
+and with the teacher's states, stage 3 with a teacher, full-precision training, stage 2 of a Qwen3-shaped model with random
+weights, and that on two ranks at every ZeRO stage. The exit status is 1 when the plan is more than 15 % off anywhere.
 """
 
 from bitdistill.distributed import openmp
@@ -38,6 +38,7 @@ def cases(model: Path, other: Path) -> dict[str, dict[str, Any]]:
     return {
         "stage 2, 8 x 128": stage_2 | {"blocks": 8},
         "stage 2, 2 x 128": stage_2 | {"blocks": 2},
+        "stage 2, 8 x 128, states and teacher forcing": stage_2 | {"states": True},
         "stage 2, 8 x 128, Qwen3 shape": stage_2 | {"model": str(other)},
         "stage 3, 32 short rows": {"model": str(model), "stage": "distill", "head": "bf16"},
         "full precision, fp32, 8 x 128": stage_2 | {"ternary": False},
@@ -70,7 +71,9 @@ def planned_bytes(spec: dict[str, Any], shape: Shape) -> dict[str, float]:
     distills = spec["stage"] == "distill"
     tokens = ROWS * LONGEST_ROW if distills else spec.get("blocks", 8) * BLOCK_SIZE
     ternary = spec.get("ternary", True)
-    work = Work(shape, 1.0, tokens, tokens, shape if distills else None, ternary)
+    states = spec.get("states", False)
+    teacher = shape if distills or states else None
+    work = Work(shape, 1.0, tokens, tokens, teacher, ternary, states=states, forced=states)
     return memory_parts(work, Setting(spec.get("zero", 0)), spec.get("ranks", 1), "cpu")[0]
 
 
@@ -80,6 +83,7 @@ def main() -> int:
     parser.add_argument(
         "--model", type=Path, required=True, help="a Hugging Face folder: bench/real_model.py makes one"
     )
+    parser.add_argument("--only", nargs="+", metavar="STEP")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
@@ -93,7 +97,9 @@ def main() -> int:
         AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=vocabulary, **QWEN3)).save_pretrained(other)
         corpus = Path(folder) / "corpus.txt"
         corpus.write_text("\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))))
-        for name, spec in cases(arguments.model.resolve(), other).items():
+        wanted = cases(arguments.model.resolve(), other)
+        for name in arguments.only or wanted:
+            spec = wanted[name]
             with tempfile.TemporaryDirectory(dir=folder) as run:
                 spec |= {"folder": run, "corpus": str(corpus), "steps": 1}
                 measured = measured_bytes(spec, arguments.threads)

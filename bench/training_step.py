@@ -48,6 +48,7 @@ class Spec:
         zero: the ZeRO stage. precision: "fp32" or "bf16" of all products.
         head: of the LM head's, or "auto", the faster one; a teacher's products are as the head's.
         steps: timed ones, after one that is not. blocks: of a step of stage 2. corpus: text for stage 2.
+        states: whether stage 2 has the teacher's logits and hidden states, and teacher forcing, as in the recipe laptop.
         grouped: whether a fine-tuning step takes rows of like length, as every recipe does; an older commit cannot.
         profile: seconds of each part as well, by the clock "perf_counter" or "process_time".
     """
@@ -64,6 +65,7 @@ class Spec:
     head: str | None = None
     steps: int = 3
     blocks: int = BLOCKS
+    states: bool = False
     corpus: str | None = None
     grouped: bool = False
     profile: bool = False
@@ -207,13 +209,21 @@ def prepared(spec: Spec) -> Callable[[], object]:
         refine(model, norms="two")
         use_backward(model, spec.backward)
     shared = {"arguments": arguments_of(spec), "stage": spec.stage, "run_dir": Path(spec.folder), "resume": False}
-    if spec.stage == "pretrain":
+    if spec.stage == "pretrain" and not spec.states:
         stream = TokenStream(spec.corpus, tokenizer, BLOCK_SIZE)
         return functools.partial(pretrain, model, stream, **shared)
     dtype = (
         torch.bfloat16 if head_of(spec) == "bf16" and "products" in inspect.signature(load_teacher).parameters else None
     )
     teacher = load_teacher(spec.model, dtype=torch.float32, device="cpu", **({"products": dtype} if dtype else {}))
+    if spec.stage == "pretrain":
+        from bitdistill.training.pretrain import NextTokenAndStates  # an older commit has none
+
+        objective = NextTokenAndStates(
+            model, teacher, lambda_logits=1.0, temperature=1.0, lambda_hidden=100.0, teacher_forcing=1.0
+        )
+        stream = TokenStream(spec.corpus, tokenizer, BLOCK_SIZE)
+        return functools.partial(pretrain, model, stream, objective=objective, **shared)
     objective = Distillation(
         model, teacher, lambda_logits=10.0, kd_temperature=5.0, kd_tau_squared=False, kd_tokens="response",
         relation="eq12", relation_layers=[-1], teacher_relation_layers=None, split_heads=None, relation_temperature=1.0,

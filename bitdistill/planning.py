@@ -9,9 +9,10 @@ parameters, W ranks and N tokens in a micro-step of one rank, the bytes on a ran
     DeepSpeed's copy 4 P / W    of a rank's share of the weights, flat, from ZeRO 1 on
     gathered         ZeRO 3     whole weights and gradients of a layer and of the vocabulary, while they are needed
     weight codes     L          int8, made once per optimizer step
-    teacher          2 P_t      in stage 3, in half precision (4 P_t on a CPU); offloaded: divided by W, in the host's memory;
-                                with --distill.teacher_cache its LM head alone
+    teacher          2 P_t      in stage 3, and in stage 2 where hidden states are compared; in half precision (4 P_t on a CPU);
+                                offloaded: divided by W, in the host's memory; with --distill.teacher_cache its LM head alone
     activations      N x (the bytes that the backward pass reads per token, see `activation_bytes`)
+    states           N x (the teacher's states after each layer, and with teacher forcing those that a layer reads)
     logits           one chunk of rows of the LM head with its temporaries (kernels/vocabulary.py)
     process          Python, PyTorch and the libraries; on a GPU the CUDA context, NCCL's buffers and the allocator's fragments
 
@@ -115,8 +116,9 @@ class Work:
     """What is to be trained.
 
     Args:
-        student: its shape. teacher: the teacher's in stage 3, else None. ternary: False for full-precision fine-tuning.
+        student: its shape. teacher: that of the teacher, or None. ternary: False for full-precision fine-tuning.
         teacher_cached: whether what the teacher says is read from disk; then its LM head alone is in memory.
+        states: whether hidden states are compared with the teacher's. forced: whether layers read them, too (teacher forcing).
         total_tokens: of the whole stage. tokens_per_micro_step: of one rank. tokens_per_step: of all ranks in an optimizer step.
     """
 
@@ -127,6 +129,8 @@ class Work:
     teacher: Shape | None = None
     ternary: bool = True
     teacher_cached: bool = False
+    states: bool = False
+    forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -248,6 +252,9 @@ def memory_parts(work: Work, setting: Setting, world_size: int, kind: str) -> tu
             parts["teacher"] = float(stored)
     how = {"ternary": work.ternary, "checkpointing": setting.checkpointing}
     parts["activations"] = activation_bytes(student, work.tokens_per_micro_step, kind, **how)
+    if work.states:
+        kept = {"cuda": 2, "cpu": 4}[kind] + 4 * work.forced  # of the teacher, in its dtype; what a layer reads in fp32
+        parts["states"] = float(work.tokens_per_micro_step * student.layers * student.hidden * kept)
     chunk = min(CHUNK_BYTES[kind], 12.0 * work.tokens_per_micro_step * student.vocabulary)
     parts["logits"] = chunk + 2.0 * student.vocabulary * student.hidden  # and the head in half precision
     alone = kind == "cpu" and world_size == 1 and setting.zero == 0  # then the main job does without DeepSpeed

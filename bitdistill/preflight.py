@@ -284,6 +284,8 @@ def _memory_of_stages(job, stages: set[str], student: Shape, teacher: Shape) -> 
             tokens_per_step=tokens,
             teacher=beside.get(stage),
             teacher_cached=stage == "distill" and config.distill.teacher_cache,
+            states=stage in beside and section.lambda_hidden > 0,
+            forced=stage in beside and section.teacher_forcing > 0,
             ternary=stage not in ("base", "teacher"),
         )
         setting = Setting(

@@ -59,6 +59,17 @@ def test_a_teacher_is_whole_or_a_share_on_the_host():
     assert offloaded["teacher"] == 2 * 2000 / 2  # two of its two layers at a time
 
 
+def test_states_of_a_teacher_by_hand():
+    """Two layers of width 4, 100 tokens: the teacher's in its own dtype, and in fp32 what a forced layer reads."""
+    for kind, item in (("cuda", 2), ("cpu", 4)):
+        assert "states" not in memory_parts(work(teacher=ROUND), Setting(0), 1, kind)[0]
+        compared, forced = (
+            memory_parts(work(teacher=ROUND, states=True, forced=forced), Setting(0), 1, kind)[0]["states"]
+            for forced in (False, True)
+        )
+        assert (compared, forced) == (100 * 2 * 4 * item, 100 * 2 * 4 * (item + 4))
+
+
 def test_activations_by_hand():
     """Of a token and layer on a CPU: 4 x 2 x 4 of the residual stream, 4 x (5 x 4 + 2 x 8) between, 2 x 4 + 4 + 8 codes."""
     assert activation_bytes(ROUND, 1, "cpu") == 2 * (32 + 144 + 20)
@@ -140,6 +151,18 @@ def test_the_command_needs_nothing_but_a_config(monkeypatch, capsys, folder):
     assert "1e+10 tokens on 8 x H200" in out
 
 
+def test_stage_2_has_a_teacher_where_states_are_compared(monkeypatch, capsys, folder):
+    def parts(*arguments):
+        out = run(monkeypatch, capsys, "--model", folder, "--gpus", "8xH200", *arguments)[1]
+        return out[out.index("GiB per rank of the first line") : out.index("Assumed:")]
+
+    assert "teacher" in parts()
+    assert "states" in parts()
+    assert "teacher" not in parts("--hidden_states", "false")
+    assert "states" not in parts("--stage", "distill", "--teacher_cache", "true")
+    assert "states" in parts("--stage", "distill")
+
+
 def test_one_cpu_needs_no_deepspeed(monkeypatch, capsys, folder):
     arguments = ("--model", folder, "--gpus", "1xCPU", "--memory_gb", "200", "--block_size", "128")
     assert run(monkeypatch, capsys, *arguments)[1].splitlines()[-1] == f"python bitdistill/train.py --model {folder}"
@@ -167,6 +190,7 @@ def test_the_command_says_that_nothing_fits(monkeypatch, capsys, folder):
         (("--model", "FOLDER", "--gpus", "8xH200", "--tokens_per_step", "4096"), "one micro-step of 8,192 tokens"),
         (("--model", "FOLDER", "--host_memory_gb", "-3"), "host_memory_gb"),
         (("--model", "FOLDER", "--price_per_hour", "-3"), "price_per_hour"),
+        (("--model", "FOLDER", "--teacher_cache", "true", "--hidden_states", "true"), "hidden_states: expected false"),
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, folder, arguments, said):

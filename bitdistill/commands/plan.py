@@ -17,6 +17,7 @@ def plan(
     stage: str = "pretrain",
     teacher: str | None = None,
     teacher_cache: bool = False,
+    hidden_states: bool | None = None,
     block_size: int = 1024,
     per_device_batch_size: int = 8,
     tokens_per_step: int | None = None,
@@ -36,9 +37,12 @@ def plan(
         model: a folder with config.json, or a hub id.
         gpus: how many devices of which kind: 8xH200, 1xH100, 2xA100, 4xB200, 1xRTX4090, 2xCPU.
         tokens: how many tokens the whole stage trains on.
-        stage: pretrain (stage 2), or distill (stage 3, with a teacher in memory).
+        stage: pretrain (stage 2), or distill (stage 3).
         teacher: the teacher of stage 3, a folder or hub id; the model itself by default.
         teacher_cache: whether stage 3 reads what the teacher says from disk (--distill.teacher_cache true).
+        hidden_states: whether hidden states are compared with those of a teacher in memory (lambda_hidden above 0) and, in
+            stage 2, read by the student's layers (teacher forcing): true in the recipes standard and laptop, false in paper.
+            By default true, unless teacher_cache is.
         block_size: tokens per sequence.
         per_device_batch_size: sequences of a micro-step on each rank.
         tokens_per_step: tokens of an optimizer step on all ranks; one micro-step of each rank by default.
@@ -50,7 +54,8 @@ def plan(
         price_per_hour: the price of one device, in dollars.
 
     Raises:
-        UserError: an unknown device or stage, a number that is not above zero, or a model without a readable config.
+        UserError: an unknown device or stage, a number that is not above zero, a model without a readable config, or states of a
+            teacher that is read from disk.
     """
     from bitdistill.student.model_folder import read_config
 
@@ -68,6 +73,12 @@ def plan(
         link_gb_per_second=link_gb_per_second,
         price_per_hour=price_per_hour,
     )
+    if hidden_states is None:
+        hidden_states = not teacher_cache
+    elif hidden_states and teacher_cache:
+        do = "Give --hidden_states false, or no --teacher_cache."
+        raise UserError("hidden_states", expected="false with a teacher that is read from disk", got="true", do=do)
+    beside = teacher or model if stage == "distill" else model if hidden_states else None
     count, name = devices_of(gpus)
     device = _changed(
         DEVICES[name],
@@ -87,8 +98,10 @@ def plan(
         total_tokens=tokens,
         tokens_per_micro_step=per_micro_step,
         tokens_per_step=tokens_per_step or smallest,
-        teacher=shape_of(read_config(teacher or model, "teacher")) if stage == "distill" else None,
+        teacher=shape_of(read_config(beside, "teacher")) if beside else None,
         teacher_cached=teacher_cache,
+        states=hidden_states,
+        forced=hidden_states and stage == "pretrain",
     )
     rate = {"tokens_per_second": tokens_per_second, "host_bytes_per_rank": host_memory_gb * 1e9}
     _show(plans(work, device, count, **rate), work, device, f"{count} x {name}", model)
@@ -120,7 +133,7 @@ def _show(found: list[Plan], work: Work, device: Device, devices: str, model: st
     groups = {
         "state": STATE,
         "teacher": ("teacher",),
-        "activations": ("activations",),
+        "activations": ("activations", "states"),
         "rest": ("logits", "process"),
     }
     headings = ("ZeRO", "offload", "recompute", *groups, "GiB", "host", "s/step", "days", "$", "fits")
