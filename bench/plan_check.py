@@ -98,6 +98,10 @@ def main() -> int:
         corpus = Path(folder) / "corpus.txt"
         corpus.write_text("\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))))
         wanted = cases(arguments.model.resolve(), other)
+        if unknown := set(arguments.only or ()) - set(wanted):
+            parser.error(
+                f"--only: expected names of {', '.join(map(repr, wanted))}; got {', '.join(map(repr, unknown))}"
+            )
         for name in arguments.only or wanted:
             spec = wanted[name]
             with tempfile.TemporaryDirectory(dir=folder) as run:

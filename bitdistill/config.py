@@ -391,7 +391,7 @@ class RunConfig:
                     f"{name}.teacher_forcing",
                     expected=f"0 where {name}.lambda_hidden is 0: a layer that reads its teacher's states learns from them alone",
                     got=str(section.teacher_forcing),
-                    do=f"Raise {name}.lambda_hidden, for example to 10, or leave {name}.teacher_forcing out.",
+                    do=f"Raise {name}.lambda_hidden, for example to 10, or set {name}.teacher_forcing to 0.",
                 )
 
     def _check_layers(self) -> None:
@@ -400,7 +400,7 @@ class RunConfig:
                 "distill.teacher_cache",
                 expected="false with distill.lambda_hidden, for the hidden states of all layers are not kept on disk",
                 got="true",
-                do="Leave one of the two out.",
+                do="Leave teacher_cache out, or set distill.lambda_hidden to 0: some recipes have it above 0.",
             )
         ours, teachers = self.distill.relation_layers, self.distill.teacher_relation_layers
         if self.distill.relation == "none":

@@ -222,7 +222,7 @@ def memory_parts(work: Work, setting: Setting, world_size: int, kind: str) -> tu
     # Imported here because it loads PyTorch.
     from bitdistill.kernels.vocabulary import CHUNK_BYTES
 
-    student, teacher = work.student, work.teacher
+    student, teacher, item = work.student, work.teacher, {"cuda": 2, "cpu": 4}[kind]
     shares = {0: (1, 1, 1), 1: (1, 1, world_size), 2: (1, world_size, world_size), 3: (world_size,) * 3}[setting.zero]
     names = ("weights", "gradients", "optimizer")
     parts = {
@@ -244,7 +244,7 @@ def memory_parts(work: Work, setting: Setting, world_size: int, kind: str) -> tu
         )
     if teacher is not None:
         kept = teacher.vocabulary * teacher.hidden if work.teacher_cached else teacher.parameters
-        stored = {"cuda": 2, "cpu": 4}[kind] * kept
+        stored = item * kept
         if setting.teacher_offload and not work.teacher_cached:
             host += stored / world_size
             parts["teacher"] = 2 * stored / teacher.layers
@@ -253,8 +253,8 @@ def memory_parts(work: Work, setting: Setting, world_size: int, kind: str) -> tu
     how = {"ternary": work.ternary, "checkpointing": setting.checkpointing}
     parts["activations"] = activation_bytes(student, work.tokens_per_micro_step, kind, **how)
     if work.states:
-        kept = {"cuda": 2, "cpu": 4}[kind] + 4 * work.forced  # of the teacher, in its dtype; what a layer reads in fp32
-        parts["states"] = float(work.tokens_per_micro_step * student.layers * student.hidden * kept)
+        per_number = item + 4 * work.forced  # of the teacher, in its dtype; what a layer reads, in fp32
+        parts["states"] = float(work.tokens_per_micro_step * student.layers * student.hidden * per_number)
     chunk = min(CHUNK_BYTES[kind], 12.0 * work.tokens_per_micro_step * student.vocabulary)
     parts["logits"] = chunk + 2.0 * student.vocabulary * student.hidden  # and the head in half precision
     alone = kind == "cpu" and world_size == 1 and setting.zero == 0  # then the main job does without DeepSpeed
