@@ -13,6 +13,7 @@ from bitdistill.argument_errors import refuse_long_numbers, refused
 from bitdistill.config import RunConfig
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
+from bitdistill.names import TASK_CORPUS
 from bitdistill.text_files import user_path
 from bitdistill.yaml_files import read_yaml
 
@@ -75,7 +76,8 @@ def build_parser(recipe: str):
 def _settle_paths(namespace) -> None:
     """Writes local files and folders out in full, ~ included: config.yaml means the same wherever it is read again."""
     for name in ("model", "student", "teacher.model", "train_file", "validation_file", "corpus", "nvme_path"):
-        namespace[name] = folders.local_path(namespace[name])
+        if (name, namespace[name]) != ("corpus", TASK_CORPUS):
+            namespace[name] = folders.local_path(namespace[name])
     if namespace.task.endswith((".yaml", ".yml")):  # other names are those of the tasks that are built in
         namespace.task = folders.local_path(namespace.task)
     files = namespace.extra_validation_files or {}

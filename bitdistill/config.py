@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from bitdistill.errors import UserError
 from bitdistill.limits import check_limits
-from bitdistill.names import DEPLOY_TARGETS, STAGES
+from bitdistill.names import DEPLOY_TARGETS, STAGES, TASK_CORPUS
 from bitdistill.student import quantizers
 from bitdistill.text_files import user_path
 
@@ -283,8 +283,9 @@ class RunConfig:
             (--extra_validation_files.validation_mismatched FILE for mnli).
         max_train_rows: use only so many training rows, chosen by seed.
         max_length: tokens of a task row; longer prompts are cut, answers never.
-        corpus: text for stage 2: a hub dataset, or local .txt, .jsonl or .parquet files, a folder or a pattern.
-        corpus_column: its text column, when it is not `text`.
+        corpus: text for stage 2: a hub dataset, or local .txt, .jsonl or .parquet files, a folder or a pattern; or `task`: the
+            task's own training rows, each with its answer.
+        corpus_column: its text column, when it is not `text`; without effect on `task`.
         seed: the seed of everything random.
         max_steps: the most steps that any stage may take, for test runs.
         resume: accepted for compatibility, without effect: an interrupted stage always continues from its last checkpoint.
@@ -433,7 +434,15 @@ class RunConfig:
                 "corpus",
                 expected="text for stage 2",
                 got="none",
-                do="Give --corpus (a hub dataset, or local files), or --student with a finished stage 2.",
+                do="Give --corpus (a hub dataset, or local files; or task, for the task's own training rows), or --student with "
+                "a finished stage 2.",
+            )
+        if demo and self.corpus == TASK_CORPUS:
+            raise UserError(
+                "corpus",
+                expected="general text, from which the demo's base model learns",
+                got=f"{TASK_CORPUS}, the task's training rows",
+                do="Leave out --corpus: the demo has a corpus of its own.",
             )
         if self.student is not None and not (user_path(self.student, "student") / "model.safetensors").is_file():
             raise UserError(
@@ -462,7 +471,7 @@ class RunConfig:
             "model": self.model,
             "teacher.model": self.teacher.model,
             "student": self.student,
-            "corpus": self.corpus,
+            "corpus": None if self.corpus == TASK_CORPUS else self.corpus,
         }
         for name, source in read.items():
             folder = Path(source or "").resolve()

@@ -33,7 +33,7 @@ from bitdistill.files import remove_leftovers, write_whole
 from bitdistill.identity import Identities
 from bitdistill.kernels.cpu.bf16 import has_bf16_products
 from bitdistill.lock import lock_folder
-from bitdistill.names import SETTINGS
+from bitdistill.names import SETTINGS, TASK_CORPUS
 from bitdistill.problems import Report
 from bitdistill.reporting.versions import versions
 from bitdistill.runtime.header import Header
@@ -165,15 +165,21 @@ class Job:
             own = dict(zip(names, (demo.task, demo.train, demo.validation, demo.corpus), strict=True))
             given = {name: own[name] if given[name] in (None, "demo") else given[name] for name in names}
             self.full_tokenizer_folder = demo.base
-        return Sources(
+        from_rows = given["corpus"] == TASK_CORPUS
+        if from_rows:
+            given["corpus"] = self.root / "task_corpus.jsonl"
+        sources = Sources(
             **{name: None if value is None else str(value) for name, value in given.items()},
             extra_validation_files=config.extra_validation_files,
-            corpus_column=config.corpus_column,
+            corpus_column=None if from_rows else config.corpus_column,
             max_length=config.max_length,
             max_train_rows=config.max_train_rows,
             max_validation_rows=config.evaluate.max_rows,
             seed=config.seed,
         )
+        if from_rows:
+            sources.write_task_corpus(Path(sources.corpus), self.identities.of(sources.train_file))
+        return sources
 
     def _as_folder(self, source: str | None) -> str | Path | None:
         """A model's source as it can be loaded: a GGUF file becomes a folder below RUN/gguf, once."""

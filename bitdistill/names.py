@@ -40,6 +40,8 @@ LAYER_NORMS = (
 
 DEPLOY_TARGETS = ("bitdistill", "llama.cpp", "ollama", "transformers", "vllm", "mlx", "onnx-genai")  # export/targets.py
 
+TASK_CORPUS = "task"  # --corpus: the task's own training rows as the text of stage 2
+
 KV_CACHES = ("bf16", "fp32", "int8")  # how the CPU runtime keeps keys and values; the first is its default
 
 # How transformers opens a model folder here: no pickle, no code of the folder's, no network.

@@ -54,6 +54,14 @@ def test_a_card_beside_a_folder(scored):
     assert (scored / "export" / "student-transformers" / "proof.json").is_file()
 
 
+def test_a_card_of_a_student_of_its_tasks_rows(scored):
+    settings = yaml.safe_load((scored / "config.yaml").read_text())
+    (scored / "config.yaml").write_text(yaml.safe_dump(settings | {"corpus": "task"}))
+    export(str(scored), format="transformers")
+    card = (scored / "export" / "student-transformers" / "README.md").read_text()
+    assert "* Text of the continued pre-training: the training rows of sst2\n" in card + "\n"
+
+
 def test_a_card_and_a_modelfile_beside_a_gguf_file(scored, monkeypatch):
     monkeypatch.setattr("bitdistill.export.deliver.tool_version", lambda format: None)
     export(str(scored), format="gguf", type="q4_0")

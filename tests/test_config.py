@@ -131,6 +131,7 @@ def test_launcher_argument_is_ignored():
         (["--task", "sst2"], "model: expected a base model"),
         (["--model", "m"], "task: expected sst2"),
         (["--model", "m", "--task", "sst2"], "corpus: expected text for stage 2"),
+        (["--corpus", "task"], "corpus: expected general text, from which the demo's base model learns; got task"),
         ([*REAL, "--teacher.finetuned", "true"], "teacher.finetuned"),
     ],
 )

@@ -88,6 +88,17 @@ def test_generation_ends_with_eos_and_has_no_bos_where_the_tokenizer_has_none():
     assert encoded[0]["labels"] == [-100] * 4 + [6, w2, 2]
 
 
+def test_rows_as_documents():
+    task = Task(**REVIEW | {"chat": True})  # a document has no turns
+    assert list(tasks.row_documents(task, rows_of(sentence=["{a} film", ""], label=[1, 0]))) == [
+        "{a} film\nIt was good",
+        "\nIt was bad",
+    ]
+    assert list(tasks.row_documents(Task(**SUMMARY), rows_of(article=["w1"], highlights=[" w2\n"]))) == [
+        "w1\nSummary: w2"
+    ]
+
+
 def test_truncation_cuts_only_the_column_and_keeps_template_and_answer():
     tokenizer = word_tokenizer(bos=True)
     task = Task(**REVIEW)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import forked
@@ -188,6 +189,26 @@ def test_teacher_forcing_falls_to_nothing_in_both_stages(world, tmp_path):
     for stage, share in shares.items():
         written = [line["teacher_forcing"] for line in losses(tmp_path / "run", stage).values()]
         assert written == pytest.approx([max(0, 1 - step / (16 * share)) for step in range(16)])
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_the_tasks_own_rows_as_corpus(world, tmp_path, ranks):
+    """Also beside a folder of that name, which is another corpus: ./task."""
+    run, without = tmp_path / "run", [f"--{name}.enabled=false" for name in ("baseline", "evaluate", "export")]
+    options = ["--corpus", "task", "--corpus_column", "content", "--max_steps", "2", *without]
+    (world / "task").mkdir(exist_ok=True)
+    said = job(world, run, *options, ranks=ranks)
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in (run / "task_corpus.jsonl").read_text().splitlines()]
+    assert texts == [f"Text: {row['text']}\\nKind: {['cold', 'warm'][row['kind']]}" for row in rows]
+    assert yaml.safe_load((run / "config.yaml").read_text())["corpus"] == "task"
+    written = (run / "task_corpus.jsonl").stat().st_mtime_ns
+    said = job(world, run, *options, ranks=ranks)
+    assert "pretrain: done and unchanged, skipped" in said
+    assert (run / "task_corpus.jsonl").stat().st_mtime_ns == written
+    said = job(world, run, *options, "--max_train_rows", "50", ranks=ranks)
+    assert "pretrain: runs (" in said
+    assert len((run / "task_corpus.jsonl").read_text().splitlines()) == 50
 
 
 def test_a_run_without_scores_is_packed_all_the_same(world, reference, tmp_path):

@@ -17,11 +17,19 @@ import torch
 from torch import Tensor
 
 from bitdistill.data.corpus import TokenStream, check_corpus
-from bitdistill.data.tasks import encode, encode_prompts, load_rows, load_task, load_validation, show_example
+from bitdistill.data.tasks import (
+    encode,
+    encode_prompts,
+    load_rows,
+    load_task,
+    load_validation,
+    row_documents,
+    show_example,
+)
 from bitdistill.data.token_shards import ShardedStream, TokenShards, blocks_to_make, write_tokens
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
-from bitdistill.files import write_whole
+from bitdistill.files import whole_file, write_whole
 from bitdistill.prompts import Task, text_tokens
 
 KEPT_TOKENS = 20_000_000  # of encoded rows that stay in memory between the stages: 160 MB
@@ -119,6 +127,29 @@ class Sources:
         found = load_rows(task, "validation", self.validation_file, self.max_validation_rows, self.seed)
         prompts, _ = encode_prompts(task, found.select(range(min(rows, len(found)))), tokenizer, self.max_length)
         return prompts
+
+    def write_task_corpus(self, file: Path, rows_are: Any) -> None:
+        """Writes the training rows as a corpus, a document each (`row_documents`), unless the file has these rows already.
+
+        Every rank calls it and reads the rows, so that all of them meet the same error; rank 0 writes.
+
+        Args:
+            file: a .jsonl; beside it stands a .json that says of what it was made. rows_are: an identity of the training file.
+
+        Raises:
+            UserError: rows that cannot be read.
+        """
+        marker, task = file.with_suffix(".json"), self.loaded_task
+        made_of = json.dumps([task.to_json(), self.train_file, rows_are, self.max_train_rows, self.seed])
+        if not (file.is_file() and marker.is_file() and marker.read_text(encoding="utf-8") == made_of):
+            rows = self.train_rows()
+            process_group.barrier()  # all have looked before anyone writes
+            if process_group.is_main():
+                marker.unlink(missing_ok=True)
+                with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
+                    lines.writelines(json.dumps({"text": text}) + "\n" for text in row_documents(task, rows))
+                write_whole(marker, made_of)
+        process_group.barrier()
 
     def corpus_stream(self, tokenizer, block_size: int) -> TokenStream:
         """The corpus as an endless stream of blocks.

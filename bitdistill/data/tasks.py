@@ -29,7 +29,7 @@ classification the room for the answer is that of the longest word, so that the 
 import dataclasses
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,20 @@ def label_indices(task: Task, rows: Dataset) -> list[int]:
     places = {value: task.words.index(word.strip()) for value, word in task.labels.items()}
     index = {str(value): place for value, place in places.items()} | places
     return [index[value] for value in rows[task.label_column]]
+
+
+def row_documents(task: Task, rows: Dataset) -> Iterator[str]:
+    """Each row as a text: the prompt without a chat template, a space, and the answer, neither of them cut.
+
+    Args:
+        task: gives the prompt and the answers. rows: from ``load_rows``.
+    """
+    if task.kind == "classification":
+        answers = (task.words[index] for index in label_indices(task, rows))
+    else:
+        answers = (text.strip() for text in rows[task.target_column])
+    for row, answer in zip(rows, answers, strict=True):
+        yield f"{task.prompt.format_map(row)} {answer}"
 
 
 def pad_token(tokenizer, vocab_size: int | None = None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bitdistill.errors import UserError
 from bitdistill.files import write_whole
-from bitdistill.names import DISTILLED
+from bitdistill.names import DISTILLED, TASK_CORPUS
 from bitdistill.text_files import user_path
 
 UNKNOWN_LICENSE = "not stated by the base model's folder: look it up before you share this model"
@@ -133,7 +133,9 @@ def _about(base: str | None, license: str | None, surgery: dict[str, Any]) -> st
 
 
 def _trained_on(task: str | None, corpus: str | None) -> str:
+    rows_too = corpus == TASK_CORPUS
     task, corpus = (_shared_name(source) if source else "none" for source in (task, corpus))
+    corpus = f"the training rows of {task}" if rows_too else corpus
     lines = [f"* Task: {task}", f"* Text of the continued pre-training: {corpus}"]
     return "## Data\n\n" + "\n".join(lines)
 
