@@ -11,6 +11,9 @@ gain is counted on greedy answers: each is made once, one token at a time, and t
 a draft costing one row. `--answers_by` is a Hugging Face model of the same tokenizer that answers in the student's place, where
 the student was not trained for the texts. "repeating" is the share of answers whose last 24 tokens hold the same 4-gram three
 times: a model that circles makes any lookup look good, so gains are also given without these.
+
+A server computes several sequences in a step. The second table is what drafts cost then: a step of n sequences with k drafted
+tokens each, over one without any.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from bitdistill.runtime.cpu import Runtime
@@ -27,6 +31,15 @@ from measure import machine, table, write_json
 
 DRAFTS = (2, 3, 4, 6, 8)
 CONTEXT = 400
+TOGETHER = {
+    1: (1, 3, 7),
+    2: (1, 3),
+    3: (1, 2),
+    4: (1, 3),
+    6: (1,),
+    8: (1,),
+    16: (1,),
+}  # sequences -> drafted tokens of each
 
 
 def walk(prompt: list[int], answer: list[int], k: int) -> Counter:
@@ -48,15 +61,17 @@ def circles(answer: list[int]) -> bool:
     return max(Counter(zip(*(last[i:] for i in range(4)), strict=False)).values(), default=0) >= 3
 
 
-def costs(runtime: Runtime, rounds: int) -> dict[int, float]:
-    """rows -> processor seconds of a step, the fastest."""
-    cache = runtime._keys_values(1, CONTEXT + 16)
+def costs(runtime: Runtime, rounds: int, sequences: int, counts: Iterable[int]) -> dict[int, float]:
+    """rows of each sequence -> processor seconds of a step, the fastest."""
+    cache = runtime._keys_values(sequences, CONTEXT + 16)
     decoder, best = runtime._decoder, {}
     for _ in range(rounds):
-        for rows in range(1, max(DRAFTS) + 2):
+        for rows in counts:
+            slots = [slot for slot in range(sequences) for _ in range(rows)]
+            positions = [CONTEXT + row for _ in range(sequences) for row in range(rows)]
             started = time.thread_time()
-            decoder.forward([7] * rows, [0] * rows, range(CONTEXT, CONTEXT + rows), cache)
-            best[rows] = min(time.thread_time() - started, best.get(rows, 1.0))
+            decoder.forward([7] * len(slots), slots, positions, cache)
+            best[rows] = min(time.thread_time() - started, best.get(rows, 10.0))
     return best
 
 
@@ -108,7 +123,11 @@ def main() -> int:
         json.loads(line)[given.field] if given.texts.endswith(".jsonl") else line for line in lines if line.strip()
     ]
     runtime = Runtime(given.file, threads=1)
-    cost, answers = costs(runtime, 15), []
+    cost, answers = costs(runtime, 15, 1, range(1, max(DRAFTS) + 2)), []
+    together = {}
+    for sequences, drafted in TOGETHER.items():
+        found = costs(runtime, 15, sequences, (1, *(1 + k for k in drafted)))
+        together[sequences] = {k: found[1 + k] / found[1] for k in drafted}
     answered = greedy_by(given.answers_by) if given.answers_by else lambda prompt, count: greedy(runtime, prompt, count)
     suffix = runtime.tokenizer.encode(given.suffix, add_special_tokens=False).ids
     for text in texts:
@@ -133,9 +152,13 @@ def main() -> int:
             [str(k), f"{cost[k + 1] / cost[1]:.2f}", f"{gains[0][0]:.2f}", f"{gains[0][1]:.2f}", f"{gains[1][1]:.2f}"]
         )
     print(table(cells, ">>>>>"))
+    shared = [["sequences", "k", "cost of n (k + 1) rows, over n"]]
+    shared += [[str(n), str(k), f"{ratio:.2f}"] for n, found in together.items() for k, ratio in found.items()]
+    print(table(shared, ">>>"))
     if given.json:
         write_json(given.json, {"machine": machine(), "texts": Path(given.texts).name, "answers": len(answers),
-                                "repeating": len(answers) - len(straight), "seconds": cost, "results": results})  # fmt: skip
+                                "repeating": len(answers) - len(straight), "seconds": cost, "together": together,
+                                "results": results})  # fmt: skip
     runtime.close()
     return 0
 

@@ -61,6 +61,25 @@ def test_answers_are_the_same_in_fewer_steps(path, sampling, lookup):
     assert batches[0] == batches[1]
 
 
+def test_sequences_share_the_rows_of_a_step(path, monkeypatch):
+    """Drafts fill a step up to 16 rows, the same number for each sequence, and none beside more than 8."""
+    looking, seen = Runtime(path, 1, lookup=16), []
+    forward = looking._decoder.forward
+
+    def counting(ids, slots, positions, *rest, **out):
+        seen.append([slots.count(slot) for slot in sorted(set(slots))])
+        return forward(ids, slots, positions, *rest, **out)
+
+    monkeypatch.setattr(looking._decoder, "forward", counting)
+    monkeypatch.setattr(Drafts, "draft", lambda self, ids, room: [7] * room)
+    for together in (1, 2, 3, 8, 9):
+        seen.clear()
+        answers = list(looking.generate_batch([[7 + i, 8, 9] for i in range(together)], 40, slots=together))
+        assert len(answers) == together
+        steps = [rows for rows in seen[1:] if len(rows) == together]
+        assert max(map(max, steps)) == (16 // together if together <= 8 else 1)
+
+
 def test_an_end_inside_a_draft(path):
     """A token that ends the sequence, and a caller that stops, in the middle of what one step gave."""
     plain, looking = Runtime(path, 1), Runtime(path, 1, lookup=8)

@@ -154,6 +154,26 @@ def test_logprobs(client, runtime):
     assert all(len(top) == 2 for top in found.top_logprobs)
 
 
+def test_drafts_change_no_answer_and_no_logprob(client, file):
+    """The same answers with --lookup, streamed or not, alone and beside others, with each token's own log-probabilities."""
+    asked = {"model": NAME, "prompt": ["a film a film a film", "b b b b b b b"], "max_tokens": 40, "logprobs": 2}
+    with (
+        serving(file, "--lookup", "5") as (address, _),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as looking,
+    ):
+        for settings in ({}, {"temperature": 0.8, "seed": 3, "n": 2}):
+            want, got = (one.completions.create(**asked, **settings) for one in (client, looking))
+            assert got.choices == want.choices
+        stream = looking.completions.create(**asked, stream=True)
+        parts = [choice for piece in stream for choice in piece.choices]
+        want = client.completions.create(**asked)
+        for choice in want.choices:
+            mine = [part for part in parts if part.index == choice.index]
+            assert "".join(part.text for part in mine) == choice.text
+            said = [number for part in mine if part.logprobs for number in part.logprobs.token_logprobs]
+            assert said == choice.logprobs.token_logprobs
+
+
 def test_models_and_facts(client, server):
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bitdistill import console
-from bitdistill.commands.options import Parser, add_runtime_options, require_at_least
+from bitdistill.commands.options import Parser, add_lookup_option, add_runtime_options, require_at_least
 from bitdistill.commands.row_files import readable, task_rows
 from bitdistill.errors import UserError
 from bitdistill.files import checksum, write_whole
@@ -43,7 +43,7 @@ def predict(
         run_or_file: a run directory, or a packed file.
         texts: the row, one text for each column of the prompt, in its order.
         input, output, input_format, columns, overwrite, max_new_tokens, json: see `predict_options`.
-        runtime_options: threads, kv_cache and context, as `runtime.loading.load` takes them.
+        runtime_options: threads, kv_cache, context and lookup, as `runtime.loading.load` takes them.
 
     Raises:
         UserError: the file does not know its task; neither a row nor a file is given; a row that cannot be read or used,
@@ -281,4 +281,5 @@ def predict_options(arguments: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--json", action="store_true", help="print the answer to one row as JSON")
     add_runtime_options(parser)
+    add_lookup_option(parser)
     return vars(parser.parse_args(arguments))

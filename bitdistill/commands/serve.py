@@ -3,7 +3,13 @@
 import os
 from typing import Any
 
-from bitdistill.commands.options import Parser, add_runtime_options, require_at_least, take_runtime_options
+from bitdistill.commands.options import (
+    Parser,
+    add_lookup_option,
+    add_runtime_options,
+    require_at_least,
+    take_runtime_options,
+)
 from bitdistill.errors import UserError
 from bitdistill.text_files import read_text, user_path
 
@@ -25,7 +31,7 @@ def serve(
         host, port: where to listen; only this machine by default.
         api_key_file: its first line is what clients must send; the variable BITDISTILL_API_KEY does the same.
         model_name: what /v1/models calls it; by default the base's name and the task's.
-        options: the others of `serve_options`: threads, kv_cache, context, and the limits.
+        options: the others of `serve_options`: threads, kv_cache, context, lookup, and the limits.
 
     Returns: the exit status.
 
@@ -91,4 +97,5 @@ def serve_options(arguments: list[str]) -> dict[str, Any]:
         help="time for running answers to finish when the server ends (default: 30)",
     )
     add_runtime_options(parser, context=f"the model's own limit, at most {DEFAULT_CONTEXT:,}")
+    add_lookup_option(parser)
     return vars(parser.parse_args(arguments))

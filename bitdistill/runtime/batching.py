@@ -18,6 +18,9 @@ from bitdistill.runtime.drafts import Drafts
 from bitdistill.runtime.slots import Slots, common_prefix
 
 ROWS_PER_STEP = 256  # a prompt's piece: large enough for full speed, small enough that others need not wait long
+DRAFT_ROWS = (
+    16  # of a step, drafts included: they pay while their rows are cheap, and this is what one pass of a kernel takes
+)
 WORTH_WAITING = 16  # shared tokens for which a prompt waits until another, being computed now, can lend them
 
 
@@ -183,6 +186,7 @@ def _step(
     """
     pending = [len(request.ids) - len(slots.ids[request.slot]) for request in active]
     room = max(ROWS_PER_STEP - pending.count(1), 1)
+    longest_draft = DRAFT_ROWS // len(active) - 1
     ids, places, positions, pieces, ready, wanted = [], [], [], [], [], []
     for request, count in zip(active, pending, strict=True):
         first = len(slots.ids[request.slot])
@@ -192,7 +196,7 @@ def _step(
         request.drafted = []
         if request.drafts and count == 1 and request.new_tokens > 0:
             left = min(request.max_new_tokens - request.new_tokens - 1, context - len(request.ids), room)
-            request.drafted = request.drafts.draft(request.ids, left)
+            request.drafted = request.drafts.draft(request.ids, min(left, longest_draft))
             room -= len(request.drafted)
         rows = taken + len(request.drafted)
         ids += pieces[-1] + request.drafted

@@ -77,7 +77,7 @@ class Runtime(Predictor):
             cost in KL is in export/parity.py; bf16 is the default because it does not mind the outliers in keys, either.
         context: at most so many positions; the model's own limit by default.
         lookup: of each sequence, compute up to so many tokens at once that followed the same words before (drafts.py); answers
-            are the same, token for token.
+            are the same, token for token. Sequences that share a step look up less each: its rows are at most 16.
 
     Attributes:
         model: the open file (`PackedModel`): config, metadata, tensors.

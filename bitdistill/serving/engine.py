@@ -9,6 +9,7 @@ same step; and an answer that is not streamed is passed on as a whole.
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -111,15 +112,15 @@ class Job:
 
 
 class Recorder:
-    """A sampler that also keeps the log-probabilities of the tokens that it chose.
+    """A sampler that also keeps the log-probabilities of the tokens that it chose: of several in a step, where drafts are used.
 
     Args:
-        sampler: chooses the tokens. top: how many of the likeliest tokens to record at each step.
+        sampler: chooses the tokens. top: how many of the likeliest tokens to record for each.
     """
 
     def __init__(self, sampler: Chooser, top: int):
         self._sampler, self._top = sampler, top
-        self.last: TokenLogprobs | None = None
+        self._found: deque[TokenLogprobs] = deque()
 
     def choose(self, logits: np.ndarray) -> int | None:
         """The token that its sampler chooses."""
@@ -129,8 +130,12 @@ class Recorder:
             return None
         best = np.argpartition(-log_p, min(self._top, len(log_p) - 1))[: self._top]
         best = best[np.argsort(-log_p[best], kind="stable")]
-        self.last = TokenLogprobs(token, float(log_p[token]), [(int(i), float(log_p[i])) for i in best])
+        self._found.append(TokenLogprobs(token, float(log_p[token]), [(int(i), float(log_p[i])) for i in best]))
         return token
+
+    def take(self) -> TokenLogprobs:
+        """Those of the first token that was not taken yet."""
+        return self._found.popleft()
 
 
 class Engine:
@@ -292,7 +297,7 @@ class Engine:
         text = job.stream.feed(token) if job.stream else ""
         if job.stream and job.stream.stopped:
             request.stopped_by = "stop"
-        job.held.append(Piece(text, job.recorder.last if job.recorder else None))
+        job.held.append(Piece(text, job.recorder.take() if job.recorder else None))
         if job.started is not None:
             return None
         job.started = time.monotonic()
