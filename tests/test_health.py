@@ -13,7 +13,7 @@ import ranks
 import tiny_students
 from bitdistill.student.layers import BitLinear, SubLN, bit_linears
 from bitdistill.training import health
-from bitdistill.training.diagnosis import ADVICE, Diagnosis, gradient_ratio, rise_of_last_third
+from bitdistill.training.diagnosis import ADVICE, Diagnosis, gradient_ratio, guessing_loss, rise_of_last_third
 
 # ------------------------------------------------------------------------------------------------------- measures
 
@@ -256,10 +256,33 @@ def test_rising_loss():
     assert rise_of_last_third(rising[-20:]) is None  # too few lines
 
     diagnosis = Diagnosis(1e-3, {})
-    early = [diagnosis.logged({"step": i, "loss_ce": loss}, past_half=False) for i, loss in enumerate(rising)]
+    early = [diagnosis.logged({"step": i, "loss_ce": loss}, progress=0.4) for i, loss in enumerate(rising)]
     assert early == [[]] * 90
     (finding,) = diagnosis.logged({"step": 91, "loss_ce": rising[-1]})
     assert finding.kind == "rising"
+
+
+def test_guessing():
+    assert guessing_loss([[1], [2], [2], [1]]) == pytest.approx(math.log(2))
+    assert guessing_loss([[1], [2], [2], [2]]) == pytest.approx(-(math.log(0.25) + 3 * math.log(0.75)) / 4)
+    assert guessing_loss([[5, 1], [5, 2, 3, 4]]) == pytest.approx(
+        math.log(2) / 3
+    )  # per token, of which they have 3 each
+    assert guessing_loss([[1], [1]]) is None
+    assert guessing_loss([]) is None
+    assert guessing_loss([i] for i in range(1000)) is None  # texts, not labels
+
+
+@pytest.mark.parametrize(("loss", "warns"), [(0.69, True), (0.66, False)])
+def test_a_stage_that_stays_at_chance(loss, warns):
+    """Said once, at three quarters; a stage that learns in its second half has none."""
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(0)).mul(0.02).tolist()
+    for guessing in (math.log(2), None):
+        diagnosis, said = Diagnosis(1e-3, {}, guessing), []
+        for step in range(1, 41):
+            line = {"step": step, "loss_ce": (0.69 if step < 20 else loss) + noise[step - 1]}
+            said += diagnosis.logged(line, progress=step / 40)
+        assert [(finding.kind, finding.step) for finding in said] == ([("chance", 30)] if warns and guessing else [])
 
 
 # ------------------------------------------------------------------------------------------------- the callback

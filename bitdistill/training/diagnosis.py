@@ -14,13 +14,15 @@ back to where it was. Each kind of finding is reported once per stage, at the fi
     outliers      most int8 codes of a layer's input are zero, because single channels take the range
     drowned       the gradient of one loss term is a hundred times as large as that of the others
     rising        cross-entropy rises over the last third of what was logged
+    chance        late in a stage on labels, cross-entropy is no lower than that of guessing
 
 In healthy runs (the demo and a model of 6 M parameters on two tasks), the share of zeros lies between 0.28 and 0.35, up to
 1 % of a layer's codes flip per step, scales move by up to 30 %, and at most 20 % of a layer's int8 input codes are zero.
 """
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +51,10 @@ MEASUREMENTS_IN_A_ROW = 2
 RISING_LINES = 24
 RISING_SHARE = 0.05
 RISING_ERRORS = 3.0
+# QNLI with SmolLM2-135M, guessing 0.693: students that ended at 71.6 % had 0.658 and 0.665 there, those that ended at 60.5 and
+# 61.0 % had 0.714 and 0.710.
+LATE, CHANCE_SHARE, CHANCE_LINES = 0.75, 0.97, 8
+MAX_LABELS = 200
 
 SMALLEST_IS_WORST = ("saturated",)
 
@@ -71,6 +77,8 @@ ADVICE = {
     "drowned": "Set distill.gamma_attention to balanced with distill.gamma_rho near 1, or move gamma by the ratio seen.",
     "rising": "Lower learning_rate, raise warmup_steps, or lower max_grad_norm; in the stage distill, look which term of the "
     "loss works against the cross-entropy.",
+    "chance": "Look first whether the teacher has learned the task. If it has, give the student more steps (a hard task may only "
+    "begin to be learned when the learning rate falls), a lower learning rate, or a larger lambda_hidden.",
 }
 
 
@@ -99,10 +107,11 @@ class Diagnosis:
 
     Args:
         learning_rate: the stage's peak. weights: number of weights of each layer, by its name.
+        guessing: the cross-entropy of guessing (`guessing_loss`); None where nothing is to be guessed.
     """
 
-    def __init__(self, learning_rate: float, weights: dict[str, int]):
-        self.learning_rate, self.weights = learning_rate, weights
+    def __init__(self, learning_rate: float, weights: dict[str, int], guessing: float | None = None):
+        self.learning_rate, self.weights, self.guessing = learning_rate, weights, guessing
         self._said: set[str] = set()
         self._quiet = dict.fromkeys(weights, 0)  # measurements since a layer's last flip, the learning rate awake
         self._in_a_row: dict[str, int] = {}
@@ -159,12 +168,13 @@ class Diagnosis:
             f"more, at {rate / self.learning_rate:.0%} of the peak learning rate",
         )
 
-    def logged(self, line: dict, *, past_half: bool = True) -> list[Finding]:
+    def logged(self, line: dict, *, progress: float = 1.0) -> list[Finding]:
         """What a line of metrics.jsonl shows for the first time.
 
         Args:
             line: {"step", "loss_ce", "gamma_attention", "grad_norm_attention", "grad_norm_task"}, as far as it has them.
-            past_half: whether half of the stage is over; before, a rise of the loss says nothing.
+            progress: share of the stage that is over. In the first half the learning rate may be at its peak, where a loss
+                rises and falls again.
         """
         found, step = [], line["step"]
         norms, ratio = (line.get("grad_norm_attention"), line.get("grad_norm_task")), gradient_ratio(line)
@@ -181,13 +191,19 @@ class Diagnosis:
             )
         if isinstance(loss := line.get("loss_ce"), int | float) and math.isfinite(loss):
             self._losses.append(loss)
-        rise = rise_of_last_third(self._losses) if past_half else None
+        rise = rise_of_last_third(self._losses) if progress >= 0.5 else None
         if rise is not None:
             found.append(
                 Finding(
                     "rising", step, f"cross-entropy has risen by {rise:.0%} within the last third of the steps so far"
                 )
             )
+        last = self._losses[-(len(self._losses) // 3) :]
+        if self.guessing is not None and progress >= LATE and len(last) >= CHANCE_LINES:
+            mean = float(np.mean(last))
+            if mean > CHANCE_SHARE * self.guessing:
+                seen = f"cross-entropy of the last {len(last)} lines is {mean:.3f}; guessing by frequency has {self.guessing:.3f}"
+                found.append(Finding("chance", step, seen))
         return self._new(found)
 
     def _new(self, found: list[Finding]) -> list[Finding]:
@@ -241,6 +257,22 @@ def _codes(layers: Layers) -> Iterator[Sign]:
         {n: math.exp(abs(math.log(v))) for n, v in drift.items() if not 1 / DRIFTED_FACTOR < v < DRIFTED_FACTOR},
         "weight_scale of {count} of {total} layers has left the stage's start (worst {worst}: by a factor of {value:.1f})",
     )
+
+
+def guessing_loss(answers: Iterable[Sequence[int]]) -> float | None:
+    """Cross-entropy, in nats per answer token, of knowing nothing but how often each answer occurs.
+
+    ``-sum_a p_a log(p_a) / sum_a p_a |a|``, a: an answer of |a| tokens
+
+    Args:
+        answers: tokens of each row's answer. Returns None where they are all the same, or too many to be labels (MAX_LABELS).
+    """
+    counts = Counter(map(tuple, answers))
+    if not 1 < len(counts) <= MAX_LABELS:
+        return None
+    rows = counts.total()
+    entropy = -sum(count / rows * math.log(count / rows) for count in counts.values())
+    return entropy / (sum(count * len(answer) for answer, count in counts.items()) / rows)
 
 
 def gradient_ratio(line: dict) -> float | None:

@@ -11,7 +11,7 @@ same loop.
 Source: BitNet Distillation, arXiv 2510.13998, section 3.3.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from bitdistill.distributed.teacher import Teacher
 from bitdistill.kernels.numerics import IGNORED
 from bitdistill.student.loading import check_same_vocabulary
 from bitdistill.training.capture import AttentionCapture
+from bitdistill.training.diagnosis import guessing_loss
 from bitdistill.training.forcing import TeacherForcing
 from bitdistill.training.gamma import BalancedGamma
 from bitdistill.training.head import (
@@ -43,6 +44,8 @@ from bitdistill.training.row_cache import CachedTeacher
 from bitdistill.training.row_order import NO_ROW, FilledRows
 from bitdistill.training.teachers import LiveTeacher, Said
 from bitdistill.training.trainer import Counts, Objective, StageTrainer
+
+ANSWERS_LOOKED_AT = 10_000  # for how often each occurs
 
 
 def answer_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,6 +241,12 @@ def _collate_numbered(features: list[dict[str, Any]], pad_token_id: int) -> dict
     return batch | {"row": row_B}
 
 
+def _some_answers(rows) -> Iterator[list[int]]:
+    """The answers of up to ANSWERS_LOOKED_AT rows, spread over all of them."""
+    for row in rows.select(range(0, len(rows), -(-len(rows) // ANSWERS_LOOKED_AT))).select_columns("labels"):
+        yield [token for token in row["labels"] if token != IGNORED]
+
+
 def fine_tune(
     model: nn.Module,
     rows,
@@ -262,7 +271,8 @@ def fine_tune(
 
     Returns: the trainer, whose `model_wrapped` holds the result, and facts for done.json.
     """
-    callbacks = [HealthLog(run_dir / "health.jsonl", stage, health_steps)] if health_steps else []
+    health = (run_dir / "health.jsonl", stage, health_steps)
+    callbacks = [HealthLog(*health, guessing_loss(_some_answers(rows)))] if health_steps else []
     trainer = StageTrainer(
         objective=objective or Answers(model),
         stage=stage,

@@ -231,10 +231,11 @@ class HealthLog(TrainerCallback):
 
     Args:
         path: RUN/health.jsonl; metrics.jsonl and warnings.jsonl lie beside it. stage: its name. every: steps.
+        guessing: the cross-entropy of guessing, where labels are learned.
     """
 
-    def __init__(self, path: Path, stage: str, every: int):
-        self.path, self.stage, self.every = path, stage, every
+    def __init__(self, path: Path, stage: str, every: int, guessing: float | None = None):
+        self.path, self.stage, self.every, self.guessing = path, stage, every, guessing
         self.start: dict[str, float] = {}
         self.before: dict[str, Tensor] | None = None
         self.probe: Probe | None = None
@@ -247,7 +248,9 @@ class HealthLog(TrainerCallback):
         self.start = scales(model)
         layers = bit_linears(model)
         self.diagnosis = Diagnosis(
-            args.learning_rate, {name: layer.in_features * layer.out_features for name, layer in layers.items()}
+            args.learning_rate,
+            {name: layer.in_features * layer.out_features for name, layer in layers.items()},
+            self.guessing,
         )
         start = Path(args.output_dir) / START_FILE
         if state.global_step == 0:
@@ -260,7 +263,7 @@ class HealthLog(TrainerCallback):
         for line in self._kept(self.path, state.global_step):
             self.diagnosis.measured(line)
         for line in self._kept(self.path.with_name("metrics.jsonl"), state.global_step):
-            self.diagnosis.logged(line, past_half=_past_half(line["step"], state))
+            self.diagnosis.logged(line, progress=line["step"] / state.max_steps)
 
     def _kept(self, path: Path, last_step: int) -> list[dict]:
         """This stage's lines up to the step that a resumed run goes on from."""
@@ -299,7 +302,7 @@ class HealthLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "loss" in logs:
             line = {"step": state.global_step, **logs}
-            self._warn(self.diagnosis.logged(line, past_half=_past_half(state.global_step, state)))
+            self._warn(self.diagnosis.logged(line, progress=state.global_step / state.max_steps))
 
     def _warn(self, findings: list[Finding]) -> None:
         for finding in findings:
@@ -312,8 +315,3 @@ class HealthLog(TrainerCallback):
     @staticmethod
     def _append(path: Path, line: dict) -> None:
         append_line(path, json.dumps(line))
-
-
-def _past_half(step: int, state) -> bool:
-    """Before half of a stage the learning rate may be at its peak, where a loss rises and falls again."""
-    return 2 * step >= state.max_steps
