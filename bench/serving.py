@@ -3,6 +3,7 @@ the processor time of each part.
 
     python bench/serving.py FILE [--clients 16] [--requests 64] [--new_tokens 64] [--threads 2] [--rounds 3] [--json FILE]
     python bench/serving.py --shape 0.6B           the same with random weights in Qwen3-0.6B's shape
+    python bench/serving.py FILE --lookup 4 --texts TEXT.jsonl [--field article] [--suffix "Summary:"]    with and without lookup
     python bench/serving.py FILE --soak 7200      memory every minute under whole answers, streams and clients that leave
 
 Clients stream from prompts that differ from their first token on. The runtime's own batch answers the same prompts with
@@ -44,16 +45,20 @@ for line in sys.stdin:
 PROMPT = "{0} and {1} are two numbers that somebody wrote on a wall, long before anybody could read them."
 
 
-def prompts(count: int, part: int = 0) -> list[str]:
-    """So many different prompts of about 25 tokens; each part has others."""
+def prompts(count: int, part: int = 0, texts: list[str] | None = None) -> list[str]:
+    """So many different prompts, of about 25 tokens or from `texts`; each part has others."""
+    if texts is not None:
+        if (part + 1) * count > len(texts):
+            raise SystemExit(f"--texts: {len(texts)} rows are too few for part {part + 1} of {count} requests")
+        return texts[part * count : (part + 1) * count]
     return [PROMPT.format(7919 * (i + 1) % 1000, i) for i in range(part * count, (part + 1) * count)]
 
 
 @contextlib.contextmanager
-def server(file: str, threads: int, slots: int):
+def server(file: str, threads: int, slots: int, lookup: int = 0):
     """(address, process id) of `bitdistill serve`."""
     command = [sys.executable, "-m", "bitdistill.cli", "serve", file, "--port", "0", "--threads", str(threads)]
-    command += ["--slots", str(slots), "--max_queue", "1000", "--model_name", "student"]
+    command += ["--slots", str(slots), "--max_queue", "1000", "--model_name", "student", "--lookup", str(lookup)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if found := re.search(r"http://[\d.]+:\d+", line):
@@ -186,6 +191,11 @@ def main() -> None:
         "--rounds", type=int, default=3, help="the server this often, between the runtime's own batches"
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lookup", type=int, help="a server with this option beside one without it")
+    parser.add_argument("--texts", help="its prompts: JSON lines")
+    parser.add_argument("--field", default="article", help="of a row")
+    parser.add_argument("--suffix", default="", help="what is asked behind a text, in a line of its own")
+    parser.add_argument("--characters", type=int, default=1600, help="of a text, at most")
     parser.add_argument("--soak", type=float, help="so many seconds")
     parser.add_argument("--rest", type=float, default=0.0, help="seconds between the soak's requests")
     parser.add_argument("--json")
@@ -206,10 +216,36 @@ def measure_server(options) -> None:
     if options.soak:
         with server(options.file, options.threads, options.clients) as (address, pid):
             result["soak"] = soak(address, pid, options.soak, options.rest)
+    elif options.lookup:
+        result |= compare_lookup(options)
     else:
         result |= compare(options)
     if options.json:
         write_json(options.json, result)
+
+
+def compare_lookup(options) -> dict[str, list]:
+    """A server without and one with lookup, in turn, on the same prompts; prints a table."""
+    texts = None
+    if options.texts:
+        rows = [json.loads(line) for line in Path(options.texts).read_text(encoding="utf-8").splitlines()]
+        texts = [f"{row[options.field][: options.characters]}\n{options.suffix}" for row in rows]
+    results: dict[str, list] = {"plain": [], "lookup": []}
+    common = options.file, options.threads, options.clients
+    with server(*common) as plain, server(*common, options.lookup) as looking:
+        for at in (plain, looking):
+            asyncio.run(many_clients(*at, prompts(options.clients, 1000), options))  # warm
+        for part in range(options.rounds):
+            for name, at in (("plain", plain), ("lookup", looking)):
+                asked = prompts(options.requests, part, texts)
+                results[name].append(asyncio.run(many_clients(*at, asked, options)))
+    speeds = {name: [one["tokens"] / one["seconds"] for one in found] for name, found in results.items()}
+    ratios = [ours / plain for plain, ours in zip(speeds["plain"], speeds["lookup"], strict=True)]
+    cells = [[f"server, {options.clients} clients", "tokens/s", "median"]]
+    cells += [[name, _row(found), f"{statistics.median(found):.1f}"] for name, found in speeds.items()]
+    cells.append(["ratio", ", ".join(f"{ratio:.2f}" for ratio in ratios), f"{statistics.median(ratios):.2f}"])
+    print(table(cells, "<>>"))
+    return results | {"ratios": ratios}
 
 
 def compare(options) -> dict[str, list]:
