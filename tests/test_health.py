@@ -265,12 +265,13 @@ def test_rising_loss():
 def test_guessing():
     assert guessing_loss([[1], [2], [2], [1]]) == pytest.approx(math.log(2))
     assert guessing_loss([[1], [2], [2], [2]]) == pytest.approx(-(math.log(0.25) + 3 * math.log(0.75)) / 4)
-    assert guessing_loss([[5, 1], [5, 2, 3, 4]]) == pytest.approx(
+    assert guessing_loss([[5, 1], [5, 2, 3, 4]] * 2) == pytest.approx(
         math.log(2) / 3
     )  # per token, of which they have 3 each
     assert guessing_loss([[1], [1]]) is None
     assert guessing_loss([]) is None
-    assert guessing_loss([i] for i in range(1000)) is None  # texts, not labels
+    assert guessing_loss([i // 3] for i in range(1000)) is None  # texts, not labels
+    assert guessing_loss([i] for i in range(50)) is None  # few texts
 
 
 @pytest.mark.parametrize(("loss", "warns"), [(0.69, True), (0.66, False)])

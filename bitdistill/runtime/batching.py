@@ -18,9 +18,7 @@ from bitdistill.runtime.drafts import Drafts
 from bitdistill.runtime.slots import Slots, common_prefix
 
 ROWS_PER_STEP = 256  # a prompt's piece: large enough for full speed, small enough that others need not wait long
-DRAFT_ROWS = (
-    16  # of a step, drafts included: they pay while their rows are cheap, and this is what one pass of a kernel takes
-)
+DRAFT_ROWS = 16  # of a step, drafts included: so many cost little more than half as many (docs/log.md)
 WORTH_WAITING = 16  # shared tokens for which a prompt waits until another, being computed now, can lend them
 
 

@@ -265,12 +265,13 @@ def guessing_loss(answers: Iterable[Sequence[int]]) -> float | None:
     ``-sum_a p_a log(p_a) / sum_a p_a |a|``, a: an answer of |a| tokens
 
     Args:
-        answers: tokens of each row's answer. Returns None where they are all the same, or too many to be labels (MAX_LABELS).
+        answers: tokens of each row's answer. Returns None where they are all the same, or too many to be labels: more than
+            MAX_LABELS, or hardly any of them twice.
     """
     counts = Counter(map(tuple, answers))
-    if not 1 < len(counts) <= MAX_LABELS:
-        return None
     rows = counts.total()
+    if not 1 < len(counts) <= min(MAX_LABELS, rows / 2):
+        return None
     entropy = -sum(count / rows * math.log(count / rows) for count in counts.values())
     return entropy / (sum(count * len(answer) for answer, count in counts.items()) / rows)
 
