@@ -202,6 +202,8 @@ def main() -> None:
     options = parser.parse_args()
     if bool(options.file) == bool(options.shape):
         parser.error("give a packed file or --shape")
+    if options.texts and not options.lookup:
+        parser.error("--texts are prompts of the comparison with --lookup: give that, too")
     with tempfile.TemporaryDirectory() as folder:
         if options.shape:
             shape = SHAPES[options.shape]
