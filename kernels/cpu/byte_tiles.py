@@ -1,7 +1,8 @@
 """Products of small int8 matrices for compiled code, a tile of int32 sums in vector registers at a time: what tiles.py does by
 AMX, for the processors without it.
 
-    out[m, n] = starts[m] + sum over k of left[m, k] * right[k, n]          ROWS x COLUMNS sums, k over whole tiles
+    sums[m, n] = starts[m] + sum over k of left[m, k] * right[k, n]         ROWS x COLUMNS sums, k over whole tiles
+    out[m, n] = sums[m, n], or sums[m, n] * (row_scale[m] * column_scale[n]) + bias[n] in float32
 
 Operands lie as those of training_tiles.py: four neighboring numbers of a left row are repeated in all lanes, and 64 bytes of the
 right operand hold four summed columns of each of 16 results. So a left operand is rows of any stride, or tiles of 16 rows of
@@ -52,10 +53,12 @@ BY_PAIRS = not WIDE  # whether ternary codes have an instruction of their own, a
 TERNARY_OFFSET = 1 if BY_PAIRS else OFFSET
 ROWS, GROUPS = (8, 2) if AVX512 else (4, 1)
 COLUMNS = 16 * GROUPS
+SUMS, SCALED, STREAMED = range(3)  # what is written: int32; float32; float32 past the caches, to whole lines
 QUADS = 16 if AVX512 else 2  # of a tile at a time: with few registers more would be kept in memory
 _TILE_QUADS, _TILE_BYTES, _LINE = 16, 1024, 64  # four summed columns each, of a tile; of a tile; of a row of it
 _I64, _I32 = ir.IntType(64), ir.IntType(32)
 _INTS, _WORDS, _BYTES = (ir.VectorType(ir.IntType(bits), 512 // bits) for bits in (32, 16, 8))
+_FLOATS = ir.VectorType(ir.FloatType(), 16)
 
 
 def _at(address, count, dtype):
@@ -63,17 +66,22 @@ def _at(address, count, dtype):
     return np.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype)
 
 
-def _py_tile(left, left_row, left_step, count, right, gap, depth, starts, out, out_row):
+def _py_tile(left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind, row_scale, column_scale, bias):
     for m in range(ROWS):
         n = min(m, count - 1)
         for group in range(GROUPS):
-            sums = np.full(16, _at(starts + 4 * n, 1, np.int32)[0])
+            line = _LINE * group if gap else 0
+            sums, place = np.full(16, _at(starts + 4 * n, 1, np.int32)[0]), out + n * out_row + line
             for tile in range(depth):
                 row = _at(left + n * left_row + tile * left_step, _LINE, np.int8).astype(np.int32)
                 codes = _at(right + group * gap + tile * _TILE_BYTES, _TILE_BYTES, np.uint8 if OFFSET else np.int8)
                 products = codes.reshape(_TILE_QUADS, 16, 4).astype(np.int32) * row.reshape(_TILE_QUADS, 1, 4)
                 sums += products.sum((0, 2), np.int32)
-            _at(out + n * out_row + (_LINE * group if gap else 0), 16, np.int32)[:] = sums
+            if kind == SUMS:
+                _at(place, 16, np.int32)[:] = sums
+            else:
+                scale = _at(row_scale + 4 * n, 1, np.float32) * _at(column_scale + line, 16, np.float32)
+                _at(place, 16, np.float32)[:] = sums.astype(np.float32) * scale + _at(bias + line, 16, np.float32)
     return 0
 
 
@@ -102,14 +110,30 @@ def _loop(builder, count, values, body):
     return results[1:]
 
 
-def _tile(builder, by_pairs, left, left_row, left_step, count, right, gap, depth, starts, out, out_row):
-    """The loop over tiles, which carries all sums, and in it one over their quads."""
-    last, rows, places, first = builder.sub(count, _word(1)), [], [], []
+def _write(builder, values, places, kind):
+    """Stores every value at its place, past the caches where kind is STREAMED."""
+    with builder.if_else(builder.icmp_signed("==", kind, _word(STREAMED))) as (past, otherwise):
+        for streamed, block in ((True, past), (False, otherwise)):
+            with block:
+                for place, value in zip(places, values, strict=True):
+                    stored = builder.store(value, builder.inttoptr(place, ir.PointerType(value.type)), align=1)
+                    if streamed:
+                        stored.align = _LINE
+                        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+
+
+def _tile(
+    builder, by_pairs, left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind, row_scale, column_scale,
+    bias,
+):  # fmt: skip
+    """The loop over tiles, which carries all sums, and in it one over their quads; then the sums are written."""
+    last, rows, scales, places, first = builder.sub(count, _word(1)), [], [], [], []
     line = builder.select(builder.icmp_signed("==", gap, _word(0)), _word(0), _word(_LINE))
     lines = [_word(0), line][:GROUPS]
     for m in range(ROWS):
         n = builder.select(builder.icmp_signed("<", _word(m), count), _word(m), last)
         rows.append(builder.add(left, builder.mul(n, left_row)))
+        scales.append(builder.add(row_scale, builder.mul(n, _word(4))))
         start = _load(builder, builder.add(starts, builder.mul(n, _word(4))), _I32)
         for group in range(GROUPS):
             places.append(builder.add(builder.add(out, builder.mul(n, out_row)), lines[group]))
@@ -144,29 +168,50 @@ def _tile(builder, by_pairs, left, left_row, left_step, count, right, gap, depth
             return results
         return [builder.add(value, widen_words(builder, words)) for value, words in zip(sums, results, strict=True)]
 
-    for place, value in zip(places, _loop(builder, depth, first, add_tile), strict=True):
-        builder.store(value, builder.inttoptr(place, ir.PointerType(_INTS)), align=1)
+    sums = _loop(builder, depth, first, add_tile)
+    with builder.if_else(builder.icmp_signed("==", kind, _word(SUMS))) as (integers, floats):
+        with integers:
+            for place, value in zip(places, sums, strict=True):
+                builder.store(value, builder.inttoptr(place, ir.PointerType(_INTS)), align=1)
+        with floats:
+            columns = [_load(builder, builder.add(column_scale, line), _FLOATS) for line in lines]
+            biases = [_load(builder, builder.add(bias, line), _FLOATS) for line in lines]
+            values = []
+            for m, scale in enumerate(scales):
+                row = repeat_lanes(builder, _load(builder, scale, ir.FloatType()), _FLOATS)
+                for group in range(GROUPS):
+                    value = builder.sitofp(sums[GROUPS * m + group], _FLOATS)
+                    value = builder.fmul(value, builder.fmul(row, columns[group]))
+                    values.append(builder.fadd(value, biases[group]))
+            _write(builder, values, places, kind)
     return _word(0)
 
 
-_SIGNATURE = types.int64(*[types.int64] * 10)
+_SIGNATURE = types.int64(*[types.int64] * 14)
 
 
 @native(_SIGNATURE, _py_tile)
-def multiply_tile(builder, left, left_row, left_step, count, right, gap, depth, starts, out, out_row):
+def multiply_tile(
+    builder, left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind, row_scale, column_scale, bias
+):  # fmt: skip
     """The tile of sums of `depth` tiles of 64 summed columns, one or more. Returns 0.
 
     left is the address of the first of `count` rows, left_row bytes apart; the next 64 columns of a row lie left_step bytes on.
     right is the address of the tiles of the first 16 columns, those of the next ones lie `gap` bytes on, 0 where there are none;
-    starts that of an int32 for each row. The rows of sums are written to out, out_row bytes apart.
+    starts that of an int32 for each row. The rows are written to out, out_row bytes apart: the sums themselves where kind is SUMS,
+    else scaled: row_scale, column_scale and bias are addresses of float32, one for each row and column of the tile.
     """
-    return _tile(builder, False, left, left_row, left_step, count, right, gap, depth, starts, out, out_row)
+    work = (left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind, row_scale, column_scale, bias)
+    return _tile(builder, False, *work)
 
 
 @native(_SIGNATURE, _py_tile)
-def multiply_ternary_tile(builder, left, left_row, left_step, count, right, gap, depth, starts, out, out_row):
+def multiply_ternary_tile(
+    builder, left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind, row_scale, column_scale, bias
+):  # fmt: skip
     """The same where BY_PAIRS, with a right operand of ternary codes. Returns 0."""
-    return _tile(builder, True, left, left_row, left_step, count, right, gap, depth, starts, out, out_row)
+    work = (left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind, row_scale, column_scale, bias)
+    return _tile(builder, True, *work)
 
 
 @jit

@@ -157,6 +157,10 @@ def multiply_tiles(
     if offset:
         work = (K // 64, offset, starts.data_ptr())
         share_rows(byte_tiles.row_starts, -(-M // 16), 16 * K * planes, *matrix, *work, block=1)
+    if not TILES and out.dtype != torch.int32:
+        row_scale = torch.ones(M) if row_scale is None else row_scale
+        column_scale = torch.ones(width) if column_scale is None else column_scale
+        bias = torch.full((width,), -0.0) if bias is None else bias  # of all numbers the one that changes no sum
     scales = (0 if values is None else values.data_ptr() for values in (starts, row_scale, column_scale, bias))
     work = (right.data_ptr(), K // 64, width, ternary, *scales, out.data_ptr(), kinds[out.dtype])
     share_rows(training_tiles.multiply_tiles, -(-width // 32), 32 * K * M * planes, *matrix, *work, block=1)

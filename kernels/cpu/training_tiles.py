@@ -21,7 +21,16 @@ Addresses are int64, strides in bytes. N is a multiple of 16, K of 64.
 
 import numpy as np
 
-from bitdistill.kernels.cpu.byte_tiles import BY_PAIRS, COLUMNS, ROWS, multiply_ternary_tile, multiply_tile
+from bitdistill.kernels.cpu.byte_tiles import (
+    BY_PAIRS,
+    COLUMNS,
+    ROWS,
+    SCALED,
+    STREAMED,
+    SUMS,
+    multiply_ternary_tile,
+    multiply_tile,
+)
 from bitdistill.kernels.cpu.compilation import jit
 from bitdistill.kernels.cpu.floats import LANES, add, end_streams, load_int32, multiply, repeat, splat, stream
 from bitdistill.kernels.cpu.native import int8s, keep
@@ -44,11 +53,10 @@ from bitdistill.kernels.cpu.tiles import (
 from bitdistill.kernels.cpu.training_digits import joined
 from bitdistill.kernels.cpu.vector import add_bytes, load_bytes, repeat_byte, store_bytes
 
-LEFT_BYTES = 1 << 19  # of the left operand that meet all columns at a time: they stay in the second-level cache
+LEFT_BYTES = 1 << (14 if BY_PAIRS else 19)  # of the left operand that meet all columns at a time: they stay in a cache
 STREAMED_BYTES = 1 << 20  # a float32 result of so many bytes is written past the caches: it would not stay in them
 SUMS_BYTES = 4 * (2 * TILE_ROWS) ** 2  # of the int32 that leave the four tiles of sums
 INT32, FLOAT32, BF16 = range(3)  # what a product writes
-ROWS_AT_ONCE = 2 * TILE_ROWS if TILES else ROWS
 
 
 @jit
@@ -107,6 +115,24 @@ def lay_out_columns(first, last, codes, rows, columns, offset, tiles):
             interleave_codes(source, stride, target, TILE_COLUMNS)
             _add_offset(target, offset)
     keep(room)
+
+
+@jit
+def _padded(rows):
+    """Rows of a plane in tiles."""
+    return (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+
+
+@jit
+def _rows_at_once(row_bytes):
+    """Rows of the left operand that meet all columns before the next ones: pairs of tiles."""
+    return max(1, LEFT_BYTES // row_bytes // TILE_ROWS) * TILE_ROWS
+
+
+@jit
+def _is_streamed(kind, rows, width, out):
+    """Whether a result is written past the caches."""
+    return kind == FLOAT32 and 4 * rows * width >= STREAMED_BYTES and out % 64 == 0
 
 
 @jit
@@ -176,14 +202,40 @@ def _store(place, stride, count, wide):
 
 
 @jit
-def _multiply_bytes(left, stride, step, count, right, gap, depth, wide, ternary, starts, place, place_stride):
-    """The sums of up to ROWS rows and of 16 or 32 columns, in vector registers."""
-    for column in range(0, wide, COLUMNS):
-        codes, more, at = right + column // TILE_ROWS * gap, gap if wide - column > TILE_ROWS else 0, place + 4 * column
-        if BY_PAIRS and ternary:
-            multiply_ternary_tile(left, stride, step, count, codes, more, depth, starts, at, place_stride)
-        else:
-            multiply_tile(left, stride, step, count, codes, more, depth, starts, at, place_stride)
+def _multiply_bytes(
+    first, last, left, rows, tiled, planes, right, depth, width, ternary, starts, row_scale, column_scale, bias, out, kind
+):  # fmt: skip
+    """`multiply_tiles` in vector registers. One plane's float32 sums are scaled there, too."""
+    row_bytes, size, gap = TILE_COLUMNS * depth, 2 if kind == BF16 else 4, TILE_BYTES * depth
+    stride, step = (TILE_COLUMNS, TILE_BYTES) if tiled else (row_bytes, TILE_COLUMNS)
+    plane_rows, at_once = _padded(rows), _rows_at_once(planes * row_bytes)
+    room = np.empty(planes * SUMS_BYTES, np.int8)
+    sums, streamed = room.ctypes.data, _is_streamed(kind, rows, width, out)
+    direct = kind == INT32 or (kind == FLOAT32 and planes == 1)
+    what = SUMS if kind == INT32 or not direct else STREAMED if streamed else SCALED
+    for begin in range(0, rows, at_once):
+        for column in range(2 * TILE_ROWS * first, min(width, 2 * TILE_ROWS * last), COLUMNS):
+            wide, codes = min(COLUMNS, width - column), right + column // TILE_ROWS * gap
+            more, of_column = gap if wide > TILE_ROWS else 0, 4 * column
+            for row in range(begin, min(rows, begin + at_once), ROWS):
+                count = min(ROWS, rows - row)
+                for plane in range(planes):
+                    place, place_stride = sums + plane * SUMS_BYTES, 8 * TILE_ROWS
+                    if direct:
+                        place, place_stride = out + size * (row * width + column), size * width
+                    at, in_tile = row + plane * plane_rows, row % TILE_ROWS
+                    acts, start = left + (at - in_tile) * row_bytes + in_tile * stride, starts + 4 * at
+                    ends = (place, place_stride, what, row_scale + 4 * row, column_scale + of_column, bias + of_column)
+                    if BY_PAIRS and ternary:
+                        multiply_ternary_tile(acts, stride, step, count, codes, more, depth, start, *ends)
+                    else:
+                        multiply_tile(acts, stride, step, count, codes, more, depth, start, *ends)
+                if not direct:
+                    scales = (row_scale, column_scale, bias, out, width, kind == BF16, streamed, planes)
+                    _put_sums(sums, 0, count, row, column, wide, *scales)
+    if streamed:
+        end_streams()
+    keep(room)
 
 
 @jit
@@ -199,20 +251,22 @@ def multiply_tiles(
         right: address of the tiles of all columns. depth: K / 64. width: N.
         ternary: whether right has no other codes than -1, 0 and 1.
         starts: address of what `byte_tiles.row_starts` writes; not read where there is AMX.
-        row_scale: address of float32 (M,), or 0 for ones. column_scale: of float32 (N,), or 0.
-        bias: address of float32 (N,), or 0 for none.
+        row_scale: address of float32 (M,). column_scale, bias: of float32 (N,). With AMX 0 stands for ones, or no bias.
         out: address of (M, N) numbers. kind: INT32 for the sums alone, else FLOAT32 or BF16.
 
     Numerics: sums exact modulo 2**32; product and sum with the scales rounded one by one as in the reference.
     """
-    row_bytes, size = TILE_COLUMNS * depth, 2 if kind == BF16 else 4
+    if not TILES:
+        return _multiply_bytes(
+            first, last, left, rows, tiled, planes, right, depth, width, ternary, starts, row_scale, column_scale, bias, out, kind
+        )  # fmt: skip
+    row_bytes, size, gap = TILE_COLUMNS * depth, 2 if kind == BF16 else 4, TILE_BYTES * depth
     stride, step = (TILE_COLUMNS, TILE_BYTES) if tiled else (row_bytes, TILE_COLUMNS)
-    plane_rows, gap = (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS, TILE_BYTES * depth
+    plane_rows, at_once = _padded(rows), _rows_at_once(planes * row_bytes)
     room = np.empty(2 * planes * SUMS_BYTES + TILE_COLUMNS, np.int8)
     sums = (room.ctypes.data + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS
     others = sums + planes * SUMS_BYTES
-    at_once = max(2 * TILE_ROWS, LEFT_BYTES // (planes * row_bytes) // (2 * TILE_ROWS) * (2 * TILE_ROWS))
-    streamed = kind == FLOAT32 and 4 * rows * width >= STREAMED_BYTES and out % 64 == 0
+    streamed = _is_streamed(kind, rows, width, out)
     ends = (row_scale, column_scale, bias, out, width, kind == BF16, streamed, planes)
     configured = 0
     # Rows of sums that were not written yet, and where they belong.
@@ -223,8 +277,8 @@ def multiply_tiles(
             wide = min(2 * TILE_ROWS, width - column)
             codes = right + 2 * gap * pair
             more_codes = codes + gap if wide > TILE_ROWS else codes
-            for row in range(begin, min(rows, begin + at_once), ROWS_AT_ONCE):
-                count = min(ROWS_AT_ONCE, rows - row)
+            for row in range(begin, min(rows, begin + at_once), 2 * TILE_ROWS):
+                count = min(2 * TILE_ROWS, rows - row)
                 at_a_time, written = (waiting + planes * depth - 1) // (planes * depth), 0
                 for plane in range(planes):
                     place, place_stride = sums + plane * SUMS_BYTES, 8 * TILE_ROWS
@@ -232,12 +286,6 @@ def multiply_tiles(
                         place, place_stride = out + size * (row * width + column), 4 * width
                     place_row, in_tile = row + plane * plane_rows, row % TILE_ROWS
                     acts = left + (place_row - in_tile) * row_bytes + in_tile * stride
-                    if not TILES:
-                        start = starts + 4 * place_row
-                        _multiply_bytes(
-                            acts, stride, step, count, codes, gap, depth, wide, ternary, start, place, place_stride
-                        )
-                        continue
                     if count != configured:
                         configure(count)
                         configured = count
@@ -252,9 +300,7 @@ def multiply_tiles(
                             _put_sums(others, written, more, row_waiting, column_waiting, wide_waiting, *ends)
                             written += more
                     _store(place, place_stride, count, wide)
-                if not TILES and kind != INT32:
-                    _put_sums(sums, 0, count, row, column, wide, *ends)
-                elif kind != INT32:
+                if kind != INT32:
                     waiting, row_waiting, column_waiting, wide_waiting = count, row, column, wide
                     sums, others = others, sums
     _put_sums(others, 0, waiting, row_waiting, column_waiting, wide_waiting, *ends)
