@@ -33,13 +33,17 @@ TOKENS, DEPTH, REPEATS = 1024, 9, 20000
 @jit
 def _dense_again(count, left, right, depth, starts, out):
     for _ in range(count):
-        byte_tiles.multiply_tile(left, 64 * depth, 64, byte_tiles.ROWS, right, 0, depth, starts, out, 256, byte_tiles.SUMS, 0, 0, 0)
+        byte_tiles.multiply_tile(
+            left, 64 * depth, 64, byte_tiles.ROWS, right, 0, depth, starts, out, 256, byte_tiles.SUMS, 0, 0, 0
+        )
 
 
 @jit
 def _ternary_again(count, left, right, depth, starts, out):
     for _ in range(count):
-        byte_tiles.multiply_ternary_tile(left, 64 * depth, 64, byte_tiles.ROWS, right, 0, depth, starts, out, 256, byte_tiles.SUMS, 0, 0, 0)
+        byte_tiles.multiply_ternary_tile(
+            left, 64 * depth, 64, byte_tiles.ROWS, right, 0, depth, starts, out, 256, byte_tiles.SUMS, 0, 0, 0
+        )
 
 
 def one_tile(kernel: Callable) -> tuple[Callable[[], object], float]:

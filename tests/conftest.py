@@ -26,6 +26,9 @@ if (
 
 import torch
 
+with torch.device("cpu"):
+    torch.empty(0)  # at the first such context torch notes which functions make tensors; some tests replace torch.empty
+
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before anything imports one

@@ -160,7 +160,11 @@ def test_products_bit_for_bit(method, kind, threads):
                 assert got.dtype == torch.int32
                 assert torch.equal(got.long(), expected), (N, I, O)
                 row, column, bias = (torch.randn(n, generator=generator) for n in (N, got.shape[1], got.shape[1]))
-                for dtype, rest in ((torch.float32, (column, bias)), (torch.bfloat16, (None, None))):
+                for dtype, *rest in (
+                    (torch.float32, column, bias),
+                    (torch.float32, None, None),
+                    (torch.bfloat16, None, None),
+                ):
                     floats = training_products.scaled_product(kind, codes, ternary, row, *rest, dtype, method)
                     by = row[:, None] if rest[0] is None else row[:, None] * column
                     wanted = got.float() * by + (0 if rest[1] is None else bias)

@@ -162,6 +162,21 @@ def test_all_words_cached_is_the_dense_form(rest):
     )
 
 
+@pytest.mark.parametrize("words", [1, 5, 36, 37, 100])
+def test_logits_of_some_words_at_a_time_are_the_same(words, monkeypatch):
+    """For student and teacher, in chunks of rows; a slice may end with the vocabulary, or have one word."""
+    x, weight, targets, teacher_x, teacher_weight = rows()
+
+    def found():
+        inputs = leaves(x, weight, dtype=torch.float32)
+        options = {"temperature": 2.0, "ce_weight": 1.0, "kl_weight": 10.0, "chunk_bytes": 3 * 37 * 8}
+        return of(linear_distillation(*inputs, targets, teacher_x, teacher_weight, **options), (1.0, 10.0), inputs)
+
+    whole = found()
+    monkeypatch.setattr(vocabulary, "LOGIT_WORDS", words)
+    assert all(torch.equal(a, b) for a, b in zip(found(), whole, strict=True))
+
+
 def test_fewer_cached_words_know_less():
     """Merging words can only lower a KL: K = 1, 3, V - 1, V rise to the whole one."""
     x, weight, targets, teacher_x, teacher_weight = rows()

@@ -66,7 +66,9 @@ def _at(address, count, dtype):
     return np.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype)
 
 
-def _py_tile(left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind, row_scale, column_scale, bias):
+def _py_tile(
+    left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind, row_scale, column_scale, bias
+):
     for m in range(ROWS):
         n = min(m, count - 1)
         for group in range(GROUPS):
@@ -198,11 +200,11 @@ def multiply_tile(
 
     left is the address of the first of `count` rows, left_row bytes apart; the next 64 columns of a row lie left_step bytes on.
     right is the address of the tiles of the first 16 columns, those of the next ones lie `gap` bytes on, 0 where there are none;
-    starts that of an int32 for each row. The rows are written to out, out_row bytes apart: the sums themselves where kind is SUMS,
-    else scaled: row_scale, column_scale and bias are addresses of float32, one for each row and column of the tile.
+    starts that of an int32 for each row. The rows are written to out, out_row bytes apart: the sums themselves where kind is
+    SUMS, else scaled: row_scale, column_scale and bias are addresses of float32, one for each row and column of the tile.
     """
-    work = (left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind, row_scale, column_scale, bias)
-    return _tile(builder, False, *work)
+    work = (left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind)
+    return _tile(builder, False, *work, row_scale, column_scale, bias)
 
 
 @native(_SIGNATURE, _py_tile)
@@ -210,8 +212,8 @@ def multiply_ternary_tile(
     builder, left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind, row_scale, column_scale, bias
 ):  # fmt: skip
     """The same where BY_PAIRS, with a right operand of ternary codes. Returns 0."""
-    work = (left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind, row_scale, column_scale, bias)
-    return _tile(builder, True, *work)
+    work = (left, left_row, left_step, count, right, gap, depth, starts, out, out_row, kind)
+    return _tile(builder, True, *work, row_scale, column_scale, bias)
 
 
 @jit
