@@ -275,15 +275,15 @@ def main() -> int:
     parser.add_argument("--resident", metavar="FILE", help="memory from a --json file of bench/resident.py")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument(
-        "--from", dest="source", metavar="FILE", help="a --json file of an earlier run: only accuracy is read again"
+        "--from", dest="source", metavar="FILE", help="a --json file of an earlier run: only committed results are read again"
     )
     parser.add_argument("--page", metavar="FILE", help="writes the table there")
     parser.add_argument("--readme", metavar="FILE", help="writes the main rows of the table there")
     arguments = parser.parse_args()
     if arguments.source:
         report = json.loads(Path(arguments.source).read_text())
-        accuracy = {one["claim"]: one for one in accuracy_rows()}
-        report["rows"] = [accuracy.get(one["claim"], one) for one in report["rows"]]
+        again = {one["claim"]: one for one in [*gpu_rows(), *cpu_training_rows(), *accuracy_rows()]}
+        report["rows"] = [again.get(one["claim"], one) for one in report["rows"]]
     else:
         with tempfile.TemporaryDirectory() as temporary:
             folder = arguments.folder or Path(temporary)

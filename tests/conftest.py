@@ -27,7 +27,7 @@ if (
 import torch
 
 with torch.device("cpu"):
-    torch.empty(0)  # at the first such context torch notes which functions make tensors; some tests replace torch.empty
+    torch.empty(0)  # torch notes here which functions make tensors; a test that compiles has torch.empty replaced
 
 CUDA = torch.cuda.is_available()
 if not CUDA:

@@ -129,7 +129,8 @@ class Head:
 class HeadOfBf16Products:
     """The LM head with cross-entropy of a step of SmolLM2-135M: 1,016 hidden states of 576, 49,152 words.
 
-    All products are in bf16. Beside it the same with PyTorch's own products.
+    All products are in bf16. Beside it the same with PyTorch's own products. "n/a" where such products are slow: without
+    instructions for them a step takes minutes.
     """
 
     def setup(self):
@@ -138,7 +139,10 @@ class HeadOfBf16Products:
         with newer_than_some_commits():
             from bitdistill.distributed import allocator
             from bitdistill.kernels.cpu import vocabulary_tiles
+            from bitdistill.kernels.cpu.bf16 import has_bf16_products
             from bitdistill.kernels.vocabulary import linear_cross_entropy
+        if not has_bf16_products():
+            raise NotImplementedError("bf16 products are slow here")
         allocator.keep_freed_memory()  # as in training: else the pages of the weight's gradient are made anew
         torch.manual_seed(0)
         torch.set_num_threads(1)
