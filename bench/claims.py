@@ -275,7 +275,10 @@ def main() -> int:
     parser.add_argument("--resident", metavar="FILE", help="memory from a --json file of bench/resident.py")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument(
-        "--from", dest="source", metavar="FILE", help="a --json file of an earlier run: only committed results are read again"
+        "--from",
+        dest="source",
+        metavar="FILE",
+        help="a --json file of an earlier run: only committed results are read again",
     )
     parser.add_argument("--page", metavar="FILE", help="writes the table there")
     parser.add_argument("--readme", metavar="FILE", help="writes the main rows of the table there")
