@@ -26,6 +26,7 @@ from llvmlite import ir
 from numba import types
 
 from bitdistill.kernels.cpu.compilation import jit
+from bitdistill.kernels.cpu.floats import stream_lanes
 from bitdistill.kernels.cpu.native import keep, native
 from bitdistill.kernels.cpu.tile_layout import transpose_ints
 from bitdistill.kernels.cpu.tiles import TILES
@@ -115,13 +116,16 @@ def _loop(builder, count, values, body):
 def _write(builder, values, places, kind):
     """Stores every value at its place, past the caches where kind is STREAMED."""
     with builder.if_else(builder.icmp_signed("==", kind, _word(STREAMED))) as (past, otherwise):
-        for streamed, block in ((True, past), (False, otherwise)):
-            with block:
-                for place, value in zip(places, values, strict=True):
-                    stored = builder.store(value, builder.inttoptr(place, ir.PointerType(value.type)), align=1)
-                    if streamed:
-                        stored.align = _LINE
-                        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+        with past:
+            for place, value in zip(places, values, strict=True):
+                stream_lanes(builder, place, value)
+        with otherwise:
+            _store(builder, values, places)
+
+
+def _store(builder, values, places):
+    for place, value in zip(places, values, strict=True):
+        builder.store(value, builder.inttoptr(place, ir.PointerType(value.type)), align=1)
 
 
 def _tile(
@@ -173,8 +177,7 @@ def _tile(
     sums = _loop(builder, depth, first, add_tile)
     with builder.if_else(builder.icmp_signed("==", kind, _word(SUMS))) as (integers, floats):
         with integers:
-            for place, value in zip(places, sums, strict=True):
-                builder.store(value, builder.inttoptr(place, ir.PointerType(_INTS)), align=1)
+            _store(builder, sums, places)
         with floats:
             columns = [_load(builder, builder.add(column_scale, line), _FLOATS) for line in lines]
             biases = [_load(builder, builder.add(bias, line), _FLOATS) for line in lines]

@@ -102,7 +102,8 @@ def store(builder, address, value):
     return _store(builder, address, value)
 
 
-def _stream(builder, address, value):
+def stream_lanes(builder, address, value):
+    """IR: `stream` of a vector of 64 bytes."""
     place = builder.store(value, _at(builder, address, value.type))
     place.align = 64
     place.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
@@ -112,7 +113,7 @@ def _stream(builder, address, value):
 @native(types.int64(A, V), _py_store)
 def stream(builder, address, value):
     """Writes 16 floats past the caches, to an address that 64 divides; `end_streams` before others may read. Returns 0."""
-    return _stream(builder, address, value)
+    return stream_lanes(builder, address, value)
 
 
 @native(types.int64(), lambda: 0)
@@ -203,7 +204,7 @@ def stream_bf16(builder, address, a, b):
     """Writes 32 floats, 16 of a and 16 of b, as bf16 past the caches; otherwise as `stream`. Returns 0."""
     lanes = ir.Constant(ir.VectorType(_I32, 2 * LANES), list(range(2 * LANES)))
     value = builder.shuffle_vector(_bf16(builder, a), _bf16(builder, b), lanes)
-    return _stream(builder, address, value)
+    return stream_lanes(builder, address, value)
 
 
 @native(V(V), lambda value: (_py_bf16(value).astype(np.uint32) << 16).view(np.float32))

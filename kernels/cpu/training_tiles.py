@@ -57,6 +57,7 @@ LEFT_BYTES = 1 << (14 if BY_PAIRS else 19)  # of the left operand that meet all 
 STREAMED_BYTES = 1 << 20  # a float32 result of so many bytes is written past the caches: it would not stay in them
 SUMS_BYTES = 4 * (2 * TILE_ROWS) ** 2  # of the int32 that leave the four tiles of sums
 INT32, FLOAT32, BF16 = range(3)  # what a product writes
+TOGETHER = 2 * TILE_ROWS if TILES else TILE_ROWS  # rows of whole blocks: with AMX of pairs of tiles, else of some ROWS
 
 
 @jit
@@ -125,8 +126,8 @@ def _padded(rows):
 
 @jit
 def _rows_at_once(row_bytes):
-    """Rows of the left operand that meet all columns before the next ones: pairs of tiles."""
-    return max(1, LEFT_BYTES // row_bytes // TILE_ROWS) * TILE_ROWS
+    """Rows of the left operand that meet all columns before the next ones."""
+    return max(1, LEFT_BYTES // row_bytes // TOGETHER) * TOGETHER
 
 
 @jit
@@ -211,8 +212,8 @@ def _multiply_bytes(
     plane_rows, at_once = _padded(rows), _rows_at_once(planes * row_bytes)
     room = np.empty(planes * SUMS_BYTES, np.int8)
     sums, streamed = room.ctypes.data, _is_streamed(kind, rows, width, out)
-    direct = kind == INT32 or (kind == FLOAT32 and planes == 1)
-    what = SUMS if kind == INT32 or not direct else STREAMED if streamed else SCALED
+    scaled = kind == FLOAT32 and planes == 1
+    direct, what = scaled or kind == INT32, SUMS if not scaled else STREAMED if streamed else SCALED
     for begin in range(0, rows, at_once):
         for column in range(2 * TILE_ROWS * first, min(width, 2 * TILE_ROWS * last), COLUMNS):
             wide, codes = min(COLUMNS, width - column), right + column // TILE_ROWS * gap
