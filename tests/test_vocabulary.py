@@ -467,7 +467,9 @@ def test_chunks_fit_their_bytes():
     assert rows_at_once(0, 151_936, 4, 1) == 1
     for rows, chunk_bytes in ((100, 41 * 40), (7, 10**9), (1000, 999 * 40)):
         assert rows_at_once(rows, 10, 4, chunk_bytes) * 40 <= chunk_bytes
-    assert vocabulary._logit_rows(3, 37, torch.float32, torch.device("cpu")).stride() == (48, 1)
+    cpu = torch.device("cpu")
+    assert vocabulary._logit_rows(3, 37, torch.float32, cpu).stride() == (48, 1)
+    assert vocabulary._logit_rows(3, 49_152, torch.float32, cpu).stride() == (49_168, 1), "not a multiple of 4 KiB"
 
 
 def test_same_bits_in_every_run():
