@@ -66,14 +66,13 @@ def products(in_features: int, out_features: int) -> dict[str, Callable[[], obje
     ternary = Ternary(weight, torch.ones(1), (out_features,))
     x, w = codes.float(), weight.float()
     ways = {"fp32": lambda: x @ w.t()}
-    for name in training_products.possible(codes, out_features):
+    for name in training_products.METHODS:
         ways[f"forward, {name}"] = lambda name=name: training_products.ternary_product("forward", codes, ternary, name)
         assert torch.equal(ways[f"forward, {name}"]().float(), x @ w.t()), name
-    if training_products.has_tiles(weight.shape):
-        left, right = gradient.t().contiguous(), tiles_of_columns(codes, False)
-        sums, shape = torch.empty(weight.shape, dtype=torch.int32), (out_features, TOKENS)
-        ways["dW, tiles"] = lambda: multiply_tiles(left, shape, right, sums, False)
-        assert torch.equal(ways["dW, tiles"]().long(), left.long() @ codes.long())
+    left, right = gradient.t().contiguous(), tiles_of_columns(codes, False)
+    sums, shape = torch.empty(weight.shape, dtype=torch.int32), (out_features, TOKENS)
+    ways["dW, tiles"] = lambda: multiply_tiles(left, shape, right, sums, False)
+    assert torch.equal(ways["dW, tiles"]().long(), left.long() @ codes.long())
     if training_products.dense_products_are_exact():
         ways["dW, onednn"] = lambda: training_products.dense_product(gradient, codes)
     return ways

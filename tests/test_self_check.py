@@ -73,8 +73,6 @@ def test_every_check_notices(check, name, damage):
 
 @pytest.mark.parametrize("method", training_products.METHODS)
 def test_a_wrong_product_is_noticed(method, monkeypatch):
-    if method not in training_products.possible(torch.zeros(70, 576, dtype=torch.int8), 192):
-        pytest.skip(f"this processor has no products by {method}")
     right = training_products.METHODS[method]
     monkeypatch.setitem(training_products.METHODS, method, lambda *work: (right(*work), work[3].view(-1)[7].add_(1)))
     with pytest.raises(AssertionError, match=r"1 of .* values differ"):
@@ -123,10 +121,10 @@ def test_a_wrong_kernel_is_not_used_and_named(answers, capsys):
 
 
 def test_a_wrong_product_leaves_the_other(answers, capsys):
-    answers({"product own": "ended its process (exit status -11)"})
+    answers({"product tiles": "ended its process (exit status -11)"})
     assert backend.kernels_for(CPU) is bit_linear
-    assert "product own (ended its process" in capsys.readouterr().out
-    assert training_products.possible(torch.zeros(4, 16, dtype=torch.int8), 16) == ["onednn"]
+    assert "product tiles (ended its process" in capsys.readouterr().out
+    assert training_products.possible() == ["onednn"]
 
 
 def test_wrong_losses_over_the_vocabulary_are_left_out_alone(answers, capsys):

@@ -138,10 +138,10 @@ def _gradients(backward: str, bound: float) -> Callable:
 
 
 def _gradients_by_digits(kernels, device):
-    from bitdistill.kernels.cpu.training_products import dense_products_are_exact, has_tiles
+    from bitdistill.kernels.cpu.training_products import dense_products_are_exact, is_left_out
 
     for x, weight, _, _, dy in _tensors(device):
-        if dense_products_are_exact() or has_tiles(weight.shape):
+        if dense_products_are_exact() or not is_left_out("tiles"):
             activation = kernels.quantize_input(x)
             ours = kernels.digit_gradients(dy, *activation, kernels.ternarize([weight]))
             theirs = torch.autograd.grad(reference.bit_linear(x, weight), [x, weight], dy)
@@ -158,13 +158,12 @@ def _product(method: str) -> Callable:
             for kind, value in (("forward", x), ("backward", dy)):
                 (codes, scale), weight_codes = reference.quantize_activation(value), ternary.weight_codes.long()
                 expected = codes.long() @ (weight_codes.t() if kind == "forward" else weight_codes)
-                if method in products.possible(codes, expected.shape[1]):
-                    _same(kind, products.ternary_product(kind, codes, ternary, method).long(), expected)
-                    rest = (ternary.of_columns(), bias.detach()) if kind == "forward" else (None, None)
-                    ours = products.scaled_product(kind, codes, ternary, scale, *rest, torch.float32, method)
-                    _same(f"{kind}, scaled", ours, products.scaled(expected.int(), scale, *rest, torch.float32))
+                _same(kind, products.ternary_product(kind, codes, ternary, method).long(), expected)
+                rest = (ternary.of_columns(), bias.detach()) if kind == "forward" else (None, None)
+                ours = products.scaled_product(kind, codes, ternary, scale, *rest, torch.float32, method)
+                _same(f"{kind}, scaled", ours, products.scaled(expected.int(), scale, *rest, torch.float32))
             exact = products.dense_products_are_exact()
-            if method == "tiles" and products.has_tiles(weight.shape) and exact:
+            if method == "tiles" and exact:
                 work = (dy, *kernels.quantize_input(x), ternary, True, True)
                 ours, theirs = (kernels.digit_gradients(*work, tiled) for tiled in (True, False))
                 for name, a, b in zip(("dX", "dW"), ours, theirs, strict=True):

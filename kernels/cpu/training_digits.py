@@ -266,19 +266,14 @@ def join_rows(first, last, acc, plane_stride, width, row_scale, out):
         acc: address of int32 (3, N, width). plane_stride: bytes from one plane to the next. width: of a row.
         row_scale: address of float32 (N,). out: address of float32 (N, width); may be acc.
     """
+    room = np.zeros((3, LANES), np.int32)  # what is left of a row, with zeros behind it
     for n in range(first, last):
         source, target, scale = acc + 4 * n * width, out + 4 * n * width, repeat(row_scale + 4 * n)
         for i in range(0, width, LANES):
-            at = source + 4 * i
-            if width - i >= LANES:
-                put(target + 4 * i, joined(at, plane_stride, scale), LANES, False)
-            else:
-                factor = np.float32(1 / DIGIT)
-                for j in range(width - i):
-                    digits = (
-                        np.float32(int32s(at + 4 * j, 1)[0]),
-                        np.float32(int32s(at + 4 * j + plane_stride, 1)[0]),
-                        np.float32(int32s(at + 4 * j + 2 * plane_stride, 1)[0]),
-                    )
-                    value = digits[0] + (digits[1] + digits[2] * factor) * factor
-                    float32s(target + 4 * (i + j), 1)[0] = value * float32s(row_scale + 4 * n, 1)[0]
+            at, stride, count = source + 4 * i, plane_stride, width - i
+            if count < LANES:
+                for plane in range(3):
+                    room[plane, :count] = int32s(at + plane * plane_stride, count)
+                at, stride = room.ctypes.data, 4 * LANES
+            put(target + 4 * i, joined(at, stride, scale), count, False)
+    keep(room)

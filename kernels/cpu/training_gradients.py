@@ -19,6 +19,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bitdistill.kernels.cpu import training_digits
 from bitdistill.kernels.cpu.bf16 import has_bf16_products
@@ -31,8 +32,9 @@ from bitdistill.kernels.cpu.training_products import (
     Ternary,
     dense_product,
     dense_products_are_exact,
-    has_tiles,
+    is_left_out,
     multiply_tiles,
+    padded,
     scaled,
     scaled_product,
     ternary_product,
@@ -72,17 +74,17 @@ def _way(of_x, planes, dy, act_scale, ternary):
     """By which of WAYS dX, or else dW, is computed."""
     if planes == 0 or (ternary.grouped() if of_x else act_scale.shape[1] > 1):
         return "floats"
-    tiles, exact = has_tiles(ternary.weight_codes.shape), dense_products_are_exact()
-    if (tiles or exact) and planes > 1 and not digits_are_fastest():
+    exact = dense_products_are_exact()
+    if (exact or not is_left_out("tiles")) and planes > 1 and not digits_are_fastest():
         return "floats"
-    if _tiles_multiply(ternary):
+    if _tiles_multiply():
         return "tiles"
     return "rows" if exact or (of_x and planes == 1) else "floats"
 
 
-def _tiles_multiply(ternary):
-    """Whether int8 products are ones in tiles: where they are possible, and fastest or alone exact."""
-    return has_tiles(ternary.weight_codes.shape) and (tiles_are_fastest() or not dense_products_are_exact())
+def _tiles_multiply():
+    """Whether int8 products are ones in tiles: where they are fastest, or alone exact."""
+    return not is_left_out("tiles") and (tiles_are_fastest() or not dense_products_are_exact())
 
 
 @functools.cache
@@ -136,12 +138,12 @@ def digit_gradients(
     needs_weight: bool = True,
     tiled: bool | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``(dY W~, dY^T x~)`` by int8 products of three digits of dY, where `has_tiles` or `dense_products_are_exact`.
+    """``(dY W~, dY^T x~)`` by int8 products of three digits of dY, in tiles, or where `dense_products_are_exact`.
 
     Args:
         dy: float32 (N, O). codes: int8 (N, I). act_scale: fp32 (N, 1). ternary: of the weight (O, I).
-        needs_x, needs_weight: which of the two. tiled: whether tiles multiply; by default where they are possible
-            and fastest.
+        needs_x, needs_weight: which of the two. tiled: whether tiles multiply; by default where they are
+            fastest, or alone exact.
 
     Returns: fp32 (N, I) and (O, I), the same bits with and without tiles.
 
@@ -154,7 +156,7 @@ def digit_gradients(
 def _in_parts(dy, codes, act_scale, ternary, needs_x, needs_weight, planes, tiled=None):
     """(dX, dW) fp32 from int8 codes of dY, of as many tokens at a time as an int32 can sum."""
     if tiled is None:
-        tiled = _tiles_multiply(ternary)
+        tiled = _tiles_multiply()
     gradients = _in_tiles if tiled and len(dy) else _in_rows
     rest = (ternary, needs_x, needs_weight, planes)
     if len(dy) <= TOKENS_OF_A_SUM:
@@ -177,16 +179,15 @@ def _quantized(kernel, dy, act_scale, ternary, planes, row_codes, column_codes):
     dense = (address, stride, half, O)
     if column_codes is not None:
         share_rows(training_digits.gradient_peaks, N, O, *dense, act_scale.data_ptr(), peaks.data_ptr())
-    scales = 0 if row_codes is None else ternary.of_columns().data_ptr()
-    pointers = (
-        0 if t is None else t.data_ptr() for t in (row_codes, row_scale, act_scale, peaks, column_codes, column_scale)
-    )
-    share_rows(kernel, N, O, *dense, N, planes, scales, *pointers)
+    weight_scale = None if row_codes is None else F.pad(ternary.of_columns(), (0, O - len(ternary.weight_codes)))
+    tensors = (weight_scale, row_codes, row_scale, act_scale, peaks, column_codes, column_scale)
+    share_rows(kernel, N, O, *dense, N, planes, *(0 if t is None else t.data_ptr() for t in tensors))
     return row_scale, column_scale
 
 
 def _in_tiles(dy, codes, act_scale, ternary, needs_x, needs_weight, planes):
     """By `multiply_tiles`: the codes are written as its operands, and the digits are joined as the sums leave the registers."""
+    dy = padded(dy, 1, 16)
     (N, O), I = dy.shape, codes.shape[1]
     tokens, columns = -(-N // 64) * 64, -(-O // 64) * 64
     row_tiles = torch.empty(planes * -(-N // 16) * 16 * columns, dtype=torch.int8) if needs_x else None
@@ -201,7 +202,9 @@ def _in_tiles(dy, codes, act_scale, ternary, needs_x, needs_weight, planes):
     if needs_weight:
         dw = torch.empty((O, I), dtype=torch.float32)
         right = tiles_of_columns(codes, False)
-        multiply_tiles(column_tiles, (O, tokens), right, dw, False, column_scale, **rest)
+        dw = multiply_tiles(column_tiles, (O, tokens), right, dw, False, column_scale, **rest)[
+            : len(ternary.weight_codes)
+        ]
     return dx, dw
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bitdistill.kernels.cpu import byte_tiles, training_quantize, training_tiles
 from bitdistill.kernels.cpu.byte_tiles import OFFSET, TERNARY_OFFSET
@@ -90,13 +91,13 @@ class Ternary:
         """The codes as training_tiles.py reads them, for `kind` "forward" or "backward"; made once."""
         name = f"tiles {kind}"
         if name not in self.kept:
-            (O, I), codes = self.weight_codes.shape, self.weight_codes
             if kind == "forward":
-                tiles = torch.empty(O * I, dtype=torch.int8)
+                codes = padded(self.weight_codes, 16, 64)
+                (O, I), tiles = codes.shape, torch.empty(codes.numel(), dtype=torch.int8)
                 work = (codes.data_ptr(), I, TERNARY_OFFSET, tiles.data_ptr())
                 share_rows(training_tiles.lay_out_rows, O // 16, 16 * I, *work, block=1)
             else:
-                tiles = tiles_of_columns(codes, True)
+                tiles = tiles_of_columns(self.weight_codes, True)
             self.kept[name] = tiles
         return self.kept[name]
 
@@ -107,6 +108,12 @@ def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     work = (codes.data_ptr(), codes.shape[1], scale.data_ptr(), out.data_ptr(), out.dtype == torch.bfloat16)
     share_rows(training_quantize.dequantize_rows, *codes.shape, *work)
     return out.to(dtype)
+
+
+def padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x (R, C) with zeros below and to its right, up to multiples of `rows` and `columns`; itself where it has them."""
+    below, right = -x.shape[0] % rows, -x.shape[1] % columns
+    return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
 # --- the ways to multiply ------------------------------------------------------------------------------------------------
@@ -138,14 +145,22 @@ def multiply_tiles(
     """``left @ right`` by AMX or in vector registers, scaled where out is of floats.
 
     Args:
-        left: int8 rows, or tiles of `planes` planes where `tiled`. shape: (M, K) of a plane, K a multiple of 64.
-        right: laid out in tiles, with TERNARY_OFFSET where `ternary`, else with OFFSET.
+        left: int8 rows, or tiles of `planes` planes where `tiled`. shape: (M, K) of a plane; in tiles K is a multiple of 64.
+        right: laid out in tiles, with TERNARY_OFFSET where `ternary`, else with OFFSET; zeros where K or N is padded.
         out: (M, N), int32, float32 or bf16, overwritten. ternary: whether right has no other codes than -1, 0 and 1.
         row_scale, column_scale, bias, tiled, planes: as in training_tiles.py.
 
     Returns: out.
     """
     (M, K), width = shape, out.shape[1]
+    if width % 16:
+        wide = torch.empty((M, width + -width % 16), dtype=out.dtype)
+        column_scale, bias = (None if x is None else F.pad(x, (0, -width % 16)) for x in (column_scale, bias))
+        multiply_tiles(left, shape, right, wide, ternary, row_scale, column_scale, bias, tiled, planes)
+        return out.copy_(wide[:, :width])
+    if not tiled:
+        left = padded(left, 1, 64)
+        K = left.shape[1]
     kinds = {
         torch.int32: training_tiles.INT32,
         torch.float32: training_tiles.FLOAT32,
@@ -168,11 +183,12 @@ def multiply_tiles(
 
 
 def tiles_of_columns(codes: Tensor, ternary: bool) -> Tensor:
-    """int8 (K, N) as a right operand of `multiply_tiles`, `ternary` or not, K padded with zeros to a multiple of 64."""
-    (K, N), padded = codes.shape, -(-codes.shape[0] // 64) * 64
-    tiles = torch.empty(padded * N, dtype=torch.int8)
+    """int8 (K, N) as a right operand of `multiply_tiles`, `ternary` or not, padded with zeros to multiples of 64 and 16."""
+    codes = padded(codes, 1, 16)
+    (K, N), depth = codes.shape, -(-len(codes) // 64)
+    tiles = torch.empty(64 * depth * N, dtype=torch.int8)
     work = (codes.data_ptr(), K, N, TERNARY_OFFSET if ternary else OFFSET, tiles.data_ptr())
-    share_rows(training_tiles.lay_out_columns, N // 16, 16 * padded, *work, block=1)
+    share_rows(training_tiles.lay_out_columns, N // 16, 16 * 64 * depth, *work, block=1)
     return tiles
 
 
@@ -194,12 +210,9 @@ def has_products() -> bool:
     return not _left_out & {"onednn", "floats"}
 
 
-def possible(codes: Tensor, width: int) -> list[str]:
-    """Names of METHODS for codes (N, K) and a result of `width` columns."""
-    names = ["onednn"]
-    if width % 16 == 0 and codes.shape[1] % 64 == 0:
-        names.append("tiles")
-    return [name for name in names if name not in _left_out]
+def possible() -> list[str]:
+    """Names of METHODS that are not left out; each takes every shape."""
+    return [name for name in METHODS if name not in _left_out]
 
 
 def ternary_product(kind: str, codes: Tensor, ternary: Ternary, method: str | None = None) -> Tensor:
@@ -208,11 +221,11 @@ def ternary_product(kind: str, codes: Tensor, ternary: Ternary, method: str | No
     Args:
         kind: "forward" or "backward".
         codes: int8 (N, K), contiguous, within +-127; K is I, or O backward. ternary: the weight.
-        method: of METHODS; by default tiles where they are possible and fastest.
+        method: of METHODS; by default the fastest.
 
     Returns: int32 (N, O), or (N, I) backward. Numerics: exact.
     """
-    name = method or _method(kind, codes, ternary)
+    name = method or _method()
     out = torch.empty((len(codes), _width(kind, ternary)), dtype=torch.int32)
     if out.numel():
         METHODS[name](kind, codes, ternary, out)
@@ -235,7 +248,7 @@ def scaled_product(
     Returns: (N, O), or (N, I) backward, in dtype.
     """
     work = (row_scale, column_scale, bias, dtype)
-    name = method or _method(kind, codes, ternary)
+    name = method or _method()
     if name != "tiles":
         return scaled(ternary_product(kind, codes, ternary, name), *work)
     out = torch.empty((len(codes), _width(kind, ternary)), dtype=dtype if dtype in COMPILED else torch.float32)
@@ -270,12 +283,6 @@ def dense_product(column_codes: Tensor, act_codes: Tensor) -> Tensor:
     return torch._int_mm(_plain(column_codes.t()), _plain(act_codes))
 
 
-def has_tiles(weight_shape: Sequence[int]) -> bool:
-    """Whether both products of the backward pass of a weight (O, I) are done in tiles; they are always exact."""
-    O, I = weight_shape
-    return O % 16 == 0 and I % 16 == 0 and not is_left_out("tiles")
-
-
 @functools.cache
 def dense_products_are_exact() -> bool:
     """Whether +-127 times +-127 is summed without saturation on this machine, found out by trying."""
@@ -291,14 +298,14 @@ def dense_products_are_exact() -> bool:
 # --- which one -----------------------------------------------------------------------------------------------------------
 
 
-def _method(kind: str, codes: Tensor, ternary: Ternary) -> str:
-    names = possible(codes, _width(kind, ternary))
+def _method() -> str:
+    names = possible()
     return "tiles" if "tiles" in names and (len(names) == 1 or tiles_are_fastest()) else names[0]
 
 
 @functools.cache
 def tiles_are_fastest() -> bool:
-    """Whether tiles are taken wherever a shape has them: known for AMX and for AVX2, by measurement elsewhere."""
+    """Whether tiles are taken: known for AMX and for AVX2, by measurement elsewhere."""
     if FEATURES in ("amx", "avx2"):
         return True
     N, K, O = SHAPE
