@@ -12,7 +12,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bitdistill.errors import UserError
@@ -54,6 +54,26 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     """Writes a file, whole or not at all; text in UTF-8."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def is_made(made: Path, marker: Path, of: str) -> bool:
+    """Whether a file or folder exists, and its marker says that it was made of this."""
+    return made.exists() and marker.is_file() and marker.read_bytes() == of.encode()
+
+
+def make_once(made: Path, marker: Path, of: str, make: Callable[[], object]) -> None:
+    """Calls `make`, which makes a file or folder, unless `is_made`.
+
+    The marker goes before and comes after, so that what a killed process left half made is made again.
+
+    Args:
+        made: what `make` makes. marker: a file beside it. of: text that says of what: settings, identities, a version.
+        make: of one process; the others wait for it.
+    """
+    if not is_made(made, marker, of):
+        marker.unlink(missing_ok=True)
+        make()
+        write_whole(marker, of)
 
 
 def append_line(path: str | Path, text: str) -> None:

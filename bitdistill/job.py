@@ -29,7 +29,7 @@ from bitdistill.dependencies import known_settings, optimization, teacher_needs
 from bitdistill.distributed import presets, process_group
 from bitdistill.distributed.checkpoint import full_state_dict
 from bitdistill.errors import UserError
-from bitdistill.files import remove_leftovers, write_whole
+from bitdistill.files import make_once, remove_leftovers, write_whole
 from bitdistill.identity import Identities
 from bitdistill.kernels.cpu.bf16 import has_bf16_products
 from bitdistill.lock import lock_folder
@@ -188,12 +188,8 @@ class Job:
         path = user_path(source, "model").resolve()
         folder = self.root / "gguf" / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         marker, identity = folder.with_name(f"{folder.name}.json"), json.dumps(self.identities.of(source))
-        if process_group.is_main() and not (
-            folder.is_dir() and marker.is_file() and marker.read_text(encoding="utf-8") == identity
-        ):
-            marker.unlink(missing_ok=True)
-            process_group.say(str(convert_gguf(source, folder)))
-            marker.write_text(identity, encoding="utf-8")
+        if process_group.is_main():
+            make_once(folder, marker, identity, lambda: process_group.say(str(convert_gguf(source, folder))))
         process_group.barrier()
         return folder
 

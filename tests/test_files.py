@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from bitdistill.errors import UserError
-from bitdistill.files import append_line, checksum, disk_errors_said, remove_leftovers, whole_file, write_whole
+from bitdistill.files import (
+    append_line,
+    checksum,
+    disk_errors_said,
+    make_once,
+    remove_leftovers,
+    whole_file,
+    write_whole,
+)
 from bitdistill.lock import lock_folder
 
 
@@ -38,6 +46,31 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
     write_whole(tmp_path / "x", "text")
     assert [Path(event).suffix or Path(event).name for event in events] == [".tmp", "rename", tmp_path.name]
+
+
+@pytest.mark.parametrize("marker", [None, b"", b"\xff", b'{"half', b"of ano"])
+def test_what_is_made_once_is_made_again_where_its_marker_is_not_right(marker, tmp_path):
+    made, said, calls = tmp_path / "made", tmp_path / "made.json", []
+
+    def make():
+        assert not said.exists(), "killed here, it would count as made"
+        calls.append(made.write_text("x"))
+
+    for _ in range(2):
+        make_once(made, said, "of anö", make)
+    assert len(calls) == 1
+    said.unlink() if marker is None else said.write_bytes(marker)
+    for _ in range(2):
+        make_once(made, said, "of anö", make)
+    assert len(calls) == 2
+    made.unlink()
+    make_once(made, said, "of anö", make)
+    make_once(made, said, "of another", make)
+    assert len(calls) == 4
+    with pytest.raises(ZeroDivisionError):
+        make_once(made, said, "of a third", lambda: 1 / 0)
+    make_once(made, said, "of a third", make)
+    assert len(calls) == 5
 
 
 def test_files_of_libraries_get_the_rights_that_the_umask_leaves(tmp_path):

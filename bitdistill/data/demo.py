@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bitdistill.data.corpus import SEPARATOR
 from bitdistill.distributed import process_group
-from bitdistill.files import write_whole
+from bitdistill.files import make_once
 
 LABEL_NOISE = 0.05
 TRAIN_SHARE = 0.6
@@ -244,14 +244,16 @@ def demo_of_run(run_dir: Path, seed: int) -> DemoPaths:
     """
     folder, marker = run_dir / "demo", run_dir / "demo.json"
     if process_group.is_main():
-        wanted = {"seed": seed, "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-        if not (marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == wanted and folder.is_dir()):
-            process_group.say("demo: makes its own corpus, tokenizer and task")
-            shutil.rmtree(folder, ignore_errors=True)
-            make_demo(folder, seed)
-            write_whole(marker, json.dumps(wanted))
+        source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        make_once(folder, marker, json.dumps({"seed": seed, "source": source}), lambda: _make_anew(folder, seed))
     process_group.barrier()
     return _paths(folder)
+
+
+def _make_anew(folder: Path, seed: int) -> None:
+    process_group.say("demo: makes its own corpus, tokenizer and task")
+    shutil.rmtree(folder, ignore_errors=True)
+    make_demo(folder, seed)
 
 
 def _paths(folder: Path) -> DemoPaths:

@@ -6,7 +6,7 @@ training, calibration and scoring see the same rows.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from bitdistill.data.tasks import (
 from bitdistill.data.token_shards import ShardedStream, TokenShards, blocks_to_make, write_tokens
 from bitdistill.distributed import process_group
 from bitdistill.errors import UserError
-from bitdistill.files import whole_file, write_whole
+from bitdistill.files import is_made, make_once, whole_file, write_whole
 from bitdistill.prompts import Task, text_tokens
 
 KEPT_TOKENS = 20_000_000  # of encoded rows that stay in memory between the stages: 160 MB
@@ -141,14 +141,11 @@ class Sources:
         """
         marker, task = file.with_suffix(".json"), self.loaded_task
         made_of = json.dumps([task.to_json(), self.train_file, rows_are, self.max_train_rows, self.seed])
-        if not (file.is_file() and marker.is_file() and marker.read_text(encoding="utf-8") == made_of):
+        if not is_made(file, marker, made_of):
             rows = self.train_rows()
             process_group.barrier()  # all have looked before anyone writes
             if process_group.is_main():
-                marker.unlink(missing_ok=True)
-                with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
-                    lines.writelines(json.dumps({"text": text}) + "\n" for text in row_documents(task, rows))
-                write_whole(marker, made_of)
+                make_once(file, marker, made_of, lambda: _write_documents(file, row_documents(task, rows)))
         process_group.barrier()
 
     def corpus_stream(self, tokenizer, block_size: int) -> TokenStream:
@@ -202,6 +199,12 @@ class Sources:
         blocks = iter(self.corpus_stream(tokenizer, block_size))
         ids = (next(blocks)["input_ids"].unsqueeze(0) for _ in range(count))
         return ({"input_ids": block, "attention_mask": torch.ones_like(block)} for block in ids)
+
+
+def _write_documents(file: Path, texts: Iterable[str]) -> None:
+    """A corpus of one document a line."""
+    with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 @dataclass(frozen=True)
