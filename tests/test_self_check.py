@@ -192,6 +192,17 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parametrize(("device", "cpus", "processes"), [("cpu", 1, 1), ("cpu", 2, 2), ("cuda", 2, 1)])
+def test_every_check_is_made_once_by_as_many_processes_as_there_are_cpus(device, cpus, processes, monkeypatch):
+    device, shares = torch.device(device), []
+    monkeypatch.setattr(self_check, "available_cpus", lambda: cpus)
+    monkeypatch.setattr(self_check, "_ask_about", lambda _, names: shares.append(names) or dict.fromkeys(names))
+    names = list(self_check.checks_of(device))
+    assert list(self_check._ask(device)) == names
+    assert len(shares) == processes
+    assert sorted(name for share in shares for name in share) == sorted(names)
+
+
 @pytest.mark.slow
 def test_a_kernel_that_crashes_is_an_answer(monkeypatch, tmp_path):
     """The process dies in the middle; the checks after it are made by another."""

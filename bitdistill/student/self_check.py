@@ -1,14 +1,15 @@
 """Whether the kernels of a device compute what the reference computes: checked once per machine, before they are used.
 
 Nobody has tested every processor, GPU, driver and version on which the kernels will run. The first process that uses them
-on a machine therefore compares each kernel with `kernels/reference.py` on a few shapes. It does so in a process of its own;
-if that process dies, the kernel counts as wrong. The answers are kept in ``self_check.json`` beside the compiled kernels,
+on a machine therefore compares each kernel with `kernels/reference.py` on a few shapes. It does so in processes of their own;
+if one dies, the kernel counts as wrong. The answers are kept in ``self_check.json`` beside the compiled kernels,
 under all that they depend on: the processor or GPU, its driver, the versions of the libraries, the environment variables
 that choose instructions, and the sources.
 
     python -m bitdistill.student.self_check cpu|cuda:N NAME ...      one JSON line when a check begins, one when it ends
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +27,7 @@ import filelock
 import torch
 from torch.nn import functional as F
 
+from bitdistill.cpus import available_cpus
 from bitdistill.files import write_whole
 from bitdistill.kernels import reference
 from bitdistill.kernels.numerics import IGNORED
@@ -39,6 +42,12 @@ VARIABLES = (
 )
 SHAPES = ((5, 48, 32), (70, 576, 192), (3, 575, 33))  # N, I, O
 VOCABULARY, ATTENTION = "losses over the vocabulary", "attention"  # checks whose kernels are left out alone
+APART = (
+    VOCABULARY,
+    ATTENTION,
+    "norm_quantize_input",
+    "gated_quantize_input",
+)  # share little compiled code with the others
 PATIENCE = 600  # seconds for compilation and all checks
 
 
@@ -322,9 +331,20 @@ def _run(device: torch.device, names: list[str]) -> None:
 
 
 def _ask(device: torch.device) -> dict[str, str | None]:
-    """name -> what is wrong with it, or None. A check that ends the process is wrong; those after it get another one."""
-    answers: dict[str, str | None] = {}
+    """name -> what is wrong with it, or None. On a CPU two processes share the checks, which are mostly compilation."""
     names = list(checks_of(device))
+    apart = [name for name in names if device.type == "cpu" and name in APART]
+    shares = [[name for name in names if name not in apart], apart]
+    if not apart or available_cpus() == 1:
+        shares = [names]
+    with ThreadPoolExecutor(len(shares)) as threads:
+        found = list(threads.map(functools.partial(_ask_about, device), shares))
+    return {name: answers[name] for name in names for answers in found if name in answers}
+
+
+def _ask_about(device: torch.device, names: list[str]) -> dict[str, str | None]:
+    """`_ask` of some. A check that ends the process is wrong; those after it get another one."""
+    answers: dict[str, str | None] = {}
     while left := [name for name in names if name not in answers]:
         command = [sys.executable, "-m", "bitdistill.student.self_check", str(device), *left]
         end, stdout, stderr = _end_of(command)
