@@ -328,7 +328,8 @@ def run(study: dict[str, Any], arguments: argparse.Namespace, path: Path) -> int
             print(f"{name}: {cell['metric']} {cell['score']:.2f} ({cell['wall_seconds']:.0f} s)", flush=True)
             result = stored(path)  # again: another run of this study may have added cells of its own
             own = {"cell": job["cell"], "seed": job["seed"], "identity": identity(job, arguments.data)}
-            result["cells"][name] = own | {"scored": job["score"], "commit": arguments.at["commit"]} | cell
+            own |= {"processor": arguments.at["processor"], "commit": arguments.at["commit"]}
+            result["cells"][name] = own | {"scored": job["score"]} | cell
             save(study, result, arguments.at, path)
             if not arguments.keep:
                 shutil.rmtree(job["folder"], ignore_errors=True)
@@ -348,6 +349,8 @@ def save(study: dict[str, Any], result: dict[str, Any], at: dict[str, Any], path
     if "task" in study["run"]:
         result["task"] = study["run"]["task"]
     result["settings"] = {name: study["cells"][name] for name in study["cells"]}
+    for cell in result["cells"].values():  # of the machine that all cells were of, when that was not kept with each
+        cell.setdefault("processor", result.get("machine", at)["processor"])
     result["machine"] = at
     result["cells"] = {name: result["cells"][name] for name in order if name in result["cells"]}
     if "perplexity" in result:

@@ -206,13 +206,24 @@ def markdown(result: dict[str, Any]) -> str:
     at = result["machine"]
     count = next(iter(result["cells"].values()))["rows"] if result["cells"] else 0
     what = "rows" if accuracy else "blocks"
-    foot = f"{count:,} {what} per seed; {at['processor']}, one thread per run, {at['date'][:10]}; p: Holm-corrected."
+    processor, *others = _processors(result)
+    foot = f"{count:,} {what} per seed; {processor[0]}, one thread per run, {at['date'][:10]}; p: Holm-corrected."
+    foot += "".join(f" On {name}: {'; '.join(names)}." for name, names in others)
     for name, (_, exponent, end) in reach(result, rows).items():
         over = X_NAMES.get(result["x"], result["x"])
         foot += f" What is missing to {references[0]} falls with the power {exponent:.2f} of {over}"
         foot += "" if name == "default" else f" ({name})"
         foot += f"; going on like this, {result['goal']:g} are left at about {float(f'{end:.2g}'):,.0f}."
     return "\n".join([f"### {result['name']}", "", str(result.get("about", "")).strip(), "", *lines, "", foot])
+
+
+def _processors(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Processors with the cells that ran there; the one of most cells first."""
+    here, cells_of = result["machine"]["processor"], {}
+    for cell in result["cells"].values():
+        cells_of.setdefault(cell.get("processor", here), {})[cell["cell"]] = None
+    found = [(name, list(cells)) for name, cells in cells_of.items()]
+    return sorted(found, key=lambda one: -len(one[1])) or [(here, [])]
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

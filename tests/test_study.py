@@ -43,6 +43,15 @@ def result_of(*cells, **facts):
     }
 
 
+def test_the_table_says_which_cells_ran_on_another_processor():
+    cells = [cell(name, 0, np.array([True, False, True])) for name in ("a", "b", "c")]
+    cells[1]["processor"] = "q"
+    foot = study_report.markdown(result_of(*cells, references=["a"])).splitlines()[-1]
+    assert "; p, one thread per run, 2026-01-01;" in foot
+    assert foot.endswith(" On q: b.")
+    assert " On " not in study_report.markdown(result_of(cells[0], cells[2], references=["a"])).splitlines()[-1]
+
+
 def test_right_and_wrong_survive_packing():
     right = np.random.default_rng(0).random(37) < 0.5
     np.testing.assert_array_equal(study_report.scores_of(cell("a", 0, right)), right)
