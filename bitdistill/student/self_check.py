@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,12 +43,8 @@ VARIABLES = (
 )
 SHAPES = ((5, 48, 32), (70, 576, 192), (3, 575, 33))  # N, I, O
 VOCABULARY, ATTENTION = "losses over the vocabulary", "attention"  # checks whose kernels are left out alone
-APART = (
-    VOCABULARY,
-    ATTENTION,
-    "norm_quantize_input",
-    "gated_quantize_input",
-)  # share little compiled code with the others
+# Checks on a CPU that share little compiled code with the others.
+APART = (VOCABULARY, ATTENTION, "norm_quantize_input", "gated_quantize_input")
 PATIENCE = 600  # seconds for compilation and all checks
 
 
@@ -333,13 +330,12 @@ def _run(device: torch.device, names: list[str]) -> None:
 def _ask(device: torch.device) -> dict[str, str | None]:
     """name -> what is wrong with it, or None. On a CPU two processes share the checks, which are mostly compilation."""
     names = list(checks_of(device))
-    apart = [name for name in names if device.type == "cpu" and name in APART]
-    shares = [[name for name in names if name not in apart], apart]
-    if not apart or available_cpus() == 1:
-        shares = [names]
+    shares = [names]
+    if device.type == "cpu" and available_cpus() > 1:
+        shares = [[name for name in names if name not in APART], list(APART)]
     with ThreadPoolExecutor(len(shares)) as threads:
-        found = list(threads.map(functools.partial(_ask_about, device), shares))
-    return {name: answers[name] for name in names for answers in found if name in answers}
+        found = ChainMap(*threads.map(functools.partial(_ask_about, device), shares))
+    return {name: found[name] for name in names}
 
 
 def _ask_about(device: torch.device, names: list[str]) -> dict[str, str | None]:

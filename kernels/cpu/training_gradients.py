@@ -19,7 +19,6 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bitdistill.kernels.cpu import training_digits
 from bitdistill.kernels.cpu.bf16 import has_bf16_products
@@ -179,7 +178,7 @@ def _quantized(kernel, dy, act_scale, ternary, planes, row_codes, column_codes):
     dense = (address, stride, half, O)
     if column_codes is not None:
         share_rows(training_digits.gradient_peaks, N, O, *dense, act_scale.data_ptr(), peaks.data_ptr())
-    weight_scale = None if row_codes is None else F.pad(ternary.of_columns(), (0, O - len(ternary.weight_codes)))
+    weight_scale = None if row_codes is None else padded(ternary.of_columns()[None], 1, 16)  # as wide as dY, or wider
     tensors = (weight_scale, row_codes, row_scale, act_scale, peaks, column_codes, column_scale)
     share_rows(kernel, N, O, *dense, N, planes, *(0 if t is None else t.data_ptr() for t in tensors))
     return row_scale, column_scale
