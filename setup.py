@@ -38,7 +38,7 @@ TEST = [
     "httpx>=0.27",
     "pytest>=8",
     "pytest-timeout",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "hypothesis>=6.100",
     "compressed-tensors>=0.20",
     "mlx[cpu]>=0.30; platform_system == 'Linux'",  # with mlx-lm 45 MB

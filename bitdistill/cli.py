@@ -1,5 +1,6 @@
-"""ENTRY: `bitdistill COMMAND`, for what one does with a finished run or a packed file.
+"""ENTRY: `bitdistill COMMAND`, for training in one process and for what one does with a finished run or a packed file.
 
+    bitdistill train --model MODEL --task TASK   the main job (train.py), with its options
     bitdistill generate RUN_OR_FILE "prompt"   text from the packed student; on a CPU without torch and transformers
     bitdistill generate RUN_OR_FILE --prompts_file FILE    an answer for each line, as JSON lines
     bitdistill predict RUN_OR_FILE "text"      label and probability of a row of the task, or the text that it asks for
@@ -18,14 +19,14 @@
     bitdistill report RUN                      writes report.html again and prints the table
     bitdistill env                             versions, for bug reports
 
-Each command is a function in commands/. The main job is its own entry: `deepspeed bitdistill/train.py`, or
-`deepspeed --module bitdistill.train` without a checkout.
+Each command is a function in commands/. On several GPUs the main job is started by `deepspeed bitdistill/train.py`, or by
+`deepspeed --module bitdistill.train` without a checkout, with the same options.
 """
 
 import inspect
 import sys
 
-from bitdistill import console, surroundings
+from bitdistill import __version__, console, surroundings
 from bitdistill.argument_errors import did_you_mean, refuse_long_numbers, refused
 from bitdistill.commands.chat import chat, chat_options
 from bitdistill.commands.check import check
@@ -38,10 +39,12 @@ from bitdistill.commands.plan import plan
 from bitdistill.commands.predict import predict, predict_options
 from bitdistill.commands.report import env, report
 from bitdistill.commands.serve import serve, serve_options
+from bitdistill.commands.train import train
 from bitdistill.commands.trim import trim, trim_options
 from bitdistill.errors import UserError
 
 COMMANDS = {
+    "train": train,
     "predict": predict,
     "generate": generate,
     "chat": chat,
@@ -69,7 +72,11 @@ PARSERS = {
 
 
 def _run_command(arguments: list[str]) -> int | None:
-    name = arguments[0] if arguments else "--help"
+    arguments = arguments or ["--help"]
+    name = arguments[0]
+    if name == "--version":
+        print(f"bitdistill {__version__}")
+        return None
     if name not in (*COMMANDS, "-h", "--help"):
         do = did_you_mean(name, COMMANDS) + "See bitdistill --help."
         raise UserError("COMMAND", expected=f"one of {', '.join(COMMANDS)}", got=repr(name), do=do)
@@ -82,7 +89,9 @@ def _run_command(arguments: list[str]) -> int | None:
         console.refuse_secrets("command line", argument)
     refuse_long_numbers(arguments)
     try:
-        auto_cli(COMMANDS, args=arguments, as_positional=True, exit_on_error=False, allow_abbrev=False)
+        auto_cli(
+            COMMANDS, prog="bitdistill", args=arguments, as_positional=True, exit_on_error=False, allow_abbrev=False
+        )
     except ArgumentError as error:
         names = inspect.signature(COMMANDS[name]).parameters if name in COMMANDS else COMMANDS
         raise refused(" ".join(str(error).split()), names, f"bitdistill {name}") from error
@@ -102,6 +111,9 @@ def _run_quick(name: str, arguments: list[str]) -> int | None:
 
 def main() -> int:
     """Runs a command. Returns the exit status of `console.run`; 2 as well when an optional library is not installed."""
+    if sys.argv[1:2] == ["train"]:  # reads its own options and chooses its own threads
+        sys.argv[:2] = ["bitdistill train"]
+        train()
     surroundings.prepare(trains=not sys.argv[1:] or sys.argv[1] not in PARSERS)
     surroundings.limit_threads()
 

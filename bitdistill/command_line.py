@@ -62,7 +62,7 @@ def build_parser(recipe: str):
             "recipe", expected=f"one of {known}", got=repr(recipe), do="Or give your own with --config FILE."
         )
     parser = ArgumentParser(
-        prog="deepspeed bitdistill/train.py",
+        prog=sys.argv[0] if sys.argv[0] == "bitdistill train" else "deepspeed bitdistill/train.py",
         description="BitNet Distillation: makes a 1.58-bit student of a full-precision model for a task.",
         default_config_files=[str(path)],
         exit_on_error=False,

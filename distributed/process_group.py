@@ -99,6 +99,10 @@ def _use_gpu(local_rank: int, local_ranks: int) -> None:
             do="Start fewer ranks (deepspeed --num_gpus N), or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU.",
         )
     torch.cuda.set_device(local_rank)
+    if ranks_started() == 1 and (gpus := torch.cuda.device_count()) > 1:
+        say(
+            f"one process uses one of {gpus} GPUs: deepspeed --module bitdistill.train, with the same options, uses all"
+        )
 
 
 def _join_group(device: str) -> None:

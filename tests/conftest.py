@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import signal
+from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -49,6 +50,12 @@ def _let_triton_3_6_count() -> None:
 
 if not CUDA and importlib.util.find_spec("triton") and importlib.metadata.version("triton").startswith("3.6."):
     _let_triton_3_6_count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with the most slow tests come first: begun last, one of them would run alone while the other workers wait."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

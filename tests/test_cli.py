@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_runtime import byte_tokenizer
 
+import bitdistill
 import forked
 from bitdistill.evaluation.score import text_perplexity
 from bitdistill.export.write import write_packed
@@ -88,6 +89,26 @@ def test_a_missing_library_is_named(file):
     assert result.returncode == 2
     assert "library jsonargparse" in result.stderr
     assert "bitdistill[train]" in result.stderr
+
+
+def test_no_command_shows_the_commands_and_version_the_version():
+    for arguments, beginning in (((), "usage: bitdistill"), (("--version",), f"bitdistill {bitdistill.__version__}\n")):
+        result = forked.run([CLI, *arguments], Path.cwd())
+        assert (result.code, result.stderr) == (0, "")
+        assert result.stdout.startswith(beginning)
+
+
+def test_train_is_the_main_job(tmp_path):
+    """The same settings from the same options, the same refusal, and help that names the command."""
+    options = ["--output_dir", tmp_path, "--distill.learning_rate", "3e-4", "--print_config"]
+    ours = forked.run([CLI, "train", *options], tmp_path)
+    assert ours.code == 0, ours.stderr
+    assert "learning_rate: 0.0003" in ours.stdout
+    assert ours.stdout == forked.run([CLI.with_name("train.py"), *options], tmp_path).stdout
+    refused = forked.run([CLI, "train", "--stage", "chek"], tmp_path)
+    assert refused.code == 2
+    assert "Did you mean check?" in refused.stderr
+    assert forked.run([CLI, "train", "--help"], tmp_path).stdout.startswith("usage: bitdistill train")
 
 
 def evaluate(*arguments, check=0):

@@ -132,6 +132,16 @@ def test_cuda_without_gpu_says_what_to_do(monkeypatch):
         process_group.initialize("cuda")
 
 
+@pytest.mark.parametrize(("ranks", "gpus", "said"), [(1, 2, True), (1, 1, False), (2, 2, False)])
+def test_one_process_beside_other_gpus_says_how_to_use_them(monkeypatch, capsys, ranks, gpus, said):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", lambda number: None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    process_group._use_gpu(0, ranks)
+    assert ("deepspeed --module bitdistill.train" in capsys.readouterr().out) == said
+
+
 def test_nvme_folder_must_exist(tmp_path):
     with pytest.raises(UserError, match=r"^nvme_path: expected a writable folder"):
         process_group.require_nvme(tmp_path / "absent")
