@@ -1,8 +1,10 @@
 """Where the time of a call with many rows goes: a prompt, and a step of a batch, with each of some instruction sets.
 
     python bench/call_parts.py [--shape 0.6B] [--packing 2bit] [--embedding int8] [--features amx avx512_vbmi] [--threads 1 2]
+        [--base CHECKOUT]
 
-A process for each instruction set; all of them are alive, and a round asks each in turn. Times are the fastest of some rounds,
+A process for each instruction set; all of them are alive, and a round asks each in turn. `--base` is another checkout of this
+project, whose code is measured in the same rounds. Times are the fastest of some rounds,
 in milliseconds, with their parts (`Decoder.profile`: "waiting" is time at barriers). Logits are wanted of a prompt's last token,
 and of every sequence of the batch, whose caches hold CONTEXT tokens.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 import workers
 from measure import cores, machine, table, write_json
 from random_models import SHAPES, write_packed_model
+from regressions import importable
 
 CONTEXT = 64
 CALLS = {
@@ -55,6 +58,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores()}))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--file", help="a packed model in place of a random one of the shape")
+    parser.add_argument("--base", type=Path, help="another checkout, to be measured beside this one")
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
     results, cells = [], [["call", "threads", "instructions", "ms", "tokens/s", *PARTS]]
@@ -67,6 +71,11 @@ def main() -> int:
             asked = {
                 name: workers.start(__file__, [path, threads], BITDISTILL_CPU_FEATURES=name) for name in given.features
             }
+            for name in given.features if given.base else ():
+                code = str(importable(given.base, Path(folder, f"base-{name}-{threads}")))
+                asked[f"{name}, base"] = workers.start(
+                    __file__, [path, threads], BITDISTILL_CPU_FEATURES=name, PYTHONPATH=code
+                )
             for label, size in CALLS.items():
                 best = {}
                 for _ in range(given.rounds + 1):  # the first one compiles

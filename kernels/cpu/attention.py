@@ -166,7 +166,10 @@ def _quantize(x, width, codes):
 
 @jit
 def _vectors(at, other, dtype, odd):
-    """Sixteen cached numbers at `at`, and sixteen at `other`, as floats; of pairs the first ones, or the second ones if `odd`."""
+    """Sixteen cached numbers at `at`, and sixteen at `other`, as floats; of pairs the first ones, or the second ones if `odd`.
+
+    Callers give `odd` as a constant: so the first ones are a shift, and the second ones a mask, of what is loaded once for both.
+    """
     if dtype == FP32:
         return load(at), load(other)
     if dtype == BF16:
@@ -175,20 +178,33 @@ def _vectors(at, other, dtype, odd):
 
 
 @jit
+def _add_two(a0, a1, b0, b1, x0, x1, factors, row):
+    """``sums + factor * x`` of two rows' sums, whose factors are floats `row` bytes apart."""
+    a, b = repeat(factors), repeat(factors + row)
+    return multiply_add(a, x0, a0), multiply_add(a, x1, a1), multiply_add(b, x0, b0), multiply_add(b, x1, b1)
+
+
+@jit
 def _scores(q0, q1, keys, dtype, head_dim, s0, s1):
     """q . k of two queries and the CHUNK positions at `keys`. Writes CHUNK floats to s0 and to s1."""
     a0 = a1 = b0 = b1 = splat(np.float32(0))
-    step = LANES * _element_bytes(dtype)
+    step, row = LANES * _element_bytes(dtype), q1 - q0
     other = step * key_rows(dtype, head_dim)
-    for d in range(head_dim):
-        odd = d % 2 if dtype == BF16 else 0
-        at = keys + (d - odd) * step
+    paired = head_dim - head_dim % 2 if dtype == BF16 else 0
+    for d in range(0, paired, 2):
+        at = keys + d * step
         prefetch(at + 2 * other)
         prefetch(at + 3 * other)
-        k0, k1 = _vectors(at, at + other, dtype, odd)
-        a, b = repeat(q0 + 4 * d), repeat(q1 + 4 * d)
-        a0, a1 = multiply_add(a, k0, a0), multiply_add(a, k1, a1)
-        b0, b1 = multiply_add(b, k0, b0), multiply_add(b, k1, b1)
+        k0, k1 = _vectors(at, at + other, BF16, 0)
+        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, q0 + 4 * d, row)
+        k0, k1 = _vectors(at, at + other, BF16, 1)
+        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, q0 + 4 * d + 4, row)
+    for d in range(paired, head_dim):
+        at = keys + d * step
+        prefetch(at + 2 * other)
+        prefetch(at + 3 * other)
+        k0, k1 = _vectors(at, at + other, dtype, 0)
+        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, q0 + 4 * d, row)
     store(s0, a0)
     store(s0 + ROW, a1)
     store(s1, b0)
@@ -202,19 +218,24 @@ def _scores_of_four(queries, width, keys, dtype, head_dim, scores):
     a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = splat(np.float32(0))
     step = LANES * _element_bytes(dtype)
     other = step * key_rows(dtype, head_dim)
-    for d in range(head_dim):
-        odd = d % 2 if dtype == BF16 else 0
-        at = keys + (d - odd) * step
+    paired = head_dim - head_dim % 2 if dtype == BF16 else 0
+    for d in range(0, paired, 2):
+        at, query = keys + d * step, queries + 4 * d
         prefetch(at + 2 * other)
         prefetch(at + 3 * other)
-        k0, k1 = _vectors(at, at + other, dtype, odd)
-        query = queries + 4 * d
-        a, b = repeat(query), repeat(query + row)
-        a0, a1 = multiply_add(a, k0, a0), multiply_add(a, k1, a1)
-        b0, b1 = multiply_add(b, k0, b0), multiply_add(b, k1, b1)
-        a, b = repeat(query + 2 * row), repeat(query + 3 * row)
-        c0, c1 = multiply_add(a, k0, c0), multiply_add(a, k1, c1)
-        d0, d1 = multiply_add(b, k0, d0), multiply_add(b, k1, d1)
+        k0, k1 = _vectors(at, at + other, BF16, 0)
+        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, query, row)
+        c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, k0, k1, query + 2 * row, row)
+        k0, k1 = _vectors(at, at + other, BF16, 1)
+        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, query + 4, row)
+        c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, k0, k1, query + 4 + 2 * row, row)
+    for d in range(paired, head_dim):
+        at, query = keys + d * step, queries + 4 * d
+        prefetch(at + 2 * other)
+        prefetch(at + 3 * other)
+        k0, k1 = _vectors(at, at + other, dtype, 0)
+        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, query, row)
+        c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, k0, k1, query + 2 * row, row)
     store(scores, a0)
     store(scores + ROW, a1)
     store(scores + 2 * ROW, b0)
@@ -239,25 +260,43 @@ def _soften(scores, first, low, high, key_scales, value_scales, dtype, maxima, t
 
 
 @jit
+def _pairs(dtype, first, last):
+    """The positions from first to last - 1 that are visited in pairs, as a range that begins and ends at even ones."""
+    if dtype != BF16:
+        return first, first
+    return first + first % 2, max(first + first % 2, last - last % 2)
+
+
+@jit
 def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
     """``sums += weights @ values`` of two queries, positions first .. last - 1 of a chunk."""
-    size, pair = _element_bytes(dtype), 2 if dtype == BF16 else 1
+    size, pair, row = _element_bytes(dtype), 2 if dtype == BF16 else 1, w1 - w0
+    begin, end = _pairs(dtype, first, last)
     for d in range(0, width, 2 * LANES):
         other = LANES if d + LANES < width else 0  # the last tile may be a single vector: it is then done twice
+        gap, column = size * pair * other, values + size * pair * d
         a0, a1, b0, b1 = (
             load(sums0 + 4 * d),
             load(sums0 + 4 * (d + other)),
             load(sums1 + 4 * d),
             load(sums1 + 4 * (d + other)),
         )
-        for p in range(first, last):
-            odd = p % 2 if dtype == BF16 else 0
-            at = values + size * ((p - odd) * width + pair * d)
+        if first < begin and first < last:
+            at = column + size * (first - 1) * width
+            v0, v1 = _vectors(at, at + gap, BF16, 1)
+            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, w0 + 4 * first, row)
+        for p in range(begin, end, 2):
+            at = column + size * p * width
             prefetch(at + CHUNK * size * width)
-            v0, v1 = _vectors(at, at + size * pair * other, dtype, odd)
-            a, b = repeat(w0 + 4 * p), repeat(w1 + 4 * p)
-            a0, a1 = multiply_add(a, v0, a0), multiply_add(a, v1, a1)
-            b0, b1 = multiply_add(b, v0, b0), multiply_add(b, v1, b1)
+            v0, v1 = _vectors(at, at + gap, BF16, 0)
+            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, w0 + 4 * p, row)
+            v0, v1 = _vectors(at, at + gap, BF16, 1)
+            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, w0 + 4 * p + 4, row)
+        for p in range(end, last):
+            at = column + size * p * width
+            prefetch(at + CHUNK * size * width)
+            v0, v1 = _vectors(at, at + gap, dtype, 0)
+            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, w0 + 4 * p, row)
         store(sums0 + 4 * d, a0)
         store(sums0 + 4 * (d + other), a1)
         store(sums1 + 4 * d, b0)
@@ -268,23 +307,33 @@ def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
 def _mix_four(weights, values, dtype, first, last, width, sums):
     """`_mix` of four queries, whose weights are CHUNK floats apart, and their sums `width`."""
     size, row, pair = _element_bytes(dtype), 4 * width, 2 if dtype == BF16 else 1
+    begin, end = _pairs(dtype, first, last)
     for d in range(0, width, 2 * LANES):
         other = LANES if d + LANES < width else 0  # the last tile may be a single vector: it is then done twice
+        gap, column = size * pair * other, values + size * pair * d
         low, high = sums + 4 * d, sums + 4 * (d + other)
         a0, a1, b0, b1 = load(low), load(high), load(low + row), load(high + row)
         c0, c1, d0, d1 = load(low + 2 * row), load(high + 2 * row), load(low + 3 * row), load(high + 3 * row)
-        for p in range(first, last):
-            odd = p % 2 if dtype == BF16 else 0
-            at = values + size * ((p - odd) * width + pair * d)
+        if first < begin and first < last:
+            at, weight = column + size * (first - 1) * width, weights + 4 * first
+            v0, v1 = _vectors(at, at + gap, BF16, 1)
+            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight, 4 * CHUNK)
+            c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, v0, v1, weight + 8 * CHUNK, 4 * CHUNK)
+        for p in range(begin, end, 2):
+            at, weight = column + size * p * width, weights + 4 * p
             prefetch(at + CHUNK * size * width)
-            v0, v1 = _vectors(at, at + size * pair * other, dtype, odd)
-            weight = weights + 4 * p
-            a, b = repeat(weight), repeat(weight + 4 * CHUNK)
-            a0, a1 = multiply_add(a, v0, a0), multiply_add(a, v1, a1)
-            b0, b1 = multiply_add(b, v0, b0), multiply_add(b, v1, b1)
-            a, b = repeat(weight + 8 * CHUNK), repeat(weight + 12 * CHUNK)
-            c0, c1 = multiply_add(a, v0, c0), multiply_add(a, v1, c1)
-            d0, d1 = multiply_add(b, v0, d0), multiply_add(b, v1, d1)
+            v0, v1 = _vectors(at, at + gap, BF16, 0)
+            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight, 4 * CHUNK)
+            c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, v0, v1, weight + 8 * CHUNK, 4 * CHUNK)
+            v0, v1 = _vectors(at, at + gap, BF16, 1)
+            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight + 4, 4 * CHUNK)
+            c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, v0, v1, weight + 4 + 8 * CHUNK, 4 * CHUNK)
+        for p in range(end, last):
+            at, weight = column + size * p * width, weights + 4 * p
+            prefetch(at + CHUNK * size * width)
+            v0, v1 = _vectors(at, at + gap, dtype, 0)
+            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight, 4 * CHUNK)
+            c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, v0, v1, weight + 8 * CHUNK, 4 * CHUNK)
         store(low, a0)
         store(high, a1)
         store(low + row, b0)
