@@ -14,6 +14,7 @@ file the picture shows the data sheet of an H200 and where the products would be
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 H200 = {"bytes": 4.8e12, "bf16": 989e12, "int8": 1979e12}  # a second, dense; NVIDIA's data sheet
 TOKENS = 16_384  # of a training step, gpu_sections.py
 COLORS = {"bitdistill": "#c0392b", "transformers": "#7f8c8d"}
+LEADER = {
+    "arrowstyle": "-",
+    "color": "#999999",
+    "linewidth": 0.5,
+    "shrinkA": 0,
+    "shrinkB": 2,
+}  # from a name to its point
 OTHERS = ("#1f6f8b", "#8e6c3a", "#2e7d32")
 
 
@@ -103,7 +111,7 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
     names = sorted({row["name"] for row in result["rows"]} - set(COLORS))
     colors = COLORS | dict(zip(names, OTHERS, strict=False))
-    _draw_decode(left, result, names, colors)
+    _draw_decode(left, result, colors)
     _draw_prefill(right, result, kernels, colors)
     figure.suptitle(
         f"Qwen3-{result['shape']} shape, {machine['processor']}, {result['threads']} threads, {machine['date'][:10]}",
@@ -112,7 +120,36 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
     figure.savefig(output, dpi=110)
 
 
-def _draw_decode(left, result: dict, names: list[str], colors: dict[str, str]) -> None:
+def spread(heights: list[float], gap: float) -> list[float]:
+    """Heights that are at least `gap` apart, in the order of those given, and as low as that allows below the highest one."""
+    places, above = [0.0] * len(heights), float("inf")
+    for number in sorted(range(len(heights)), key=lambda one: -heights[one]):
+        places[number] = above = min(heights[number], above - gap)
+    return places
+
+
+def _label_points(axis, points: list[tuple[float, float, str]]) -> None:
+    """Names beside points of a plot with logarithmic axes: a column right of each group of points, none over another."""
+    groups = []
+    for point in sorted(points):
+        if groups and point[0] < 1.9 * groups[-1][-1][0]:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    for close in groups:
+        for (x, y, label), place in zip(close, spread([math.log10(y) for _, y, _ in close], 0.055), strict=True):
+            axis.annotate(
+                label,
+                (x, y),
+                (1.25 * close[-1][0], 10**place),
+                fontsize=7,
+                va="center",
+                arrowprops=LEADER,
+                color="#333333",
+            )
+
+
+def _draw_decode(left, result: dict, colors: dict[str, str]) -> None:
     """Tokens per second over the bytes that a token reads, under the read bandwidth."""
     import numpy as np
 
@@ -123,13 +160,9 @@ def _draw_decode(left, result: dict, names: list[str], colors: dict[str, str]) -
         if key.startswith("decode") and "byte" not in key and "joule" not in key
     ]
     decode = min(set(labels), key=lambda label: int(label.split()[1]))
-    above, right_of, left_of = (
-        {"xytext": xy, "ha": ha} for xy, ha in (((4, 5), "left"), ((6, -3), "left"), ((-6, -3), "right"))
-    )
-    places = dict.fromkeys(colors, right_of) | {"bitdistill": above} | dict.fromkeys(names[::2], left_of)
     points = [row for row in result["rows"] if decode in row]
     reads = np.array([row[f"{decode} bytes"] for row in points]) / 1e6
-    line = np.geomspace(reads.min() / 1.5, reads.max() * 1.5, 50)
+    line = np.geomspace(reads.min() / 1.5, reads.max() * 3, 50)
     stream = result["stream"]
     left.plot(
         line, stream["median"] * 1e3 / line, color="black", lw=1.2, label=f"read bandwidth, {stream['median']:.0f} GB/s"
@@ -139,9 +172,9 @@ def _draw_decode(left, result: dict, names: list[str], colors: dict[str, str]) -
         rate = row[decode]
         spread = [[rate["median"] - rate["min"]], [rate["max"] - rate["median"]]]
         left.errorbar(read, rate["median"], yerr=spread, fmt="o", color=colors[row["name"]], capsize=2, markersize=5)
-        left.annotate(
-            row["weights"], (read, rate["median"]), fontsize=7, **places[row["name"]], textcoords="offset points"
-        )
+    _label_points(
+        left, [(read, row[decode]["median"], row["weights"]) for row, read in zip(points, reads, strict=True)]
+    )
     for name, color in colors.items():
         if any(row["name"] == name for row in points):
             left.plot([], [], "o", color=color, label=name)

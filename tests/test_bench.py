@@ -202,6 +202,13 @@ def test_regressions_runs_another_checkouts_code(tmp_path):
     assert output.stdout.strip() == "the other one kernels distributed"
 
 
+def test_labels_of_a_roofline_keep_their_order_and_do_not_overlap():
+    assert roofline.spread([1.0, 3.0, 2.95, 2.0], 0.5) == [1.0, 3.0, 2.5, 2.0]
+    assert roofline.spread([], 0.5) == []
+    places = roofline.spread([0.0, 0.0, 0.0, 5.0], 0.25)
+    assert sorted(places) == [-0.5, -0.25, 0.0, 5.0]
+
+
 def test_gpu_roofline_has_the_points_that_were_measured_and_no_others(tmp_path, monkeypatch):
     rows = [
         {
