@@ -389,7 +389,8 @@ def enter(state, thread, threads, seen, model_at, layers_at, call_at, scratch_at
             unit = next_ticket(state) if threads > 1 else 0
             while unit < most * pairs:
                 pair, nth = unit // most, unit % most
-                tile, head = pair // kv_heads, pair % kv_heads
+                # Head by head, so that the keys and values of one stay in the second-level cache for all tiles of a prompt.
+                tile, head = pair % tile_count, pair // tile_count
                 row = tile_starts[tile]
                 count = tile_starts[tile + 1] - row
                 spans = _spans(call, row, count, layer["window"]) if most > 1 else 1
