@@ -25,13 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 H200 = {"bytes": 4.8e12, "bf16": 989e12, "int8": 1979e12}  # a second, dense; NVIDIA's data sheet
 TOKENS = 16_384  # of a training step, gpu_sections.py
 COLORS = {"bitdistill": "#c0392b", "transformers": "#7f8c8d"}
-LEADER = {
-    "arrowstyle": "-",
-    "color": "#999999",
-    "linewidth": 0.5,
-    "shrinkA": 0,
-    "shrinkB": 2,
-}  # from a name to its point
+# From a name to its point.
+LEADER = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
 OTHERS = ("#1f6f8b", "#8e6c3a", "#2e7d32")
 
 
@@ -120,7 +115,7 @@ def draw(result: dict, kernels: dict | None, machine: dict, output: str) -> None
     figure.savefig(output, dpi=110)
 
 
-def spread(heights: list[float], gap: float) -> list[float]:
+def apart(heights: list[float], gap: float) -> list[float]:
     """Heights that are at least `gap` apart, in the order of those given, and as low as that allows below the highest one."""
     places, above = [0.0] * len(heights), float("inf")
     for number in sorted(range(len(heights)), key=lambda one: -heights[one]):
@@ -137,7 +132,7 @@ def _label_points(axis, points: list[tuple[float, float, str]]) -> None:
         else:
             groups.append([point])
     for close in groups:
-        for (x, y, label), place in zip(close, spread([math.log10(y) for _, y, _ in close], 0.055), strict=True):
+        for (x, y, label), place in zip(close, apart([math.log10(y) for _, y, _ in close], 0.055), strict=True):
             axis.annotate(
                 label,
                 (x, y),

@@ -203,9 +203,9 @@ def test_regressions_runs_another_checkouts_code(tmp_path):
 
 
 def test_labels_of_a_roofline_keep_their_order_and_do_not_overlap():
-    assert roofline.spread([1.0, 3.0, 2.95, 2.0], 0.5) == [1.0, 3.0, 2.5, 2.0]
-    assert roofline.spread([], 0.5) == []
-    places = roofline.spread([0.0, 0.0, 0.0, 5.0], 0.25)
+    assert roofline.apart([1.0, 3.0, 2.95, 2.0], 0.5) == [1.0, 3.0, 2.5, 2.0]
+    assert roofline.apart([], 0.5) == []
+    places = roofline.apart([0.0, 0.0, 0.0, 5.0], 0.25)
     assert sorted(places) == [-0.5, -0.25, 0.0, 5.0]
 
 

@@ -88,7 +88,9 @@ def random_case(length, group, head_dim, seed=0):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", [1, 2, 3, 8, 20])
-@pytest.mark.parametrize(("head_dim", "length", "window"), [(24, 70, None), (64, 40, 7), (80, 33, 32), (16, 100, 50)])
+@pytest.mark.parametrize(
+    ("head_dim", "length", "window"), [(24, 70, None), (64, 40, 7), (80, 33, 32), (16, 100, 50), (25, 45, 8)]
+)
 def test_attend_is_softmax_attention(kind, group, head_dim, length, window):
     q, k, v = random_case(length, group, head_dim)
     cache = Cache(kind, 2, length, head_dim)

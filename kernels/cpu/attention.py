@@ -185,26 +185,29 @@ def _add_two(a0, a1, b0, b1, x0, x1, factors, row):
 
 
 @jit
+def _per_load(dtype):
+    """Neighbors that a vector of the cache holds: two bf16 as a pair, else one number."""
+    return 2 if dtype == BF16 else 1
+
+
+@jit
 def _scores(q0, q1, keys, dtype, head_dim, s0, s1):
-    """q . k of two queries and the CHUNK positions at `keys`. Writes CHUNK floats to s0 and to s1."""
+    """q . k of two queries and the CHUNK positions at `keys`. Writes CHUNK floats to s0 and to s1.
+
+    Of an odd `head_dim` in bf16, the last pair's second numbers are zeros, of the keys as of the queries.
+    """
     a0 = a1 = b0 = b1 = splat(np.float32(0))
     step, row = LANES * _element_bytes(dtype), q1 - q0
     other = step * key_rows(dtype, head_dim)
-    paired = head_dim - head_dim % 2 if dtype == BF16 else 0
-    for d in range(0, paired, 2):
-        at = keys + d * step
-        prefetch(at + 2 * other)
-        prefetch(at + 3 * other)
-        k0, k1 = _vectors(at, at + other, BF16, 0)
-        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, q0 + 4 * d, row)
-        k0, k1 = _vectors(at, at + other, BF16, 1)
-        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, q0 + 4 * d + 4, row)
-    for d in range(paired, head_dim):
-        at = keys + d * step
+    for d in range(0, head_dim, _per_load(dtype)):
+        at, query = keys + d * step, q0 + 4 * d
         prefetch(at + 2 * other)
         prefetch(at + 3 * other)
         k0, k1 = _vectors(at, at + other, dtype, 0)
-        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, q0 + 4 * d, row)
+        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, query, row)
+        if dtype == BF16:
+            k0, k1 = _vectors(at, at + other, dtype, 1)
+            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, query + 4, row)
     store(s0, a0)
     store(s0 + ROW, a1)
     store(s1, b0)
@@ -218,24 +221,17 @@ def _scores_of_four(queries, width, keys, dtype, head_dim, scores):
     a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = splat(np.float32(0))
     step = LANES * _element_bytes(dtype)
     other = step * key_rows(dtype, head_dim)
-    paired = head_dim - head_dim % 2 if dtype == BF16 else 0
-    for d in range(0, paired, 2):
-        at, query = keys + d * step, queries + 4 * d
-        prefetch(at + 2 * other)
-        prefetch(at + 3 * other)
-        k0, k1 = _vectors(at, at + other, BF16, 0)
-        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, query, row)
-        c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, k0, k1, query + 2 * row, row)
-        k0, k1 = _vectors(at, at + other, BF16, 1)
-        a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, query + 4, row)
-        c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, k0, k1, query + 4 + 2 * row, row)
-    for d in range(paired, head_dim):
+    for d in range(0, head_dim, _per_load(dtype)):
         at, query = keys + d * step, queries + 4 * d
         prefetch(at + 2 * other)
         prefetch(at + 3 * other)
         k0, k1 = _vectors(at, at + other, dtype, 0)
         a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, query, row)
         c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, k0, k1, query + 2 * row, row)
+        if dtype == BF16:
+            k0, k1 = _vectors(at, at + other, dtype, 1)
+            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, k0, k1, query + 4, row)
+            c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, k0, k1, query + 4 + 2 * row, row)
     store(scores, a0)
     store(scores + ROW, a1)
     store(scores + 2 * ROW, b0)
@@ -260,18 +256,9 @@ def _soften(scores, first, low, high, key_scales, value_scales, dtype, maxima, t
 
 
 @jit
-def _pairs(dtype, first, last):
-    """The positions from first to last - 1 that are visited in pairs, as a range that begins and ends at even ones."""
-    if dtype != BF16:
-        return first, first
-    return first + first % 2, max(first + first % 2, last - last % 2)
-
-
-@jit
 def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
     """``sums += weights @ values`` of two queries, positions first .. last - 1 of a chunk."""
-    size, pair, row = _element_bytes(dtype), 2 if dtype == BF16 else 1, w1 - w0
-    begin, end = _pairs(dtype, first, last)
+    size, pair, row = _element_bytes(dtype), _per_load(dtype), w1 - w0
     for d in range(0, width, 2 * LANES):
         other = LANES if d + LANES < width else 0  # the last tile may be a single vector: it is then done twice
         gap, column = size * pair * other, values + size * pair * d
@@ -281,22 +268,15 @@ def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
             load(sums1 + 4 * d),
             load(sums1 + 4 * (d + other)),
         )
-        if first < begin and first < last:
-            at = column + size * (first - 1) * width
-            v0, v1 = _vectors(at, at + gap, BF16, 1)
-            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, w0 + 4 * first, row)
-        for p in range(begin, end, 2):
-            at = column + size * p * width
+        for p in range(first - first % pair, last, pair):
+            at, weight = column + size * p * width, w0 + 4 * p
             prefetch(at + CHUNK * size * width)
-            v0, v1 = _vectors(at, at + gap, BF16, 0)
-            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, w0 + 4 * p, row)
-            v0, v1 = _vectors(at, at + gap, BF16, 1)
-            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, w0 + 4 * p + 4, row)
-        for p in range(end, last):
-            at = column + size * p * width
-            prefetch(at + CHUNK * size * width)
-            v0, v1 = _vectors(at, at + gap, dtype, 0)
-            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, w0 + 4 * p, row)
+            if p >= first:
+                v0, v1 = _vectors(at, at + gap, dtype, 0)
+                a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight, row)
+            if dtype == BF16 and p + 1 < last:
+                v0, v1 = _vectors(at, at + gap, dtype, 1)
+                a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight + 4, row)
         store(sums0 + 4 * d, a0)
         store(sums0 + 4 * (d + other), a1)
         store(sums1 + 4 * d, b0)
@@ -306,34 +286,24 @@ def _mix(w0, w1, values, dtype, first, last, width, sums0, sums1):
 @jit
 def _mix_four(weights, values, dtype, first, last, width, sums):
     """`_mix` of four queries, whose weights are CHUNK floats apart, and their sums `width`."""
-    size, row, pair = _element_bytes(dtype), 4 * width, 2 if dtype == BF16 else 1
-    begin, end = _pairs(dtype, first, last)
+    size, row, pair = _element_bytes(dtype), 4 * width, _per_load(dtype)
     for d in range(0, width, 2 * LANES):
         other = LANES if d + LANES < width else 0  # the last tile may be a single vector: it is then done twice
         gap, column = size * pair * other, values + size * pair * d
         low, high = sums + 4 * d, sums + 4 * (d + other)
         a0, a1, b0, b1 = load(low), load(high), load(low + row), load(high + row)
         c0, c1, d0, d1 = load(low + 2 * row), load(high + 2 * row), load(low + 3 * row), load(high + 3 * row)
-        if first < begin and first < last:
-            at, weight = column + size * (first - 1) * width, weights + 4 * first
-            v0, v1 = _vectors(at, at + gap, BF16, 1)
-            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight, 4 * CHUNK)
-            c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, v0, v1, weight + 8 * CHUNK, 4 * CHUNK)
-        for p in range(begin, end, 2):
+        for p in range(first - first % pair, last, pair):
             at, weight = column + size * p * width, weights + 4 * p
             prefetch(at + CHUNK * size * width)
-            v0, v1 = _vectors(at, at + gap, BF16, 0)
-            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight, 4 * CHUNK)
-            c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, v0, v1, weight + 8 * CHUNK, 4 * CHUNK)
-            v0, v1 = _vectors(at, at + gap, BF16, 1)
-            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight + 4, 4 * CHUNK)
-            c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, v0, v1, weight + 4 + 8 * CHUNK, 4 * CHUNK)
-        for p in range(end, last):
-            at, weight = column + size * p * width, weights + 4 * p
-            prefetch(at + CHUNK * size * width)
-            v0, v1 = _vectors(at, at + gap, dtype, 0)
-            a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight, 4 * CHUNK)
-            c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, v0, v1, weight + 8 * CHUNK, 4 * CHUNK)
+            if p >= first:
+                v0, v1 = _vectors(at, at + gap, dtype, 0)
+                a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight, 4 * CHUNK)
+                c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, v0, v1, weight + 8 * CHUNK, 4 * CHUNK)
+            if dtype == BF16 and p + 1 < last:
+                v0, v1 = _vectors(at, at + gap, dtype, 1)
+                a0, a1, b0, b1 = _add_two(a0, a1, b0, b1, v0, v1, weight + 4, 4 * CHUNK)
+                c0, c1, d0, d1 = _add_two(c0, c1, d0, d1, v0, v1, weight + 4 + 8 * CHUNK, 4 * CHUNK)
         store(low, a0)
         store(high, a1)
         store(low + row, b0)
